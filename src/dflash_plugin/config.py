@@ -1,0 +1,119 @@
+"""What a DFlash drafter is, independent of the dialect its checkpoint is written in."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dialect = Literal["z-lab", "speculators", "specforge", "modelopt"]
+
+
+class LayerAttention(BaseModel):
+    """How one draft layer's queries see the context and their own block.
+
+    Attributes:
+        sliding_window: number of positions a query sees, itself included; None sees all.
+        causal: whether a block position is kept from seeing later positions of its block.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sliding_window: int | None = Field(default=None, gt=0)
+    causal: bool = False
+
+
+class RopeConfig(BaseModel):
+    """Rotary position embedding.
+
+    Attributes:
+        theta: base of the frequencies.
+        type: a type that ``transformers.modeling_rope_utils`` knows (default, linear, yarn, ...).
+        parameters: what that type needs (factor, beta_fast, mscale, ...), in Transformers' names.
+        partial_rotary_factor: share of the head dimension that is rotated.
+        interleaved: rotate neighbouring pairs (GPT-J style) instead of halves (NeoX style).
+        max_position_embeddings: longest position the drafter was made for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    theta: float = Field(default=10000.0, gt=0)
+    type: str = "default"
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
+    interleaved: bool = False
+    max_position_embeddings: int = Field(default=32768, gt=0)
+
+
+class DrafterConfig(BaseModel):
+    """A drafter, validated; every dialect reads into this and writes from it.
+
+    Attributes:
+        dialect: the dialect it was read from.
+        block_size: anchor + masks, the rows of one draft pass.
+        sample_from_anchor: the anchor's row predicts a token too, so that a block drafts
+            ``block_size`` tokens instead of ``block_size - 1``.
+        mask_token_id: token whose embedding fills the positions to be drafted.
+        target_layer_ids: 0-based target layers whose *outputs* are the context features, in the
+            order in which ``fc`` expects them; -1 is the embedding output. This is z-lab's
+            counting; speculators' ids are one larger.
+        num_target_layers: layers of the target that it was made for, if the checkpoint says so.
+        target_hidden_size: width of one target layer's output.
+        vocab_size: the target's vocabulary.
+        draft_vocab_size: rows of an own, reduced head; None when drafts are over ``vocab_size``.
+        layers: one entry per draft layer.
+        window_from: a sliding window counts back from each query ("query", z-lab and SpecForge) or
+            from the block's anchor ("anchor", speculators).
+        qk_norm: RMS norm over each head of q and k before rotation.
+        attention_bias, attention_output_bias, mlp_bias: whether those linears carry a bias.
+        attention_sinks: one learned logit per head that joins the softmax without a value.
+        attention_value_scale: factor on V, None for 1.
+        norm_style: "rms" multiplies by the weight, "gemma" by 1 + weight.
+        own_embedding, own_head: the checkpoint carries them; otherwise they are the target's.
+        own_mask_embedding: the checkpoint carries a vector that replaces the mask's embedding.
+        embedding_scale: factor on the input embeddings.
+        logit_scale, logit_softcap: ``softcap * tanh(scale * logits / softcap)``.
+        dtype: torch dtype name of the weights.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dialect: Dialect = "z-lab"
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    hidden_act: str = "silu"
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    norm_style: Literal["rms", "gemma"] = "rms"
+    layers: tuple[LayerAttention, ...] = Field(min_length=1)
+    window_from: Literal["query", "anchor"] = "query"
+    rope: RopeConfig = RopeConfig()
+    qk_norm: bool = True
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    attention_sinks: bool = False
+    attention_value_scale: float | None = None
+
+    block_size: int = Field(ge=2)
+    sample_from_anchor: bool = False
+    mask_token_id: int = Field(ge=0)
+    target_layer_ids: tuple[int, ...] = Field(min_length=1)
+    num_target_layers: int | None = None
+    target_hidden_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    draft_vocab_size: int | None = None
+    own_embedding: bool = False
+    own_head: bool = False
+    own_mask_embedding: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    dtype: str = "bfloat16"
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens that one block drafts: the number of speculative tokens."""
+        return self.block_size if self.sample_from_anchor else self.block_size - 1
