@@ -1,0 +1,414 @@
+"""The DFlash drafter: a block-diffusion draft model that reads its target through KV injection.
+
+Source: Chen, Liang, Liu, "DFlash: Block Diffusion for Flash Speculative Decoding"
+(arXiv 2602.06036), sections 3 and 4; tensor names and arithmetic follow ``DFlashDraftModel`` of
+PyPI dflash 0.1.0. The modules take linears, attention and key/value store from a ``Host``, so an
+engine can lend its sharded linears and paged cache to the same drafter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from dflash_plugin.checkpoint import Checkpoint, expected_tensors
+from dflash_plugin.config import DrafterConfig
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.rope import RotaryEmbedding
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""``attend(layer, query, key, value)`` for one block: all [B, T, heads, head_dim], as is the result.
+
+``key`` and ``value`` are the block's own; the context's are wherever ``inject`` put them.
+"""
+
+
+class ContextStore(Protocol):
+    """Where a drafter's context keys and values live: a static buffer or an engine's paged cache."""
+
+    def write(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        """Store context [B, T, kv_heads, head_dim] at positions [B, T]; below zero is dropped."""
+
+    def block(self, anchors: Tensor, block_size: int) -> Attend:
+        """Attention for blocks that start at positions ``anchors`` [B]."""
+
+
+class Host(Protocol):
+    """Supplies the modules that an engine has its own versions of.
+
+    ``shards`` is the tensor-parallel degree: head counts and inner widths are divided by it.
+    Linears take [..., in] and return [..., out / shards] (column) or [..., out] (row, reduced).
+    """
+
+    shards: int
+
+    def column_linear(
+        self, in_features: int, out_features: Sequence[int], bias: bool, name: str
+    ) -> nn.Module:
+        """Merged column-parallel linear; its result concatenates the parts."""
+
+    def row_linear(self, in_features: int, out_features: int, bias: bool, name: str) -> nn.Module:
+        """Row-parallel linear."""
+
+    def replicated_linear(
+        self, in_features: int, out_features: int, bias: bool, name: str
+    ) -> nn.Module:
+        """Linear that every shard holds whole."""
+
+
+class TorchHost:
+    """Plain torch linears on one device."""
+
+    shards = 1
+
+    def column_linear(
+        self, in_features: int, out_features: Sequence[int], bias: bool, name: str
+    ) -> nn.Module:
+        """One linear over the concatenated parts."""
+        return nn.Linear(in_features, sum(out_features), bias=bias)
+
+    def row_linear(self, in_features: int, out_features: int, bias: bool, name: str) -> nn.Module:
+        """A plain linear."""
+        return nn.Linear(in_features, out_features, bias=bias)
+
+    def replicated_linear(
+        self, in_features: int, out_features: int, bias: bool, name: str
+    ) -> nn.Module:
+        """A plain linear."""
+        return nn.Linear(in_features, out_features, bias=bias)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; "gemma" style multiplies by 1 + weight."""
+
+    def __init__(self, dim: int, eps: float, gemma: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim) if gemma else torch.ones(dim))
+        self.eps = eps
+        self.gemma = gemma
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        weight = 1.0 + self.weight if self.gemma else self.weight
+        return F.rms_norm(x, self.weight.shape, weight.to(x.dtype), self.eps)
+
+
+class DraftAttention(nn.Module):
+    """Projections, norms and rotation of one layer; the attention itself is the host's."""
+
+    def __init__(self, config: DrafterConfig, index: int, host: Host) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        self.heads = config.num_attention_heads // host.shards
+        self.kv_heads = max(1, config.num_key_value_heads // host.shards)
+        self.value_scale = config.attention_value_scale
+        name = f"layers.{index}.self_attn"
+        self.query_proj = host.column_linear(
+            config.hidden_size,
+            [config.num_attention_heads * config.head_dim],
+            config.attention_bias,
+            f"{name}.q_proj",
+        )
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.kv_proj = host.column_linear(
+            config.hidden_size, [kv_width, kv_width], config.attention_bias, f"{name}.kv_proj"
+        )
+        self.output_proj = host.row_linear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            config.attention_output_bias,
+            f"{name}.o_proj",
+        )
+        gemma = config.norm_style == "gemma"
+        eps = config.rms_norm_eps
+        self.query_norm = RMSNorm(self.head_dim, eps, gemma) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_dim, eps, gemma) if config.qk_norm else nn.Identity()
+        self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.attention_sinks else None
+
+    def keys_values(
+        self, x: Tensor, rotary: RotaryEmbedding, tables: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Normed, rotated keys and scaled values of x [..., hidden], each [..., kv_heads, dim]."""
+        kv = self.kv_proj(x).unflatten(-1, (2, self.kv_heads, self.head_dim))
+        key, value = kv.unbind(-3)
+        key = rotary.rotate(self.key_norm(key), tables)
+        return key, value if self.value_scale is None else value * self.value_scale
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: RotaryEmbedding,
+        tables: tuple[Tensor, Tensor],
+        attend: Attend,
+    ) -> Tensor:
+        """Attention of block rows x [B, T, hidden] over the context and each other."""
+        query = self.query_proj(x).unflatten(-1, (self.heads, self.head_dim))
+        query = rotary.rotate(self.query_norm(query), tables)
+        key, value = self.keys_values(x, rotary, tables)
+        out: Tensor = self.output_proj(attend(self.index, query, key, value).flatten(-2))
+        return out
+
+
+class DraftMLP(nn.Module):
+    """Gated MLP."""
+
+    def __init__(self, config: DrafterConfig, index: int, host: Host) -> None:
+        super().__init__()
+        name, inner = f"layers.{index}.mlp", config.intermediate_size
+        self.gate_up_proj = host.column_linear(
+            config.hidden_size, [inner, inner], config.mlp_bias, f"{name}.gate_up_proj"
+        )
+        self.down_proj = host.row_linear(
+            inner, config.hidden_size, config.mlp_bias, f"{name}.down_proj"
+        )
+        self.activation: Callable[[Tensor], Tensor] = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``down(act(gate(x)) * up(x))``."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(self.activation(gate) * up)
+        return out
+
+
+class DraftLayer(nn.Module):
+    """Pre-norm attention and MLP with residuals."""
+
+    def __init__(self, config: DrafterConfig, index: int, host: Host) -> None:
+        super().__init__()
+        gemma = config.norm_style == "gemma"
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
+        self.attention = DraftAttention(config, index, host)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
+        self.mlp = DraftMLP(config, index, host)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: RotaryEmbedding,
+        tables: tuple[Tensor, Tensor],
+        attend: Attend,
+    ) -> Tensor:
+        """One layer over block rows [B, T, hidden]."""
+        x = x + self.attention(self.attention_norm(x), rotary, tables, attend)
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
+
+
+class Drafter(nn.Module):
+    """A drafter that injects context once and then drafts a block per call.
+
+    ``borrow`` gives it the target's embedding and head where the checkpoint has none of its own.
+    """
+
+    d2t: Tensor | None
+
+    def __init__(self, config: DrafterConfig, host: Host | None = None) -> None:
+        super().__init__()
+        host = host or TorchHost()
+        self.config = config
+        gemma = config.norm_style == "gemma"
+        self.fc = host.replicated_linear(
+            len(config.target_layer_ids) * config.target_hidden_size,
+            config.hidden_size,
+            "fc.bias" in expected_tensors(config),
+            "fc",
+        )
+        self.context_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
+        self.layers = nn.ModuleList(
+            DraftLayer(config, index, host) for index in range(len(config.layers))
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
+        self.rotary = RotaryEmbedding(config)
+        self.mask_embedding = (
+            nn.Parameter(torch.zeros(config.hidden_size)) if config.own_mask_embedding else None
+        )
+        self.own_embedding = (
+            nn.Parameter(torch.zeros(config.vocab_size, config.hidden_size))
+            if config.own_embedding
+            else None
+        )
+        head_rows = config.draft_vocab_size or config.vocab_size
+        self.own_head = (
+            nn.Parameter(torch.zeros(head_rows, config.hidden_size)) if config.own_head else None
+        )
+        self.register_buffer(
+            "d2t",
+            torch.zeros(config.draft_vocab_size, dtype=torch.int64)
+            if config.draft_vocab_size
+            else None,
+        )
+        self._target_embedding: list[Tensor] = []
+        self._target_head: list[nn.Module] = []
+        self.store: ContextStore | None = None
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, host: Host | None = None) -> Drafter:
+        """Build a drafter and fill it with a checkpoint's tensors, in their dtype."""
+        drafter = cls(checkpoint.config, host)
+        drafter.to(next(iter(checkpoint.tensors.values())).dtype)
+        drafter.load_canonical(checkpoint.tensors)
+        return drafter.eval()
+
+    def borrow(self, embedding: Tensor, head: nn.Module) -> None:
+        """Use the target's embedding weight [vocab, hidden] and output head.
+
+        Raises:
+            DFlashError: the widths differ.
+        """
+        if embedding.shape[1] != self.config.hidden_size and self.own_embedding is None:
+            raise DFlashError(
+                f"the target's embedding is {embedding.shape[1]} wide but the drafter's "
+                f"hidden_size is {self.config.hidden_size}: use a drafter made for this target, "
+                "or one with its own embedding"
+            )
+        self._target_embedding = [embedding]
+        self._target_head = [head]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings [..., hidden] of token ids int64 [...]."""
+        weight = self.own_embedding if self.own_embedding is not None else self._target_embedding[0]
+        embedded = F.embedding(tokens, weight)
+        if self.mask_embedding is not None:
+            is_mask = (tokens == self.config.mask_token_id).unsqueeze(-1)
+            embedded = torch.where(is_mask, self.mask_embedding.to(embedded.dtype), embedded)
+        if self.config.embedding_scale != 1.0:
+            embedded = embedded * self.config.embedding_scale
+        return embedded.to(self.norm.weight.dtype)
+
+    def context_keys_values(
+        self, features: Tensor, positions: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values of every draft layer for context features.
+
+        Args:
+            features: [B, T, n * target_hidden], the target layers' outputs concatenated in the
+                order of ``target_layer_ids``.
+            positions: int64 [B, T].
+
+        Yields:
+            Per layer, key and value [B, T, kv_heads, head_dim].
+        """
+        context = self.context_norm(self.fc(features.to(self.norm.weight.dtype)))
+        tables = self.rotary.tables(positions, context.dtype)
+        for layer in self.layers:
+            attention = cast(DraftLayer, layer).attention
+            yield attention.keys_values(context, self.rotary, tables)
+
+    def inject(self, features: Tensor, positions: Tensor) -> None:
+        """Write the context's keys and values of all layers into the store, once.
+
+        Args:
+            features: [B, T, n * target_hidden].
+            positions: int64 [B, T]; rows at a position below zero (padding, rejected tokens) are
+                dropped and never enter the store.
+        """
+        assert self.store is not None, "set drafter.store before injecting"
+        pairs = self.context_keys_values(features, positions.clamp(min=0))
+        for index, (key, value) in enumerate(pairs):
+            self.store.write(index, key, value, positions)
+
+    def sinks(self, layer: int) -> Tensor | None:
+        """Attention sinks [heads] of a layer, if it has them."""
+        return cast(DraftLayer, self.layers[layer]).attention.sinks
+
+    def run_block(self, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [B, T, hidden] of block rows at ``positions`` int64 [B, T], normed."""
+        tables = self.rotary.tables(positions, embedded.dtype)
+        hidden = embedded
+        for layer in self.layers:
+            hidden = layer(hidden, self.rotary, tables, attend)
+        out: Tensor = self.norm(hidden)
+        return out
+
+    def draft(self, anchors: Tensor, positions: Tensor) -> Tensor:
+        """Run one block per request.
+
+        Args:
+            anchors: int64 [B], the last committed tokens, whose features are not known yet.
+            positions: int64 [B], their positions.
+
+        Returns:
+            [B, num_draft_tokens, hidden], the rows that predict the next positions.
+        """
+        assert self.store is not None, "set drafter.store before drafting"
+        size = self.config.block_size
+        tokens = anchors.new_full((anchors.shape[0], size), self.config.mask_token_id)
+        tokens[:, 0] = anchors
+        offsets = torch.arange(size, device=positions.device)
+        hidden = self.run_block(
+            self.embed(tokens), positions[:, None] + offsets, self.store.block(positions, size)
+        )
+        return hidden[:, size - self.config.num_draft_tokens :]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Draft logits [..., draft vocabulary] of hidden states; ``token_ids`` names its rows."""
+        if self.own_head is not None:
+            logits = F.linear(hidden, self.own_head)
+        else:
+            logits = self._target_head[0](hidden)
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
+        if self.config.logit_softcap is not None:
+            logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
+        return logits
+
+    def token_ids(self, draft_ids: Tensor) -> Tensor:
+        """The target's ids of draft-vocabulary ids int64 [...]."""
+        return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
+
+    def target_probabilities(self, probabilities: Tensor, vocab_size: int) -> Tensor:
+        """Spread draft probabilities [..., draft vocabulary] over the target's vocabulary."""
+        if self.d2t is None and probabilities.shape[-1] == vocab_size:
+            return probabilities
+        columns = torch.arange(probabilities.shape[-1], device=probabilities.device)
+        full = probabilities.new_zeros(*probabilities.shape[:-1], vocab_size)
+        return full.index_copy_(-1, self.token_ids(columns), probabilities)
+
+    def load_canonical(self, tensors: dict[str, Tensor]) -> None:
+        """Fill from a checkpoint's canonical tensor names (z-lab's)."""
+        state = {own: _join(names, tensors) for own, names in self._names().items()}
+        self.load_state_dict(state)
+
+    def canonical(self) -> dict[str, Tensor]:
+        """The tensors under their checkpoint names."""
+        state = self.state_dict()
+        tensors: dict[str, Tensor] = {}
+        for own, names in self._names().items():
+            parts = state[own].chunk(len(names)) if len(names) > 1 else (state[own],)
+            tensors.update({name: part.clone() for name, part in zip(names, parts, strict=True)})
+        return tensors
+
+    def _names(self) -> dict[str, tuple[str, ...]]:
+        """Checkpoint names behind each entry of ``state_dict``, merged ones in order."""
+        renamed = {
+            "context_norm": "hidden_norm",
+            "attention_norm": "input_layernorm",
+            "mlp_norm": "post_attention_layernorm",
+            "attention": "self_attn",
+            "query_norm": "q_norm",
+            "key_norm": "k_norm",
+            "output_proj": "o_proj",
+            "query_proj": "q_proj",
+            "own_embedding": "embed_tokens.weight",
+            "own_head": "lm_head.weight",
+        }
+        merged = {"kv_proj": ("k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+        names: dict[str, tuple[str, ...]] = {}
+        for own in self.state_dict():
+            parts = [renamed.get(part, part) for part in own.split(".")]
+            key = next((part for part in parts if part in merged), None)
+            joined = ".".join(parts)
+            names[own] = (
+                tuple(joined.replace(key, part) for part in merged[key]) if key else (joined,)
+            )
+        return names
+
+
+def _join(names: tuple[str, ...], tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name] for name in names]) if len(names) > 1 else tensors[names[0]]

@@ -1,0 +1,157 @@
+"""A drafter's known answers: what the float32 core drafts for short prompts.
+
+An engine replays them at start: equal draft tokens prove that it reads the right target layers,
+with the right rotation, mask and head, before it serves a single request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import PreTrainedModel
+
+from dflash_plugin.drafter import Drafter
+from dflash_plugin.errors import DFlashError
+
+FILE_NAME = "known_answer.json"
+HIDDEN_VALUES = 8
+
+
+class KnownAnswer(BaseModel):
+    """One prompt and what the float32 core makes of it.
+
+    Attributes:
+        prompt: token ids whose features are the context.
+        anchor: the target's greedy token after the prompt.
+        drafts: the drafter's greedy tokens after the anchor, [num_draft_tokens].
+        margins: logit of each draft less the runner-up's, [num_draft_tokens].
+        hidden: the first values of the first and the last drafting row, after the final norm.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: list[int]
+    anchor: int
+    drafts: list[int]
+    margins: list[float]
+    hidden: list[list[float]]
+
+
+class KnownAnswers(BaseModel):
+    """The record beside a checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = 1
+    answers: list[KnownAnswer]
+
+
+@torch.inference_mode()
+def answer(drafter: Drafter, target: PreTrainedModel, prompt: Sequence[int]) -> KnownAnswer:
+    """Draft the block after a prompt with the target's own forward pass.
+
+    Args:
+        drafter: bound to ``target``; its store is replaced while this runs.
+        target: the model, any attention implementation.
+        prompt: token ids.
+    """
+    from dflash_plugin.transformers.store import StaticStore
+
+    config = drafter.config
+    device = target.device
+    tokens = torch.as_tensor([list(prompt)], device=device)
+    out = target(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+    features = torch.cat([out.hidden_states[i + 1] for i in config.target_layer_ids], dim=-1)
+    anchor = out.logits[:, -1].argmax(dim=-1)
+    length = len(prompt)
+    kept = drafter.store
+    drafter.store = StaticStore(
+        drafter, 1, length + config.block_size, drafter.norm.weight.dtype, device
+    )
+    try:
+        drafter.inject(features, torch.arange(length, device=device)[None])
+        hidden = drafter.draft(anchor, torch.full_like(anchor, length))
+    finally:
+        drafter.store = kept
+    logits = drafter.logits(hidden)[0].float()
+    best = logits.topk(2, dim=-1)
+    return KnownAnswer(
+        prompt=list(prompt),
+        anchor=int(anchor),
+        drafts=drafter.token_ids(best.indices[:, 0]).tolist(),
+        margins=[round(float(m), 4) for m in best.values[:, 0] - best.values[:, 1]],
+        hidden=[
+            [round(float(value), 4) for value in hidden[0, row, :HIDDEN_VALUES]] for row in (0, -1)
+        ],
+    )
+
+
+def replay(
+    drafter: Drafter,
+    target: PreTrainedModel,
+    record: KnownAnswers,
+    min_margin: float = 0.0,
+    hidden_tolerance: float | None = 1e-2,
+) -> None:
+    """Draft every recorded prompt again and compare.
+
+    Args:
+        drafter, target: what is about to serve.
+        record: what the float32 core gave.
+        min_margin: drafts decided by less than this are not compared; 0 compares all, and a
+            half-precision engine gives about 0.5.
+        hidden_tolerance: largest difference of a hidden value, or None to leave them out.
+
+    Raises:
+        DFlashError: naming the first prompt and position that differ.
+    """
+    for number, expected in enumerate(record.answers):
+        found = answer(drafter, target, expected.prompt)
+        if found.anchor != expected.anchor:
+            raise DFlashError(
+                f"known answer {number}: the target continues with token {found.anchor} instead of "
+                f"{expected.anchor}: this is not the target that the drafter was made for"
+            )
+        rows = zip(found.drafts, expected.drafts, expected.margins, strict=True)
+        for position, (got, wanted, margin) in enumerate(rows, start=1):
+            if got != wanted and margin >= min_margin:
+                raise DFlashError(
+                    f"known answer {number}: draft {position} is token {got} instead of {wanted}: "
+                    "the drafter is not run as it was trained (target layers, rotation, mask "
+                    "token, causality or head differ)"
+                )
+        if hidden_tolerance is None:
+            continue
+        difference = (torch.tensor(found.hidden) - torch.tensor(expected.hidden)).abs().max().item()
+        if difference > hidden_tolerance:
+            raise DFlashError(
+                f"known answer {number}: hidden values differ by {difference:.4f}, more than "
+                f"{hidden_tolerance}: the drafter is not run as it was trained"
+            )
+
+
+def save_record(directory: Path, record: KnownAnswers) -> None:
+    """Write the record beside a checkpoint."""
+    (directory / FILE_NAME).write_text(json.dumps(record.model_dump(), separators=(",", ":")) + "\n")
+
+
+def load_record(directory: Path) -> KnownAnswers | None:
+    """The record beside a checkpoint, or None where there is none.
+
+    Raises:
+        DFlashError: the file is there but not such a record.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        return KnownAnswers.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise DFlashError(
+            f"{str(path)!r} is not a known-answer record ({error.error_count()} problems, first: "
+            f"{error.errors()[0]['msg']}): export the drafter again or remove the file"
+        ) from error

@@ -1,0 +1,477 @@
+"""The Transformers engine: continuous batching of draft and verify passes over static buffers.
+
+A step drafts one block per running request and verifies all of them in one target pass. Requests
+join and leave between steps. Source of the loop: Algorithm 1 of arXiv 2602.06036.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dflash_plugin.drafter import Drafter
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.sampling import (
+    SamplingParams,
+    SamplingTensors,
+    Stream,
+    probabilities,
+    sample,
+    uniforms,
+)
+from dflash_plugin.transformers.graphs import Graphs
+from dflash_plugin.transformers.loading import bind_drafter
+from dflash_plugin.transformers.store import StaticStore
+from dflash_plugin.transformers.target import Target, TargetPass
+from dflash_plugin.verify import FinishReason, commit, verify
+
+MAX_STOP_IDS = 8
+PREFILL_TOKENS = 8192
+OnTokens = Callable[[int, list[int]], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: upper limit of the output.
+        stop_ids: tokens that end the output, themselves included; None takes the target's.
+        sampling: how the target samples; greedy by default.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int = 256
+    stop_ids: Sequence[int] | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass
+class Result:
+    """What one request gave.
+
+    Attributes:
+        tokens: output token ids, a stop token included.
+        finish_reason: "stop" or "length".
+        committed: tokens committed by each verify pass, the bonus token included; the first output
+            token comes from the prompt's own pass and is not among them.
+        accepted: drafts that verification accepted in each pass, before stop and length limits.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    committed: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def acceptance_length(self) -> float:
+        """τ: tokens committed per verify pass; 0 when there was none."""
+        return sum(self.committed) / len(self.committed) if self.committed else 0.0
+
+
+@dataclass
+class _Running:
+    index: int
+    request: Request
+    result: Result
+    length: int
+
+
+class Engine:
+    """Generates with a target, and with a drafter if one is given.
+
+    The model's attention implementation is switched to the engine's; the model stays usable by
+    itself.
+
+    Args:
+        model: any decoder-only causal language model of Transformers whose state is attention
+            keys and values.
+        drafter: from ``load_drafter``, or None to decode one token a pass.
+        max_batch: requests that run at the same time.
+        max_length: longest prompt + output.
+        sampled_drafts: at temperature > 0, draw drafts from the drafter's distribution and verify
+            against it; otherwise draft its most likely tokens. Lossless either way.
+        cuda_graphs: run draft and verify from CUDA graphs on a GPU.
+
+    Raises:
+        DFlashError: target and drafter do not fit each other, or the target cannot be run.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        drafter: Drafter | None = None,
+        *,
+        max_batch: int = 1,
+        max_length: int = 2048,
+        sampled_drafts: bool = True,
+        cuda_graphs: bool = True,
+    ) -> None:
+        if max_batch < 1:
+            raise DFlashError(f"max_batch is {max_batch}: give at least 1")
+        self.drafter = drafter
+        self.max_batch = max_batch
+        self.max_length = max_length
+        self.sampled_drafts = sampled_drafts
+        self.num_drafts = drafter.config.num_draft_tokens if drafter else 0
+        rows = self.num_drafts + 1
+        length = max_length + max(rows, drafter.config.block_size if drafter else 0) + 1
+        self.target = Target(model, max_batch, length)
+        self.device = self.target.device
+        self.layer_ids = drafter.config.target_layer_ids if drafter else ()
+        if drafter is not None:
+            bind_drafter(drafter, model)
+            drafter.store = self.store = StaticStore(
+                drafter,
+                max_batch,
+                length,
+                drafter.norm.weight.dtype,
+                self.device,
+            )
+        self.graphs = Graphs(self.device, cuda_graphs)
+        self.vocabulary = self.target.embedding.shape[0]
+        self.stop_ids = _default_stop_ids(model)
+        self._allocate(rows, len(self.layer_ids) * self.target.config.hidden_size)
+
+    def _allocate(self, rows: int, feature_width: int) -> None:
+        def integers(*shape: int, fill: int = 0) -> Tensor:
+            return torch.full(shape, fill, dtype=torch.int64, device=self.device)
+
+        batch = self.max_batch
+        self._anchors = integers(batch)
+        self._lengths = integers(batch)
+        self._remaining = integers(batch)
+        self._stops = integers(batch, MAX_STOP_IDS, fill=-1)
+        self._drafts = integers(batch, rows - 1)
+        self._feature_positions = integers(batch, rows, fill=-1)
+        self._features = torch.zeros(
+            batch, rows, feature_width, dtype=self.target.dtype, device=self.device
+        )
+        self._draft_probs: Tensor | None = None
+        self._outcome = integers(batch, rows + 3)
+        self._sampling = SamplingTensors.build([SamplingParams()] * batch, self.device)
+
+    def generate(
+        self, requests: Iterable[Request], on_tokens: OnTokens | None = None
+    ) -> list[Result]:
+        """Run requests to their end, at most ``max_batch`` at a time.
+
+        Args:
+            requests: in the order in which they are admitted.
+            on_tokens: called with a request's index and its newly committed tokens, as they come.
+
+        Returns:
+            Results in the order of the requests.
+
+        Raises:
+            DFlashError: a request is empty or too long; nothing has run by then.
+        """
+        pending = list(requests)
+        for index, request in enumerate(pending):
+            self._check(index, request)
+        results = [Result() for _ in pending]
+        waiting = deque(
+            _Running(i, request, results[i], len(request.prompt))
+            for i, request in enumerate(pending)
+        )
+        rows: list[_Running | None] = []
+        with torch.inference_mode():
+            while waiting or any(rows):
+                self._admit(rows, waiting, on_tokens)
+                self._compact(rows)
+                if rows:
+                    self._step(rows, on_tokens)
+        return results
+
+    def _check(self, index: int, request: Request) -> None:
+        if not len(request.prompt):
+            raise DFlashError(f"request {index} has an empty prompt: give at least one token")
+        if request.max_new_tokens < 1:
+            raise DFlashError(
+                f"request {index} has max_new_tokens={request.max_new_tokens}: give at least 1"
+            )
+        total = len(request.prompt) + request.max_new_tokens
+        if total > self.max_length:
+            raise DFlashError(
+                f"request {index} needs {len(request.prompt)} prompt + {request.max_new_tokens} "
+                f"new tokens = {total} but max_length is {self.max_length}: raise max_length or "
+                "shorten the request"
+            )
+        stops = self.stop_ids if request.stop_ids is None else request.stop_ids
+        if len(stops) > MAX_STOP_IDS:
+            raise DFlashError(
+                f"request {index} has {len(stops)} stop tokens: give at most {MAX_STOP_IDS}"
+            )
+        outside = [token for token in request.prompt if not 0 <= token < self.vocabulary]
+        if outside:
+            raise DFlashError(
+                f"request {index} has token {outside[0]} outside the target's vocabulary of "
+                f"{self.vocabulary}: use the target's own tokenizer"
+            )
+
+    def _admit(
+        self,
+        rows: list[_Running | None],
+        waiting: deque[_Running],
+        on_tokens: OnTokens | None,
+    ) -> None:
+        """Prefill waiting requests into free rows, in groups of like length."""
+        free = [row for row, slot in enumerate(rows) if slot is None]
+        free += range(len(rows), self.max_batch)
+        joining = [waiting.popleft() for _ in range(min(len(waiting), len(free)))]
+        joining.sort(key=lambda slot: slot.length)
+        while joining:
+            size = 1
+            while size < len(joining) and (size + 1) * joining[size].length <= PREFILL_TOKENS:
+                size += 1
+            group, places = joining[:size], free[:size]
+            joining, free = joining[size:], free[size:]
+            rows.extend([None] * (max(places) + 1 - len(rows)))
+            self._prefill(group, torch.as_tensor(places, device=self.device), on_tokens)
+            for place, slot in zip(places, group, strict=True):
+                rows[place] = None if slot.result.finish_reason else slot
+
+    def _prefill(self, group: list[_Running], rows: Tensor, on_tokens: OnTokens | None) -> None:
+        """Run prompts into ``rows`` and commit each request's first token."""
+        lengths = [slot.length for slot in group]
+        tokens = torch.zeros(len(group), max(lengths), dtype=torch.int64)
+        positions = torch.full_like(tokens, -1)
+        for row, slot in enumerate(group):
+            tokens[row, : slot.length] = torch.as_tensor(slot.request.prompt)
+            positions[row, : slot.length] = torch.arange(slot.length)
+        last_logits = self._run_prompts(
+            tokens.to(self.device), positions.to(self.device), lengths, rows
+        )
+        self._load_rows(group, rows)
+        verdict = verify(
+            rows.new_zeros(len(group), 0),
+            last_logits[:, None],
+            None,
+            SamplingTensors(*(tensor[rows] for tensor in self._sampling)),
+            self._lengths[rows] - 1,
+            all_greedy=_all_greedy(group),
+        )
+        committed, _, reason = commit(
+            verdict.tokens, verdict.num_accepted + 1, self._stops[rows], self._remaining[rows]
+        )
+        self._anchors[rows] = verdict.next_token
+        self._remaining[rows] -= committed
+        self._feature_positions[rows] = -1
+        outcome = torch.stack([reason.long(), verdict.next_token], dim=1).tolist()
+        for slot, (code, token) in zip(group, outcome, strict=True):
+            self._record(slot, [token], code, on_tokens)
+
+    def _run_prompts(
+        self, tokens: Tensor, positions: Tensor, lengths: list[int], rows: Tensor
+    ) -> Tensor:
+        """Fill both caches from prompts [B, T], in chunks; the last position's logits [B, V]."""
+        last = torch.as_tensor(lengths, device=self.device) - 1
+        chunk = max(1, PREFILL_TOKENS // len(lengths))
+        last_logits: Tensor | None = None
+        for start in range(0, max(lengths), chunk):
+            end = min(start + chunk, max(lengths))
+            ending = sorted({n - 1 - start for n in lengths if start < n <= end}) or [0]
+            columns = torch.as_tensor(ending, device=self.device)
+            part = positions[:, start:end]
+            target_pass = TargetPass(self.target.kv, part, self._num_keys(end), rows)
+            logits, features = self.target.forward(
+                tokens[:, start:end], target_pass, self.layer_ids, columns
+            )
+            column = torch.searchsorted(columns, last - start).clamp(max=len(ending) - 1)
+            chosen = logits[torch.arange(len(lengths), device=self.device), column]
+            here = (last >= start) & (last < end)
+            last_logits = (
+                chosen
+                if last_logits is None
+                else torch.where(here[:, None], chosen, last_logits)
+            )
+            if self.drafter is not None and features is not None:
+                self.store.rows = rows
+                self.drafter.inject(features, part)
+        assert last_logits is not None
+        return last_logits
+
+    def _load_rows(self, group: list[_Running], rows: Tensor) -> None:
+        stops = torch.full((len(group), MAX_STOP_IDS), -1, dtype=torch.int64)
+        for row, slot in enumerate(group):
+            ids = self.stop_ids if slot.request.stop_ids is None else slot.request.stop_ids
+            stops[row, : len(ids)] = torch.as_tensor(list(ids), dtype=torch.int64)
+        self._stops[rows] = stops.to(self.device)
+        self._lengths[rows] = torch.as_tensor([slot.length for slot in group], device=self.device)
+        self._remaining[rows] = torch.as_tensor(
+            [slot.request.max_new_tokens for slot in group], device=self.device
+        )
+        sampling = SamplingTensors.build([slot.request.sampling for slot in group], self.device)
+        for destination, source in zip(self._sampling, sampling, strict=True):
+            destination[rows] = source
+
+    def _step(self, rows: list[_Running | None], on_tokens: OnTokens | None) -> None:
+        """Draft and verify one block for every running request."""
+        running = [slot for slot in rows if slot is not None]
+        batch = self._batch_bucket(len(rows))
+        longest = max(slot.length for slot in running)
+        num_keys = self._num_keys(longest + self.num_drafts + 2)
+        greedy = _all_greedy(running)
+        if self.drafter is not None:
+            self.graphs.run(
+                ("draft", batch, num_keys, greedy), lambda: self._draft(batch, num_keys, greedy)
+            )
+        self.graphs.run(
+            ("verify", batch, num_keys, greedy), lambda: self._verify(batch, num_keys, greedy)
+        )
+        for row, outcome in enumerate(self._outcome[: len(rows)].tolist()):
+            slot = rows[row]
+            if slot is None:
+                continue
+            committed, code, accepted, *tokens = outcome
+            slot.result.committed.append(committed)
+            slot.result.accepted.append(accepted)
+            slot.length += accepted + 1
+            self._record(slot, tokens[:committed], code, on_tokens)
+            if slot.result.finish_reason:
+                rows[row] = None
+
+    def _draft(self, batch: int, num_keys: int, greedy: bool) -> None:
+        """Inject the features that the last verification committed, then draft a block."""
+        assert self.drafter is not None
+        self.store.rows, self.store.num_keys = None, num_keys
+        self.drafter.inject(self._features[:batch], self._feature_positions[:batch])
+        logits = self.drafter.logits(
+            self.drafter.draft(self._anchors[:batch], self._lengths[:batch])
+        )
+        if greedy or not self.sampled_drafts:
+            self._drafts[:batch] = self.drafter.token_ids(logits.argmax(dim=-1))
+            return
+        params = _rows_of(self._sampling, 0, batch)
+        probs = probabilities(logits, params)
+        positions = self._lengths[:batch, None] + torch.arange(
+            1, self.num_drafts + 1, device=self.device
+        )
+        drawn = sample(probs, uniforms(params.seed, positions, Stream.DRAFT))
+        self._drafts[:batch] = self.drafter.token_ids(drawn)
+        if self._draft_probs is None:
+            self._draft_probs = probs.new_zeros(self.max_batch, self.num_drafts, self.vocabulary)
+        self._draft_probs[:batch] = self.drafter.target_probabilities(probs, self.vocabulary)
+
+    def _verify(self, batch: int, num_keys: int, greedy: bool) -> None:
+        """Run the target over anchors and drafts, accept, and advance every row."""
+        rows = self.num_drafts + 1
+        tokens = torch.cat([self._anchors[:batch, None], self._drafts[:batch]], dim=1)
+        offsets = torch.arange(rows, device=self.device)
+        positions = self._lengths[:batch, None] + offsets
+        target_pass = TargetPass(self.target.kv, positions, num_keys)
+        logits, features = self.target.forward(tokens, target_pass, self.layer_ids)
+        draft_probs = None if greedy or self._draft_probs is None else self._draft_probs[:batch]
+        verdict = verify(
+            self._drafts[:batch],
+            logits,
+            draft_probs,
+            _rows_of(self._sampling, 0, batch),
+            self._lengths[:batch],
+            all_greedy=greedy,
+        )
+        advance = verdict.num_accepted + 1
+        committed, finished, reason = commit(
+            verdict.tokens, advance, self._stops[:batch], self._remaining[:batch]
+        )
+        if features is not None:
+            self._features[:batch] = features
+            kept = (offsets < advance[:, None]) & ~finished[:, None]
+            self._feature_positions[:batch] = torch.where(kept, positions, -1)
+        self._anchors[:batch] = verdict.next_token
+        # A finished row idles at position 0 until another request takes it.
+        self._lengths[:batch] = torch.where(finished, 0, self._lengths[:batch] + advance)
+        self._remaining[:batch] -= committed
+        self._outcome[:batch] = torch.cat(
+            [
+                torch.stack([committed, reason.long(), verdict.num_accepted], dim=1),
+                verdict.tokens,
+            ],
+            dim=1,
+        )
+
+    def _record(
+        self, slot: _Running, tokens: list[int], code: int, on_tokens: OnTokens | None
+    ) -> None:
+        slot.result.tokens.extend(tokens)
+        if code != FinishReason.NONE:
+            slot.result.finish_reason = FinishReason(code).name.lower()
+        if on_tokens is not None:
+            on_tokens(slot.index, tokens)
+
+    def _compact(self, rows: list[_Running | None]) -> None:
+        """Fill free rows from the end where that makes the next step's batch smaller."""
+        count = sum(slot is not None for slot in rows)
+        if count and self._batch_bucket(count) < self._batch_bucket(len(rows)):
+            for row in range(count):
+                if rows[row] is None:
+                    source = max(i for i, slot in enumerate(rows) if slot is not None)
+                    self._move_row(source, row)
+                    rows[row], rows[source] = rows[source], None
+        while rows and rows[-1] is None:
+            rows.pop()
+
+    def _move_row(self, source: int, destination: int) -> None:
+        self.target.kv.move_row(source, destination)
+        if self.drafter is not None:
+            self.store.kv.move_row(source, destination)
+        for tensor in (
+            self._anchors,
+            self._lengths,
+            self._remaining,
+            self._stops,
+            self._features,
+            self._feature_positions,
+            *self._sampling,
+        ):
+            tensor[destination] = tensor[source].clone()
+
+    def _batch_bucket(self, size: int) -> int:
+        """Batch that a step runs at: exact without graphs, a power of two with them."""
+        if not self.graphs.enabled:
+            return size
+        return min(1 << (size - 1).bit_length(), self.max_batch)
+
+    def _num_keys(self, needed: int) -> int:
+        """Slots that a pass looks at, rounded up so that few graphs cover all lengths."""
+        step = 64
+        if self.graphs.enabled:
+            step = max(256, 1 << (needed - 1).bit_length())
+        return min(-(-needed // step) * step, self.target.kv.length)
+
+
+def _rows_of(sampling: SamplingTensors, first: int, size: int) -> SamplingTensors:
+    return SamplingTensors(*(tensor[first : first + size] for tensor in sampling))
+
+
+def _all_greedy(slots: list[_Running]) -> bool:
+    return all(slot.request.sampling.temperature == 0 for slot in slots)
+
+
+def _default_stop_ids(model: PreTrainedModel) -> list[int]:
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = model.config.get_text_config().eos_token_id
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def generate_timed(
+    engine: Engine, requests: Sequence[Request], on_tokens: OnTokens | None = None
+) -> tuple[list[Result], float]:
+    """``engine.generate`` and its wall time in seconds, device work included."""
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    results = engine.generate(requests, on_tokens)
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+    return results, time.perf_counter() - start

@@ -1,0 +1,95 @@
+"""Loading targets and drafters for the Transformers engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from dflash_plugin.checkpoint import load_checkpoint
+from dflash_plugin.drafter import Drafter
+from dflash_plugin.errors import DFlashError
+
+
+def load_target(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    gguf_file: str | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        directory: a model directory, or a name that Transformers resolves.
+        dtype: float32 on a CPU and bfloat16 on a GPU when None.
+        device: the first GPU if there is one when None.
+        gguf_file: name of a GGUF file in the directory to load instead of safetensors.
+
+    Raises:
+        DFlashError: Transformers cannot load it as a causal language model.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation="sdpa", **extra
+        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        raise DFlashError(
+            f"{str(directory)!r} does not load as a causal language model ({error}): give a model "
+            "directory with config.json, *.safetensors and a tokenizer, or the name 'smollm2'"
+        ) from error
+    return model.to(place).eval(), tokenizer
+
+
+def load_drafter(
+    directory: str | Path, target: PreTrainedModel, dtype: torch.dtype | None = None
+) -> Drafter:
+    """Load a drafter of any dialect and lend it the target's embedding and head.
+
+    Args:
+        directory: a drafter checkpoint.
+        target: the model that it drafts for.
+        dtype: the target's when None.
+
+    Raises:
+        DFlashError: the checkpoint is malformed or was made for another target.
+    """
+    checkpoint = load_checkpoint(Path(directory), dtype=dtype or target.dtype)
+    drafter = Drafter.from_checkpoint(checkpoint).to(target.device)
+    bind_drafter(drafter, target)
+    return drafter
+
+
+def bind_drafter(drafter: Drafter, target: PreTrainedModel) -> None:
+    """Lend the target's embedding and head to a drafter, checking that the two fit.
+
+    Raises:
+        DFlashError: names the first thing that does not fit.
+    """
+    config, text = drafter.config, target.config.get_text_config()
+    if config.target_hidden_size != text.hidden_size:
+        raise DFlashError(
+            f"the drafter reads features {config.target_hidden_size} wide but the target's "
+            f"hidden_size is {text.hidden_size}: use the drafter made for this target"
+        )
+    for layer in config.target_layer_ids:
+        if layer >= text.num_hidden_layers:
+            raise DFlashError(
+                f"the drafter reads target layer {layer} but the target has "
+                f"{text.num_hidden_layers} layers (0 to {text.num_hidden_layers - 1}): use the "
+                "drafter made for this target"
+            )
+    embedding = target.get_input_embeddings().weight
+    if config.mask_token_id >= embedding.shape[0] and not config.own_mask_embedding:
+        raise DFlashError(
+            f"mask_token_id {config.mask_token_id} is outside the target's embedding of "
+            f"{embedding.shape[0]} rows: use the drafter made for this target"
+        )
+    drafter.borrow(embedding, target.get_output_embeddings())
+
+

@@ -1,0 +1,63 @@
+"""The drafter's context keys and values in a ``StaticKV``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dflash_plugin.attention import masked_attention
+from dflash_plugin.drafter import Attend, Drafter
+from dflash_plugin.kv import KVShape, StaticKV
+from dflash_plugin.visibility import dense_block_mask
+
+
+class StaticStore:
+    """Context store of the Transformers engine: row ``b`` of a batch is row ``rows[b]`` here.
+
+    ``rows`` and ``num_keys`` are set by the engine before it injects or drafts; ``rows`` None
+    stands for 0..B-1.
+    """
+
+    def __init__(
+        self, drafter: Drafter, rows: int, length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        config = drafter.config
+        shape = KVShape(config.num_key_value_heads, config.head_dim, config.head_dim)
+        self.kv = StaticKV([shape] * len(config.layers), rows, length, dtype, device)
+        self.drafter = drafter
+        self.rows: Tensor | None = None
+        self.num_keys = length
+
+    def write(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        """Store context keys and values [B, T, heads, dim] at positions [B, T]."""
+        self.kv.write(layer, key, value, self.kv.flat_slots(positions, self.rows))
+
+    def block(self, anchors: Tensor, block_size: int) -> Attend:
+        """Attention for blocks at ``anchors`` [B]: the block's rows go behind the context.
+
+        The next injection overwrites them, so they are never seen by another block.
+        """
+        config = self.drafter.config
+        positions = anchors[:, None] + torch.arange(block_size, device=anchors.device)
+        slots = self.kv.flat_slots(positions, self.rows)
+        kinds = {
+            layer: dense_block_mask(
+                layer, config.window_from, anchors, block_size, self.num_keys
+            )
+            for layer in set(config.layers)
+        }
+
+        def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self.kv.write(index, key, value, slots)
+            keys, values = self.kv.read(index, anchors.shape[0], self.num_keys, self.rows)
+            out = masked_attention(
+                query.transpose(1, 2),
+                keys,
+                values,
+                kinds[config.layers[index]],
+                config.head_dim**-0.5,
+                self.drafter.sinks(index),
+            )
+            return out.transpose(1, 2)
+
+        return attend
