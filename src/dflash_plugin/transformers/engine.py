@@ -33,6 +33,7 @@ from dflash_plugin.verify import FinishReason, commit, verify
 
 MAX_STOP_IDS = 8
 PREFILL_TOKENS = 8192
+KEYS_STEP = 64
 OnTokens = Callable[[int, list[int]], None]
 
 
@@ -123,6 +124,7 @@ class Engine:
         self.num_drafts = drafter.config.num_draft_tokens if drafter else 0
         rows = self.num_drafts + 1
         length = max_length + max(rows, drafter.config.block_size if drafter else 0) + 1
+        length = -(-length // KEYS_STEP) * KEYS_STEP
         self.target = Target(model, max_batch, length)
         self.device = self.target.device
         self.layer_ids = drafter.config.target_layer_ids if drafter else ()
@@ -222,9 +224,14 @@ class Engine:
         waiting: deque[_Running],
         on_tokens: OnTokens | None,
     ) -> None:
-        """Prefill waiting requests into free rows, in groups of like length."""
+        """Prefill waiting requests into free rows, in groups of like length.
+
+        A prefill holds up everybody, so a large batch waits until a sixteenth of it is free.
+        """
         free = [row for row, slot in enumerate(rows) if slot is None]
         free += range(len(rows), self.max_batch)
+        if len(free) < min(len(waiting), self.max_batch // 16):
+            return
         joining = [waiting.popleft() for _ in range(min(len(waiting), len(free)))]
         joining.sort(key=lambda slot: slot.length)
         while joining:
@@ -441,7 +448,7 @@ class Engine:
 
     def _num_keys(self, needed: int) -> int:
         """Slots that a pass looks at, rounded up so that few graphs cover all lengths."""
-        step = 64
+        step = KEYS_STEP
         if self.graphs.enabled:
             step = max(256, 1 << (needed - 1).bit_length())
         return min(-(-needed // step) * step, self.target.kv.length)

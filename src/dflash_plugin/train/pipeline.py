@@ -1,0 +1,219 @@
+"""From a target and prompts to an exported drafter: what ``dflash-plugin train`` runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedModel
+
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.prompts import Prompt, load_prompts
+from dflash_plugin.train.data import Opening, respond, save_prompts, write_prompts
+from dflash_plugin.train.features import CachedFeatures, OnlineFeatures, cache_features
+from dflash_plugin.train.sequences import SequenceSet
+from dflash_plugin.train.trainer import Report, TrainConfig, Trainer, drafter_config
+from dflash_plugin.transformers.engine import Engine
+from dflash_plugin.transformers.loading import load_target
+
+Status = Callable[[str, int, int], None]
+
+
+class DataConfig(BaseModel):
+    """Where training sequences come from.
+
+    Attributes:
+        prompts: JSONL files of prompts.
+        self_prompts: user turns that the target writes itself.
+        openings: how those begin.
+        max_prompt_tokens, max_new_tokens: limits of a sequence.
+        temperature, samples: of the responses; greedy by default, as greedy decoding is what the
+            drafter will be asked to foresee.
+        held_out: sequences kept for measuring acceptance.
+        batch: requests that the generating engine runs at once.
+        cache_features: keep the target's hidden states in shards instead of recomputing them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompts: tuple[Path, ...] = ()
+    self_prompts: int = Field(default=0, ge=0)
+    openings: tuple[Opening, ...] = (Opening(),)
+    max_prompt_tokens: int = Field(default=256, ge=8)
+    max_new_tokens: int = Field(default=256, ge=2)
+    temperature: float = Field(default=0.0, ge=0)
+    samples: int = Field(default=1, ge=1)
+    held_out: int = Field(default=128, ge=1)
+    batch: int = Field(default=8, ge=1)
+    cache_features: bool = False
+
+
+def distributed() -> AbstractContextManager[Any]:
+    """Join the process group that torchrun announces, if it does."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return nullcontext()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return _ProcessGroup()
+
+
+class _ProcessGroup(AbstractContextManager[None]):
+    def __exit__(self, *exception: object) -> None:
+        dist.destroy_process_group()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and their number; (0, 1) without torchrun."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def make_sequences(
+    target: PreTrainedModel,
+    tokenizer: Any,
+    data: DataConfig,
+    directory: Path,
+    seed: int,
+    status: Status | None = None,
+) -> SequenceSet:
+    """Have the target write the training data; every process writes its share.
+
+    What is already in ``directory`` is used as it is, so an interrupted run goes on.
+
+    Raises:
+        DFlashError: there is nothing to write about.
+    """
+    rank, world = rank_and_world()
+    path = directory / f"sequences-{rank:02d}.safetensors"
+    if not path.is_file():
+        engine = Engine(
+            target,
+            max_batch=data.batch,
+            max_length=data.max_prompt_tokens + data.max_new_tokens,
+        )
+
+        def tell(what: str) -> Callable[[int, int], None] | None:
+            return (lambda done, of: status(what, done, of)) if status else None
+
+        prompts: list[Prompt] = []
+        for file in data.prompts:
+            prompts += load_prompts(file)[rank::world]
+        if data.self_prompts:
+            prompts += write_prompts(
+                engine,
+                tokenizer,
+                -(-data.self_prompts // world),
+                data.openings,
+                seed=seed * world + rank,
+                max_tokens=data.max_prompt_tokens // 2,
+                progress=tell("prompts"),
+            )
+        if not prompts:
+            raise DFlashError(
+                "there is nothing to train on: give --prompts FILE.jsonl or --self-prompts N"
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        save_prompts(directory / f"prompts-{rank:02d}.jsonl", prompts)
+        written = respond(
+            engine,
+            tokenizer,
+            prompts,
+            data.max_new_tokens,
+            data.temperature,
+            data.samples,
+            seed=seed,
+            max_prompt_tokens=data.max_prompt_tokens,
+            progress=tell("responses"),
+        )
+        written.save(path, {"prompts": str(len(prompts)), "temperature": str(data.temperature)})
+    if world > 1:
+        dist.barrier()
+    parts = [
+        SequenceSet.load(directory / f"sequences-{other:02d}.safetensors") for other in range(world)
+    ]
+    return _join(parts)
+
+
+def _join(parts: Sequence[SequenceSet]) -> SequenceSet:
+    if len(parts) == 1:
+        return parts[0]
+    lengths = torch.cat([part.lengths for part in parts])
+    return SequenceSet(
+        torch.cat([part.tokens for part in parts]),
+        torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        torch.cat([part.prompt_lengths for part in parts]),
+    )
+
+
+def split(sequences: SequenceSet, held_out: int, seed: int) -> tuple[SequenceSet, SequenceSet]:
+    """Training and held-out sequences, disjoint and the same for the same seed.
+
+    Raises:
+        DFlashError: fewer than two sequences would be left to train on.
+    """
+    if held_out > len(sequences) - 2:
+        raise DFlashError(
+            f"held_out is {held_out} of {len(sequences)} sequences: give more prompts or hold out "
+            "fewer"
+        )
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
+    return sequences.select(order[held_out:].sort().values), sequences.select(order[:held_out])
+
+
+def train(
+    target_directory: Path,
+    output: Path,
+    config: TrainConfig,
+    data: DataConfig,
+    device: str | None = None,
+    status: Status | None = None,
+    report: Report | None = None,
+) -> tuple[Trainer, dict[str, Any]]:
+    """Make data, train, and leave snapshots in ``output/work``.
+
+    Returns:
+        The trainer, and facts for the model card.
+    """
+    rank, world = rank_and_world()
+    if device is None and torch.cuda.is_available():
+        device = f"cuda:{torch.cuda.current_device()}"
+    target, tokenizer = load_target(target_directory, device=device)
+    target.requires_grad_(False)
+    work = output / "work"
+    start = time.monotonic()
+    sequences = make_sequences(target, tokenizer, data, work, config.seed, status)
+    seconds_data = time.monotonic() - start
+    training, held_out = split(sequences, data.held_out, config.seed)
+    online = OnlineFeatures(target, drafter_config(target, config).target_layer_ids)
+    features: OnlineFeatures | CachedFeatures = online
+    if data.cache_features:
+        if rank == 0:
+            cache_features(work / "features", training, online, target.device)
+        if world > 1:
+            dist.barrier()
+        features = CachedFeatures(work / "features", training, online.layer_ids)
+    trainer = Trainer(target, config, training, held_out, features, online, work)
+    start = time.monotonic()
+    trainer.run(report)
+    facts = {
+        "processes": world,
+        "device": torch.cuda.get_device_name() if target.device.type == "cuda" else "CPU",
+        "sequences": len(training),
+        "response_tokens": training.num_response_tokens,
+        "seconds_data": round(seconds_data, 1),
+        "seconds_training": round(time.monotonic() - start, 1),
+        "steps": config.steps,
+        "anchors": config.steps * config.batch_size * config.anchors * world,
+        "held_out": trainer.history[-1] if trainer.history else {},
+        "torch": torch.__version__,
+    }
+    return trainer, facts
