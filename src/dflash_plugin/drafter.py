@@ -346,6 +346,15 @@ class Drafter(nn.Module):
         )
         return hidden[:, size - self.config.num_draft_tokens :]
 
+    def plain_head(self) -> Tensor | None:
+        """The head's weight where logits are its product with hidden states and nothing else."""
+        if self.config.logit_scale != 1.0 or self.config.logit_softcap is not None:
+            return None
+        if self.own_head is not None:
+            return self.own_head
+        head = self._target_head[0]
+        return head.weight if isinstance(head, nn.Linear) and head.bias is None else None
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits [..., draft vocabulary] of hidden states; ``token_ids`` names its rows."""
         if self.own_head is not None:

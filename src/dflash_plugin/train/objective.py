@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class Objective(nn.Module):
         for rows, targets in zip(
             flat.split(LOGIT_ROWS), labels.flatten().split(LOGIT_ROWS), strict=True
         ):
-            loss, hit = checkpoint(self._cross_entropy, rows, targets, use_reentrant=False)
+            loss, hit = self._cross_entropy(rows, targets)
             losses.append(loss)
             hits.append(hit)
         cross_entropy = torch.cat(losses).view(blocks.labels.shape)
@@ -109,9 +109,21 @@ class Objective(nn.Module):
         return hidden.view(batch, count, size, -1)[:, :, size - config.num_draft_tokens :]
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy [N] and whether the top draft is right, bool [N], of hidden [N, H]."""
+        weight = self.drafter.plain_head()
+        if weight is not None and not weight.requires_grad:
+            dtype = torch.bfloat16 if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+            loss, top = _FrozenHeadCrossEntropy.apply(
+                hidden.to(dtype), weight.to(dtype), labels.clamp(min=0)
+            )
+            return loss, top == labels
+        loss, top = checkpoint(self._head_cross_entropy, hidden, labels, use_reentrant=False)
+        return loss, top == labels
+
+    def _head_cross_entropy(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.drafter.logits(hidden).float()
         loss = F.cross_entropy(logits, labels.clamp(min=0), reduction="none")
-        return loss, logits.argmax(dim=-1) == labels
+        return loss, logits.argmax(dim=-1)
 
     def _draft_labels(self, labels: Tensor) -> Tensor:
         """Labels as draft-vocabulary ids; -1 where the draft vocabulary lacks the token."""
@@ -122,3 +134,25 @@ class Objective(nn.Module):
         inverse = labels.new_full((self.drafter.config.vocab_size,), -1)
         inverse[ids + d2t] = ids
         return inverse[labels]
+
+
+class _FrozenHeadCrossEntropy(torch.autograd.Function):
+    """Cross-entropy behind a head that is not trained; logits are made twice and never kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits = hidden @ weight.t()
+        top = logits.argmax(dim=-1)
+        log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.mark_non_differentiable(top)
+        return -log_probs.gather(-1, labels[:, None])[:, 0], top
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        hidden, weight, labels = ctx.saved_tensors
+        slope = torch.softmax(hidden @ weight.t(), dim=-1)
+        slope.scatter_add_(-1, labels[:, None], -torch.ones_like(slope[:, :1]))
+        return (slope * grads[0][:, None].to(slope.dtype)) @ weight, None, None

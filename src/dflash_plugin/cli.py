@@ -1,0 +1,303 @@
+"""The command line: fetch, inspect, convert, train, generate, eval."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dflash_plugin.errors import DFlashError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="DFlash speculative decoding: make, check and run drafters.",
+)
+errors = Console(stderr=True)
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the first GPU by default.")]
+
+
+class Dtype(str, Enum):
+    """Weights of the target and drafter."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Weighting(str, Enum):
+    """Weights of a block's positions in the loss."""
+
+    exponential = "exponential"
+    dpace = "dpace"
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print a ``DFlashError`` as one message and exit with 1."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except DFlashError as error:
+            errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def print_json(value: Any) -> None:
+    """Write a value to standard output as JSON."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def _quiet() -> None:
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*capture_outputs.*")
+
+
+@app.command()
+@reports_errors
+def train(
+    target: Annotated[str, typer.Option(help="Model directory, or smollm2.")],
+    output: Annotated[Path, typer.Option(help="Where the drafter goes; work files in OUTPUT/work.")],
+    mask_token: Annotated[
+        int, typer.Option(help="Token id that the target never writes; stands for 'to be drafted'.")
+    ],
+    prompts: Annotated[list[Path] | None, typer.Option(help="JSONL prompts; repeatable.")] = None,
+    self_prompts: Annotated[int, typer.Option(help="User turns the target writes itself.")] = 0,
+    openings: Annotated[
+        Path | None, typer.Option(help="JSONL of how self-written turns begin.")
+    ] = None,
+    max_prompt_tokens: int = 256,
+    max_new_tokens: int = 256,
+    temperature: Annotated[float, typer.Option(help="Of the responses; 0 is greedy.")] = 0.0,
+    samples: Annotated[int, typer.Option(help="Responses per prompt.")] = 1,
+    held_out: Annotated[int, typer.Option(help="Sequences kept for measuring.")] = 128,
+    generation_batch: Annotated[int, typer.Option(help="Requests that generate at once.")] = 8,
+    cache_features: Annotated[bool, typer.Option(help="Keep features in shards.")] = False,
+    block_size: int = 8,
+    layers: int = 3,
+    intermediate_size: int | None = None,
+    target_layers: Annotated[
+        str | None, typer.Option(help="Comma-separated layer ids; evenly spread by default.")
+    ] = None,
+    features: Annotated[int, typer.Option(help="How many layers to read.")] = 5,
+    sliding_window: int | None = None,
+    steps: int = 2000,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step and process.")] = 32,
+    anchors: Annotated[int, typer.Option(help="Anchors per sequence.")] = 128,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.01,
+    warmup: float = 0.04,
+    clip: float = 1.0,
+    weighting: Weighting = Weighting.exponential,
+    gamma: float | None = None,
+    dpace_alpha: float = 0.5,
+    seed: int = 0,
+    eval_every: int = 500,
+    save_every: int = 500,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train a drafter on what the target itself writes. Goes on where it was interrupted."""
+    _quiet()
+    from dflash_plugin.fetch import resolve_model
+    from dflash_plugin.train import pipeline
+    from dflash_plugin.train.data import DEFAULT_OPENINGS, load_openings
+    from dflash_plugin.train.export import export_drafter, save_facts
+    from dflash_plugin.train.trainer import TrainConfig
+
+    config = _validated(
+        TrainConfig,
+        block_size=block_size,
+        num_layers=layers,
+        intermediate_size=intermediate_size,
+        target_layer_ids=_layer_ids(target_layers),
+        num_features=features,
+        mask_token_id=mask_token,
+        sliding_window=sliding_window,
+        steps=steps,
+        batch_size=batch_size,
+        anchors=anchors,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        clip=clip,
+        weighting=weighting.value,
+        gamma=gamma,
+        dpace_alpha=dpace_alpha,
+        seed=seed,
+        eval_every=eval_every,
+        save_every=save_every,
+    )
+    data = _validated(
+        pipeline.DataConfig,
+        prompts=tuple(prompts or ()),
+        self_prompts=self_prompts,
+        openings=load_openings(openings) if openings else DEFAULT_OPENINGS,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        samples=samples,
+        held_out=held_out,
+        batch=generation_batch,
+        cache_features=cache_features,
+    )
+    directory = resolve_model(target)
+    with pipeline.distributed(), _training_progress(steps) as (status, report):
+        trainer, facts = pipeline.train(directory, output, config, data, device, status, report)
+        if trainer.rank == 0:
+            save_facts(output / "work" / "training.json", facts, trainer.history)
+            command = "dflash-plugin " + shlex.join(sys.argv[1:])
+            export_drafter(trainer.drafter, directory, output, facts, command, device)
+            if as_json:
+                print_json({"output": str(output), **facts})
+            else:
+                errors.print(f"drafter written to {output}", markup=False)
+
+
+def _layer_ids(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise DFlashError(
+            f"--target-layers is {text!r}: write layer ids with commas between, like 1,9,17,25"
+        ) from None
+
+
+def _validated(model: Any, **values: Any) -> Any:
+    """Build a pydantic model, turning its complaint into one line."""
+    from pydantic import ValidationError
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--" + str(first["loc"][0]).replace("_", "-")
+        raise DFlashError(f"{name} is {first['input']!r}: {first['msg']}") from None
+
+
+@contextmanager
+def _training_progress(steps: int) -> Iterator[tuple[Any, Any]]:
+    """Progress bars for data and steps; plain lines now and then where there is no terminal."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=errors,
+    ) as progress:
+        tasks: dict[str, Any] = {}
+
+        def status(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=of, note="")
+            progress.update(tasks[what], completed=done, total=of)
+            if not errors.is_terminal:
+                errors.print(f"{what} {done}/{of}")
+
+        def report(record: dict[str, float]) -> None:
+            note = f"loss {record['loss']:.3f} τ {record['tau']:.2f}"
+            if "held_out_tau" in record:
+                note += f" held-out τ {record['held_out_tau']:.2f}"
+            if "training" not in tasks:
+                tasks["training"] = progress.add_task("training", total=steps, note="")
+            progress.update(tasks["training"], completed=record["step"], note=note)
+            if not errors.is_terminal and ("held_out_tau" in record or record["step"] % 100 == 0):
+                errors.print(f"step {record['step']}/{steps} {note} {record['seconds']:.0f} s")
+
+        yield status, report
+
+
+@app.command("eval")
+@reports_errors
+def evaluate(
+    data: Annotated[list[Path], typer.Option(help="JSONL prompt set; repeatable.")],
+    drafter: Annotated[Path, typer.Option(help="Drafter directory.")],
+    target: Annotated[str, typer.Option(help="Model directory, or smollm2.")] = "smollm2",
+    limit: Annotated[int | None, typer.Option(help="Prompts per set.")] = None,
+    max_new_tokens: int = 256,
+    batch: int = 1,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    compare: Annotated[bool, typer.Option(help="Also run the target alone.")] = True,
+    dtype: Dtype | None = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """τ per request, pooled and per position, and tokens/s with and without the drafter."""
+    _quiet()
+    from dflash_plugin.evaluate import evaluate_set
+    from dflash_plugin.fetch import resolve_model
+    from dflash_plugin.prompts import encode, load_prompts
+    from dflash_plugin.sampling import SamplingParams
+    from dflash_plugin.transformers import Engine
+
+    sets = [(path, load_prompts(path, limit)) for path in data]
+    sampling = SamplingParams(temperature=temperature, seed=seed)
+    model, loaded, tokenizer = _load(resolve_model(target), drafter, dtype, device)
+    longest = max(len(encode(tokenizer, p)) for _, prompts in sets for p in prompts)
+    sizes = {"max_batch": batch, "max_length": longest + max_new_tokens}
+    engine = Engine(model, loaded, **sizes)
+    plain = Engine(model, None, **sizes) if compare else None
+    table = Table("set", "prompts", "τ", "tokens/s", "alone", "equal", "accepted at 1..K")
+    found = []
+    for path, prompts in sets:
+        with errors.status(f"{path.name}: {len(prompts)} prompts"):
+            result = evaluate_set(
+                prompts[0].set_name, prompts, tokenizer, engine, plain, max_new_tokens, sampling
+            )
+        found.append(result)
+        table.add_row(
+            result.set_name,
+            str(result.prompts),
+            f"{result.tau:.2f}",
+            f"{result.tokens_per_second:.1f}",
+            "" if result.plain_tokens_per_second is None else f"{result.plain_tokens_per_second:.1f}",
+            "" if result.equal is None else f"{result.equal}/{result.prompts}",
+            " ".join(f"{share:.2f}" for share in result.acceptance),
+        )
+    mean = sum(result.tau for result in found) / len(found)
+    if as_json:
+        print_json({"mean_tau": mean, "sets": [result.model_dump() for result in found]})
+    else:
+        Console().print(table)
+        Console().print(f"mean τ over {len(found)} sets: {mean:.2f}")
+
+
+def _load(target: Path, drafter: Path, dtype: Dtype | None, device: str | None) -> Any:
+    import torch
+
+    from dflash_plugin.transformers import load_drafter, load_target
+
+    with errors.status("loading"):
+        model, tokenizer = load_target(
+            target, getattr(torch, dtype.value) if dtype else None, device
+        )
+        return model, load_drafter(drafter, model), tokenizer
+
+
+if __name__ == "__main__":
+    app()

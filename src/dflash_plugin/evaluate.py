@@ -1,0 +1,98 @@
+"""Acceptance and speed of a drafter over prompt sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from dflash_plugin.prompts import Prompt, encode
+from dflash_plugin.sampling import SamplingParams
+from dflash_plugin.transformers.engine import Engine, Request, Result, generate_timed
+
+
+class Evaluation(BaseModel):
+    """Result of one prompt set.
+
+    Attributes:
+        set_name: the set.
+        prompts: how many ran.
+        tau: tokens committed per verify pass, over all passes of all prompts.
+        tau_per_request: the same within each request.
+        acceptance: share of verify passes whose first k drafts were all accepted, k = 1..K.
+        passes, tokens: verify passes, and tokens committed by them.
+        tokens_per_second: with the drafter, prompts included.
+        plain_tokens_per_second: of the target alone with the same engine, or None.
+        equal: requests whose text equals the target's own, or None.
+    """
+
+    set_name: str
+    prompts: int
+    tau: float
+    tau_per_request: list[float]
+    acceptance: list[float]
+    passes: int
+    tokens: int
+    tokens_per_second: float
+    plain_tokens_per_second: float | None = None
+    equal: int | None = None
+
+
+def pooled_tau(results: Sequence[Result]) -> float:
+    """Tokens committed per verify pass over all results; 0 when there was none."""
+    passes = sum(len(result.committed) for result in results)
+    return sum(sum(result.committed) for result in results) / passes if passes else 0.0
+
+
+def acceptance_by_position(results: Sequence[Result], num_drafts: int) -> list[float]:
+    """Share of verify passes that accepted at least k drafts, for k = 1..num_drafts."""
+    accepted = [count for result in results for count in result.accepted]
+    total = max(1, len(accepted))
+    return [sum(count >= k for count in accepted) / total for k in range(1, num_drafts + 1)]
+
+
+def evaluate_set(
+    set_name: str,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    engine: Engine,
+    plain: Engine | None = None,
+    max_new_tokens: int = 256,
+    sampling: SamplingParams | None = None,
+) -> Evaluation:
+    """Run prompts with a drafter, and without for comparison.
+
+    Args:
+        set_name: label of the result.
+        prompts: what to ask.
+        tokenizer: the target's.
+        engine: has a drafter.
+        plain: the same target without one, or None to leave the comparison out.
+        max_new_tokens: limit of an output.
+        sampling: greedy when None; texts are compared only when greedy.
+    """
+    requests = [
+        Request(encode(tokenizer, p), max_new_tokens, sampling=sampling or SamplingParams())
+        for p in prompts
+    ]
+    results, seconds = generate_timed(engine, requests)
+    tokens = sum(len(result.tokens) for result in results)
+    evaluation = Evaluation(
+        set_name=set_name,
+        prompts=len(prompts),
+        tau=pooled_tau(results),
+        tau_per_request=[round(result.acceptance_length, 4) for result in results],
+        acceptance=acceptance_by_position(results, engine.num_drafts),
+        passes=sum(len(result.committed) for result in results),
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
+    )
+    if plain is not None:
+        alone, seconds = generate_timed(plain, requests)
+        count = sum(len(result.tokens) for result in alone)
+        evaluation.plain_tokens_per_second = count / seconds
+        if sampling is None or sampling.temperature == 0:
+            pairs = zip(results, alone, strict=True)
+            evaluation.equal = sum(ours.tokens == theirs.tokens for ours, theirs in pairs)
+    return evaluation
