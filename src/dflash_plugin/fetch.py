@@ -143,7 +143,7 @@ def convert_gguf(gguf: Path, directory: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
         )
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise DFlashError(
             f"Transformers {transformers.__version__} cannot read {gguf.name!r} ({error}): install "
             "what it names"
