@@ -38,6 +38,20 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class DialectName(str, Enum):
+    """Checkpoint dialects."""
+
+    z_lab = "z-lab"
+    speculators = "speculators"
+    specforge = "specforge"
+    modelopt = "modelopt"
+
+
+DialectOption = Annotated[
+    DialectName | None, typer.Option(help="Dialect to read, where the file does not say enough.")
+]
+
+
 class Weighting(str, Enum):
     """Weights of a block's positions in the loss."""
 
@@ -78,7 +92,9 @@ def _quiet() -> None:
 @reports_errors
 def train(
     target: Annotated[str, typer.Option(help="Model directory, or smollm2.")],
-    output: Annotated[Path, typer.Option(help="Where the drafter goes; work files in OUTPUT/work.")],
+    output: Annotated[
+        Path, typer.Option(help="Where the drafter goes; work files in OUTPUT/work.")
+    ],
     mask_token: Annotated[
         int, typer.Option(help="Token id that the target never writes; stands for 'to be drafted'.")
     ],
@@ -167,12 +183,22 @@ def train(
         trainer, facts = pipeline.train(directory, output, config, data, device, status, report)
         if trainer.rank == 0:
             save_facts(output / "work" / "training.json", facts, trainer.history)
-            command = "dflash-plugin " + shlex.join(sys.argv[1:])
-            export_drafter(trainer.drafter, directory, output, facts, command, device)
+            export_drafter(trainer.drafter, directory, output, facts, _command(facts), device)
             if as_json:
                 print_json({"output": str(output), **facts})
             else:
                 errors.print(f"drafter written to {output}", markup=False)
+
+
+def _command(facts: dict[str, Any]) -> str:
+    """The command line as a user would type it again."""
+    processes = facts["processes"]
+    program = (
+        "dflash-plugin"
+        if processes == 1
+        else f"torchrun --nproc-per-node {processes} -m dflash_plugin.cli"
+    )
+    return f"{program} {shlex.join(sys.argv[1:])}"
 
 
 def _layer_ids(text: str | None) -> tuple[int, ...] | None:
@@ -231,11 +257,251 @@ def _training_progress(steps: int) -> Iterator[tuple[Any, Any]]:
         yield status, report
 
 
+@app.command()
+@reports_errors
+def fetch(
+    name: Annotated[str, typer.Argument(help="Model to fetch: smollm2.")],
+    output: Annotated[Path | None, typer.Option(help="Directory; the cache by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Download a target and make its model directory, with tokenizer and chat template."""
+    _quiet()
+    from dflash_plugin.fetch import fetch_model
+
+    with errors.status(f"fetching {name}"):
+        directory = fetch_model(name, output)
+    if as_json:
+        print_json({"name": name, "directory": str(directory)})
+    else:
+        Console().print(str(directory), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@reports_errors
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Drafter checkpoint.")],
+    target: Annotated[str | None, typer.Option(help="Its target, or smollm2.")] = None,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(help="What the engine will be told.")
+    ] = None,
+    dialect: DialectOption = None,
+    replay: Annotated[
+        bool, typer.Option(help="Run the known answers on the target in float32.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print what a checkpoint is and every mismatch with its target; exit 1 on an error."""
+    _quiet()
+    from dflash_plugin.fetch import resolve_model
+    from dflash_plugin.inspect import inspect_checkpoint
+
+    model = resolve_model(target) if target else None
+    report = inspect_checkpoint(
+        directory, model, num_speculative_tokens, dialect.value if dialect else None
+    )
+    if replay:
+        _replay(directory, model, report.fits)
+    if as_json:
+        print_json({**report.model_dump(mode="json"), "fits": report.fits, "replayed": replay})
+    else:
+        _print_report(report, replay)
+    if not report.fits:
+        raise typer.Exit(1)
+
+
+def _replay(directory: Path, target: Path | None, fits: bool) -> None:
+    import torch
+
+    from dflash_plugin.known_answer import load_record
+    from dflash_plugin.known_answer import replay as replay_record
+    from dflash_plugin.transformers import load_drafter, load_target
+
+    record = load_record(directory)
+    if target is None or record is None or not fits:
+        raise DFlashError(
+            "--replay needs --target, a known_answer.json beside the drafter, and a report without "
+            "errors"
+        )
+    model, _ = load_target(target, torch.float32)
+    replay_record(load_drafter(directory, model), model, record)
+
+
+def _print_report(report: Any, replayed: bool) -> None:
+    console, config = Console(), report.config
+    table = Table("field", "value", title=report.directory)
+    for name, value in config.model_dump(exclude={"layers", "rope"}).items():
+        if value is not None:
+            table.add_row(name, str(value))
+    for index, layer in enumerate(config.layers):
+        window = f"window {layer.sliding_window}" if layer.sliding_window else "full"
+        table.add_row(f"layer {index}", f"{window}, {'causal' if layer.causal else 'not causal'}")
+    rope = config.rope.model_dump()
+    table.add_row("rope", ", ".join(f"{name} {value}" for name, value in rope.items()))
+    table.add_row("parameters", f"{report.parameters:,}")
+    table.add_row("speculative tokens", str(report.num_draft_tokens))
+    answers = f"{report.known_answers}" + (" (replayed: all equal)" if replayed else "")
+    table.add_row("known answers", answers)
+    console.print(table)
+    styles = {"error": "red", "warning": "yellow", "note": "dim"}
+    for finding in report.findings:
+        console.print(
+            f"{finding.level}: {finding.subject}: {finding.message}",
+            style=styles[finding.level],
+            markup=False,
+        )
+    if not report.findings:
+        console.print("nothing to remark")
+
+
+@app.command()
+@reports_errors
+def convert(
+    source: Annotated[Path, typer.Argument(help="Drafter checkpoint of any dialect.")],
+    output: Annotated[Path, typer.Argument(help="New directory.")],
+    to: Annotated[DialectName, typer.Option(help="Dialect to write.")],
+    dialect: DialectOption = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint in OUTPUT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint of one dialect as another."""
+    _quiet()
+    from dflash_plugin.convert import convert as convert_checkpoint
+
+    config = convert_checkpoint(
+        source, output, to.value, dialect.value if dialect else None, overwrite
+    )
+    if as_json:
+        print_json({"output": str(output), "config": config.model_dump(mode="json")})
+    else:
+        errors.print(f"{to.value} checkpoint written to {output}", markup=False)
+
+
+@app.command()
+@reports_errors
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    target: Annotated[str, typer.Option(help="Model directory, or smollm2.")] = "smollm2",
+    drafter: Annotated[
+        Path | None, typer.Option(help="Drafter directory; the shipped one for smollm2.")
+    ] = None,
+    max_new_tokens: int = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    compare: Annotated[bool, typer.Option(help="Also run the target alone.")] = False,
+    repeats: Annotated[int, typer.Option(help="Interleaved runs that --compare times.")] = 3,
+    raw: Annotated[bool, typer.Option(help="Leave the chat template out.")] = False,
+    dtype: Dtype | None = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt; with --compare, show that the text is the target's own, and both speeds."""
+    _quiet()
+    from dflash_plugin.evaluate import compare_runs
+    from dflash_plugin.fetch import resolve_drafter, resolve_model
+    from dflash_plugin.prompts import Prompt, encode
+    from dflash_plugin.transformers import Engine, Request
+
+    sampling = _sampling(temperature, top_k, top_p, min_p, seed)
+    directory = resolve_drafter(drafter, target)
+    model, loaded, tokenizer = _load(resolve_model(target), directory, dtype, device)
+    tokens = tokenizer.encode(prompt) if raw else encode(tokenizer, Prompt.user(prompt))
+    request = Request(tokens, max_new_tokens, sampling=sampling)
+    length = len(tokens) + max_new_tokens
+    engine = Engine(model, loaded, max_length=length)
+    if not compare:
+        stream = None if as_json else _TextStream(tokenizer)
+        result = engine.generate([request], stream)[0]
+        if as_json:
+            print_json(_outcome(result, tokenizer))
+        else:
+            sys.stdout.write("\n")
+            errors.print(f"τ {result.acceptance_length:.2f}, {len(result.tokens)} tokens")
+        return
+    plain = Engine(model, None, max_length=length)
+    with errors.status("running with and without the drafter"):
+        found = compare_runs(engine, plain, request, repeats)
+    facts = {**_outcome(found.result, tokenizer), **found.facts(), **_machine(model)}
+    if as_json:
+        print_json(facts)
+    else:
+        Console().print(facts["text"], markup=False, highlight=False)
+        _print_comparison(facts)
+    if found.equal is False:
+        raise DFlashError(
+            "the text differs from the target's own: at half precision a near tie can fall either "
+            "way, run with --dtype float32 to tell that from a fault"
+        )
+
+
+def _sampling(temperature: float, top_k: int, top_p: float, min_p: float, seed: int | None) -> Any:
+    from dflash_plugin.sampling import SamplingParams
+
+    return SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+
+
+class _TextStream:
+    """Prints text as tokens come, holding back an unfinished character."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.printed = 0
+
+    def __call__(self, _: int, tokens: list[int]) -> None:
+        self.tokens += tokens
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True).rstrip("\ufffd")
+        sys.stdout.write(text[self.printed :])
+        sys.stdout.flush()
+        self.printed = len(text)
+
+
+def _outcome(result: Any, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "text": tokenizer.decode(result.tokens, skip_special_tokens=True),
+        "tokens": result.tokens,
+        "finish_reason": result.finish_reason,
+        "tau": result.acceptance_length,
+        "committed": result.committed,
+    }
+
+
+def _machine(model: Any) -> dict[str, Any]:
+    import platform
+
+    import torch
+    import transformers
+
+    cuda = model.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(model.device) if cuda else platform.processor(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _print_comparison(facts: dict[str, Any]) -> None:
+    equal = {True: "yes, token for token", False: "NO", None: "sampled, not compared"}
+    table = Table("", "with the drafter", "target alone")
+    ours, alone = facts["tokens_per_second"], facts["plain_tokens_per_second"]
+    table.add_row("tokens/s", f"{ours:.1f} ({ours / alone:.2f}×)", f"{alone:.1f}")
+    table.add_row("target passes", str(len(facts["committed"])), str(len(facts["tokens"]) - 1))
+    table.add_row("acceptance length τ", f"{facts['tau']:.2f}", "1")
+    table.add_row("same text", equal[facts["equal"]], "")
+    Console().print(table)
+
+
 @app.command("eval")
 @reports_errors
 def evaluate(
     data: Annotated[list[Path], typer.Option(help="JSONL prompt set; repeatable.")],
-    drafter: Annotated[Path, typer.Option(help="Drafter directory.")],
+    drafter: Annotated[
+        Path | None, typer.Option(help="Drafter directory; the shipped one for smollm2.")
+    ] = None,
     target: Annotated[str, typer.Option(help="Model directory, or smollm2.")] = "smollm2",
     limit: Annotated[int | None, typer.Option(help="Prompts per set.")] = None,
     max_new_tokens: int = 256,
@@ -250,18 +516,18 @@ def evaluate(
     """τ per request, pooled and per position, and tokens/s with and without the drafter."""
     _quiet()
     from dflash_plugin.evaluate import evaluate_set
-    from dflash_plugin.fetch import resolve_model
+    from dflash_plugin.fetch import resolve_drafter, resolve_model
     from dflash_plugin.prompts import encode, load_prompts
-    from dflash_plugin.sampling import SamplingParams
     from dflash_plugin.transformers import Engine
 
     sets = [(path, load_prompts(path, limit)) for path in data]
-    sampling = SamplingParams(temperature=temperature, seed=seed)
-    model, loaded, tokenizer = _load(resolve_model(target), drafter, dtype, device)
+    sampling = _sampling(temperature, 0, 1.0, 0.0, seed)
+    directory = resolve_drafter(drafter, target)
+    model, loaded, tokenizer = _load(resolve_model(target), directory, dtype, device)
     longest = max(len(encode(tokenizer, p)) for _, prompts in sets for p in prompts)
-    sizes = {"max_batch": batch, "max_length": longest + max_new_tokens}
-    engine = Engine(model, loaded, **sizes)
-    plain = Engine(model, None, **sizes) if compare else None
+    length = longest + max_new_tokens
+    engine = Engine(model, loaded, max_batch=batch, max_length=length)
+    plain = Engine(model, None, max_batch=batch, max_length=length) if compare else None
     table = Table("set", "prompts", "τ", "tokens/s", "alone", "equal", "accepted at 1..K")
     found = []
     for path, prompts in sets:
@@ -275,13 +541,16 @@ def evaluate(
             str(result.prompts),
             f"{result.tau:.2f}",
             f"{result.tokens_per_second:.1f}",
-            "" if result.plain_tokens_per_second is None else f"{result.plain_tokens_per_second:.1f}",
+            ""
+            if result.plain_tokens_per_second is None
+            else f"{result.plain_tokens_per_second:.1f}",
             "" if result.equal is None else f"{result.equal}/{result.prompts}",
             " ".join(f"{share:.2f}" for share in result.acceptance),
         )
     mean = sum(result.tau for result in found) / len(found)
     if as_json:
-        print_json({"mean_tau": mean, "sets": [result.model_dump() for result in found]})
+        sets_found = [result.model_dump() for result in found]
+        print_json({"mean_tau": mean, "batch": batch, **_machine(model), "sets": sets_found})
     else:
         Console().print(table)
         Console().print(f"mean τ over {len(found)} sets: {mean:.2f}")

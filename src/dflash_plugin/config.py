@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from dflash_plugin.errors import DFlashError
 
 Dialect = Literal["z-lab", "speculators", "specforge", "modelopt"]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
 
 
 class LayerAttention(BaseModel):
@@ -43,6 +54,21 @@ class RopeConfig(BaseModel):
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
     interleaved: bool = False
     max_position_embeddings: int = Field(default=32768, gt=0)
+
+    @model_validator(mode="after")
+    def _known_type(self) -> RopeConfig:
+        known = sorted({"default", *ROPE_INIT_FUNCTIONS} - {"dynamic", "proportional"})
+        _require(
+            self.type in known,
+            f"rope type is {self.type!r}: the known types are {', '.join(known)}",
+        )
+        factor = self.parameters.get("factor")
+        _require(
+            self.type in ("default", "longrope")
+            or (isinstance(factor, int | float) and math.isfinite(factor) and factor >= 1),
+            f"rope factor is {factor!r}: type {self.type!r} needs a number of at least 1",
+        )
+        return self
 
 
 class DrafterConfig(BaseModel):
@@ -113,7 +139,101 @@ class DrafterConfig(BaseModel):
     logit_softcap: float | None = None
     dtype: str = "bfloat16"
 
+    @model_validator(mode="after")
+    def _consistent(self) -> DrafterConfig:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        _require(
+            heads % kv_heads == 0,
+            f"num_attention_heads is {heads}, not a multiple of num_key_value_heads {kv_heads}: "
+            "correct one of them",
+        )
+        rotary = int(self.head_dim * self.rope.partial_rotary_factor)
+        _require(
+            rotary % 2 == 0 and rotary > 0,
+            f"head_dim {self.head_dim} with partial_rotary_factor "
+            f"{self.rope.partial_rotary_factor} rotates {rotary} values: make that an even number",
+        )
+        _require(
+            self.hidden_act in ACT2FN,
+            f"hidden_act is {self.hidden_act!r}: name an activation that Transformers has, "
+            "such as 'silu'",
+        )
+        _require(
+            self.dtype in DTYPES,
+            f"dtype is {self.dtype!r}: the supported ones are {', '.join(DTYPES)}",
+        )
+        self._check_vocabulary()
+        self._check_target_layers()
+        for name in ("embedding_scale", "logit_scale", "attention_value_scale", "logit_softcap"):
+            value = getattr(self, name)
+            _require(
+                value is None or (math.isfinite(value) and value > 0),
+                f"{name} is {value!r}: give a positive number or leave it out",
+            )
+        return self
+
+    def _check_vocabulary(self) -> None:
+        _require(
+            self.own_mask_embedding or self.mask_token_id < self.vocab_size,
+            f"mask_token_id is {self.mask_token_id}, outside the vocabulary of {self.vocab_size}: "
+            "give an id below vocab_size or a mask_embedding tensor",
+        )
+        if self.draft_vocab_size is None:
+            return
+        _require(
+            0 < self.draft_vocab_size <= self.vocab_size,
+            f"draft_vocab_size is {self.draft_vocab_size}: it must be between 1 and vocab_size "
+            f"{self.vocab_size}",
+        )
+        _require(
+            self.own_head,
+            f"draft_vocab_size is {self.draft_vocab_size} but there is no lm_head.weight: a "
+            "reduced vocabulary needs its own head",
+        )
+
+    def _check_target_layers(self) -> None:
+        ids = self.target_layer_ids
+        for position, layer in enumerate(ids):
+            _require(
+                layer >= -1,
+                f"target layer id {layer} is below -1 (the embedding output): give ids from -1 up",
+            )
+            _require(
+                layer not in ids[:position],
+                f"target layer id {layer} is listed twice in {list(ids)}: list each layer once",
+            )
+            _require(
+                self.num_target_layers is None or layer < self.num_target_layers,
+                f"target layer id {layer} is out of range: the target has num_target_layers "
+                f"{self.num_target_layers}, so ids end at {(self.num_target_layers or 0) - 1}",
+            )
+
     @property
     def num_draft_tokens(self) -> int:
         """Tokens that one block drafts: the number of speculative tokens."""
         return self.block_size if self.sample_from_anchor else self.block_size - 1
+
+
+def build_config(values: dict[str, Any]) -> DrafterConfig:
+    """A validated configuration from field values.
+
+    Raises:
+        DFlashError: names the first field that is wrong, its value and what it must be.
+    """
+    try:
+        return DrafterConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "value_error":
+            raise DFlashError(message) from None
+        field = ".".join(str(part) for part in first["loc"])
+        raise DFlashError(f"{field} is {first['input']!r}: {message}") from None
+
+
+def spread_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
+    """``count`` target layers from the second to the third last, evenly (PyPI dflash 0.1.0)."""
+    if count == 1:
+        return (num_target_layers // 2,)
+    span = num_target_layers - 4
+    return tuple(round(1 + i * span / (count - 1)) for i in range(count))

@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from dflash_plugin.checkpoint import Checkpoint, expected_tensors
+from dflash_plugin.checkpoint import Checkpoint
 from dflash_plugin.config import DrafterConfig
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.rope import RotaryEmbedding
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""``attend(layer, query, key, value)`` for one block: all [B, T, heads, head_dim], as is the result.
+"""``attend(layer, query, key, value)`` for one block, all [B, T, heads, head_dim] like the result.
 
 ``key`` and ``value`` are the block's own; the context's are wherever ``inject`` put them.
 """
 
 
 class ContextStore(Protocol):
-    """Where a drafter's context keys and values live: a static buffer or an engine's paged cache."""
+    """Where context keys and values live: a static buffer or an engine's paged cache."""
 
     def write(self, layer: int, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Store context [B, T, kv_heads, head_dim] at positions [B, T]; below zero is dropped."""
@@ -216,7 +216,7 @@ class Drafter(nn.Module):
         self.fc = host.replicated_linear(
             len(config.target_layer_ids) * config.target_hidden_size,
             config.hidden_size,
-            "fc.bias" in expected_tensors(config),
+            False,
             "fc",
         )
         self.context_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
@@ -404,6 +404,7 @@ class Drafter(nn.Module):
             "key_norm": "k_norm",
             "output_proj": "o_proj",
             "query_proj": "q_proj",
+            "sinks": "attention_sink_bias",
             "own_embedding": "embed_tokens.weight",
             "own_head": "lm_head.weight",
         }

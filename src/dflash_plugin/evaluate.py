@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from pydantic import BaseModel
 
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Prompt, encode
 from dflash_plugin.sampling import SamplingParams
 from dflash_plugin.transformers.engine import Engine, Request, Result, generate_timed
@@ -96,3 +99,53 @@ def evaluate_set(
             pairs = zip(results, alone, strict=True)
             evaluation.equal = sum(ours.tokens == theirs.tokens for ours, theirs in pairs)
     return evaluation
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One request with and without a drafter.
+
+    Attributes:
+        result: with the drafter.
+        seconds, plain_seconds: wall time of each repeat, prompt included.
+        equal: whether the texts are the same; None when sampled.
+    """
+
+    result: Result
+    seconds: list[float]
+    plain_seconds: list[float]
+    equal: bool | None
+
+    def facts(self) -> dict[str, Any]:
+        """Median speeds and equality, for reports."""
+        count = len(self.result.tokens)
+        ours, alone = median(self.seconds), median(self.plain_seconds)
+        return {
+            "tokens_per_second": count / ours,
+            "plain_tokens_per_second": count / alone,
+            "speedup": alone / ours,
+            "repeats": len(self.seconds),
+            "equal": self.equal,
+        }
+
+
+def compare_runs(engine: Engine, plain: Engine, request: Request, repeats: int) -> Comparison:
+    """Run a request with and without a drafter, in turns, after one run of each to warm up.
+
+    Raises:
+        DFlashError: ``repeats`` is below 1.
+    """
+    if repeats < 1:
+        raise DFlashError(f"repeats is {repeats}: give at least 1")
+    result, alone = engine.generate([request])[0], plain.generate([request])[0]
+    timed = [
+        (generate_timed(engine, [request])[1], generate_timed(plain, [request])[1])
+        for _ in range(repeats)
+    ]
+    greedy = request.sampling.temperature == 0
+    return Comparison(
+        result,
+        [ours for ours, _ in timed],
+        [theirs for _, theirs in timed],
+        result.tokens == alone.tokens if greedy else None,
+    )

@@ -43,6 +43,9 @@ MODELS = {"smollm2": _SMOLLM2, "smollm2-135m": _SMOLLM2}
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
 
 
+SHIPPED_DRAFTERS = {"smollm2": "smollm2-135m-dflash"}
+
+
 def cache_directory() -> Path:
     """Where fetched models live: ``DFLASH_PLUGIN_CACHE``, or ``~/.cache/dflash-plugin``."""
     set_by_user = os.environ.get("DFLASH_PLUGIN_CACHE")
@@ -115,6 +118,29 @@ def resolve_model(name_or_path: str | Path) -> Path:
         f"{str(name_or_path)!r} is neither a model directory nor one of {sorted(MODELS)}: give the "
         "path of a directory with config.json and *.safetensors"
     )
+
+
+def resolve_drafter(directory: Path | None, target: str) -> Path:
+    """The given drafter, or the one that this repository ships for a fetched target.
+
+    Raises:
+        DFlashError: none was given and none is shipped, or it is not where a clone has it.
+    """
+    if directory is not None:
+        return directory
+    if target not in SHIPPED_DRAFTERS:
+        raise DFlashError(
+            f"no drafter is shipped for {target!r}: give --drafter DIR (shipped for: "
+            f"{', '.join(SHIPPED_DRAFTERS)})"
+        )
+    examples = Path(__file__).parents[2] / "examples"
+    shipped = examples / SHIPPED_DRAFTERS[target]
+    if not shipped.is_dir():
+        raise DFlashError(
+            f"{shipped} is not there: the shipped drafters come with a clone of the repository, "
+            "give --drafter DIR"
+        )
+    return shipped
 
 
 def convert_gguf(gguf: Path, directory: Path) -> None:

@@ -136,7 +136,9 @@ def replay(
 
 def save_record(directory: Path, record: KnownAnswers) -> None:
     """Write the record beside a checkpoint."""
-    (directory / FILE_NAME).write_text(json.dumps(record.model_dump(), separators=(",", ":")) + "\n")
+    (directory / FILE_NAME).write_text(
+        json.dumps(record.model_dump(), separators=(",", ":")) + "\n"
+    )
 
 
 def load_record(directory: Path) -> KnownAnswers | None:

@@ -1,4 +1,4 @@
-"""Static key/value buffers that roll back by forgetting: slot ``j`` of a row holds position ``j``."""
+"""Static key/value buffers that roll back by forgetting: slot ``j`` holds position ``j``."""
 
 from __future__ import annotations
 

@@ -95,9 +95,10 @@ def probabilities(logits: Tensor, params: SamplingTensors) -> Tensor:
     """
     vocabulary = logits.shape[-1]
     greedy = (params.temperature == 0)[:, None, None]
-    scaled = logits.float() / torch.where(params.temperature == 0, 1.0, params.temperature)[
-        :, None, None
-    ]
+    scaled = (
+        logits.float()
+        / torch.where(params.temperature == 0, 1.0, params.temperature)[:, None, None]
+    )
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocabulary, device=logits.device)
     top_k = torch.where(params.top_k == 0, vocabulary, params.top_k).clamp(max=vocabulary)

@@ -52,9 +52,7 @@ def choose_anchors(
     if generator is None:
         order = offsets.expand(len(lengths), -1)[:, :count]
     else:
-        draw = torch.rand(
-            len(lengths), len(offsets), generator=generator, device=lengths.device
-        )
+        draw = torch.rand(len(lengths), len(offsets), generator=generator, device=lengths.device)
         draw = draw.masked_fill(offsets >= available[:, None], 2.0)
         order = draw.argsort(dim=1)[:, :count]
     valid = order < available[:, None]

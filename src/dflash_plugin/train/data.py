@@ -106,16 +106,14 @@ def write_prompts(
         if progress is not None:
             progress(done, count)
     seen: set[str] = set()
-    prompts = []
+    prompts: list[Prompt] = []
     for kind, result in zip(kinds, results, strict=True):
         written = tokenizer.decode(result.tokens, skip_special_tokens=True)
         text = (kind.text + written).strip() + kind.suffix
         if result.finish_reason != "stop" or len(text) < 8 or text in seen:
             continue
         seen.add(text)
-        prompts.append(
-            Prompt(id=f"self-{len(prompts)}", messages=[{"role": "user", "content": text}])
-        )
+        prompts.append(Prompt.user(text, id=f"self-{len(prompts)}"))
     return prompts
 
 

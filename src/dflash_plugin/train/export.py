@@ -46,7 +46,7 @@ def export_drafter(
         name: tensor.to("cpu", torch.bfloat16) if tensor.is_floating_point() else tensor.cpu()
         for name, tensor in drafter.canonical().items()
     }
-    save_checkpoint(output, drafter.config, tensors, dialect="z-lab")
+    save_checkpoint(output, drafter.config, tensors, dialect="z-lab", overwrite=True)
     target, tokenizer = load_target(target_directory, torch.float32, device)
     record_known_answers(output, target, tokenizer)
     (output / "README.md").write_text(model_card(drafter, target_directory.name, facts, command))

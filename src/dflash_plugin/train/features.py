@@ -62,7 +62,7 @@ class CachedFeatures:
             shard = self.directory / f"features-{index // SHARD_SEQUENCES:05d}.safetensors"
             with safe_open(shard, framework="pt") as file:
                 rows.append(file.get_tensor(str(index)))
-        padded = rows[0].new_zeros(len(rows), batch.tokens.shape[1], rows[0].shape[-1])
+        padded: Tensor = rows[0].new_zeros(len(rows), batch.tokens.shape[1], rows[0].shape[-1])
         for row, features in enumerate(rows):
             padded[row, : len(features)] = features
         return padded.to(batch.tokens.device)

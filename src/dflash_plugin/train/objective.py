@@ -112,8 +112,10 @@ class Objective(nn.Module):
         """Cross-entropy [N] and whether the top draft is right, bool [N], of hidden [N, H]."""
         weight = self.drafter.plain_head()
         if weight is not None and not weight.requires_grad:
-            dtype = torch.bfloat16 if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-            loss, top = _FrozenHeadCrossEntropy.apply(
+            dtype = (
+                torch.bfloat16 if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+            )
+            loss, top = _FrozenHeadCrossEntropy.apply(  # type: ignore[no-untyped-call]
                 hidden.to(dtype), weight.to(dtype), labels.clamp(min=0)
             )
             return loss, top == labels
@@ -140,9 +142,7 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """Cross-entropy behind a head that is not trained; logits are made twice and never kept."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = hidden @ weight.t()
         top = logits.argmax(dim=-1)
         log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)

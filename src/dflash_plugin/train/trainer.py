@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from dflash_plugin.config import DrafterConfig, LayerAttention, RopeConfig
+from dflash_plugin.config import DrafterConfig, LayerAttention, RopeConfig, spread_layers
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.train.blocks import choose_anchors, make_blocks
@@ -74,14 +74,6 @@ class TrainConfig(BaseModel):
     seed: int = 0
     eval_every: int = Field(default=500, ge=1)
     save_every: int = Field(default=500, ge=1)
-
-
-def spread_layers(num_target_layers: int, count: int) -> tuple[int, ...]:
-    """``count`` target layers from the second to the third last, evenly (PyPI dflash 0.1.0)."""
-    if count == 1:
-        return (num_target_layers // 2,)
-    span = num_target_layers - 4
-    return tuple(round(1 + i * span / (count - 1)) for i in range(count))
 
 
 def drafter_config(target: PreTrainedModel, train: TrainConfig) -> DrafterConfig:
@@ -298,7 +290,10 @@ class Trainer:
                     committed += min(run + 1, count - place)
                     passes += 1
                     place += run + 1
-        return {"tau": committed / max(1, passes), "acceptance": (reached / max(1, passes)).tolist()}
+        return {
+            "tau": committed / max(1, passes),
+            "acceptance": (reached / max(1, passes)).tolist(),
+        }
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -295,9 +295,7 @@ class Engine:
             chosen = logits[torch.arange(len(lengths), device=self.device), column]
             here = (last >= start) & (last < end)
             last_logits = (
-                chosen
-                if last_logits is None
-                else torch.where(here[:, None], chosen, last_logits)
+                chosen if last_logits is None else torch.where(here[:, None], chosen, last_logits)
             )
             if self.drafter is not None and features is not None:
                 self.store.rows = rows

@@ -91,5 +91,3 @@ def bind_drafter(drafter: Drafter, target: PreTrainedModel) -> None:
             f"{embedding.shape[0]} rows: use the drafter made for this target"
         )
     drafter.borrow(embedding, target.get_output_embeddings())
-
-

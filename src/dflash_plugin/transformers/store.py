@@ -41,9 +41,7 @@ class StaticStore:
         positions = anchors[:, None] + torch.arange(block_size, device=anchors.device)
         slots = self.kv.flat_slots(positions, self.rows)
         kinds = {
-            layer: dense_block_mask(
-                layer, config.window_from, anchors, block_size, self.num_keys
-            )
+            layer: dense_block_mask(layer, config.window_from, anchors, block_size, self.num_keys)
             for layer in set(config.layers)
         }
 

@@ -57,7 +57,7 @@ class TargetPass:
         return self._masks[window]
 
 
-class _StaticCache(Cache):
+class _StaticCache(Cache):  # type: ignore[misc] # Transformers has no stubs
     """Cache over ``StaticKV``: stores a pass's keys and values and returns all that it may see."""
 
     def __init__(self, target_pass: TargetPass) -> None:
@@ -130,9 +130,9 @@ class Target:
         self.dtype: torch.dtype = model.dtype
         if getattr(self.config, "attention_chunk_size", None):
             raise DFlashError(
-                f"the target {self.config.model_type!r} uses chunked attention "
-                f"(attention_chunk_size={self.config.attention_chunk_size}), which the Transformers "
-                "engine does not cover: serve it with vLLM or SGLang"
+                f"the target {self.config.model_type!r} has attention_chunk_size "
+                f"{self.config.attention_chunk_size}: the Transformers engine has no chunked "
+                "attention, serve it with vLLM or SGLang"
             )
         shapes = self._probe_shapes()
         model.set_attn_implementation(ATTENTION)
