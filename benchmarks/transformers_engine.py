@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -129,10 +130,7 @@ def by_batch(model, drafter, tokenizer, prompts, repeats, new_tokens, sizes):
             "dflash-plugin": Engine(model, drafter, max_batch=size, max_length=length),
             "dflash-plugin, no drafter": Engine(model, None, max_batch=size, max_length=length),
         }
-        runs = {
-            name: (lambda engine=engine: engine.generate(requests))
-            for name, engine in engines.items()
-        }
+        runs = {name: partial(engine.generate, requests) for name, engine in engines.items()}
         for name, outcome in in_turns(runs, repeats).items():
             results = outcome["result"]
             rows.append(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.config import DrafterConfig, LayerAttention
+from dflash_plugin.train.sequences import Batch
 from dflash_plugin.visibility import WindowFrom, sees_block, sees_context
 
 
@@ -34,20 +35,20 @@ class Blocks(NamedTuple):
 
 
 def choose_anchors(
-    lengths: Tensor, prompt_lengths: Tensor, count: int, generator: torch.Generator | None
+    batch: Batch, count: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """Distinct random positions of each response that have a token after them.
 
     Args:
-        lengths, prompt_lengths: int64 [B].
+        batch: B sequences.
         count: anchors a sequence, A.
-        generator: on the lengths' device; None takes every position from the response's start.
+        generator: on the batch's device; None takes every position from the response's start.
 
     Returns:
         Anchors int64 [B, A], sorted, and which of them are valid, bool [B, A].
     """
-    longest = int((lengths - prompt_lengths).max())
-    offsets = torch.arange(max(longest, count), device=lengths.device)
+    lengths, prompt_lengths = batch.lengths, batch.prompt_lengths
+    offsets = torch.arange(max(batch.longest_response, count), device=lengths.device)
     available = lengths - prompt_lengths - 1
     if generator is None:
         order = offsets.expand(len(lengths), -1)[:, :count]

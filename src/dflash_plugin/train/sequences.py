@@ -129,20 +129,23 @@ class Batch:
         tokens: int64 [B, S].
         lengths, prompt_lengths: int64 [B].
         indices: int64 [B], which sequences of the set these are.
+        longest_response: tokens of the longest response, known without asking the device.
     """
 
     tokens: Tensor
     lengths: Tensor
     prompt_lengths: Tensor
     indices: Tensor
+    longest_response: int
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``."""
         return Batch(
             self.tokens.to(device, non_blocking=True),
-            self.lengths.to(device),
-            self.prompt_lengths.to(device),
+            self.lengths.to(device, non_blocking=True),
+            self.prompt_lengths.to(device, non_blocking=True),
             self.indices,
+            self.longest_response,
         )
 
 
@@ -154,7 +157,7 @@ def collate(sequences: SequenceSet, indices: Tensor) -> Batch:
     for row, (tokens, _) in enumerate(parts):
         padded[row, : len(tokens)] = tokens
     prompts = torch.tensor([prompt for _, prompt in parts], dtype=torch.int64)
-    return Batch(padded, lengths, prompts, indices)
+    return Batch(padded, lengths, prompts, indices, int((lengths - prompts).max()))
 
 
 def batches(sequences: SequenceSet, batch_size: int, seed: int, start: int = 0) -> Iterator[Batch]:

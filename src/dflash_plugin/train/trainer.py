@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -129,6 +129,14 @@ def initialise(drafter: Drafter, seed: int) -> None:
         parameter.data.copy_(drawn)
 
 
+class _Pending(NamedTuple):
+    """A step that the device may still be working on; values [2] are loss and τ."""
+
+    step: int
+    learning_rate: float
+    values: Tensor
+
+
 class Trainer:
     """Trains a drafter on the target's own sequences.
 
@@ -193,24 +201,38 @@ class Trainer:
             start=self.step * self.world + self.rank,
         )
         generator = torch.Generator(device=self.device)
+        waiting: _Pending | None = None
         start = time.monotonic()
+
+        def tell(record: dict[str, float]) -> None:
+            record.setdefault("seconds", time.monotonic() - start)
+            if report is not None and self.rank == 0:
+                report(record)
+
         for batch in source:
             if self.step >= self.config.steps:
                 break
             generator.manual_seed(self._anchor_seed())
-            record = self._train_step(module, batch.to(self.device), generator)
+            pending = self._train_step(module, batch.to(self.device), generator)
             for _ in range(self.world - 1):
                 next(source)
             self.step += 1
-            record["seconds"] = time.monotonic() - start
+            # Reading a step's loss one step late lets the host run ahead of the device.
+            if waiting is not None:
+                tell(self._read(waiting))
+            waiting = pending
             last = self.step == self.config.steps
-            if last or self.step % self.config.eval_every == 0:
-                record["held_out_tau"] = self.evaluate()["tau"]
-                self.history.append(record)
-            if last or self.step % self.config.save_every == 0:
-                self.save()
-            if report is not None and self.rank == 0:
-                report(record)
+            evaluating = last or self.step % self.config.eval_every == 0
+            saving = last or self.step % self.config.save_every == 0
+            if evaluating or saving:
+                record, waiting = self._read(pending), None
+                record["seconds"] = time.monotonic() - start
+                if evaluating:
+                    record["held_out_tau"] = self.evaluate()["tau"]
+                    self.history.append(record)
+                if saving:
+                    self.save()
+                tell(record)
         return self.history
 
     def _anchor_seed(self) -> int:
@@ -227,15 +249,11 @@ class Trainer:
             return torch.autocast("cuda", torch.bfloat16)
         return nullcontext()
 
-    def _train_step(
-        self, module: nn.Module, batch: Any, generator: torch.Generator
-    ) -> dict[str, float]:
+    def _train_step(self, module: nn.Module, batch: Any, generator: torch.Generator) -> _Pending:
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        anchors, valid = choose_anchors(
-            batch.lengths, batch.prompt_lengths, self.config.anchors, generator
-        )
+        anchors, valid = choose_anchors(batch, self.config.anchors, generator)
         blocks = make_blocks(batch.tokens, batch.lengths, anchors, valid, self.drafter.config)
         features = self.features(batch)
         with self._autocast():
@@ -244,14 +262,19 @@ class Trainer:
         outcome.loss.backward()
         nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.clip)
         self.optimizer.step()
-        runs = outcome.runs[valid].float().mean()
-        loss, tau = torch.stack([outcome.loss.detach(), runs + 1]).tolist()
+        mean_run = (outcome.runs * valid).sum() / valid.sum()
+        return _Pending(self.step + 1, rate, torch.stack([outcome.loss.detach(), mean_run + 1]))
+
+    def _read(self, pending: _Pending) -> dict[str, float]:
+        """Wait for a step and turn it into a record."""
+        loss, tau = pending.values.tolist()
         if not math.isfinite(loss):
             raise DFlashError(
-                f"the loss became {loss} at step {self.step}: lower learning_rate "
+                f"the loss became {loss} at step {pending.step}: lower learning_rate "
                 f"({self.config.learning_rate}); the last snapshot is in {str(self.directory)!r}"
             )
-        return {"step": self.step + 1, "loss": loss, "tau": tau, "learning_rate": rate}
+        rate = pending.learning_rate
+        return {"step": pending.step, "loss": loss, "tau": tau, "learning_rate": rate}
 
     def _learning_rate(self) -> float:
         config = self.config
@@ -276,8 +299,7 @@ class Trainer:
         reached = torch.zeros(self.drafter.config.num_draft_tokens)
         for group in torch.arange(len(self.held_out)).split(self.config.batch_size):
             batch = collate(self.held_out, group).to(self.device)
-            longest = int((batch.lengths - batch.prompt_lengths).max())
-            anchors, valid = choose_anchors(batch.lengths, batch.prompt_lengths, longest, None)
+            anchors, valid = choose_anchors(batch, batch.longest_response, None)
             blocks = make_blocks(batch.tokens, batch.lengths, anchors, valid, self.drafter.config)
             with self._autocast():
                 outcome = self.objective(self.held_out_features(batch), blocks)
