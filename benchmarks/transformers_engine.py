@@ -123,7 +123,7 @@ def by_batch(model, drafter, tokenizer, prompts, repeats, new_tokens, sizes):
     """This engine with and without a drafter at several batch sizes."""
     rows = []
     for size in sizes:
-        chosen = [prompts[i % len(prompts)] for i in range(max(16, 2 * size))]
+        chosen = [prompts[i % len(prompts)] for i in range(max(4, 2 * size))]
         requests = [Request(encode(tokenizer, prompt), new_tokens) for prompt in chosen]
         length = max(len(request.prompt) for request in requests) + new_tokens
         engines = {

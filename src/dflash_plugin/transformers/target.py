@@ -90,25 +90,36 @@ def _static_attention(
     target_pass: TargetPass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    if target_pass is None:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if target_pass is None and softcap is None and s_aux is None:
         out, _ = sdpa_attention_forward(
             module,
             query,
             key,
             value,
             attention_mask,
-            scaling=scaling,
+            scaling=scale,
             sliding_window=sliding_window,
-            softcap=softcap,
-            s_aux=s_aux,
             **kwargs,
         )
         return out, None
-    target_pass.windows[int(getattr(module, "layer_idx", -1))] = sliding_window
-    mask = target_pass.mask(sliding_window)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if target_pass is None:
+        mask = _visible(attention_mask, query, key)
+    else:
+        target_pass.windows[int(getattr(module, "layer_idx", -1))] = sliding_window
+        mask = target_pass.mask(sliding_window)
     out = masked_attention(query, key, value, mask, scale, s_aux, softcap)
     return out.transpose(1, 2), None
+
+
+def _visible(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """bool [B, T, L] of a pass outside the engine, where None stands for a causal mask."""
+    batch, rows, keys = query.shape[0], query.shape[2], key.shape[2]
+    if attention_mask is not None:
+        visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+        return visible[:, 0].expand(batch, -1, -1)
+    place = torch.arange(keys, device=query.device)
+    return (place <= place[keys - rows :, None]).expand(batch, -1, -1)
 
 
 AttentionInterface.register(ATTENTION, _static_attention)

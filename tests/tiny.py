@@ -1,0 +1,92 @@
+"""Tiny targets and drafters for tests: random weights, a few layers, a small vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from dflash_plugin.checkpoint import expected_tensors, save_checkpoint
+from dflash_plugin.config import Dialect, DrafterConfig, LayerAttention
+from dflash_plugin.drafter import Drafter
+from dflash_plugin.transformers.loading import bind_drafter
+
+VOCABULARY = 97
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def tiny_target(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random float32 model whose greedy output wanders instead of repeating one token."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **{**SIZES, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return model.eval()
+
+
+def tiny_config(**changes: Any) -> DrafterConfig:
+    """A drafter for ``tiny_target``."""
+    values: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "layers": (LayerAttention(), LayerAttention()),
+        "block_size": 4,
+        "mask_token_id": 3,
+        "target_layer_ids": (0, 2),
+        "num_target_layers": 4,
+        "target_hidden_size": 32,
+        "vocab_size": VOCABULARY,
+        "dtype": "float32",
+    }
+    return DrafterConfig(**{**values, **changes})
+
+
+def tiny_tensors(config: DrafterConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random canonical tensors; d2t spreads the draft vocabulary over the target's."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in expected_tensors(config).items():
+        if name == "d2t":
+            rows = torch.arange(shape[0])
+            tensors[name] = rows * (config.vocab_size // shape[0]) - rows
+        elif "norm" in name:
+            tensors[name] = 1 + 0.1 * torch.randn(shape, generator=generator)
+        else:
+            tensors[name] = 0.2 * torch.randn(shape, generator=generator)
+    return tensors
+
+
+def tiny_drafter(target: PreTrainedModel | None = None, seed: int = 0, **changes: Any) -> Drafter:
+    """A random drafter, bound to ``target`` if one is given."""
+    config = tiny_config(**changes)
+    drafter = Drafter(config)
+    drafter.load_canonical(tiny_tensors(config, seed))
+    if target is not None:
+        bind_drafter(drafter, target)
+    return drafter.eval()
+
+
+def write_tiny(directory: Path, dialect: Dialect = "z-lab", seed: int = 0, **changes: Any) -> Path:
+    """A tiny drafter checkpoint on disk."""
+    config = tiny_config(**changes)
+    return save_checkpoint(directory, config, tiny_tensors(config, seed), dialect)
