@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from dflash_plugin.checkpoint import expected_tensors, save_checkpoint
 from dflash_plugin.config import Dialect, DrafterConfig, LayerAttention
@@ -90,3 +96,20 @@ def write_tiny(directory: Path, dialect: Dialect = "z-lab", seed: int = 0, **cha
     """A tiny drafter checkpoint on disk."""
     config = tiny_config(**changes)
     return save_checkpoint(directory, config, tiny_tensors(config, seed), dialect)
+
+
+def write_target(directory: Path, kind: str = "llama") -> Path:
+    """A tiny target on disk, with a tokenizer of whole words and a chat template."""
+    words = ["<pad>", "<s>", "</s>", "<mask>", *(f"w{i}" for i in range(VOCABULARY - 4))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", mask_token="<mask>"
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<s> {{ message['content'] }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}<s>{% endif %}"
+    )
+    tiny_target(kind).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -24,7 +24,8 @@ class Evaluation(BaseModel):
         tau: tokens committed per verify pass, over all passes of all prompts.
         tau_per_request: the same within each request.
         acceptance: share of verify passes whose first k drafts were all accepted, k = 1..K.
-        passes, tokens: verify passes, and tokens committed by them.
+        passes: verify passes.
+        tokens: output tokens; the first of each prompt comes from no verify pass.
         tokens_per_second: with the drafter, prompts included.
         plain_tokens_per_second: of the target alone with the same engine, or None.
         equal: requests whose text equals the target's own, or None.

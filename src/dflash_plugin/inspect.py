@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from dflash_plugin.checkpoint import Checkpoint, load_checkpoint
 from dflash_plugin.config import Dialect, DrafterConfig
 from dflash_plugin.dialects import is_ambiguous
-from dflash_plugin.errors import DFlashError
+from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.known_answer import load_record
 
 Level = Literal["error", "warning", "note"]
@@ -141,7 +141,7 @@ def _against_target(checkpoint: Checkpoint, target: Path) -> list[Finding]:
     except (OSError, ValueError, KeyError) as error:
         raise DFlashError(
             f"{target}: the target's config.json cannot be read "
-            f"({str(error).splitlines()[0]}): give a model directory"
+            f"({reason(error)}): give a model directory"
         ) from error
     findings: list[Finding] = []
 
@@ -213,12 +213,11 @@ def _tokenizer(checkpoint: Checkpoint, target: Path) -> list[Finding]:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(target)
     except Exception as error:  # Transformers raises many kinds here
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return [
             Finding(
                 level="warning",
                 subject="tokenizer",
-                message=f"the target's tokenizer does not load ({reason}): it was not compared",
+                message=f"the target's tokenizer does not load ({reason(error)}): it was not compared",
             )
         ]
     mask = checkpoint.config.mask_token_id

@@ -11,7 +11,7 @@ from dflash_plugin.config import DrafterConfig
 from dflash_plugin.dialects import common
 from dflash_plugin.dialects.fields import Fields, section
 from dflash_plugin.dialects.rope import read_rope, write_rope
-from dflash_plugin.errors import DFlashError
+from dflash_plugin.errors import DFlashError, reason
 
 
 def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
@@ -54,13 +54,14 @@ def _with_defaults(layer: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     kind = layer.get("model_type", "qwen3")
     try:
-        filled = AutoConfig.for_model(kind, **{k: v for k, v in layer.items() if k != "model_type"})
-    except Exception as error:
+        values = {name: value for name, value in layer.items() if name != "model_type"}
+        filled = AutoConfig.for_model(kind, **values).to_dict()
+    except Exception as error:  # Transformers raises many kinds here
         raise DFlashError(
-            f"transformer_layer_config with model_type {kind!r} is not valid: "
-            f"{str(error).splitlines()[0]}"
+            f"transformer_layer_config with model_type {kind!r} is not valid ({reason(error)}): "
+            "correct it"
         ) from error
-    return {**filled.to_dict(), **{k: v for k, v in layer.items() if v is not None}}
+    return {**filled, **{name: value for name, value in layer.items() if value is not None}}
 
 
 def _read_layers(fields: Fields, inner: Fields) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ from dflash_plugin.errors import DFlashError
 def refuse_other_heads(raw: Mapping[str, Any]) -> None:
     """Refuse drafters that look like DFlash but have another head or other layers."""
     names = raw.get("architectures") or ["DFlashDraftModel"]
+    if not isinstance(names, list):
+        raise DFlashError(f"architectures is {names!r}: give a list like ['DFlashDraftModel']")
     draft = section(raw, "dflash_config")
     if "DFlash2DraftModel" in names or "selector_rank" in draft:
         raise DFlashError(
@@ -101,7 +103,7 @@ def _read_layers(fields: Fields, dialect: Dialect) -> list[dict[str, Any]]:
         sliding = [kind == common.SLIDING for kind in types]
     if common.SLIDING in types:
         common.require_window_in_use(fields)
-    window = fields.integer("swa_window_size", "sliding_window") if any(sliding) else None
+    window = fields.integer("sliding_window", "swa_window_size") if any(sliding) else None
     causal = fields.flag("is_causal", default=fields.flag("causal", default=None))
     layers = []
     for slides, kind in zip(sliding, types, strict=True):

@@ -87,14 +87,17 @@ def make_sequences(
 ) -> SequenceSet:
     """Have the target write the training data; every process writes its share.
 
-    What is already in ``directory`` is used as it is, so an interrupted run goes on.
+    What is already in ``directory`` is used again, so an interrupted run goes on.
 
     Raises:
-        DFlashError: there is nothing to write about.
+        DFlashError: there is nothing to write about, or what is there was made otherwise.
     """
     rank, world = rank_and_world()
     path = directory / f"sequences-{rank:02d}.safetensors"
-    if not path.is_file():
+    origin = _origin(data, target, seed, world)
+    if path.is_file():
+        _check_origin(path, origin)
+    else:
         engine = Engine(
             target,
             max_batch=data.batch,
@@ -134,13 +137,33 @@ def make_sequences(
             max_prompt_tokens=data.max_prompt_tokens,
             progress=tell("responses"),
         )
-        written.save(path, {"prompts": str(len(prompts)), "temperature": str(data.temperature)})
+        written.save(path, origin)
     if world > 1:
         dist.barrier()
     parts = [
         SequenceSet.load(directory / f"sequences-{other:02d}.safetensors") for other in range(world)
     ]
     return _join(parts)
+
+
+def _origin(data: DataConfig, target: PreTrainedModel, seed: int, world: int) -> dict[str, Any]:
+    """What decides the sequences' content."""
+    return {
+        **data.model_dump(mode="json", exclude={"held_out", "batch", "cache_features"}),
+        "target": str(target.name_or_path),
+        "seed": seed,
+        "processes": world,
+    }
+
+
+def _check_origin(path: Path, origin: dict[str, Any]) -> None:
+    found = SequenceSet.origin(path)
+    for name, value in origin.items():
+        if found.get(name) != value:
+            raise DFlashError(
+                f"{str(path)!r} was made with {name} {found.get(name)!r} instead of {value!r}: "
+                "give another --output, or remove the file to have the sequences made again"
+            )
 
 
 def _join(parts: Sequence[SequenceSet]) -> SequenceSet:

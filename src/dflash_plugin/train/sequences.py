@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -85,7 +87,7 @@ class SequenceSet:
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
-    def save(self, path: Path, origin: dict[str, str]) -> None:
+    def save(self, path: Path, origin: dict[str, Any]) -> None:
         """Write one safetensors file; ``origin`` says how the sequences were made."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -107,18 +109,35 @@ class SequenceSet:
         Raises:
             DFlashError: the file is missing or not such a file.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                return cls(
-                    file.get_tensor("tokens"),
-                    file.get_tensor("offsets"),
-                    file.get_tensor("prompt_lengths"),
-                )
-        except (OSError, SafetensorError) as error:
-            raise DFlashError(
-                f"{str(path)!r} is not a file of training sequences ({error}): make one with "
-                "`dflash-plugin train`, or remove it to have it made again"
-            ) from error
+        with _reading(path) as file:
+            return cls(
+                file.get_tensor("tokens"),
+                file.get_tensor("offsets"),
+                file.get_tensor("prompt_lengths"),
+            )
+
+    @staticmethod
+    def origin(path: Path) -> dict[str, Any]:
+        """What ``save`` was told about how the sequences were made.
+
+        Raises:
+            DFlashError: the file is not such a file.
+        """
+        with _reading(path) as file:
+            found: dict[str, Any] = json.loads((file.metadata() or {}).get("origin", "{}"))
+            return found
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise DFlashError(
+            f"{str(path)!r} is not a file of training sequences ({error}): make one with "
+            "`dflash-plugin train`, or remove it to have it made again"
+        ) from error
 
 
 @dataclass(frozen=True)
