@@ -8,9 +8,7 @@ figures are medians over the repeats. One file of results per call:
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
 import shlex
 import sys
 import time
@@ -21,11 +19,10 @@ from statistics import median
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from dflash import model as dflash_model
 
-from dflash_plugin.evaluate import pooled_tau
+from dflash_plugin.evaluate import machine, pooled_tau
 from dflash_plugin.fetch import resolve_drafter, resolve_model
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
@@ -171,11 +168,7 @@ def main(
     rows += by_batch(model, loaded, tokenizer, chosen, repeats, new_tokens, sizes)
     record = {
         "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
-        "dtype": dtype,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **machine(model),
         "repeats": repeats,
         "max_new_tokens": new_tokens,
         "rows": rows,

@@ -158,6 +158,7 @@ MALFORMED = {
     "softcap": (editor(dflash_config__final_logit_softcapping=-3.0), "logit_softcap is -3.0"),
     "draft-vocabulary-large": (editor(draft_vocab_size=98), "draft_vocab_size is 98"),
     "draft-vocabulary-no-head": (editor(draft_vocab_size=40), "needs its own head"),
+    "head-announced": (editor(has_own_lm_head=True), "there is no lm_head.weight"),
     "tensor-missing": (dropper("norm.weight"), "'norm.weight' .* is missing"),
     "qk-norm-missing": (dropper("layers.0.self_attn.q_norm.weight"), "must say qk_norm: false"),
     "tensor-extra": (setter("layers.0.extra", lambda t: torch.zeros(2)), "'layers.0.extra' does n"),
@@ -255,10 +256,9 @@ def test_any_value_in_any_field_is_understood_or_refused(data):
     place[data.draw(st.sampled_from(sorted(place)))] = data.draw(json_values)
     try:
         found = read_config(raw, expected_tensors(config), None)
-    except DFlashError as error:
-        assert str(error)
-    else:
-        assert isinstance(found, DrafterConfig)
+    except DFlashError:
+        return
+    assert isinstance(found, DrafterConfig)
 
 
 WINDOW = LayerAttention(sliding_window=7)
@@ -469,6 +469,8 @@ def test_shards_and_dtypes(tmp_path):
     for part, group in (("a", names[::2]), ("b", names[1::2])):
         save_file({n: tensors[n].clone() for n in group}, directory / f"{part}.safetensors")
     (directory / "model.safetensors").unlink()
+    edit(directory, dtype="bfloat16", torch_dtype=None)
+    assert load_checkpoint(directory).config.dtype == "float32"
     found = load_checkpoint(directory, dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in found.tensors.values()} == {torch.bfloat16}
     assert set(found.tensors) == set(names)

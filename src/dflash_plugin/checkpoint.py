@@ -102,7 +102,8 @@ def load_checkpoint(
 
     Args:
         directory: holds config.json and one or more .safetensors files.
-        dtype: floating-point tensors become this; the configuration's dtype when None.
+        dtype: floating-point tensors become this; that of the stored ``fc.weight`` when None,
+            whatever config.json says.
         dialect: overrides detection, for files that do not say enough.
 
     Raises:
@@ -129,12 +130,13 @@ def _load(directory: Path, dtype: torch.dtype | None, dialect: Dialect | None) -
     config = read_config(raw, shapes, dialect)
     to_target = tensors.pop("t2d", None)
     _check_names_and_shapes(tensors, config)
-    dtype = dtype or getattr(torch, config.dtype)
+    stored = tensors["fc.weight"].dtype
     for name, tensor in tensors.items():
         if name != "d2t":
-            tensors[name] = _checked_values(name, tensor).to(dtype)
+            tensors[name] = _checked_values(name, tensor).to(dtype or stored)
     if config.draft_vocab_size is not None:
         _check_vocabulary_map(tensors, to_target, config)
+    config = config.model_copy(update={"dtype": str(stored).removeprefix("torch.")})
     return Checkpoint(config, tensors, directory, raw)
 
 
@@ -270,7 +272,6 @@ def _advice(name: str) -> str:
         "k_norm": "without norms on q and k, config.json must say qk_norm: false",
         ".bias": "check attention_bias in config.json",
         "attention_sink_bias": "check attention_sink_bias in config.json",
-        "lm_head": "an own head must be stored, one that equals the target's must not be announced",
         "d2t": "d2t belongs to draft_vocab_size below vocab_size",
         "layers.": "check num_hidden_layers in config.json",
     }

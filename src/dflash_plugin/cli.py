@@ -268,8 +268,7 @@ def fetch(
     _quiet()
     from dflash_plugin.fetch import fetch_model
 
-    with errors.status(f"fetching {name}"):
-        directory = fetch_model(name, output)
+    directory = fetch_model(name, output)
     if as_json:
         print_json({"name": name, "directory": str(directory)})
     else:
@@ -399,7 +398,7 @@ def generate(
 ) -> None:
     """Answer a prompt; with --compare, show that the text is the target's own, and both speeds."""
     _quiet()
-    from dflash_plugin.evaluate import compare_runs
+    from dflash_plugin.evaluate import compare_runs, machine
     from dflash_plugin.fetch import resolve_drafter, resolve_model
     from dflash_plugin.prompts import Prompt, encode
     from dflash_plugin.transformers import Engine, Request
@@ -423,7 +422,7 @@ def generate(
     plain = Engine(model, None, max_length=length)
     with errors.status("running with and without the drafter"):
         found = compare_runs(engine, plain, request, repeats)
-    facts = {**_outcome(found.result, tokenizer), **found.facts(), **_machine(model)}
+    facts = {**_outcome(found.result, tokenizer), **found.facts(), **machine(model)}
     if as_json:
         print_json(facts)
     else:
@@ -468,22 +467,6 @@ def _outcome(result: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _machine(model: Any) -> dict[str, Any]:
-    import platform
-
-    import torch
-    import transformers
-
-    cuda = model.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(model.device) if cuda else platform.processor(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def _print_comparison(facts: dict[str, Any]) -> None:
     equal = {True: "yes, token for token", False: "NO", None: "sampled, not compared"}
     table = Table("", "with the drafter", "target alone")
@@ -515,7 +498,7 @@ def evaluate(
 ) -> None:
     """τ per request, pooled and per position, and tokens/s with and without the drafter."""
     _quiet()
-    from dflash_plugin.evaluate import evaluate_set
+    from dflash_plugin.evaluate import evaluate_set, machine
     from dflash_plugin.fetch import resolve_drafter, resolve_model
     from dflash_plugin.prompts import encode, load_prompts
     from dflash_plugin.transformers import Engine
@@ -531,9 +514,16 @@ def evaluate(
     table = Table("set", "prompts", "τ", "tokens/s", "alone", "equal", "accepted at 1..K")
     found = []
     for path, prompts in sets:
-        with errors.status(f"{path.name}: {len(prompts)} prompts"):
+        with _counting(f"{path.name}: {len(prompts)} prompts") as count:
             result = evaluate_set(
-                prompts[0].set_name, prompts, tokenizer, engine, plain, max_new_tokens, sampling
+                prompts[0].set_name,
+                prompts,
+                tokenizer,
+                engine,
+                plain,
+                max_new_tokens,
+                sampling,
+                count,
             )
         found.append(result)
         table.add_row(
@@ -550,10 +540,24 @@ def evaluate(
     mean = sum(result.tau for result in found) / len(found)
     if as_json:
         sets_found = [result.model_dump() for result in found]
-        print_json({"mean_tau": mean, "batch": batch, **_machine(model), "sets": sets_found})
+        print_json({"mean_tau": mean, "batch": batch, **machine(model), "sets": sets_found})
     else:
         Console().print(table)
         Console().print(f"mean τ over {len(found)} sets: {mean:.2f}")
+
+
+@contextmanager
+def _counting(what: str) -> Iterator[Callable[[int, list[int]], None]]:
+    """A status line that counts tokens as they come."""
+    written = 0
+    with errors.status(what) as status:
+
+        def count(_: int, tokens: list[int]) -> None:
+            nonlocal written
+            written += len(tokens)
+            status.update(f"{what}, {written:,} tokens")
+
+        yield count
 
 
 def _load(target: Path, drafter: Path, dtype: Dtype | None, device: str | None) -> Any:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+import transformers
 from pydantic import BaseModel
+from transformers import PreTrainedModel
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Prompt, encode
 from dflash_plugin.sampling import SamplingParams
-from dflash_plugin.transformers.engine import Engine, Request, Result, generate_timed
+from dflash_plugin.transformers.engine import Engine, OnTokens, Request, Result, generate_timed
 
 
 class Evaluation(BaseModel):
@@ -64,6 +71,7 @@ def evaluate_set(
     plain: Engine | None = None,
     max_new_tokens: int = 256,
     sampling: SamplingParams | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> Evaluation:
     """Run prompts with a drafter, and without for comparison.
 
@@ -75,12 +83,13 @@ def evaluate_set(
         plain: the same target without one, or None to leave the comparison out.
         max_new_tokens: limit of an output.
         sampling: greedy when None; texts are compared only when greedy.
+        on_tokens: called with a request's index and its new tokens, as they come.
     """
     requests = [
         Request(encode(tokenizer, p), max_new_tokens, sampling=sampling or SamplingParams())
         for p in prompts
     ]
-    results, seconds = generate_timed(engine, requests)
+    results, seconds = generate_timed(engine, requests, on_tokens)
     tokens = sum(len(result.tokens) for result in results)
     evaluation = Evaluation(
         set_name=set_name,
@@ -93,7 +102,7 @@ def evaluate_set(
         tokens_per_second=tokens / seconds,
     )
     if plain is not None:
-        alone, seconds = generate_timed(plain, requests)
+        alone, seconds = generate_timed(plain, requests, on_tokens)
         count = sum(len(result.tokens) for result in alone)
         evaluation.plain_tokens_per_second = count / seconds
         if sampling is None or sampling.temperature == 0:
@@ -150,3 +159,28 @@ def compare_runs(engine: Engine, plain: Engine, request: Request, repeats: int) 
         [theirs for _, theirs in timed],
         result.tokens == alone.tokens if greedy else None,
     )
+
+
+def machine(model: PreTrainedModel) -> dict[str, Any]:
+    """What a figure was measured on: device, dtype, threads and versions."""
+    if model.device.type == "cuda":
+        device = torch.cuda.get_device_name(model.device)
+    else:
+        device = f"{_processor()}, {os.cpu_count()} cores"
+    return {
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

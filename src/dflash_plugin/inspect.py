@@ -217,7 +217,8 @@ def _tokenizer(checkpoint: Checkpoint, target: Path) -> list[Finding]:
             Finding(
                 level="warning",
                 subject="tokenizer",
-                message=f"the target's tokenizer does not load ({reason(error)}): it was not compared",
+                message=f"the target's tokenizer does not load ({reason(error)}): it was not "
+                "compared",
             )
         ]
     mask = checkpoint.config.mask_token_id

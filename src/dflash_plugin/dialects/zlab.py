@@ -60,6 +60,11 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
     fields = Fields(("dflash_config.", draft), ("", raw))
     values = common.read_transformer(fields, shapes)
     num_target_layers = fields.integer("num_target_layers", default=None)
+    if fields.flag("has_own_lm_head", default=False) and "lm_head.weight" not in shapes:
+        raise DFlashError(
+            "has_own_lm_head is true but there is no lm_head.weight: add the tensor, or set it to "
+            "false where the head is the target's"
+        )
     return {
         **values,
         **common.own_tensors(shapes),

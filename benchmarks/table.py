@@ -1,0 +1,88 @@
+"""Writes the README's result tables from the JSON files in benchmarks/results.
+
+python benchmarks/table.py          rewrite README.md
+python benchmarks/table.py --check  exit 1 if README.md is not up to date
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def acceptance() -> str:
+    record = load("smollm2-acceptance")
+    rows = []
+    for result in record["sets"]:
+        shares = [f"{share:.2f}" for share in result["acceptance"]]
+        equal = f"{result['equal']}/{result['prompts']}"
+        rows.append([result["set_name"], f"**{result['tau']:.2f}**", *shares, equal])
+    header = ["set", "τ", *(f"at {k}" for k in range(1, 8)), "same text"]
+    mean = f"Mean τ {record['mean_tau']:.2f}; {where(record)}, batch {record['batch']}. "
+    return f"{table(header, rows)}\n\n{mean}`{record['command']}`"
+
+
+def where(record: dict) -> str:
+    return (
+        f"{record['device']}, {record['dtype']}, torch {record['torch']}, Transformers "
+        f"{record['transformers']}, {record['date']}"
+    )
+
+
+def engine(name: str) -> str:
+    record = load(name)
+    rows = [
+        [
+            row["engine"],
+            str(row["batch"]),
+            str(row["requests"]),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tau']:.2f}",
+        ]
+        for row in record["rows"]
+    ]
+    header = ["engine", "batch", "requests", "tokens/s", "τ"]
+    facts = f"{where(record)}; medians of {record['repeats']} runs in turns. "
+    return f"{table(header, rows)}\n\n{facts}`{record['command']}`"
+
+
+SECTIONS = {
+    "acceptance": acceptance,
+    "h200": lambda: engine("transformers-h200"),
+    "cpu": lambda: engine("transformers-cpu"),
+}
+
+
+def filled(text: str) -> str:
+    """README text with every section between its markers made anew."""
+    for name, make in SECTIONS.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, rest = text.split(start)
+        text = before + start + make() + "\n" + end + rest.split(end, 1)[1]
+    return text
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    if "--check" not in sys.argv:
+        readme.write_text(filled(text))
+    elif filled(text) != text:
+        sys.exit("README.md is not up to date: run python benchmarks/table.py")
+
+
+if __name__ == "__main__":
+    main()
