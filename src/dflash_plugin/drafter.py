@@ -21,6 +21,8 @@ from dflash_plugin.config import DrafterConfig
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.rope import RotaryEmbedding
 
+# A CPU multiplies 8 rows by a head twice as fast as 7.
+CPU_ROWS = 8
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``attend(layer, query, key, value)`` for one block, all [B, T, heads, head_dim] like the result.
 
@@ -357,10 +359,15 @@ class Drafter(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits [..., draft vocabulary] of hidden states; ``token_ids`` names its rows."""
+        rows = hidden.flatten(0, -2)
+        count = rows.shape[0]
+        if rows.device.type == "cpu" and count > 1:
+            rows = F.pad(rows, (0, 0, 0, -count % CPU_ROWS))
         if self.own_head is not None:
-            logits = F.linear(hidden, self.own_head)
+            logits = F.linear(rows, self.own_head)
         else:
-            logits = self._target_head[0](hidden)
+            logits = self._target_head[0](rows)
+        logits = logits[:count].view(*hidden.shape[:-1], -1)
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:
