@@ -213,13 +213,25 @@ def test_targets_that_cannot_roll_back_are_refused():
         Engine(tiny_target("mamba", num_hidden_layers=2), None)
 
 
-@pytest.mark.parametrize("sampled_drafts", [True, False])
-def test_sampled_pairs_follow_the_target(sampled_drafts):
+@pytest.mark.parametrize(
+    ("sampled_drafts", "changes"),
+    [
+        pytest.param(True, {}, id="sampled"),
+        pytest.param(False, {}, id="chosen"),
+        pytest.param(True, {"draft_vocab_size": 4, "own_head": True}, id="reduced-vocabulary"),
+    ],
+)
+def test_sampled_pairs_follow_the_target(sampled_drafts, changes):
     """χ² of the second and third token of 120,000 requests against exact probabilities."""
     count, size = 120_000, 8
     target = tiny_target(vocab_size=size, hidden_size=16, head_dim=4, intermediate_size=24)
     drafter = tiny_drafter(
-        vocab_size=size, hidden_size=16, target_hidden_size=16, head_dim=4, intermediate_size=24
+        vocab_size=size,
+        hidden_size=16,
+        target_hidden_size=16,
+        head_dim=4,
+        intermediate_size=24,
+        **changes,
     )
     prompt, temperature = [4, 5], 1.3
     with torch.inference_mode():
