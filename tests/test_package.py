@@ -25,6 +25,18 @@ def test_importing_the_core_pulls_in_no_engine():
     assert len(modules) > 20
 
 
+def test_the_example_answers_every_question(smollm2):
+    done = subprocess.run(
+        [sys.executable, ROOT.parents[1] / "examples" / "batch.py", "Name a colour.", "Say hello."],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("τ ") == 2
+    assert "[0] " in done.stdout
+    assert "[1] " in done.stdout
+
+
 def test_the_readme_shows_the_recorded_results():
     done = subprocess.run(
         [sys.executable, ROOT.parents[1] / "benchmarks" / "table.py", "--check"],
