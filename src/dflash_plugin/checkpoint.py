@@ -109,14 +109,40 @@ def load_checkpoint(
     Raises:
         DFlashError: names the file, field or tensor that is wrong and the fix; nothing is loaded.
     """
-    directory = Path(directory)
+    with _naming(Path(directory)) as path:
+        return _load(path, dtype, dialect)
+
+
+def load_config(directory: str | Path, dialect: Dialect | None = None) -> DrafterConfig:
+    """What a drafter is, from config.json and the headers of its tensor files.
+
+    Args:
+        directory: holds config.json and one or more .safetensors files.
+        dialect: overrides detection.
+
+    Raises:
+        DFlashError: names the file, field or tensor that is wrong and the fix.
+    """
+    with _naming(Path(directory)) as path:
+        _, tensors, config = _read(path, dialect, headers_only=True)
+        tensors.pop("t2d", None)
+        _check_names_and_shapes(tensors, config)
+        return config
+
+
+@contextmanager
+def _naming(directory: Path) -> Iterator[Path]:
+    """Put the directory in front of what goes wrong in the block."""
     try:
-        return _load(directory, dtype, dialect)
+        yield directory
     except DFlashError as error:
         raise DFlashError(f"{directory}: {error}") from error
 
 
-def _load(directory: Path, dtype: torch.dtype | None, dialect: Dialect | None) -> Checkpoint:
+def _read(
+    directory: Path, dialect: Dialect | None, headers_only: bool
+) -> tuple[dict[str, Any], dict[str, Tensor], DrafterConfig]:
+    """config.json, the tensors (without values if only their headers are read), and the drafter."""
     if not directory.is_dir():
         raise DFlashError("not a directory: give a drafter checkpoint's directory")
     raw = read_json(directory / CONFIG)
@@ -125,9 +151,13 @@ def _load(directory: Path, dtype: torch.dtype | None, dialect: Dialect | None) -
             "the weights are quantised (quantization_config): give the checkpoint in bfloat16, "
             "float16 or float32"
         )
-    tensors = _split_fused(_read_tensors(directory), raw)
+    tensors = _split_fused(_read_tensors(directory, headers_only), raw)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    config = read_config(raw, shapes, dialect)
+    return raw, tensors, read_config(raw, shapes, dialect)
+
+
+def _load(directory: Path, dtype: torch.dtype | None, dialect: Dialect | None) -> Checkpoint:
+    raw, tensors, config = _read(directory, dialect, headers_only=False)
     to_target = tensors.pop("t2d", None)
     _check_names_and_shapes(tensors, config)
     stored = tensors["fc.weight"].dtype
@@ -157,8 +187,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of every shard, under canonical names."""
+def _read_tensors(directory: Path, headers_only: bool) -> dict[str, Tensor]:
+    """Every tensor of every shard, under canonical names; on the meta device if only headers."""
     shards = sorted(directory.glob("*.safetensors"))
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
     if "mask_embedding.pt" in pickles:
@@ -186,7 +216,11 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
                         raise DFlashError(
                             f"tensor {name!r} stands twice, again in {shard.name}: remove one"
                         )
-                    tensors[name] = file.get_tensor(stored)
+                    if headers_only:
+                        shape = file.get_slice(stored).get_shape()
+                        tensors[name] = torch.empty(shape, device="meta")
+                    else:
+                        tensors[name] = file.get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise DFlashError(
                 f"{shard.name} is not a whole safetensors file ({error}): fetch it again"

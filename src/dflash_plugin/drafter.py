@@ -9,6 +9,7 @@ engine can lend its sharded linears and paged cache to the same drafter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -40,14 +41,28 @@ class ContextStore(Protocol):
         """Attention for blocks that start at positions ``anchors`` [B]."""
 
 
+class QKVLinear(Protocol):
+    """Merged projection of queries, keys and values."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., (heads + 2 * kv_heads) * head_dim], of one shard."""
+
+    def keys_values(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., 2 * kv_heads * head_dim]: keys, then values."""
+
+
 class Host(Protocol):
     """Supplies the modules that an engine has its own versions of.
 
     ``shards`` is the tensor-parallel degree: head counts and inner widths are divided by it.
     Linears take [..., in] and return [..., out / shards] (column) or [..., out] (row, reduced).
+    ``name`` is the module's place in a checkpoint.
     """
 
     shards: int
+
+    def qkv_linear(self, config: DrafterConfig, name: str) -> nn.Module:
+        """A ``QKVLinear``; key/value heads are repeated where there are fewer than shards."""
 
     def column_linear(
         self, in_features: int, out_features: Sequence[int], bias: bool, name: str
@@ -62,11 +77,32 @@ class Host(Protocol):
     ) -> nn.Module:
         """Linear that every shard holds whole."""
 
+    def head(self, rows: int, hidden_size: int, name: str) -> nn.Module:
+        """Output head [rows, hidden_size] without a bias."""
+
+
+class TorchQKV(nn.Linear):
+    """``QKVLinear`` on one device."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        self.query_width = config.num_attention_heads * config.head_dim
+        width = self.query_width + 2 * config.num_key_value_heads * config.head_dim
+        super().__init__(config.hidden_size, width, bias=config.attention_bias)
+
+    def keys_values(self, x: Tensor) -> Tensor:
+        """Keys and values alone."""
+        bias = None if self.bias is None else self.bias[self.query_width :]
+        return F.linear(x, self.weight[self.query_width :], bias)
+
 
 class TorchHost:
     """Plain torch linears on one device."""
 
     shards = 1
+
+    def qkv_linear(self, config: DrafterConfig, name: str) -> nn.Module:
+        """One linear over queries, keys and values."""
+        return TorchQKV(config)
 
     def column_linear(
         self, in_features: int, out_features: Sequence[int], bias: bool, name: str
@@ -83,6 +119,10 @@ class TorchHost:
     ) -> nn.Module:
         """A plain linear."""
         return nn.Linear(in_features, out_features, bias=bias)
+
+    def head(self, rows: int, hidden_size: int, name: str) -> nn.Module:
+        """A plain linear."""
+        return nn.Linear(hidden_size, rows, bias=False)
 
 
 class RMSNorm(nn.Module):
@@ -111,16 +151,7 @@ class DraftAttention(nn.Module):
         self.kv_heads = max(1, config.num_key_value_heads // host.shards)
         self.value_scale = config.attention_value_scale
         name = f"layers.{index}.self_attn"
-        self.query_proj = host.column_linear(
-            config.hidden_size,
-            [config.num_attention_heads * config.head_dim],
-            config.attention_bias,
-            f"{name}.q_proj",
-        )
-        kv_width = config.num_key_value_heads * config.head_dim
-        self.kv_proj = host.column_linear(
-            config.hidden_size, [kv_width, kv_width], config.attention_bias, f"{name}.kv_proj"
-        )
+        self.qkv_proj = host.qkv_linear(config, f"{name}.qkv_proj")
         self.output_proj = host.row_linear(
             config.num_attention_heads * config.head_dim,
             config.hidden_size,
@@ -133,12 +164,18 @@ class DraftAttention(nn.Module):
         self.key_norm = RMSNorm(self.head_dim, eps, gemma) if config.qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.attention_sinks else None
 
-    def keys_values(
+    def context(
         self, x: Tensor, rotary: RotaryEmbedding, tables: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Normed, rotated keys and scaled values of x [..., hidden], each [..., kv_heads, dim]."""
-        kv = self.kv_proj(x).unflatten(-1, (2, self.kv_heads, self.head_dim))
-        key, value = kv.unbind(-3)
+        """Keys and values of context rows x [..., hidden], each [..., kv_heads, head_dim]."""
+        kv = cast(QKVLinear, self.qkv_proj).keys_values(x)
+        return self._finish(kv, rotary, tables)
+
+    def _finish(
+        self, kv: Tensor, rotary: RotaryEmbedding, tables: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Normed, rotated keys and scaled values of projections [..., 2 * kv_heads * dim]."""
+        key, value = kv.unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(-3)
         key = rotary.rotate(self.key_norm(key), tables)
         return key, value if self.value_scale is None else value * self.value_scale
 
@@ -150,9 +187,11 @@ class DraftAttention(nn.Module):
         attend: Attend,
     ) -> Tensor:
         """Attention of block rows x [B, T, hidden] over the context and each other."""
-        query = self.query_proj(x).unflatten(-1, (self.heads, self.head_dim))
+        width = self.heads * self.head_dim
+        query, kv = self.qkv_proj(x).split([width, 2 * self.kv_heads * self.head_dim], dim=-1)
+        query = query.unflatten(-1, (self.heads, self.head_dim))
         query = rotary.rotate(self.query_norm(query), tables)
-        key, value = self.keys_values(x, rotary, tables)
+        key, value = self._finish(kv, rotary, tables)
         out: Tensor = self.output_proj(attend(self.index, query, key, value).flatten(-2))
         return out
 
@@ -218,8 +257,8 @@ class Drafter(nn.Module):
         self.fc = host.replicated_linear(
             len(config.target_layer_ids) * config.target_hidden_size,
             config.hidden_size,
-            False,
-            "fc",
+            bias=False,
+            name="fc",
         )
         self.context_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
         self.layers = nn.ModuleList(
@@ -237,7 +276,7 @@ class Drafter(nn.Module):
         )
         head_rows = config.draft_vocab_size or config.vocab_size
         self.own_head = (
-            nn.Parameter(torch.zeros(head_rows, config.hidden_size)) if config.own_head else None
+            host.head(head_rows, config.hidden_size, "lm_head") if config.own_head else None
         )
         self.register_buffer(
             "d2t",
@@ -245,7 +284,7 @@ class Drafter(nn.Module):
             if config.draft_vocab_size
             else None,
         )
-        self._target_embedding: list[Tensor] = []
+        self._target_embedding: list[Callable[[Tensor], Tensor]] = []
         self._target_head: list[nn.Module] = []
         self.store: ContextStore | None = None
 
@@ -257,50 +296,69 @@ class Drafter(nn.Module):
         drafter.load_canonical(checkpoint.tensors)
         return drafter.eval()
 
-    def borrow(self, embedding: Tensor, head: nn.Module) -> None:
-        """Use the target's embedding weight [vocab, hidden] and output head.
+    def borrow(
+        self, weight: Tensor, head: nn.Module, lookup: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Use the target's embedding and output head.
+
+        Args:
+            weight: the embedding, [rows, hidden].
+            head: makes logits [..., vocab] of hidden states [..., hidden].
+            lookup: rows of token ids where ``weight`` is only one shard of the embedding.
 
         Raises:
             DFlashError: the widths differ.
         """
-        if embedding.shape[1] != self.config.hidden_size and self.own_embedding is None:
+        if weight.shape[1] != self.config.hidden_size and self.own_embedding is None:
             raise DFlashError(
-                f"the target's embedding is {embedding.shape[1]} wide but the drafter's "
+                f"the target's embedding is {weight.shape[1]} wide but the drafter's "
                 f"hidden_size is {self.config.hidden_size}: use a drafter made for this target, "
                 "or one with its own embedding"
             )
-        self._target_embedding = [embedding]
+        self._target_embedding = [lookup or partial(F.embedding, weight=weight)]
         self._target_head = [head]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings [..., hidden] of token ids int64 [...]."""
-        weight = self.own_embedding if self.own_embedding is not None else self._target_embedding[0]
-        embedded = F.embedding(tokens, weight)
+        is_mask = tokens == self.config.mask_token_id
         if self.mask_embedding is not None:
-            is_mask = (tokens == self.config.mask_token_id).unsqueeze(-1)
-            embedded = torch.where(is_mask, self.mask_embedding.to(embedded.dtype), embedded)
+            # The mask's id may lie outside the embedding.
+            tokens = tokens.masked_fill(is_mask, 0)
+        if self.own_embedding is not None:
+            embedded = F.embedding(tokens, self.own_embedding)
+        else:
+            embedded = self._target_embedding[0](tokens)
+        if self.mask_embedding is not None:
+            mask_row = self.mask_embedding.to(embedded.dtype)
+            embedded = torch.where(is_mask.unsqueeze(-1), mask_row, embedded)
         if self.config.embedding_scale != 1.0:
             embedded = embedded * self.config.embedding_scale
         return embedded.to(self.norm.weight.dtype)
 
+    def fuse(self, features: Tensor) -> Tensor:
+        """Context rows [..., hidden] of features [..., n * target_hidden].
+
+        The features are the target layers' outputs, concatenated in the order of
+        ``target_layer_ids``.
+        """
+        context: Tensor = self.context_norm(self.fc(features.to(self.norm.weight.dtype)))
+        return context
+
     def context_keys_values(
-        self, features: Tensor, positions: Tensor
+        self, context: Tensor, positions: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and values of every draft layer for context features.
+        """Keys and values of every draft layer for context rows.
 
         Args:
-            features: [B, T, n * target_hidden], the target layers' outputs concatenated in the
-                order of ``target_layer_ids``.
+            context: [B, T, hidden], from ``fuse``.
             positions: int64 [B, T].
 
         Yields:
             Per layer, key and value [B, T, kv_heads, head_dim].
         """
-        context = self.context_norm(self.fc(features.to(self.norm.weight.dtype)))
         tables = self.rotary.tables(positions, context.dtype)
-        for layer in self.layers:
-            attention = cast(DraftLayer, layer).attention
-            yield attention.keys_values(context, self.rotary, tables)
+        for attention in self.attentions():
+            yield attention.context(context, self.rotary, tables)
 
     def inject(self, features: Tensor, positions: Tensor) -> None:
         """Write the context's keys and values of all layers into the store, once.
@@ -311,13 +369,17 @@ class Drafter(nn.Module):
                 dropped and never enter the store.
         """
         assert self.store is not None, "set drafter.store before injecting"
-        pairs = self.context_keys_values(features, positions.clamp(min=0))
+        pairs = self.context_keys_values(self.fuse(features), positions.clamp(min=0))
         for index, (key, value) in enumerate(pairs):
             self.store.write(index, key, value, positions)
 
+    def attentions(self) -> list[DraftAttention]:
+        """The attention of every layer."""
+        return [cast(DraftLayer, layer).attention for layer in self.layers]
+
     def sinks(self, layer: int) -> Tensor | None:
         """Attention sinks [heads] of a layer, if it has them."""
-        return cast(DraftLayer, self.layers[layer]).attention.sinks
+        return self.attentions()[layer].sinks
 
     def run_block(self, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states [B, T, hidden] of block rows at ``positions`` int64 [B, T], normed."""
@@ -352,10 +414,12 @@ class Drafter(nn.Module):
         """The head's weight where logits are its product with hidden states and nothing else."""
         if self.config.logit_scale != 1.0 or self.config.logit_softcap is not None:
             return None
-        if self.own_head is not None:
-            return self.own_head
-        head = self._target_head[0]
+        head = self.head()
         return head.weight if isinstance(head, nn.Linear) and head.bias is None else None
+
+    def head(self) -> nn.Module:
+        """The output head in use, the drafter's own or the target's."""
+        return self._target_head[0] if self.own_head is None else self.own_head
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits [..., draft vocabulary] of hidden states; ``token_ids`` names its rows."""
@@ -363,11 +427,11 @@ class Drafter(nn.Module):
         count = rows.shape[0]
         if rows.device.type == "cpu" and count > 1:
             rows = F.pad(rows, (0, 0, 0, -count % CPU_ROWS))
-        if self.own_head is not None:
-            logits = F.linear(rows, self.own_head)
-        else:
-            logits = self._target_head[0](rows)
-        logits = logits[:count].view(*hidden.shape[:-1], -1)
+        logits = self.head()(rows)[:count].view(*hidden.shape[:-1], -1)
+        return self.scale_logits(logits)
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        """Draft logits of what the head gives, with the drafter's scale and soft-cap."""
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:
@@ -388,19 +452,23 @@ class Drafter(nn.Module):
 
     def load_canonical(self, tensors: dict[str, Tensor]) -> None:
         """Fill from a checkpoint's canonical tensor names (z-lab's)."""
-        state = {own: _join(names, tensors) for own, names in self._names().items()}
+        state = {own: _join(names, tensors) for own, names in self.checkpoint_names().items()}
         self.load_state_dict(state)
 
     def canonical(self) -> dict[str, Tensor]:
         """The tensors under their checkpoint names."""
         state = self.state_dict()
         tensors: dict[str, Tensor] = {}
-        for own, names in self._names().items():
-            parts = state[own].chunk(len(names)) if len(names) > 1 else (state[own],)
+        query = self.config.num_attention_heads * self.config.head_dim
+        kv = self.config.num_key_value_heads * self.config.head_dim
+        inner = self.config.intermediate_size
+        sizes = {2: [inner, inner], 3: [query, kv, kv]}
+        for own, names in self.checkpoint_names().items():
+            parts = state[own].split(sizes[len(names)]) if len(names) > 1 else (state[own],)
             tensors.update({name: part.clone() for name, part in zip(names, parts, strict=True)})
         return tensors
 
-    def _names(self) -> dict[str, tuple[str, ...]]:
+    def checkpoint_names(self) -> dict[str, tuple[str, ...]]:
         """Checkpoint names behind each entry of ``state_dict``, merged ones in order."""
         renamed = {
             "context_norm": "hidden_norm",
@@ -410,12 +478,14 @@ class Drafter(nn.Module):
             "query_norm": "q_norm",
             "key_norm": "k_norm",
             "output_proj": "o_proj",
-            "query_proj": "q_proj",
             "sinks": "attention_sink_bias",
             "own_embedding": "embed_tokens.weight",
-            "own_head": "lm_head.weight",
+            "own_head": "lm_head",
         }
-        merged = {"kv_proj": ("k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+        merged = {
+            "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+            "gate_up_proj": ("gate_proj", "up_proj"),
+        }
         names: dict[str, tuple[str, ...]] = {}
         for own in self.state_dict():
             parts = [renamed.get(part, part) for part in own.split(".")]

@@ -116,14 +116,9 @@ def replay(
                 f"known answer {number}: the target continues with token {found.anchor} instead of "
                 f"{expected.anchor}: this is not the target that the drafter was made for"
             )
-        rows = zip(found.drafts, expected.drafts, expected.margins, strict=True)
-        for position, (got, wanted, margin) in enumerate(rows, start=1):
-            if got != wanted and margin >= min_margin:
-                raise DFlashError(
-                    f"known answer {number}: draft {position} is token {got} instead of {wanted}: "
-                    "the drafter is not run as it was trained (target layers, rotation, mask "
-                    "token, causality or head differ)"
-                )
+        differences = differing(expected, found.drafts, min_margin)
+        if differences:
+            raise DFlashError(describe(number, expected, found.drafts, differences[0]))
         if hidden_tolerance is None:
             continue
         difference = (torch.tensor(found.hidden) - torch.tensor(expected.hidden)).abs().max().item()
@@ -132,6 +127,25 @@ def replay(
                 f"known answer {number}: hidden values differ by {difference:.4f}, more than "
                 f"{hidden_tolerance}: the drafter is not run as it was trained"
             )
+
+
+def differing(expected: KnownAnswer, drafts: Sequence[int], min_margin: float) -> list[int]:
+    """Positions, from 0, of drafts that differ though a margin of ``min_margin`` decided them."""
+    rows = zip(drafts, expected.drafts, expected.margins, strict=True)
+    return [
+        position
+        for position, (got, wanted, margin) in enumerate(rows)
+        if got != wanted and margin >= min_margin
+    ]
+
+
+def describe(number: int, expected: KnownAnswer, drafts: Sequence[int], position: int) -> str:
+    """What is wrong with a draft that differs, and why it may be."""
+    return (
+        f"known answer {number}: draft {position + 1} is token {drafts[position]} instead of "
+        f"{expected.drafts[position]}: the drafter is not run as it was trained (target layers, "
+        "rotation, mask token, causality or head differ)"
+    )
 
 
 def save_record(directory: Path, record: KnownAnswers) -> None:

@@ -11,10 +11,15 @@ from dflash_plugin.config import DrafterConfig
 
 
 def frequencies(config: DrafterConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies, float32 [rotary_dim / 2], and the factor on cos and sin.
+    """Inverse frequencies, float32 [rotary_dim / 2] on the CPU, and the factor on cos and sin.
 
     The scaling rules (yarn, llama3, linear, ...) are Transformers'.
     """
+    with torch.device("cpu"):
+        return _frequencies(config)
+
+
+def _frequencies(config: DrafterConfig) -> tuple[Tensor, float]:
     rope = config.rope
     holder = Qwen3Config(
         hidden_size=config.hidden_size,

@@ -83,7 +83,7 @@ class Objective(nn.Module):
         batch, context = features.shape[:2]
         count, size = blocks.anchors.shape[1], config.block_size
         places = torch.arange(context, device=features.device).expand(batch, -1)
-        stored = list(drafter.context_keys_values(features, places))
+        stored = list(drafter.context_keys_values(drafter.fuse(features), places))
         masks: dict[LayerAttention, Tensor] = {
             layer: training_mask(layer, config.window_from, blocks.anchors, size, context)
             for layer in set(config.layers)

@@ -1,0 +1,282 @@
+"""vLLM's arguments: the flags, and the draft model's configuration that stands behind them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dflash_plugin.checkpoint import CONFIG, load_config, replacing
+from dflash_plugin.config import DrafterConfig
+from dflash_plugin.errors import DFlashError, reason
+from dflash_plugin.fetch import cache_directory
+from dflash_plugin.vllm import compat
+from dflash_plugin.vllm.options import KEY, Hosted, Options, read_options
+from dflash_plugin.vllm.plugin import ARCHITECTURE, LOAD_FORMAT, is_off
+
+METHOD = "dflash"
+# Ours, vLLM's own, its attribute, and the key of the speculative configuration.
+FLAGS = (
+    ("--speculative-method", "--spec-method", "spec_method", "method"),
+    ("--speculative-model", "--spec-model", "spec_model", "model"),
+    ("--num-speculative-tokens", "--spec-tokens", "spec_tokens", "num_speculative_tokens"),
+)
+
+
+def patch(module: ModuleType) -> None:
+    """Wrap ``EngineArgs`` of ``vllm.engine.arg_utils``."""
+    arguments: Any = module.EngineArgs
+    add_cli_args, create = arguments.add_cli_args, arguments.create_speculative_config
+
+    @wraps(add_cli_args)
+    def add(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        add_flags(parser)
+        return add_cli_args(parser, *args, **kwargs)
+
+    @wraps(create)
+    def create_speculative_config(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        if not is_off():
+            prepare(self, target_model_config)
+        return create(self, target_model_config, target_parallel_config)
+
+    arguments.add_cli_args = staticmethod(add)
+    arguments.create_speculative_config = create_speculative_config
+
+
+def add_flags(parser: Any) -> None:
+    """Add the long names of vLLM's ``--spec-*`` flags; the short ones stay."""
+    group = parser.add_argument_group("dflash-plugin")
+    for flag, native, attribute, key in FLAGS:
+        group.add_argument(
+            flag,
+            dest=attribute,
+            type=int if key == "num_speculative_tokens" else str,
+            default=argparse.SUPPRESS,
+            help=f"The same as {native}.",
+        )
+
+
+def prepare(arguments: Any, target_model_config: Any) -> None:
+    """Turn a request for DFlash into one for this project's drafter.
+
+    Args:
+        arguments: vLLM's ``EngineArgs``; its speculative settings are rewritten.
+        target_model_config: the target's ``ModelConfig``.
+
+    Raises:
+        DFlashError: the version, an option, the checkpoint or the number of speculative tokens
+            does not do; the message says what to change.
+    """
+    settings = merged(arguments)
+    model = settings.get("model")
+    if not asks_for_dflash(settings) or is_prepared(model):
+        return
+    version = compat.current()
+    options = read_options(arguments.additional_config)
+    if not model:
+        raise DFlashError(
+            "speculative method 'dflash' needs a drafter: give --speculative-model DIR"
+        )
+    checkpoint = resolve(str(model), settings.get("revision"), arguments.download_dir)
+    config = load_config(checkpoint, options.dialect)
+    check_target(config, target_model_config)
+    settings["num_speculative_tokens"] = number_of_drafts(
+        config, settings.get("num_speculative_tokens")
+    )
+    dummy = str(getattr(arguments.load_format, "value", arguments.load_format)) == "dummy"
+    if dummy:
+        options = options.model_copy(update={"known_answers": "off", "acceptance_warning": 0.0})
+    else:
+        settings.setdefault("draft_load_config", _load_config())
+    info = Hosted(
+        checkpoint=checkpoint,
+        config=config,
+        options=options,
+        expected_acceptance_length=expected_acceptance(checkpoint, options),
+    )
+    settings["method"] = METHOD
+    settings["model"] = str(stage(info, target_model_config))
+    settings.pop("revision", None)
+    for key, value in compat.spec_settings(version).items():
+        settings.setdefault(key, value)
+    for _, _, attribute, _ in FLAGS:
+        setattr(arguments, attribute, None)
+    arguments.speculative_config = settings
+
+
+def merged(arguments: Any) -> dict[str, Any]:
+    """The speculative settings from the flags and ``--speculative-config`` together.
+
+    Raises:
+        DFlashError: a setting is given in both.
+    """
+    given = arguments.speculative_config or {}
+    settings = {key.replace("-", "_"): value for key, value in given.items()}
+    for flag, native, attribute, key in FLAGS:
+        value = getattr(arguments, attribute, None)
+        if value is None:
+            continue
+        if key in settings:
+            raise DFlashError(
+                f"{flag} (or {native}) and --speculative-config both give {key!r}: leave one out"
+            )
+        settings[key] = value
+    return settings
+
+
+def asks_for_dflash(settings: dict[str, Any]) -> bool:
+    """Whether the method is DFlash, by name or, as in vLLM, by the drafter's name."""
+    method = settings.get("method")
+    return method == METHOD or (method is None and "dflash" in str(settings.get("model")).lower())
+
+
+def resolve(model: str, revision: str | None, download_dir: str | None) -> Path:
+    """The drafter's directory, fetched from the hub if it is not one here.
+
+    Raises:
+        DFlashError: there is no such directory, and the hub has no such repository.
+    """
+    if Path(model).is_dir():
+        return Path(model).resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                cache_dir=download_dir,
+                allow_patterns=["*.json", "*.safetensors"],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise DFlashError(
+            f"the drafter {model!r} is neither a directory nor a repository that can be fetched "
+            f"({reason(error)}): check the name, or fetch it first and give its directory"
+        ) from error
+
+
+def check_target(config: DrafterConfig, target_model_config: Any) -> None:
+    """Check a drafter against the target's sizes.
+
+    Raises:
+        DFlashError: names the first thing that does not fit.
+    """
+    hidden = target_model_config.get_hidden_size()
+    layers = target_model_config.get_total_num_hidden_layers()
+    vocabulary = target_model_config.get_vocab_size()
+    if config.target_hidden_size != hidden:
+        raise DFlashError(
+            f"the drafter reads features {config.target_hidden_size} wide but the target's "
+            f"hidden_size is {hidden}: use the drafter made for this target"
+        )
+    outside = [layer for layer in config.target_layer_ids if layer >= layers]
+    if outside:
+        raise DFlashError(
+            f"the drafter reads target layer {outside[0]} but the target has {layers} layers "
+            f"(0 to {layers - 1}): use the drafter made for this target"
+        )
+    if config.mask_token_id >= vocabulary and not config.own_mask_embedding:
+        raise DFlashError(
+            f"mask_token_id {config.mask_token_id} is outside the target's vocabulary of "
+            f"{vocabulary}: use the drafter made for this target"
+        )
+
+
+def number_of_drafts(config: DrafterConfig, asked: int | None) -> int:
+    """The number of speculative tokens, that of the drafter's block unless fewer are asked for.
+
+    Raises:
+        DFlashError: more than a block drafts, or none.
+    """
+    most = config.num_draft_tokens
+    if asked is None:
+        return most
+    if not 1 <= asked <= most:
+        raise DFlashError(
+            f"num_speculative_tokens is {asked} but a block of {config.block_size} drafts {most}: "
+            f"give 1 to {most}, or leave it out for {most}"
+        )
+    return asked
+
+
+def expected_acceptance(checkpoint: Path, options: Options) -> float | None:
+    """τ to expect: the option's, or what training measured on held-out text."""
+    if options.expected_acceptance_length is not None:
+        return options.expected_acceptance_length
+    try:
+        record = json.loads((checkpoint / "training.json").read_text())
+        return float(record["held_out"]["held_out_tau"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def stage(info: Hosted, target_model_config: Any) -> Path:
+    """Write the draft model's configuration for vLLM into the cache.
+
+    Returns:
+        A directory that holds nothing but config.json, named by its content.
+    """
+    written = json.dumps(engine_config(info, target_model_config), indent=1, sort_keys=True)
+    name = hashlib.sha256(written.encode()).hexdigest()[:16]
+    directory = cache_directory() / "vllm" / name
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing(directory / CONFIG) as path:
+        path.write_text(written + "\n")
+    return directory
+
+
+def is_prepared(model: Any) -> bool:
+    """Whether ``model`` is a directory that ``stage`` wrote, as when a configuration is reused."""
+    path = Path(str(model)) / CONFIG
+    if path.parent.parent != cache_directory() / "vllm":
+        return False
+    return path.is_file() and KEY in json.loads(path.read_text())
+
+
+def engine_config(info: Hosted, target_model_config: Any) -> dict[str, Any]:
+    """config.json of the draft model, with what vLLM itself reads of it and our own entry."""
+    config = info.config
+    windows = [layer.sliding_window for layer in config.layers if layer.sliding_window]
+    length = max(config.rope.max_position_embeddings, target_model_config.max_model_len)
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "qwen3",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "vocab_size": target_model_config.get_vocab_size(),
+        "max_position_embeddings": length,
+        "layer_types": [
+            "full_attention" if layer.sliding_window is None else "sliding_attention"
+            for layer in config.layers
+        ],
+        "sliding_window": max(windows, default=None),
+        "use_sliding_window": bool(windows),
+        "is_causal": all(layer.causal for layer in config.layers),
+        "tie_word_embeddings": False,
+        "torch_dtype": config.dtype,
+        "block_size": config.block_size,
+        "dflash_config": {
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": sorted(config.target_layer_ids),
+        },
+        KEY: info.model_dump(mode="json"),
+    }
+
+
+def _load_config() -> Any:
+    from vllm.config.load import LoadConfig
+
+    return LoadConfig(load_format=LOAD_FORMAT)

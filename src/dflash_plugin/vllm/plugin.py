@@ -1,0 +1,99 @@
+"""What the plugin changes in vLLM, in one place."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+from dflash_plugin.vllm import compat
+from dflash_plugin.vllm.hooks import after_import
+from dflash_plugin.vllm.options import hosted
+
+ARCHITECTURE = "DFlashPluginDraftModel"
+LOAD_FORMAT = "dflash_plugin"
+SWITCH = "DFLASH_PLUGIN"
+
+
+def is_off() -> bool:
+    """Whether the user asked for vLLM's own DFlash."""
+    return os.environ.get(SWITCH, "on").lower() in ("off", "0", "false")
+
+
+def activate() -> None:
+    """Add the flags, and put this project's drafter where a DFlash drafter is asked for.
+
+    The version is checked when one is: the plugin does not stop engines that do not use it.
+    """
+    after_import("vllm.engine.arg_utils", _patch_arguments)
+    if is_off():
+        return
+    after_import("vllm.model_executor.models.registry", _register_architecture)
+    after_import("vllm.model_executor.model_loader", _register_loader)
+    after_import("vllm.v1.worker.gpu.spec_decode.dflash.speculator", _substitute_speculator)
+    after_import("vllm.v1.spec_decode.dflash", _substitute_proposer)
+    after_import("vllm.v1.worker.gpu_worker", _check_after_warm_up)
+    after_import("vllm.v1.worker.cpu_worker", _check_after_warm_up)
+    after_import("vllm.v1.spec_decode.metrics", _add_metrics)
+    after_import("vllm.utils.cpu_triton_utils", _mend_cpu_kernels)
+
+
+def _patch_arguments(module: ModuleType) -> None:
+    from dflash_plugin.vllm.arguments import patch
+
+    patch(module)
+
+
+def _register_architecture(module: ModuleType) -> None:
+    module.ModelRegistry.register_model(ARCHITECTURE, "dflash_plugin.vllm.model:HostedDrafter")
+
+
+def _register_loader(module: ModuleType) -> None:
+    from dflash_plugin.vllm.loader import DrafterLoader
+
+    module.register_model_loader(LOAD_FORMAT)(DrafterLoader)
+
+
+def _substitute_speculator(module: ModuleType) -> None:
+    from dflash_plugin.vllm.speculator import Speculator
+
+    _substitute(module.DFlashSpeculator, Speculator)
+
+
+def _substitute_proposer(module: ModuleType) -> None:
+    from dflash_plugin.vllm.proposer import Proposer
+
+    _substitute(module.DFlashProposer, Proposer)
+
+
+def _substitute(native: Any, ours: Any) -> None:
+    """Make ``native(vllm_config, …)`` build ``ours``, its subclass, for a drafter that is ours.
+
+    The name stays bound to the native class wherever it was imported, and its other subclasses
+    are left alone.
+    """
+
+    def new(cls: Any, vllm_config: Any, *_: Any, **__: Any) -> Any:
+        is_ours = cls is native and hosted(vllm_config.speculative_config) is not None
+        return object.__new__(ours if is_ours else cls)
+
+    native.__new__ = new
+
+
+def _check_after_warm_up(module: ModuleType) -> None:
+    from dflash_plugin.vllm.selfcheck import patch
+
+    patch(getattr(module, "CPUWorker", None) or module.Worker)
+
+
+def _add_metrics(module: ModuleType) -> None:
+    from dflash_plugin.vllm.metrics import patch
+
+    patch(module.SpecDecodingProm)
+
+
+def _mend_cpu_kernels(module: ModuleType) -> None:
+    from dflash_plugin.vllm.cpu import expand_kernel
+
+    if compat.current().cpu_expands_into_copy:
+        module._expand_kernel_impl = expand_kernel  # type: ignore[attr-defined]

@@ -1,0 +1,112 @@
+"""The V1 runner's proposer, which serves on a CPU: vLLM's own, around this project's drafter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.spec_decode.dflash import DFlashProposer
+
+from dflash_plugin.vllm.model import required
+
+NO_SLOT = -1
+
+
+class Proposer(DFlashProposer):
+    """Drafts a block per request; correct rather than clever."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None) -> None:
+        super().__init__(vllm_config, device, runner)
+        self.info = required(vllm_config)
+        self.dflash_causal = all(layer.causal for layer in self.info.config.layers)
+
+    def _maybe_share_embeddings(self, target_language_model: nn.Module) -> None:
+        self.model.bind(target_language_model)
+
+    def _maybe_share_lm_head(self, target_language_model: nn.Module) -> None:
+        """Done with the embedding."""
+
+    def set_inputs_first_pass(
+        self,
+        target_token_ids: Tensor,
+        next_token_ids: Tensor,
+        target_positions: Tensor,
+        target_hidden_states: Tensor,
+        token_indices_to_sample: Tensor | None,
+        cad: CommonAttentionMetadata,
+        num_rejected_tokens_gpu: Tensor | None,
+    ) -> tuple[int, Tensor, CommonAttentionMetadata]:
+        """Fill the buffers for injection and for the block.
+
+        Args:
+            target_token_ids: [T], rows of the target's pass.
+            next_token_ids: [batch], the tokens that the blocks start from.
+            target_positions: [T].
+            target_hidden_states: [T, hidden], context rows.
+            token_indices_to_sample: unused.
+            cad: metadata of the target's pass.
+            num_rejected_tokens_gpu: [batch], rows at the end of each request's that were rejected.
+
+        Returns:
+            Block rows, the rows [batch * K] that draft, and metadata of the block's pass.
+        """
+        batch, total = cad.batch_size(), target_token_ids.shape[0]
+        anchor_drafts = self.info.config.sample_from_anchor
+        drafts = self.num_speculative_tokens
+        rows = drafts + (not anchor_drafts)
+        starts = cad.query_start_loc.long()
+        counts = starts.diff()
+        rejected = torch.zeros_like(counts)
+        if num_rejected_tokens_gpu is not None:
+            rejected = num_rejected_tokens_gpu.long()
+        last = starts[1:] - 1 - rejected
+        positions = target_positions.long()
+
+        request = torch.repeat_interleave(torch.arange(batch, device=counts.device), counts)
+        is_context = torch.arange(total, device=counts.device) <= last[request]
+        slots = self._slots(cad, request, positions)
+        self._dflash_num_context = total
+        self._dflash_hidden_states = target_hidden_states
+        self._context_positions_buffer[:total] = positions
+        self._context_slot_mapping_buffer[:total] = torch.where(is_context, slots, NO_SLOT)
+
+        anchors = positions[last] + 1
+        block = anchors[:, None] + torch.arange(rows, device=counts.device)
+        owner = torch.arange(batch, device=counts.device)[:, None].expand_as(block)
+        limit = self.max_model_len
+        fits = block < limit
+        block = block.clamp(max=limit - 1)
+        block_slots = torch.where(fits, self._slots(cad, owner, block), NO_SLOT)
+        size = batch * rows
+        tokens = torch.full_like(block, self.parallel_drafting_token_id)
+        tokens[:, 0] = next_token_ids
+        self.input_ids[:size] = tokens.flatten()
+        self.positions[:size] = block.flatten()
+        self._slot_mapping_buffer[:size] = block_slots.flatten()
+        sample = torch.arange(size, device=counts.device).view(batch, rows)[:, rows - drafts :]
+
+        lengths = cad.seq_lens - rejected.to(cad.seq_lens.dtype) + rows
+        upper = cad.seq_lens_cpu_upper_bound
+        metadata = CommonAttentionMetadata(
+            query_start_loc=self.arange[: batch + 1] * rows,
+            seq_lens=lengths.clamp(max=limit),
+            query_start_loc_cpu=torch.from_numpy(self.token_arange_np[: batch + 1]).clone() * rows,
+            seq_lens_cpu_upper_bound=None if upper is None else (upper + rows).clamp(max=limit),
+            num_reqs=cad.num_reqs,
+            num_actual_tokens=size,
+            max_query_len=rows,
+            max_seq_len=min(cad.max_seq_len + rows, limit),
+            block_table_tensor=cad.block_table_tensor,
+            slot_mapping=self._slot_mapping_buffer[:size],
+            causal=self.dflash_causal,
+        )
+        return size, sample.flatten().to(torch.int32), metadata
+
+    def _slots(self, cad: CommonAttentionMetadata, request: Tensor, positions: Tensor) -> Tensor:
+        """Cache slots of positions of requests, both [...]."""
+        table = cad.block_table_tensor
+        block = (positions // self.block_size).clamp(max=table.shape[1] - 1)
+        slot: Tensor = table[request, block].long() * self.block_size + positions % self.block_size
+        return slot

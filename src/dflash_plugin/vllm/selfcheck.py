@@ -1,0 +1,138 @@
+"""The start-up check: the drafter's known answers, drafted by the whole engine.
+
+The recorded prompts run through the runner as requests do: target pass, injection into the paged
+cache, draft with the CUDA graphs that serve. No request has come by then, so any cache block is
+free.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import wraps
+from typing import Any
+
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.known_answer import KnownAnswers, describe, differing, load_record
+from dflash_plugin.vllm.options import Hosted, hosted
+
+logger = logging.getLogger("vllm.dflash_plugin")
+
+# By how much a draft must be decided to be compared, and the share of these that must agree.
+FLOAT32 = (1e-3, 1.0)
+HALF = (0.5, 0.75)
+
+
+def patch(worker: Any) -> None:
+    """Run the check when a worker class is warm."""
+    warm_up = worker.compile_or_warm_up_model
+
+    @wraps(warm_up)
+    def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = warm_up(self, *args, **kwargs)
+        info = hosted(self.vllm_config.speculative_config)
+        if info is not None:
+            check(self, info)
+        return result
+
+    worker.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def check(worker: Any, info: Hosted) -> None:
+    """Compare the engine's drafts with the checkpoint's known answers.
+
+    Raises:
+        DFlashError: they differ and the option ``known_answers`` is "require".
+    """
+    config = worker.vllm_config
+    asked = config.speculative_config.num_speculative_tokens
+    mode = info.options.known_answers
+    if mode == "off":
+        return
+    record = load_record(info.checkpoint)
+    if record is None:
+        logger.info("%s has no known answers: the drafter is not checked", info.checkpoint)
+        return
+    if asked != info.config.num_draft_tokens:
+        logger.info(
+            "blocks are cut to %d drafts of %d: the known answers do not apply",
+            asked,
+            info.config.num_draft_tokens,
+        )
+        return
+    trouble = _compare(worker, record)
+    if trouble is None:
+        logger.info("the drafter's %d known answers agree", len(record.answers))
+        return
+    quantised = config.model_config.quantization or "fp8" in str(config.cache_config.cache_dtype)
+    if mode == "warn" or quantised:
+        logger.warning("%s", trouble)
+        return
+    raise DFlashError(
+        f"{trouble}. To serve all the same, set additional_config "
+        '{"dflash_plugin": {"known_answers": "warn"}}'
+    )
+
+
+def _compare(worker: Any, record: KnownAnswers) -> str | None:
+    """What is wrong, or None."""
+    is_float32 = str(worker.vllm_config.model_config.dtype) == "torch.float32"
+    min_margin, share = FLOAT32 if is_float32 else HALF
+    compared, wrong, first = 0, 0, None
+    for number, expected in enumerate(record.answers):
+        if len(expected.prompt) + 1 + len(expected.drafts) > worker.model_config.max_model_len:
+            continue
+        drafts = draft(worker, [*expected.prompt, expected.anchor])
+        differences = differing(expected, drafts, min_margin)
+        compared += sum(margin >= min_margin for margin in expected.margins)
+        wrong += len(differences)
+        if differences and first is None:
+            first = describe(number, expected, drafts, differences[0])
+    if compared and wrong > (1 - share) * compared:
+        return f"{wrong} of {compared} known drafts differ; {first}"
+    return None
+
+
+def draft(worker: Any, tokens: list[int]) -> list[int]:
+    """The engine's drafts after ``tokens``, whose last one is the anchor.
+
+    All but the last token are run as the first chunk of a prompt, so that the anchor is the
+    prompt's and not what the target would say.
+    """
+    from vllm import SamplingParams
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+    runner, request = worker.model_runner, "_dflash_plugin_check"
+    groups = runner.kv_cache_config.kv_cache_groups
+    rows = len(tokens) + worker.vllm_config.num_speculative_tokens + 1
+    blocks, next_block = [], 1
+    for group in groups:
+        count = -(-rows // group.kv_cache_spec.block_size)
+        blocks.append(list(range(next_block, next_block + count)))
+        next_block += count
+    step = SchedulerOutput.make_empty()
+    step.num_spec_tokens_to_schedule = worker.vllm_config.num_speculative_tokens
+    step.num_common_prefix_blocks = [0] * len(groups)
+    step.scheduled_new_reqs = [
+        NewRequestData(
+            req_id=request,
+            prompt_token_ids=tokens,
+            mm_features=[],
+            sampling_params=SamplingParams(max_tokens=1, temperature=0.0),
+            pooling_params=None,
+            block_ids=tuple(blocks),
+            num_computed_tokens=0,
+            lora_request=None,
+            prefill_token_ids=tokens,
+        )
+    ]
+    step.num_scheduled_tokens = {request: len(tokens) - 1}
+    step.total_num_scheduled_tokens = len(tokens) - 1
+    worker.execute_model(step)
+    worker.sample_tokens(None)
+    speculator = getattr(runner, "speculator", None)
+    proposed = runner._draft_token_ids if speculator is None else speculator.draft_tokens
+    drafts: list[int] = proposed[0].tolist()
+    finished = SchedulerOutput.make_empty()
+    finished.finished_req_ids = {request}
+    worker.execute_model(finished)
+    return drafts
