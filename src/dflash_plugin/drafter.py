@@ -292,7 +292,7 @@ class Drafter(nn.Module):
     def from_checkpoint(cls, checkpoint: Checkpoint, host: Host | None = None) -> Drafter:
         """Build a drafter and fill it with a checkpoint's tensors, in their dtype."""
         drafter = cls(checkpoint.config, host)
-        drafter.to(next(iter(checkpoint.tensors.values())).dtype)
+        drafter.to(checkpoint.tensors["norm.weight"].dtype)
         drafter.load_canonical(checkpoint.tensors)
         return drafter.eval()
 

@@ -1,0 +1,135 @@
+"""One vLLM engine in a process of its own, driven over a pipe.
+
+Several of them share a GPU, so that engines can be measured in turns; only one works at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+NATIVE_ADAPTIVE = {"enable_adaptive_verification": True}
+
+
+class Served:
+    """A child process with one engine.
+
+    Args:
+        mode: "none", "native", "native-adaptive" or "plugin".
+        settings: of ``LLM``; ``speculative_config`` goes to all modes but "none".
+    """
+
+    def __init__(self, mode: str, settings: dict[str, Any], log: Path) -> None:
+        self.mode = mode
+        settings = json.loads(json.dumps(settings))
+        if mode == "none":
+            settings.pop("speculative_config", None)
+        elif mode == "native-adaptive":
+            settings["speculative_config"].update(NATIVE_ADAPTIVE)
+        environment = {
+            **os.environ,
+            "DFLASH_PLUGIN": "on" if mode == "plugin" else "off",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            env=environment,
+            text=True,
+        )
+
+    def wait(self) -> dict[str, Any]:
+        """The next answer.
+
+        Raises:
+            RuntimeError: the process ended; the message holds the end of its log.
+        """
+        for line in self.process.stdout:
+            if line.startswith("@@"):
+                return json.loads(line[2:])
+        raise RuntimeError(f"{self.mode} ended:\n" + self.log.read_text()[-3000:])
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send a request and wait for its answer."""
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self.wait()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def counters(engine: Any) -> dict[str, float]:
+    """vLLM's speculation counters so far."""
+    found = {metric.name: metric for metric in engine.get_metrics()}
+    names = {
+        "passes": "vllm:spec_decode_num_drafts",
+        "accepted": "vllm:spec_decode_num_accepted_tokens",
+    }
+    return {key: found[name].value if name in found else 0 for key, name in names.items()}
+
+
+def run(
+    engine: Any, prompts: list[list[int]], concurrency: int, sampling: dict[str, Any]
+) -> dict[str, Any]:
+    """Keep ``concurrency`` requests in flight until every prompt is answered."""
+    from vllm import SamplingParams
+
+    core = engine.llm_engine
+    waiting = deque(enumerate(prompts))
+    outputs: dict[int, Any] = {}
+    before, running = counters(engine), 0
+    start = time.perf_counter()
+    while waiting or running:
+        while waiting and running < concurrency:
+            index, prompt = waiting.popleft()
+            core.add_request(
+                f"{index}", {"prompt_token_ids": prompt}, SamplingParams(**sampling)
+            )
+            running += 1
+        for output in core.step():
+            if output.finished:
+                outputs[int(output.request_id.split("-")[0])] = output.outputs[0]
+                running -= 1
+    seconds = time.perf_counter() - start
+    after = counters(engine)
+    passes = after["passes"] - before["passes"]
+    ordered = [outputs[index] for index in range(len(prompts))]
+    answer = {
+        "seconds": seconds,
+        "tokens": [list(output.token_ids) for output in ordered],
+        "tau": 1 + (after["accepted"] - before["accepted"]) / passes if passes else 1.0,
+    }
+    if sampling.get("logprobs"):
+        answer["margins"] = [[margin(step) for step in output.logprobs] for output in ordered]
+    return answer
+
+
+def margin(step: Any) -> float:
+    """Log-probability of the best token less the second best's."""
+    best = sorted((entry.logprob for entry in step.values()), reverse=True)
+    return round(best[0] - best[1], 6)
+
+
+def main() -> None:
+    from vllm import LLM
+
+    started = time.perf_counter()
+    engine = LLM(**json.loads(sys.argv[1]))
+    print("@@" + json.dumps({"startup": time.perf_counter() - started}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print("@@" + json.dumps(run(engine, **request)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
