@@ -56,6 +56,8 @@ class Served:
         for line in self.process.stdout:
             if line.startswith("@@"):
                 return json.loads(line[2:])
+            with self.log.open("a") as log:
+                log.write(line)
         raise RuntimeError(f"{self.mode} ended:\n" + self.log.read_text()[-3000:])
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -92,9 +94,7 @@ def run(
     while waiting or running:
         while waiting and running < concurrency:
             index, prompt = waiting.popleft()
-            core.add_request(
-                f"{index}", {"prompt_token_ids": prompt}, SamplingParams(**sampling)
-            )
+            core.add_request(f"{index}", {"prompt_token_ids": prompt}, SamplingParams(**sampling))
             running += 1
         for output in core.step():
             if output.finished:

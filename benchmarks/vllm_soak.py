@@ -146,9 +146,7 @@ def main(
         "tau": 1 + count["accepted"] / count["passes"],
         "mismatches": wrong,
         "ties": ties,
-        "growth_mb": {
-            key: round(late[key] - early[key], 1) for key in ("resident_mb", "gpu_mb")
-        },
+        "growth_mb": {key: round(late[key] - early[key], 1) for key in ("resident_mb", "gpu_mb")},
         "memory": memory,
     }
     output.parent.mkdir(parents=True, exist_ok=True)

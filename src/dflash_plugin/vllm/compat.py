@@ -20,16 +20,19 @@ class Version:
             reads the target's hidden states; DFlash needs no such thing.
         cpu_expands_into_copy: on a CPU the per-request temperature is expanded into a temporary,
             so that sampling reads uninitialised memory.
+        top_k_needs_drafts: the V1 rejection sampler fails where no request of a batch has a draft
+            left, as at the last token of a top-k sampled output.
     """
 
     drops_cached_block: bool
     cpu_expands_into_copy: bool
+    top_k_needs_drafts: bool
 
 
 SUPPORTED: dict[tuple[int, int], Version] = {
-    (0, 31): Version(drops_cached_block=True, cpu_expands_into_copy=True),
-    (0, 32): Version(drops_cached_block=True, cpu_expands_into_copy=True),
-    (0, 33): Version(drops_cached_block=False, cpu_expands_into_copy=True),
+    (0, 31): Version(drops_cached_block=True, cpu_expands_into_copy=True, top_k_needs_drafts=True),
+    (0, 32): Version(drops_cached_block=True, cpu_expands_into_copy=True, top_k_needs_drafts=True),
+    (0, 33): Version(drops_cached_block=False, cpu_expands_into_copy=True, top_k_needs_drafts=True),
 }
 
 

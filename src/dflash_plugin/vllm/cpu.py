@@ -1,6 +1,10 @@
-"""Mended CPU kernels of vLLM."""
+"""Mended parts of vLLM's V1 sampling, which serves on a CPU."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 from torch import Tensor
 
@@ -30,3 +34,17 @@ def expand_kernel(
     counts = ends.diff(prepend=ends.new_zeros(1))
     expanded = values.repeat_interleave(counts)
     output[: expanded.shape[0]] = expanded
+
+
+def without_empty_rows(constrain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``apply_sampling_constraints`` that leaves logits [0, vocab] alone.
+
+    vLLM's takes the largest top-k over the rows, of which there are none when no request of a
+    batch has a draft to verify.
+    """
+
+    @wraps(constrain)
+    def wrapped(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return constrain(logits, *args, **kwargs) if logits.shape[0] else logits
+
+    return wrapped

@@ -30,7 +30,7 @@ class HostedQKV(QKVParallelLinear):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the weight is a plain matrix still, neither quantised nor packed by a platform."""
+        """Whether the weight is a plain matrix, neither quantised nor packed by a platform."""
         rows = self.output_size_per_partition
         return isinstance(self.quant_method, UnquantizedLinearMethod) and (
             tuple(self.weight.shape) == (rows, self.input_size)

@@ -36,6 +36,7 @@ def activate() -> None:
     after_import("vllm.v1.worker.cpu_worker", _check_after_warm_up)
     after_import("vllm.v1.spec_decode.metrics", _add_metrics)
     after_import("vllm.utils.cpu_triton_utils", _mend_cpu_kernels)
+    after_import("vllm.v1.sample.rejection_sampler", _mend_rejection_sampler)
 
 
 def _patch_arguments(module: ModuleType) -> None:
@@ -97,3 +98,11 @@ def _mend_cpu_kernels(module: ModuleType) -> None:
 
     if compat.current().cpu_expands_into_copy:
         module._expand_kernel_impl = expand_kernel  # type: ignore[attr-defined]
+
+
+def _mend_rejection_sampler(module: ModuleType) -> None:
+    from dflash_plugin.vllm.cpu import without_empty_rows
+
+    if compat.current().top_k_needs_drafts:
+        constrain = module.apply_sampling_constraints
+        module.apply_sampling_constraints = without_empty_rows(constrain)  # type: ignore[attr-defined]

@@ -1,4 +1,6 @@
-"""What the vLLM tests share; they need an environment with vLLM, see ``install_cpu.sh``."""
+"""Starting engines and looking into them."""
+
+from __future__ import annotations
 
 import gc
 import os
@@ -7,16 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
-pytest.importorskip("vllm", reason="vLLM is not installed here")
-
-# The tests send functions to the worker's process; a small paged cache is enough.
-os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-
-DRAFTER = Path(__file__).parents[2] / "examples" / "smollm2-135m-dflash"
 ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 BLOCK = 32
 
@@ -31,13 +23,16 @@ def running(target: Path, drafter: Path | None, **settings: Any) -> Iterator[Any
         speculative = {"method": "dflash", "model": str(drafter), **speculative}
     engine = LLM(
         str(target),
-        dtype="float32",
-        enforce_eager=True,
-        block_size=BLOCK,
-        max_num_seqs=8,
-        disable_log_stats=False,
-        speculative_config=speculative or None,
-        **{"max_model_len": 512, **settings},
+        **{
+            "dtype": "float32",
+            "enforce_eager": True,
+            "block_size": BLOCK,
+            "max_num_seqs": 8,
+            "max_model_len": 512,
+            "disable_log_stats": False,
+            "speculative_config": speculative or None,
+            **settings,
+        },
     )
     try:
         yield engine
@@ -48,10 +43,11 @@ def running(target: Path, drafter: Path | None, **settings: Any) -> Iterator[Any
 
 
 def on_worker(engine: Any, function: Callable[..., Any], *args: Any) -> Any:
-    """Run ``function(worker, *args)`` on the engine's one worker."""
+    """Run ``function(worker, *args)`` on the engine's first worker."""
     return engine.collective_rpc(function, args=args)[0]
 
 
-@pytest.fixture(autouse=True)
-def _one_seed() -> None:
-    torch.manual_seed(0)
+def counter(engine: Any, name: str) -> Any:
+    """One of vLLM's metrics."""
+    found = {metric.name: metric for metric in engine.get_metrics()}[name]
+    return getattr(found, "values", None) or found.value

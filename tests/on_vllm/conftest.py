@@ -1,0 +1,20 @@
+"""The vLLM tests; they need an environment with vLLM, see ``install.sh``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here")
+
+# The tests send functions to the worker's process; a small paged cache is enough.
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Path:
+    """The drafter that this repository ships for SmolLM2."""
+    return Path(__file__).parents[2] / "examples" / "smollm2-135m-dflash"

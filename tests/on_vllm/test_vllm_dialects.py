@@ -1,0 +1,108 @@
+"""Drafters of every kind on vLLM's layers: their drafts equal the core's, and so does the text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from vllm import SamplingParams
+from vllm_helpers import ON_V2, on_worker, running
+
+from dflash_plugin.known_answer import answer
+from dflash_plugin.transformers.loading import load_drafter
+from dflash_plugin.vllm.selfcheck import draft
+from tiny import tiny_target, write_target, write_tiny
+
+# Heads as wide as vLLM's CPU attention takes them.
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53]]
+WINDOW = {"sliding_window": 8}
+KINDS: dict[str, dict[str, Any]] = {
+    "reduced vocabulary": {"draft_vocab_size": 24, "own_head": True},
+    "own everything, interleaved": {
+        "own_embedding": True,
+        "own_mask_embedding": True,
+        "own_head": True,
+        "embedding_scale": 2.0,
+        "rope": {"theta": 1e4, "interleaved": True},
+    },
+    "anchor drafts, layers unsorted": {
+        "sample_from_anchor": True,
+        "target_layer_ids": (2, -1, 0),
+    },
+    "yarn, partial, biases, gemma, scales": {
+        "rope": {
+            "type": "yarn",
+            "parameters": {"factor": 4.0, "original_max_position_embeddings": 64},
+            "partial_rotary_factor": 0.5,
+        },
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+        "qk_norm": False,
+        "norm_style": "gemma",
+        "attention_value_scale": 0.5,
+        "logit_softcap": 5.0,
+        "logit_scale": 0.5,
+    },
+    "sinks, causal": {"attention_sinks": True, "layers": ({"causal": True}, {"causal": True})},
+    "windows": {"layers": (WINDOW, WINDOW)},
+}
+# Layers of two kinds need several cache groups, which only the V2 runner has.
+ON_V2_ONLY: dict[str, dict[str, Any]] = {
+    "mixed windows": {"layers": (WINDOW, {})},
+    "mixed windows and causality": {"layers": ({**WINDOW, "causal": True}, {})},
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
+    directory = write_target(tmp_path_factory.mktemp("target"))
+    target = tiny_target(**SIZES)
+    target.save_pretrained(directory)
+    return target, directory
+
+
+@pytest.mark.parametrize("kind", [*(() if ON_V2 else KINDS), *(ON_V2_ONLY if ON_V2 else ())])
+def test_drafts_and_text_equal_the_core(pair, tmp_path, kind):
+    target, directory = pair
+    changes = {**KINDS, **ON_V2_ONLY}[kind]
+    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **changes})
+    drafter = load_drafter(checkpoint, target)
+    with running(directory, checkpoint, max_model_len=256) as engine:
+        for prompt in PROMPTS:
+            expected = answer(drafter, target, prompt)
+            assert min(expected.margins) > 1e-3
+            assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
+        params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+        outputs = engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
+        )
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        alone = target.generate(
+            torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+        assert list(output.outputs[0].token_ids) == alone[0, len(prompt) :].tolist()
+
+
+@pytest.mark.skipif(ON_V2, reason="two workers are started on the V1 runner")
+def test_two_shards_draft_what_one_does(pair, tmp_path):
+    """Tensor parallel: heads, inner width and vocabulary are split over two processes."""
+    target, directory = pair
+    sizes = {**SIZES, "target_hidden_size": 64}
+    checkpoint = write_tiny(tmp_path, **sizes, draft_vocab_size=24, own_head=True)
+    drafter = load_drafter(checkpoint, target)
+    with running(directory, checkpoint, max_model_len=256, tensor_parallel_size=2) as engine:
+        for prompt in PROMPTS:
+            expected = answer(drafter, target, prompt)
+            assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts

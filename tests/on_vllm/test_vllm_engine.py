@@ -1,0 +1,282 @@
+"""The engine with SmolLM2 and the shipped drafter, against the float32 core and the target.
+
+Runs on the V1 runner, and on V2 where ``VLLM_USE_V2_MODEL_RUNNER=1`` (``run.sh``), then shorter:
+its Triton kernels are interpreted there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from vllm import SamplingParams
+from vllm_helpers import BLOCK, ON_V2, counter, on_worker, running
+
+from dflash_plugin.evaluate import acceptance_by_position, pooled_tau
+from dflash_plugin.prompts import encode, load_prompts
+from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
+from dflash_plugin.transformers.store import StaticStore
+
+DATA = Path(__file__).parents[1] / "data"
+SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
+PROMPTS, TOKENS = (5, 12) if ON_V2 else (15, 48)
+CHUNK = 64
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2, shipped):
+    """Prompts of more than ``CHUNK`` tokens are prefilled in chunks."""
+    with running(smollm2, shipped, max_num_batched_tokens=CHUNK) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2, shipped) -> dict[str, Any]:
+    """The target, the drafter and what the Transformers engine makes of the prompts."""
+    target, tokenizer = load_target(smollm2, torch.float32, "cpu")
+    drafter = load_drafter(shipped, target)
+    sets = [load_prompts(DATA / f"{name}.jsonl") for name in SETS]
+    mixed = [prompt for row in zip(*sets, strict=False) for prompt in row][:PROMPTS]
+    prompts = [encode(tokenizer, prompt) for prompt in mixed]
+    drafting = Engine(target, drafter, max_batch=5, max_length=512)
+    results = drafting.generate([Request(prompt, TOKENS) for prompt in prompts])
+    return {
+        "target": target,
+        "drafter": drafter,
+        "tokenizer": tokenizer,
+        "prompts": prompts,
+        "results": results,
+    }
+
+
+def greedy(**changes: Any) -> SamplingParams:
+    return SamplingParams(temperature=0.0, **{"max_tokens": TOKENS, **changes})
+
+
+def generate(engine: Any, prompts: list[list[int]], params: Any) -> list[Any]:
+    return engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+
+
+def texts(outputs: list[Any]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_batched_text_and_acceptance_equal_the_transformers_engine(engine, reference):
+    assert max(map(len, reference["prompts"])) > CHUNK
+    before = counter(engine, "vllm:spec_decode_num_drafts")
+    accepted = counter(engine, "vllm:spec_decode_num_accepted_tokens")
+    outputs = generate(engine, reference["prompts"], greedy())
+    assert texts(outputs) == [result.tokens for result in reference["results"]]
+    passes = counter(engine, "vllm:spec_decode_num_drafts") - before
+    tau = 1 + (counter(engine, "vllm:spec_decode_num_accepted_tokens") - accepted) / passes
+    # A result counts what a stop or the limit cuts off, and so does vLLM.
+    cores = acceptance_by_position(reference["results"], 7)
+    assert tau == pytest.approx(1 + sum(cores), rel=0.02)
+    assert pooled_tau(reference["results"]) > 1.5
+
+
+def test_counters_by_position_add_up(engine, reference):
+    generate(engine, reference["prompts"][:1], greedy())
+    by_position = counter(engine, "vllm:spec_decode_num_accepted_tokens_per_pos")
+    assert len(by_position) == 7
+    assert list(by_position) == sorted(by_position, reverse=True)
+    assert sum(by_position) == counter(engine, "vllm:spec_decode_num_accepted_tokens")
+
+
+def test_cached_prefixes_are_whole_and_change_nothing(engine, reference):
+    longest = max(reference["prompts"], key=len)
+    first = generate(engine, [longest], greedy())
+    again = generate(engine, [longest], greedy())
+    assert texts(again) == texts(first)
+    assert again[0].num_cached_tokens == (len(longest) - 1) // BLOCK * BLOCK
+
+
+def record(worker: Any) -> None:
+    """Keep every proposal of one request: the anchor's position and the drafts."""
+    runner = worker.model_runner
+    drafter = getattr(runner, "speculator", None) or runner.drafter
+    propose, worker.proposals = drafter.propose, []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        drafts = propose(*args, **kwargs)
+        buffers = getattr(drafter, "input_buffers", drafter)
+        worker.proposals.append((int(buffers.positions[0]), drafts[0].tolist()))
+        return drafts
+
+    drafter.propose = recorded
+
+
+def proposals(worker: Any) -> list[tuple[int, list[int]]]:
+    found, worker.proposals = worker.proposals, []
+    return found
+
+
+def core_drafts(reference: dict[str, Any], tokens: list[int], anchors: list[int]) -> list[Any]:
+    """The core's drafts and their margins for anchors at positions of a text."""
+    drafter, target = reference["drafter"], reference["target"]
+    ids = torch.tensor([tokens])
+    out = target(input_ids=ids, use_cache=False, output_hidden_states=True)
+    layers = drafter.config.target_layer_ids
+    features = torch.cat([out.hidden_states[layer + 1] for layer in layers], dim=-1)
+    kept, found = drafter.store, []
+    try:
+        for anchor in anchors:
+            drafter.store = StaticStore(drafter, 1, 512, torch.float32, torch.device("cpu"))
+            drafter.inject(features[:, :anchor], torch.arange(anchor)[None])
+            hidden = drafter.draft(ids[0, anchor : anchor + 1], torch.tensor([anchor]))
+            best = drafter.logits(hidden)[0].topk(2, dim=-1)
+            margins = (best.values[:, 0] - best.values[:, 1]).tolist()
+            found.append((best.indices[:, 0].tolist(), margins))
+    finally:
+        drafter.store = kept
+    return found
+
+
+@torch.inference_mode()
+def test_every_draft_equals_the_core(engine, reference):
+    on_worker(engine, record)
+    compared = 0
+    for prompt in reference["prompts"][:2]:
+        text = prompt + texts(generate(engine, [prompt], greedy(ignore_eos=True)))[0]
+        made = [(at, drafts) for at, drafts in on_worker(engine, proposals) if at < len(text)]
+        # From the last chunk of the prompt on, every pass proposes.
+        made = [(at, drafts) for at, drafts in made if at >= len(prompt)]
+        assert len(made) >= 3
+        expected = core_drafts(reference, text, [at for at, _ in made])
+        for (at, drafts), (core, margins) in zip(made, expected, strict=True):
+            for got, wanted, margin in zip(drafts, core, margins, strict=True):
+                assert got == wanted or margin < 1e-3, (at, drafts, core, margins)
+                compared += 1
+    assert compared >= 2 * 3 * 7
+
+
+def probabilities_of(reference: dict[str, Any], prompt: list[int], length: int, top_k: int):
+    """Every continuation of ``length`` tokens under top-k sampling, and its probability."""
+    sequences: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(length):
+        longer: dict[tuple[int, ...], float] = {}
+        for tokens, probability in sequences.items():
+            ids = torch.tensor([prompt + list(tokens)])
+            logits = reference["target"](input_ids=ids, use_cache=False).logits[0, -1]
+            best = logits.topk(top_k)
+            for token, share in zip(best.indices, torch.softmax(best.values, -1), strict=True):
+                longer[(*tokens, int(token))] = probability * float(share)
+        sequences = longer
+    return sequences
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@torch.inference_mode()
+def test_sampled_text_has_the_targets_distribution(smollm2, shipped, reference, method):
+    """χ² at temperature 1: the second and third token come out of verification."""
+    prompt = encode(reference["tokenizer"], load_prompts(DATA / "mt_bench.jsonl")[0])
+    samples, top_k = (300, 2) if ON_V2 else (900, 3)
+    expected = probabilities_of(reference, prompt, 3, top_k)
+    params = SamplingParams(temperature=1.0, top_k=top_k, max_tokens=3, ignore_eos=True, n=samples)
+    speculative = {"draft_sample_method": method}
+    with running(smollm2, shipped, speculative=speculative, max_num_seqs=32) as llm:
+        completions = generate(llm, [prompt], params)[0].outputs
+    counts = dict.fromkeys(expected, 0)
+    for completion in completions:
+        counts[tuple(completion.token_ids)] += 1
+
+    def fit(shares: dict[tuple[int, ...], float]) -> float:
+        """p of the counts; sequences expected less than five times are one class."""
+        rare = [key for key, share in shares.items() if share * samples < 5]
+        common = [key for key in shares if key not in rare]
+        observed = [counts[key] for key in common]
+        wanted = [shares[key] * samples for key in common]
+        if rare:
+            observed.append(sum(counts[key] for key in rare))
+            wanted.append(sum(shares[key] for key in rare) * samples)
+        scale = sum(observed) / sum(wanted)
+        return float(chisquare(observed, [value * scale for value in wanted]).pvalue)
+
+    assert fit(expected) > 1e-3
+    # What a temperature of 0.7 would give is told apart with as many samples.
+    sharper = {key: share ** (1 / 0.7) for key, share in expected.items()}
+    total = sum(sharper.values())
+    assert fit({key: share / total for key, share in sharper.items()}) < 1e-4
+
+
+def test_seeded_samples_repeat(engine, reference):
+    # In one chunk: vLLM rewinds a seeded generator after a partial one, which a CPU's cannot.
+    prompt = reference["tokenizer"].encode("A recipe for pancakes:")
+    params = SamplingParams(temperature=1.0, seed=7, max_tokens=TOKENS)
+    first, second = (texts(generate(engine, [prompt], params)) for _ in range(2))
+    assert first == second
+
+
+def test_structured_output_is_valid(engine, reference):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["Rhine", "Danube"]}, "long": {"type": "boolean"}},
+        "required": ["name", "long"],
+        "additionalProperties": False,
+    }
+    guided = greedy(max_tokens=64, structured_outputs=StructuredOutputsParams(json=schema))
+    free = greedy(max_tokens=8)
+    prompt = reference["prompts"][0]
+    outputs = generate(engine, [prompt, prompt], [guided, free])
+    answer = json.loads(outputs[0].outputs[0].text)
+    assert answer["name"] in ("Rhine", "Danube")
+    assert isinstance(answer["long"], bool)
+    assert texts(outputs)[1] == reference["results"][0].tokens[:8]
+
+
+@torch.inference_mode()
+def test_log_probabilities_are_the_targets(engine, reference):
+    prompt = reference["prompts"][0]
+    output = generate(engine, [prompt], greedy(logprobs=1))[0].outputs[0]
+    tokens = list(output.token_ids)
+    logits = reference["target"](input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits
+    expected = torch.log_softmax(logits[0, len(prompt) - 1 : -1], dim=-1)
+    got = [step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)]
+    wanted = [float(row[token]) for row, token in zip(expected, tokens, strict=True)]
+    assert got == pytest.approx(wanted, abs=2e-3)
+
+
+@torch.inference_mode()
+def test_penalties_apply_before_verification(engine, reference):
+    """Greedy text under a repetition penalty, step by step from the target's logits."""
+    prompt, length = reference["prompts"][1], 12
+    got = texts(generate(engine, [prompt], greedy(max_tokens=length, repetition_penalty=1.3)))[0]
+    tokens: list[int] = []
+    for _ in range(len(got)):
+        ids = torch.tensor([prompt + tokens])
+        logits = reference["target"](input_ids=ids, use_cache=False).logits[0, -1]
+        seen = ids[0].unique()
+        scores = logits[seen]
+        logits[seen] = torch.where(scores > 0, scores / 1.3, scores * 1.3)
+        tokens.append(int(logits.argmax()))
+    assert got == tokens
+    assert got != reference["results"][1].tokens[:length]
+
+
+def test_preempted_requests_lose_nothing(smollm2, shipped, reference):
+    """A cache for about two of the five requests: the others are preempted and come back."""
+    prompts = reference["prompts"][:5]
+    blocks = 1 + 2 * (-(-(max(map(len, prompts)) + TOKENS + 8) // BLOCK))
+    with running(
+        smollm2, shipped, num_gpu_blocks_override=blocks, enable_prefix_caching=False,
+        max_model_len=(blocks - 1) * BLOCK,
+    ) as llm:  # fmt: skip
+        outputs = generate(llm, prompts, greedy(ignore_eos=True))
+        if not ON_V2:
+            assert counter(llm, "vllm:num_preemptions") > 0
+    for output, result in zip(texts(outputs), reference["results"], strict=False):
+        assert output[: len(result.tokens)] == result.tokens
+
+
+def test_stop_strings_and_limits_cut_inside_a_block(engine, reference):
+    prompt, whole = reference["prompts"][0], reference["results"][0].tokens
+    for length in itertools.islice(range(1, len(whole)), 4):
+        cut = texts(generate(engine, [prompt], greedy(max_tokens=length)))[0]
+        assert cut == whole[:length]
