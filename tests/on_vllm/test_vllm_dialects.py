@@ -96,8 +96,9 @@ def test_drafts_and_text_equal_the_core(pair, tmp_path, kind):
 
 
 @pytest.mark.skipif(ON_V2, reason="two workers are started on the V1 runner")
-def test_two_shards_draft_what_one_does(pair, tmp_path):
+def test_two_shards_draft_what_one_does(pair, tmp_path, monkeypatch):
     """Tensor parallel: heads, inner width and vocabulary are split over two processes."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     target, directory = pair
     sizes = {**SIZES, "target_hidden_size": 64}
     checkpoint = write_tiny(tmp_path, **sizes, draft_vocab_size=24, own_head=True)

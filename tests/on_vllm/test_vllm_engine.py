@@ -141,33 +141,46 @@ def core_drafts(reference: dict[str, Any], tokens: list[int], anchors: list[int]
 def test_every_draft_equals_the_core(engine, reference):
     on_worker(engine, record)
     compared = 0
-    for prompt in reference["prompts"][:2]:
+    for prompt in reference["prompts"][:3]:
         text = prompt + texts(generate(engine, [prompt], greedy(ignore_eos=True)))[0]
         made = [(at, drafts) for at, drafts in on_worker(engine, proposals) if at < len(text)]
         # From the last chunk of the prompt on, every pass proposes.
         made = [(at, drafts) for at, drafts in made if at >= len(prompt)]
-        assert len(made) >= 3
+        assert made
         expected = core_drafts(reference, text, [at for at, _ in made])
         for (at, drafts), (core, margins) in zip(made, expected, strict=True):
             for got, wanted, margin in zip(drafts, core, margins, strict=True):
                 assert got == wanted or margin < 1e-3, (at, drafts, core, margins)
                 compared += 1
-    assert compared >= 2 * 3 * 7
+    assert compared >= (4 if ON_V2 else 30) * 7
 
 
-def probabilities_of(reference: dict[str, Any], prompt: list[int], length: int, top_k: int):
-    """Every continuation of ``length`` tokens under top-k sampling, and its probability."""
+def probabilities_of(
+    reference: dict[str, Any], prompt: list[int], length: int, best: int, cut: bool
+) -> dict[tuple[int, ...], float]:
+    """Continuations of ``length`` tokens, each among the ``best`` likeliest of its step.
+
+    Args:
+        cut: whether sampling is cut to these tokens too.
+
+    Returns:
+        Each one's probability, given that the text is one of them.
+    """
     sequences: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(length):
         longer: dict[tuple[int, ...], float] = {}
         for tokens, probability in sequences.items():
             ids = torch.tensor([prompt + list(tokens)])
             logits = reference["target"](input_ids=ids, use_cache=False).logits[0, -1]
-            best = logits.topk(top_k)
-            for token, share in zip(best.indices, torch.softmax(best.values, -1), strict=True):
+            top = logits.topk(best)
+            shares = (
+                torch.softmax(top.values, -1) if cut else torch.softmax(logits, -1)[top.indices]
+            )
+            for token, share in zip(top.indices, shares, strict=True):
                 longer[(*tokens, int(token))] = probability * float(share)
         sequences = longer
-    return sequences
+    total = sum(sequences.values())
+    return {tokens: probability / total for tokens, probability in sequences.items()}
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
@@ -175,33 +188,35 @@ def probabilities_of(reference: dict[str, Any], prompt: list[int], length: int, 
 def test_sampled_text_has_the_targets_distribution(smollm2, shipped, reference, method):
     """χ² at temperature 1: the second and third token come out of verification."""
     prompt = encode(reference["tokenizer"], load_prompts(DATA / "mt_bench.jsonl")[0])
-    samples, top_k = (300, 2) if ON_V2 else (900, 3)
-    expected = probabilities_of(reference, prompt, 3, top_k)
-    params = SamplingParams(temperature=1.0, top_k=top_k, max_tokens=3, ignore_eos=True, n=samples)
+    # The interpreter does not run vLLM's top-k kernel.
+    samples, cut = (400, False) if ON_V2 else (900, True)
+    expected = probabilities_of(reference, prompt, 3, 3, cut)
+    params = SamplingParams(
+        temperature=1.0, top_k=3 if cut else 0, max_tokens=3, ignore_eos=True, n=samples
+    )
     speculative = {"draft_sample_method": method}
     with running(smollm2, shipped, speculative=speculative, max_num_seqs=32) as llm:
         completions = generate(llm, [prompt], params)[0].outputs
-    counts = dict.fromkeys(expected, 0)
-    for completion in completions:
-        counts[tuple(completion.token_ids)] += 1
+    texts_found = [tuple(completion.token_ids) for completion in completions]
+    counts = {key: texts_found.count(key) for key in expected}
+    total = sum(counts.values())
+    assert total == samples if cut else total > samples / 8
 
     def fit(shares: dict[tuple[int, ...], float]) -> float:
         """p of the counts; sequences expected less than five times are one class."""
-        rare = [key for key, share in shares.items() if share * samples < 5]
+        rare = [key for key, share in shares.items() if share * total < 5]
         common = [key for key in shares if key not in rare]
-        observed = [counts[key] for key in common]
-        wanted = [shares[key] * samples for key in common]
-        if rare:
-            observed.append(sum(counts[key] for key in rare))
-            wanted.append(sum(shares[key] for key in rare) * samples)
-        scale = sum(observed) / sum(wanted)
-        return float(chisquare(observed, [value * scale for value in wanted]).pvalue)
+        observed = [counts[key] for key in common] + [sum(counts[key] for key in rare)]
+        wanted = [shares[key] * total for key in common]
+        wanted.append(total - sum(wanted))
+        kept = slice(None) if wanted[-1] > 1e-6 else slice(-1)
+        return float(chisquare(observed[kept], wanted[kept]).pvalue)
 
     assert fit(expected) > 1e-3
-    # What a temperature of 0.7 would give is told apart with as many samples.
-    sharper = {key: share ** (1 / 0.7) for key, share in expected.items()}
-    total = sum(sharper.values())
-    assert fit({key: share / total for key, share in sharper.items()}) < 1e-4
+    # What another temperature would give is told apart with as many samples.
+    other = {key: share**2 for key, share in expected.items()}
+    scale = sum(other.values())
+    assert fit({key: share / scale for key, share in other.items()}) < 1e-4
 
 
 def test_seeded_samples_repeat(engine, reference):
