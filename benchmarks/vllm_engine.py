@@ -14,14 +14,14 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-NATIVE_ADAPTIVE = {"enable_adaptive_verification": True}
+ADAPTIVE = {"enable_adaptive_verification": True}
 
 
 class Served:
     """A child process with one engine.
 
     Args:
-        mode: "none", "native", "native-adaptive" or "plugin".
+        mode: "none", "native" or "plugin", the latter two also with "-adaptive" behind.
         settings: of ``LLM``; ``speculative_config`` goes to all modes but "none".
     """
 
@@ -30,11 +30,11 @@ class Served:
         settings = json.loads(json.dumps(settings))
         if mode == "none":
             settings.pop("speculative_config", None)
-        elif mode == "native-adaptive":
-            settings["speculative_config"].update(NATIVE_ADAPTIVE)
+        elif mode.endswith("-adaptive"):
+            settings["speculative_config"].update(ADAPTIVE)
         environment = {
             **os.environ,
-            "DFLASH_PLUGIN": "on" if mode == "plugin" else "off",
+            "DFLASH_PLUGIN": "on" if mode.startswith("plugin") else "off",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
         self.log = log

@@ -148,12 +148,31 @@ def main(
     engines = [
         Served(mode, common, output.with_suffix(f".{mode}.log")) for mode in modes.split(",")
     ]
-    startup = {engine.mode: round(engine.wait()["startup"], 1) for engine in engines}
-    print("startup", startup, flush=True)
+    startup, failed = {}, {}
+    for engine in engines:
+        try:
+            startup[engine.mode] = round(engine.wait()["startup"], 1)
+        except RuntimeError as error:
+            failed[engine.mode] = str(error)[-300:]
+    engines = [engine for engine in engines if engine.mode in startup]
+    print("startup", startup, "failed", failed, flush=True)
     sampling = {"temperature": 0.0, "max_tokens": new_tokens}
     if shape is not None:
         sampling |= {"ignore_eos": True, "detokenize": False}
-    rows = []
+    record = {
+        "command": shlex.join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "dtype": dtype,
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "repeats": repeats,
+        "max_new_tokens": new_tokens,
+        "acceptance_forced": acceptance,
+        "num_speculative_tokens": speculative["num_speculative_tokens"],
+        "startup_seconds": startup,
+        "failed": failed,
+        "rows": [],
+    }
     for level in levels:
         count = max(per_slot * level, 5) if shape is None else level
         if shape is None:
@@ -169,7 +188,7 @@ def main(
                 timed[engine.mode].append(engine.ask(**work))
         for mode, results in timed.items():
             speeds = [sum(map(len, r["tokens"])) / r["seconds"] for r in results]
-            rows.append(
+            record["rows"].append(
                 {
                     "engine": mode,
                     "concurrency": level,
@@ -179,20 +198,8 @@ def main(
                     "tau": round(results[-1]["tau"], 3),
                 }
             )
-            print({k: v for k, v in rows[-1].items() if k != "all"}, flush=True)
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "dtype": dtype,
-        "versions": versions(),
-        "date": datetime.date.today().isoformat(),
-        "repeats": repeats,
-        "max_new_tokens": new_tokens,
-        "acceptance_forced": acceptance,
-        "num_speculative_tokens": speculative["num_speculative_tokens"],
-        "startup_seconds": startup,
-        "rows": rows,
-    }
+            print({k: v for k, v in record["rows"][-1].items() if k != "all"}, flush=True)
+        output.write_text(json.dumps(record, indent=1) + "\n")
     if check:
         prompts = real_prompts(directory, data, 25)
         work = {"prompts": prompts, "concurrency": max(levels)}

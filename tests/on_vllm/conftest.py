@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM is not installed here")
-
 # The tests send functions to the worker's process; a small paged cache is enough.
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
