@@ -59,7 +59,59 @@ def engine(name: str) -> str:
     return f"{table(header, rows)}\n\n{facts}`{record['command']}`"
 
 
+NAMES = {
+    "none": "no drafter",
+    "native": "native",
+    "native-adaptive": "native, adaptive",
+    "plugin": "plugin",
+    "plugin-adaptive": "plugin, adaptive",
+}
+
+
+def serving(name: str) -> str:
+    """Output tokens per second by engine and requests in flight: median (lowest-highest), τ."""
+    record = load(name)
+    cells = {(row["engine"], row["concurrency"]): row for row in record["rows"]}
+    engines = list(dict.fromkeys(row["engine"] for row in record["rows"]))
+    rows = []
+    for level in dict.fromkeys(row["concurrency"] for row in record["rows"]):
+        line = [str(level)]
+        for one in engines:
+            cell = cells[one, level]
+            low, high = min(cell["all"]), max(cell["all"])
+            tau = f", τ {cell['tau']:.2f}" if one != "none" else ""
+            line.append(f"{cell['tokens_per_second']:,.0f} ({low:,.0f}-{high:,.0f}){tau}")
+        rows.append(line)
+    versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}; "
+    facts += f"{record['repeats']} runs in turns. "
+    header = ["requests", *(NAMES[one] for one in engines)]
+    return f"{table(header, rows)}\n\n{facts}`{record['command']}`"
+
+
+def soak() -> str:
+    """One row per recorded soak."""
+    rows = []
+    for name in ("vllm-soak-cpu",):
+        record = load(name)
+        rows.append(
+            [
+                f"{record['device']}, vLLM {record['versions']['vllm']}",
+                *(f"{record[key]:,}" for key in ("steps", "finished", "aborted", "preempted")),
+                f"{record['prefix_hits']:,}",
+                f"{len(record['mismatches'])}",
+                f"{record['growth_mb']['resident_mb']:+.0f} MB",
+            ]
+        )
+    header = ["on", "steps", "finished", "aborted", "preempted", "cached tokens hit"]
+    return table([*header, "texts that differ", "growth, last third"], rows)
+
+
 SECTIONS = {
+    "vllm-h200": lambda: serving("vllm-h200"),
+    "vllm-qwen3-8b": lambda: serving("vllm-h200-qwen3-8b"),
+    "vllm-cpu": lambda: serving("vllm-cpu"),
+    "vllm-soak": soak,
     "acceptance": acceptance,
     "h200": lambda: engine("transformers-h200"),
     "cpu": lambda: engine("transformers-cpu"),

@@ -13,7 +13,7 @@ import torch
 from dflash_plugin.checkpoint import load_checkpoint, load_config
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.vllm import arguments, compat, hooks, plugin
-from dflash_plugin.vllm.cpu import expand_kernel
+from dflash_plugin.vllm.cpu import expand_kernel, without_empty_rows
 from dflash_plugin.vllm.metrics import AcceptanceWatch
 from dflash_plugin.vllm.options import Hosted, Options, hosted, read_options
 from tiny import tiny_config, write_tiny
@@ -175,6 +175,22 @@ def test_unsupported_version_stops_with_its_reason(tmp_path, monkeypatch, versio
 
 
 @pytest.mark.parametrize(
+    ("version", "switch", "all_of_it"),
+    [("0.32.1", "on", True), ("0.32.1", "off", False), ("0.99.0", "on", False)],
+)
+def test_only_the_flags_where_the_plugin_is_off_or_the_version_unknown(
+    monkeypatch, version, switch, all_of_it
+):
+    patched = []
+    monkeypatch.setattr(compat, "installed", lambda: version)
+    monkeypatch.setenv("DFLASH_PLUGIN", switch)
+    monkeypatch.setattr(plugin, "after_import", lambda name, _: patched.append(name))
+    plugin.activate()
+    assert patched[0] == "vllm.engine.arg_utils"
+    assert (len(patched) > 1) is all_of_it
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"known_answer": "off"}, "dflash_plugin.known_answer is 'off'"),
@@ -260,6 +276,14 @@ def test_values_are_repeated_in_place(dtype):
     values = torch.tensor([2, 0, 5], dtype=dtype)
     expand_kernel(output, values, torch.tensor([3, 4, 6], dtype=torch.int32), 0, 1)
     assert output.tolist() == [2, 2, 2, 1, 5, 5, 9]
+
+
+def test_nothing_left_to_verify_needs_no_constraints():
+    seen = []
+    constrain = without_empty_rows(lambda logits, scale: seen.append(scale) or logits * scale)
+    assert constrain(torch.zeros(0, 5), 2).shape == (0, 5)
+    assert seen == []
+    assert constrain(torch.ones(1, 5), 2).tolist() == [[2.0] * 5]
 
 
 def watch(expected, **options):

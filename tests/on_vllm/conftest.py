@@ -6,10 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 # The tests send functions to the worker's process; a small paged cache is enough.
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+if torch.cuda.is_available():
+    # The tests use CUDA before the workers start, which forked processes do not survive.
+    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
 
 
 @pytest.fixture(scope="session")

@@ -50,22 +50,28 @@ def installed() -> str:
     raise DFlashError("vLLM is not installed: pip install vllm")
 
 
+def row() -> Version | None:
+    """The installed version's row of the table, or None where it has none."""
+    parts = installed().split(".")
+    if not all(part.isdigit() for part in parts[:2]):
+        return None
+    return SUPPORTED.get((int(parts[0]), int(parts[1])))
+
+
 def current() -> Version:
-    """The installed version's row.
+    """The installed version's row of the table.
 
     Raises:
         DFlashError: the version is not in the table.
     """
-    version = installed()
-    parts = version.split(".")
-    key = (int(parts[0]), int(parts[1])) if all(p.isdigit() for p in parts[:2]) else None
-    if key is None or key not in SUPPORTED:
+    version = row()
+    if version is None:
         names = ", ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
         raise DFlashError(
-            f"vLLM {version} is not supported: dflash-plugin runs with {names}; install one of "
-            "them, or set DFLASH_PLUGIN=off to use vLLM's own DFlash"
+            f"vLLM {installed()} is not supported: dflash-plugin runs with {names}; install one "
+            "of them, or set DFLASH_PLUGIN=off to use vLLM's own DFlash"
         )
-    return SUPPORTED[key]
+    return version
 
 
 def spec_settings(version: Version) -> dict[str, Any]:

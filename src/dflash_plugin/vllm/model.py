@@ -41,9 +41,7 @@ class DraftBlock(nn.Module):
         self.drafter = Drafter(config, host)
         device = vllm_config.device_config.device
         self.drafter.rotary.to(device)
-        for module in self.drafter.modules():
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
+        self.drafter.requires_grad_(False)
         self.attentions = nn.ModuleList(
             Attention(
                 attention.heads,
@@ -270,6 +268,14 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         if missing > 0:
             return F.pad(logits, (0, missing), value=float("-inf"))
         return logits[:, : self.vocab_size]
+
+    def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
+        """The likeliest token ids [T], without gathering the vocabulary's shards.
+
+        The drafter's scale and soft-cap keep the order of logits.
+        """
+        draft_ids = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+        return self.drafter.token_ids(draft_ids)
 
     def get_draft_kv_cache_layer_names(self) -> list[str]:
         """Names of the attention layers, in the drafter's order."""

@@ -23,10 +23,12 @@ def is_off() -> bool:
 def activate() -> None:
     """Add the flags, and put this project's drafter where a DFlash drafter is asked for.
 
-    The version is checked when one is: the plugin does not stop engines that do not use it.
+    An unsupported version is left as it is and stops only when a DFlash drafter is asked for: the
+    plugin must not break engines that do not use it.
     """
     after_import("vllm.engine.arg_utils", _patch_arguments)
-    if is_off():
+    version = compat.row()
+    if is_off() or version is None:
         return
     after_import("vllm.model_executor.models.registry", _register_architecture)
     after_import("vllm.model_executor.model_loader", _register_loader)
@@ -35,8 +37,10 @@ def activate() -> None:
     after_import("vllm.v1.worker.gpu_worker", _check_after_warm_up)
     after_import("vllm.v1.worker.cpu_worker", _check_after_warm_up)
     after_import("vllm.v1.spec_decode.metrics", _add_metrics)
-    after_import("vllm.utils.cpu_triton_utils", _mend_cpu_kernels)
-    after_import("vllm.v1.sample.rejection_sampler", _mend_rejection_sampler)
+    if version.cpu_expands_into_copy:
+        after_import("vllm.utils.cpu_triton_utils", _mend_cpu_kernels)
+    if version.top_k_needs_drafts:
+        after_import("vllm.v1.sample.rejection_sampler", _mend_rejection_sampler)
 
 
 def _patch_arguments(module: ModuleType) -> None:
@@ -96,13 +100,11 @@ def _add_metrics(module: ModuleType) -> None:
 def _mend_cpu_kernels(module: ModuleType) -> None:
     from dflash_plugin.vllm.cpu import expand_kernel
 
-    if compat.current().cpu_expands_into_copy:
-        module._expand_kernel_impl = expand_kernel  # type: ignore[attr-defined]
+    module._expand_kernel_impl = expand_kernel  # type: ignore[attr-defined]
 
 
 def _mend_rejection_sampler(module: ModuleType) -> None:
     from dflash_plugin.vllm.cpu import without_empty_rows
 
-    if compat.current().top_k_needs_drafts:
-        constrain = module.apply_sampling_constraints
-        module.apply_sampling_constraints = without_empty_rows(constrain)  # type: ignore[attr-defined]
+    sampler: Any = module
+    sampler.apply_sampling_constraints = without_empty_rows(sampler.apply_sampling_constraints)
