@@ -14,7 +14,7 @@ from dflash_plugin.fetch import resolve_drafter
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.sampling import SamplingParams
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
-from tiny import VOCABULARY, tiny_drafter, tiny_target
+from tiny import VOCABULARY, tiny_drafter, tiny_target, write_tiny
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -78,6 +78,7 @@ def test_greedy_output_is_the_targets_own(kind):
         {"sample_from_anchor": True},
         {"draft_vocab_size": 24, "own_head": True},
         {"own_embedding": True, "own_mask_embedding": True, "embedding_scale": 2.0},
+        {"own_mask_embedding": True, "mask_token_id": 200},
         {"attention_sinks": True, "attention_value_scale": 0.5, "logit_softcap": 5.0},
         {"norm_style": "gemma", "qk_norm": False, "attention_bias": True, "mlp_bias": True},
         {
@@ -94,6 +95,13 @@ def test_every_kind_of_drafter_leaves_the_output_alone(changes):
     engine = Engine(target, tiny_drafter(**changes), max_batch=3, max_length=80)
     found = engine.generate([Request(prompt, 20, stop_ids=[]) for prompt in prompts])
     assert [r.tokens for r in found] == [greedy(target, prompt, 20) for prompt in prompts]
+
+
+def test_a_reduced_vocabulary_is_loaded_in_the_weights_dtype(tmp_path):
+    checkpoint = write_tiny(tmp_path, draft_vocab_size=24, own_head=True)
+    drafter = load_drafter(checkpoint, tiny_target())
+    assert drafter.norm.weight.dtype == torch.float32
+    assert drafter.d2t.dtype == torch.int64
 
 
 def test_requests_join_and_leave_at_block_boundaries():

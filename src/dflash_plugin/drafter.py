@@ -320,20 +320,22 @@ class Drafter(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Input embeddings [..., hidden] of token ids int64 [...]."""
-        is_mask = tokens == self.config.mask_token_id
-        if self.mask_embedding is not None:
-            # The mask's id may lie outside the embedding.
-            tokens = tokens.masked_fill(is_mask, 0)
-        if self.own_embedding is not None:
-            embedded = F.embedding(tokens, self.own_embedding)
+        if self.mask_embedding is None:
+            embedded = self._look_up(tokens)
         else:
-            embedded = self._target_embedding[0](tokens)
-        if self.mask_embedding is not None:
+            is_mask = tokens == self.config.mask_token_id
+            # The mask's id may lie outside the embedding.
+            embedded = self._look_up(tokens.masked_fill(is_mask, 0))
             mask_row = self.mask_embedding.to(embedded.dtype)
             embedded = torch.where(is_mask.unsqueeze(-1), mask_row, embedded)
         if self.config.embedding_scale != 1.0:
             embedded = embedded * self.config.embedding_scale
         return embedded.to(self.norm.weight.dtype)
+
+    def _look_up(self, tokens: Tensor) -> Tensor:
+        if self.own_embedding is not None:
+            return F.embedding(tokens, self.own_embedding)
+        return self._target_embedding[0](tokens)
 
     def fuse(self, features: Tensor) -> Tensor:
         """Context rows [..., hidden] of features [..., n * target_hidden].

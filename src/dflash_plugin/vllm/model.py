@@ -238,7 +238,10 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         """Per layer, keys and values [T, kv_heads, head_dim] of context rows."""
         if self._kv_weight is None:
             return list(self.drafter.context_keys_values(context, positions))
-        keys, values = self._finish(F.linear(context, self._kv_weight, self._kv_bias), positions)
+        kv = F.linear(context, self._kv_weight, self._kv_bias)
+        # One row would be compiled for itself, in the middle of serving.
+        finish = self._finish if context.shape[0] > 1 else self._finish_context
+        keys, values = finish(kv, positions)
         return list(zip(keys, values, strict=True))
 
     def _finish_context(self, kv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
