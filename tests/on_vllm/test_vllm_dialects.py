@@ -132,10 +132,11 @@ def test_sampled_text_has_the_targets_distribution(pair, tmp_path, method):
     """χ² at temperature 1 over the whole vocabulary; a drafter with no idea still loses nothing."""
     target, directory = pair
     checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
-    expected = continuations(target, PROMPTS[0], 3, best=5, cut=False)
-    params = SamplingParams(temperature=1.0, max_tokens=3, ignore_eos=True, n=1500)
+    length, samples = (2, 400) if ON_V2 else (3, 1500)
+    expected = continuations(target, PROMPTS[0], length, best=5, cut=False)
+    params = SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True, n=samples)
     settings = {"speculative": {"draft_sample_method": method}, "max_model_len": 256}
     with running(directory, checkpoint, max_num_seqs=64, **settings) as engine:
         prompt = {"prompt_token_ids": PROMPTS[0]}
         completions = engine.generate([prompt], params, use_tqdm=False)[0].outputs
-    assert check_distribution(completions, expected) > 300
+    assert check_distribution(completions, expected) > samples / 4
