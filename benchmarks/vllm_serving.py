@@ -160,11 +160,8 @@ def main(
     if shape is not None:
         sampling |= {"ignore_eos": True, "detokenize": False}
     record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        **circumstances(),
         "dtype": dtype,
-        "versions": versions(),
-        "date": datetime.date.today().isoformat(),
         "repeats": repeats,
         "max_new_tokens": new_tokens,
         "acceptance_forced": acceptance,
@@ -214,12 +211,18 @@ def main(
         engine.close()
 
 
-def versions() -> dict[str, str]:
+def circumstances() -> dict[str, Any]:
+    """By which command, on what, with which versions and when a result is made."""
     from importlib.metadata import version
 
     from dflash_plugin.vllm.compat import installed
 
-    return {"vllm": installed(), **{name: version(name) for name in ("torch", "triton")}}
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "versions": {"vllm": installed(), **{name: version(name) for name in ("torch", "triton")}},
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ Arrivals, prompt and output lengths, aborts, shared prefixes and a cache too sma
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import random
 import resource
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from vllm_engine import Served, counters
-from vllm_serving import real_prompts, versions
+from vllm_serving import circumstances, real_prompts
 
 from dflash_plugin.fetch import resolve_drafter, resolve_model
 
@@ -90,12 +88,12 @@ def main(
         while step < steps and len(live) < 2 * running and draw.random() < 0.3:
             index, length = draw.randrange(pool), draw.randint(1, longest)
             name = f"{number}"
-            internal = core.add_request(
+            core.add_request(
                 name,
                 {"prompt_token_ids": prompts[index]},
                 SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True),
             )
-            live[internal.split("-")[0] if internal else name] = (index, length)
+            live[name] = (index, length)
             number += 1
         if not live:
             continue
@@ -133,10 +131,7 @@ def main(
     # Caches and the allocator fill up at first, so growth is judged over the last third.
     early, late = memory[-len(memory) // 3], memory[-1]
     record = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "versions": versions(),
-        "date": datetime.date.today().isoformat(),
+        **circumstances(),
         "steps": step,
         "seconds": round(time.perf_counter() - start, 1),
         "finished": done,

@@ -208,6 +208,29 @@ class DrafterConfig(BaseModel):
                 f"{self.num_target_layers}, so ids end at {(self.num_target_layers or 0) - 1}",
             )
 
+    def require_target(self, hidden_size: int, num_layers: int, embedding_rows: int) -> None:
+        """Check the drafter against a target's sizes.
+
+        Raises:
+            DFlashError: names the first thing that does not fit.
+        """
+        if self.target_hidden_size != hidden_size:
+            raise DFlashError(
+                f"the drafter reads features {self.target_hidden_size} wide but the target's "
+                f"hidden_size is {hidden_size}: use the drafter made for this target"
+            )
+        outside = [layer for layer in self.target_layer_ids if layer >= num_layers]
+        if outside:
+            raise DFlashError(
+                f"the drafter reads target layer {outside[0]} but the target has {num_layers} "
+                f"layers (0 to {num_layers - 1}): use the drafter made for this target"
+            )
+        if self.mask_token_id >= embedding_rows and not self.own_mask_embedding:
+            raise DFlashError(
+                f"mask_token_id {self.mask_token_id} is outside the target's embedding of "
+                f"{embedding_rows} rows: use the drafter made for this target"
+            )
+
     @property
     def num_draft_tokens(self) -> int:
         """Tokens that one block drafts: the number of speculative tokens."""

@@ -71,6 +71,19 @@ def own_tensors(shapes: Shapes) -> dict[str, bool]:
     }
 
 
+def sizes(config: DrafterConfig) -> dict[str, Any]:
+    """Model type and sizes of the draft layers, in Transformers' keys."""
+    return {
+        "model_type": "qwen3",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+    }
+
+
 def write_transformer(config: DrafterConfig) -> dict[str, Any]:
     """The Transformers keys that every dialect writes."""
     if config.attention_bias != config.attention_output_bias:
@@ -86,13 +99,7 @@ def write_transformer(config: DrafterConfig) -> dict[str, Any]:
         )
     window = next(iter(windows), None)
     written: dict[str, Any] = {
-        "model_type": "qwen3",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": len(config.layers),
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+        **sizes(config),
         "hidden_act": config.hidden_act,
         "rms_norm_eps": config.rms_norm_eps,
         "vocab_size": config.vocab_size,

@@ -71,23 +71,7 @@ def bind_drafter(drafter: Drafter, target: PreTrainedModel) -> None:
     Raises:
         DFlashError: names the first thing that does not fit.
     """
-    config, text = drafter.config, target.config.get_text_config()
-    if config.target_hidden_size != text.hidden_size:
-        raise DFlashError(
-            f"the drafter reads features {config.target_hidden_size} wide but the target's "
-            f"hidden_size is {text.hidden_size}: use the drafter made for this target"
-        )
-    for layer in config.target_layer_ids:
-        if layer >= text.num_hidden_layers:
-            raise DFlashError(
-                f"the drafter reads target layer {layer} but the target has "
-                f"{text.num_hidden_layers} layers (0 to {text.num_hidden_layers - 1}): use the "
-                "drafter made for this target"
-            )
+    text = target.config.get_text_config()
     embedding = target.get_input_embeddings().weight
-    if config.mask_token_id >= embedding.shape[0] and not config.own_mask_embedding:
-        raise DFlashError(
-            f"mask_token_id {config.mask_token_id} is outside the target's embedding of "
-            f"{embedding.shape[0]} rows: use the drafter made for this target"
-        )
+    drafter.config.require_target(text.hidden_size, text.num_hidden_layers, embedding.shape[0])
     drafter.borrow(embedding, target.get_output_embeddings())

@@ -12,6 +12,7 @@ from typing import Any
 
 from dflash_plugin.checkpoint import CONFIG, load_config, replacing
 from dflash_plugin.config import DrafterConfig
+from dflash_plugin.dialects.common import FULL, SLIDING, sizes
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.fetch import cache_directory
 from dflash_plugin.vllm import compat
@@ -85,7 +86,11 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
         )
     checkpoint = resolve(str(model), settings.get("revision"), arguments.download_dir)
     config = load_config(checkpoint, options.dialect)
-    check_target(config, target_model_config)
+    config.require_target(
+        target_model_config.get_hidden_size(),
+        target_model_config.get_total_num_hidden_layers(),
+        target_model_config.get_vocab_size(),
+    )
     settings["num_speculative_tokens"] = number_of_drafts(
         config, settings.get("num_speculative_tokens")
     )
@@ -163,33 +168,6 @@ def resolve(model: str, revision: str | None, download_dir: str | None) -> Path:
         ) from error
 
 
-def check_target(config: DrafterConfig, target_model_config: Any) -> None:
-    """Check a drafter against the target's sizes.
-
-    Raises:
-        DFlashError: names the first thing that does not fit.
-    """
-    hidden = target_model_config.get_hidden_size()
-    layers = target_model_config.get_total_num_hidden_layers()
-    vocabulary = target_model_config.get_vocab_size()
-    if config.target_hidden_size != hidden:
-        raise DFlashError(
-            f"the drafter reads features {config.target_hidden_size} wide but the target's "
-            f"hidden_size is {hidden}: use the drafter made for this target"
-        )
-    outside = [layer for layer in config.target_layer_ids if layer >= layers]
-    if outside:
-        raise DFlashError(
-            f"the drafter reads target layer {outside[0]} but the target has {layers} layers "
-            f"(0 to {layers - 1}): use the drafter made for this target"
-        )
-    if config.mask_token_id >= vocabulary and not config.own_mask_embedding:
-        raise DFlashError(
-            f"mask_token_id {config.mask_token_id} is outside the target's vocabulary of "
-            f"{vocabulary}: use the drafter made for this target"
-        )
-
-
 def number_of_drafts(config: DrafterConfig, asked: int | None) -> int:
     """The number of speculative tokens, that of the drafter's block unless fewer are asked for.
 
@@ -248,19 +226,12 @@ def engine_config(info: Hosted, target_model_config: Any) -> dict[str, Any]:
     length = max(config.rope.max_position_embeddings, target_model_config.max_model_len)
     return {
         "architectures": [ARCHITECTURE],
-        "model_type": "qwen3",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": len(config.layers),
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+        **sizes(config),
         "rms_norm_eps": config.rms_norm_eps,
         "vocab_size": target_model_config.get_vocab_size(),
         "max_position_embeddings": length,
         "layer_types": [
-            "full_attention" if layer.sliding_window is None else "sliding_attention"
-            for layer in config.layers
+            FULL if layer.sliding_window is None else SLIDING for layer in config.layers
         ],
         "sliding_window": max(windows, default=None),
         "use_sliding_window": bool(windows),

@@ -101,7 +101,6 @@ class Metrics:
     """Gauges and counters of one engine process."""
 
     def __init__(self, info: Hosted, labels: list[str], values: dict[int, list[object]]) -> None:
-        self.info = info
         self.watches = {engine: AcceptanceWatch(info) for engine in values}
         self.values = values
         made = _collectors(tuple(labels))

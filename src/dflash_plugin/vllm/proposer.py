@@ -20,7 +20,6 @@ class Proposer(DFlashProposer):
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         self.info = required(vllm_config)
-        self.dflash_causal = all(layer.causal for layer in self.info.config.layers)
 
     def _maybe_share_embeddings(self, target_language_model: nn.Module) -> None:
         self.model.bind(target_language_model)

@@ -25,7 +25,6 @@ class Speculator(DFlashSpeculator):
         super().__init__(vllm_config, device)
         self.info = required(vllm_config)
         config = self.info.config
-        self.requires_non_causal = not all(layer.causal for layer in config.layers)
         self.sample_from_anchor = config.sample_from_anchor
         self.num_query_per_req = self.num_speculative_steps + (not config.sample_from_anchor)
 
