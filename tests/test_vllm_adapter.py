@@ -12,10 +12,12 @@ import torch
 
 from dflash_plugin.checkpoint import load_checkpoint, load_config
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.vllm import arguments, compat, hooks, plugin
+from dflash_plugin.serving import after_import as hooks
+from dflash_plugin.serving.acceptance import AcceptanceWatch
+from dflash_plugin.serving.hosted import Hosted, Options
+from dflash_plugin.vllm import arguments, compat, plugin
 from dflash_plugin.vllm.cpu import expand_kernel, without_empty_rows
-from dflash_plugin.vllm.metrics import AcceptanceWatch
-from dflash_plugin.vllm.options import Hosted, Options, hosted, read_options
+from dflash_plugin.vllm.options import hosted, read_options
 from tiny import tiny_config, write_tiny
 
 TARGET = SimpleNamespace(

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from functools import wraps
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dflash_plugin.checkpoint import CONFIG, load_config, replacing
+from dflash_plugin.checkpoint import load_config
 from dflash_plugin.config import DrafterConfig
 from dflash_plugin.dialects.common import FULL, SLIDING, sizes
-from dflash_plugin.errors import DFlashError, reason
-from dflash_plugin.fetch import cache_directory
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.serving.hosted import (
+    KEY,
+    Hosted,
+    expected_acceptance,
+    is_off,
+    is_staged,
+    resolve,
+    stage,
+    without_checks,
+)
 from dflash_plugin.vllm import compat
-from dflash_plugin.vllm.options import KEY, Hosted, Options, read_options
-from dflash_plugin.vllm.plugin import ARCHITECTURE, LOAD_FORMAT, is_off
+from dflash_plugin.vllm.options import read_options
+from dflash_plugin.vllm.plugin import ARCHITECTURE, LOAD_FORMAT
 
 METHOD = "dflash"
+ENGINE = "vllm"
 # Ours, vLLM's own, its attribute, and the key of the speculative configuration.
 FLAGS = (
     ("--speculative-method", "--spec-method", "spec_method", "method"),
@@ -76,7 +83,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     """
     settings = merged(arguments)
     model = settings.get("model")
-    if not asks_for_dflash(settings) or is_prepared(model):
+    if not asks_for_dflash(settings) or is_staged(ENGINE, model):
         return
     version = compat.current()
     options = read_options(arguments.additional_config)
@@ -96,7 +103,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     )
     dummy = str(getattr(arguments.load_format, "value", arguments.load_format)) == "dummy"
     if dummy:
-        options = options.model_copy(update={"known_answers": "off", "acceptance_warning": 0.0})
+        options = without_checks(options)
     else:
         settings.setdefault("draft_load_config", _load_config())
     info = Hosted(
@@ -106,7 +113,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
         expected_acceptance_length=expected_acceptance(checkpoint, options),
     )
     settings["method"] = METHOD
-    settings["model"] = str(stage(info, target_model_config))
+    settings["model"] = str(stage(ENGINE, engine_config(info, target_model_config)))
     settings.pop("revision", None)
     for key, value in compat.spec_settings(version).items():
         settings.setdefault(key, value)
@@ -141,33 +148,6 @@ def asks_for_dflash(settings: dict[str, Any]) -> bool:
     return method == METHOD or (method is None and "dflash" in str(settings.get("model")).lower())
 
 
-def resolve(model: str, revision: str | None, download_dir: str | None) -> Path:
-    """The drafter's directory, fetched from the hub if it is not one here.
-
-    Raises:
-        DFlashError: there is no such directory, and the hub has no such repository.
-    """
-    if Path(model).is_dir():
-        return Path(model).resolve()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                cache_dir=download_dir,
-                allow_patterns=["*.json", "*.safetensors"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise DFlashError(
-            f"the drafter {model!r} is neither a directory nor a repository that can be fetched "
-            f"({reason(error)}): check the name, or fetch it first and give its directory"
-        ) from error
-
-
 def number_of_drafts(config: DrafterConfig, asked: int | None) -> int:
     """The number of speculative tokens, that of the drafter's block unless fewer are asked for.
 
@@ -183,40 +163,6 @@ def number_of_drafts(config: DrafterConfig, asked: int | None) -> int:
             f"give 1 to {most}, or leave it out for {most}"
         )
     return asked
-
-
-def expected_acceptance(checkpoint: Path, options: Options) -> float | None:
-    """τ to expect: the option's, or what training measured on held-out text."""
-    if options.expected_acceptance_length is not None:
-        return options.expected_acceptance_length
-    try:
-        record = json.loads((checkpoint / "training.json").read_text())
-        return float(record["held_out"]["held_out_tau"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def stage(info: Hosted, target_model_config: Any) -> Path:
-    """Write the draft model's configuration for vLLM into the cache.
-
-    Returns:
-        A directory that holds nothing but config.json, named by its content.
-    """
-    written = json.dumps(engine_config(info, target_model_config), indent=1, sort_keys=True)
-    name = hashlib.sha256(written.encode()).hexdigest()[:16]
-    directory = cache_directory() / "vllm" / name
-    directory.mkdir(parents=True, exist_ok=True)
-    with replacing(directory / CONFIG) as path:
-        path.write_text(written + "\n")
-    return directory
-
-
-def is_prepared(model: Any) -> bool:
-    """Whether ``model`` is a directory that ``stage`` wrote, as when a configuration is reused."""
-    path = Path(str(model)) / CONFIG
-    if path.parent.parent != cache_directory() / "vllm":
-        return False
-    return path.is_file() and KEY in json.loads(path.read_text())
 
 
 def engine_config(info: Hosted, target_model_config: Any) -> dict[str, Any]:

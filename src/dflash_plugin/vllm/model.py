@@ -18,12 +18,13 @@ from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
 from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
 from vllm.platforms import current_platform
 
-from dflash_plugin.checkpoint import load_checkpoint
 from dflash_plugin.config import LayerAttention
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.serving.hosted import Hosted
+from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.vllm.host import HostedQKV, VllmHost
-from dflash_plugin.vllm.options import Hosted, hosted
+from dflash_plugin.vllm.options import hosted
 
 Slots = Tensor | Sequence[Tensor | None] | None
 
@@ -111,34 +112,9 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         Raises:
             DFlashError: the checkpoint is malformed or maps tokens that the target lacks.
         """
-        info = self.info
-        dtype = self.drafter.norm.weight.dtype
-        tensors = load_checkpoint(info.checkpoint, dtype, info.options.dialect).tensors
-        tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], info.config.target_layer_ids)
-        rank, heads = get_tensor_model_parallel_rank(), self.drafter.attentions()[0].heads
-        parameters = dict(self.drafter.named_parameters()) | dict(self.drafter.named_buffers())
-        for own, names in self.drafter.checkpoint_names().items():
-            parameter = parameters[own]
-            loader = getattr(parameter, "weight_loader", None)
-            for shard, name in enumerate(names):
-                tensor = tensors[name]
-                if own.endswith("sinks"):
-                    tensor = tensor[rank * heads : (rank + 1) * heads]
-                if loader is None:
-                    parameter.data.copy_(tensor)
-                elif len(names) == 1:
-                    loader(parameter, tensor)
-                else:
-                    loader(parameter, tensor, "qkv"[shard] if len(names) == 3 else shard)
+        fill(self.drafter, self.info, get_tensor_model_parallel_rank())
         self._merge_context_projections()
-        if self.drafter.d2t is not None:
-            columns = torch.arange(len(self.drafter.d2t), device=self.drafter.d2t.device)
-            self._targets = self.drafter.token_ids(columns)
-            if int(self._targets.max()) >= self.vocab_size:
-                raise DFlashError(
-                    f"d2t maps a draft token to {int(self._targets.max())}, outside the target's "
-                    f"vocabulary of {self.vocab_size}: use the drafter made for this target"
-                )
+        self._targets = draft_columns(self.drafter, self.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Fill the parameters from the checkpoint, whatever stream a loader offers."""
@@ -198,14 +174,7 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         Raises:
             DFlashError: the target gave another number of layers.
         """
-        config = self.info.config
-        expected = len(config.target_layer_ids) * config.target_hidden_size
-        if hidden_states.shape[-1] != expected:
-            raise DFlashError(
-                f"the target gave features {hidden_states.shape[-1]} wide but the drafter reads "
-                f"{expected} ({len(config.target_layer_ids)} layers of "
-                f"{config.target_hidden_size}): use the drafter made for this target"
-            )
+        check_features(hidden_states.shape[-1], self.info)
         return self.drafter.fuse(hidden_states)
 
     def precompute_and_store_context_kv(
@@ -302,16 +271,6 @@ def required(vllm_config: Any) -> Hosted:
             "speculative method 'dflash' and let the plugin write it"
         )
     return info
-
-
-def sorted_columns(weight: Tensor, layer_ids: Sequence[int]) -> Tensor:
-    """``fc.weight`` [hidden, n * width] for features in ascending order of their layers.
-
-    vLLM collects the target's outputs as its layers run, whatever order the checkpoint lists.
-    """
-    order = sorted(range(len(layer_ids)), key=lambda place: layer_ids[place])
-    parts = weight.chunk(len(layer_ids), dim=1)
-    return torch.cat([parts[place] for place in order], dim=1)
 
 
 def _window(layer: LayerAttention, window_from: str) -> int | None:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 from typing import Any
 
+from dflash_plugin.serving.after_import import after_import
+from dflash_plugin.serving.hosted import is_off
 from dflash_plugin.vllm import compat
-from dflash_plugin.vllm.hooks import after_import
 from dflash_plugin.vllm.options import hosted
 
 ARCHITECTURE = "DFlashPluginDraftModel"
 LOAD_FORMAT = "dflash_plugin"
-SWITCH = "DFLASH_PLUGIN"
-
-
-def is_off() -> bool:
-    """Whether the user asked for vLLM's own DFlash."""
-    return os.environ.get(SWITCH, "on").lower() in ("off", "0", "false")
 
 
 def activate() -> None:

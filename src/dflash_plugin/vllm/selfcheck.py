@@ -12,14 +12,12 @@ from functools import wraps
 from typing import Any
 
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.known_answer import KnownAnswers, describe, differing, load_record
-from dflash_plugin.vllm.options import Hosted, hosted
+from dflash_plugin.known_answer import KnownAnswer, KnownAnswers, load_record
+from dflash_plugin.serving.check import trouble
+from dflash_plugin.serving.hosted import Hosted
+from dflash_plugin.vllm.options import hosted
 
 logger = logging.getLogger("vllm.dflash_plugin")
-
-# By how much a draft must be decided to be compared, and the share of these that must agree.
-FLOAT32 = (1e-3, 1.0)
-HALF = (0.5, 0.75)
 
 
 def patch(worker: Any) -> None:
@@ -62,37 +60,31 @@ def check(worker: Any, info: Hosted) -> None:
             info.config.num_draft_tokens,
         )
         return
-    trouble = _compare(worker, record)
-    if trouble is None:
+    found = _compare(worker, record)
+    if found is None:
         logger.info("the drafter's %d known answers agree", len(record.answers))
         return
     quantised = config.model_config.quantization or "fp8" in str(config.cache_config.cache_dtype)
     if mode == "warn" or quantised:
-        logger.warning("%s", trouble)
+        logger.warning("%s", found)
         return
     raise DFlashError(
-        f"{trouble}. To serve all the same, set additional_config "
+        f"{found}. To serve all the same, set additional_config "
         '{"dflash_plugin": {"known_answers": "warn"}}'
     )
 
 
 def _compare(worker: Any, record: KnownAnswers) -> str | None:
     """What is wrong, or None."""
-    is_float32 = str(worker.vllm_config.model_config.dtype) == "torch.float32"
-    min_margin, share = FLOAT32 if is_float32 else HALF
-    compared, wrong, first = 0, 0, None
-    for number, expected in enumerate(record.answers):
-        if len(expected.prompt) + 1 + len(expected.drafts) > worker.model_config.max_model_len:
-            continue
-        drafts = draft(worker, [*expected.prompt, expected.anchor])
-        differences = differing(expected, drafts, min_margin)
-        compared += sum(margin >= min_margin for margin in expected.margins)
-        wrong += len(differences)
-        if differences and first is None:
-            first = describe(number, expected, drafts, differences[0])
-    if compared and wrong > (1 - share) * compared:
-        return f"{wrong} of {compared} known drafts differ; {first}"
-    return None
+    limit = worker.model_config.max_model_len
+
+    def drafts(expected: KnownAnswer) -> list[int] | None:
+        if len(expected.prompt) + 1 + len(expected.drafts) > limit:
+            return None
+        return draft(worker, [*expected.prompt, expected.anchor])
+
+    dtype = str(worker.vllm_config.model_config.dtype)
+    return trouble(record, drafts, is_float32=dtype == "torch.float32")
 
 
 def draft(worker: Any, tokens: list[int]) -> list[int]:

@@ -1,0 +1,66 @@
+"""Judges acceptance while an engine serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dflash_plugin.serving.hosted import Hosted
+
+
+class AcceptanceWatch:
+    """Judges acceptance over windows of verify passes.
+
+    Args:
+        info: the drafter, with its expectation and options.
+    """
+
+    def __init__(self, info: Hosted) -> None:
+        self.expected = info.expected_acceptance_length
+        self.share = info.options.acceptance_warning
+        self.window = info.options.acceptance_window
+        self.passes = 0
+        self.accepted: list[int] = []
+        self.acceptance_length: float | None = None
+        self.warnings = 0
+
+    def observe(self, passes: int, accepted_by_position: Sequence[int]) -> str | None:
+        """Add verify passes; what to warn of at the end of a window that went badly.
+
+        Args:
+            passes: verify passes.
+            accepted_by_position: how many of them accepted the draft at each position.
+        """
+        self.passes += passes
+        old = self.accepted or [0] * len(accepted_by_position)
+        self.accepted = [a + b for a, b in zip(old, accepted_by_position, strict=True)]
+        if self.passes < self.window:
+            return None
+        rates = [count / self.passes for count in self.accepted]
+        self.acceptance_length = 1 + sum(rates)
+        self.passes, self.accepted = 0, []
+        if self.expected is None or sum(rates) >= self.share * (self.expected - 1):
+            return None
+        self.warnings += 1
+        return (
+            f"acceptance length is {self.acceptance_length:.2f} over the last {self.window} "
+            f"verify passes, the drafter's own record is {self.expected:.2f}: {likely(rates)}"
+        )
+
+
+def likely(rates: Sequence[float]) -> str:
+    """The likely cause of low acceptance, from the share of passes accepting each position."""
+    if rates[0] < 0.1:
+        return (
+            "hardly any first draft is accepted, so the drafter probably belongs to another "
+            "target, or to another revision or quantisation of it; `dflash-plugin inspect "
+            "DRAFTER --target TARGET --replay` compares the two"
+        )
+    if len(rates) > 1 and rates[1] < 0.3 * rates[0]:
+        return (
+            "the first draft is accepted but what follows is not, so rotation, window, mask token "
+            "or block size probably differ from training; `dflash-plugin inspect` lists them"
+        )
+    return (
+        "all positions are low, so the traffic is probably unlike the training text (chat "
+        "template, thinking mode, language, high temperature); train the drafter on such text"
+    )

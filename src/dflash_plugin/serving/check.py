@@ -1,0 +1,40 @@
+"""Compares an engine's drafts with a checkpoint's known answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dflash_plugin.known_answer import KnownAnswer, KnownAnswers, describe, differing
+
+# By how much a draft must be decided to be compared, and the share of these that must agree.
+FLOAT32 = (1e-3, 1.0)
+HALF = (0.5, 0.75)
+
+
+def trouble(
+    record: KnownAnswers,
+    draft: Callable[[KnownAnswer], Sequence[int] | None],
+    is_float32: bool,
+) -> str | None:
+    """What is wrong with an engine's drafts, or None.
+
+    Args:
+        record: what the float32 core drafts.
+        draft: the engine's drafts after a prompt and its anchor, or None where it cannot tell.
+        is_float32: whether the engine computes in float32; it must then agree on every draft that
+            is not a tie.
+    """
+    min_margin, share = FLOAT32 if is_float32 else HALF
+    compared, wrong, first = 0, 0, None
+    for number, expected in enumerate(record.answers):
+        drafts = draft(expected)
+        if drafts is None:
+            continue
+        differences = differing(expected, drafts, min_margin)
+        compared += sum(margin >= min_margin for margin in expected.margins)
+        wrong += len(differences)
+        if differences and first is None:
+            first = describe(number, expected, drafts, differences[0])
+    if compared and wrong > (1 - share) * compared:
+        return f"{wrong} of {compared} known drafts differ; {first}"
+    return None

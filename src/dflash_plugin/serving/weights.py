@@ -1,0 +1,88 @@
+"""Fills a hosted drafter, whose parameters are an engine's, from a checkpoint of any dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dflash_plugin.checkpoint import load_checkpoint
+from dflash_plugin.drafter import Drafter
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.serving.hosted import Hosted
+
+
+def fill(drafter: Drafter, info: Hosted, rank: int) -> None:
+    """Read the checkpoint into the drafter's parameters, each by its own loader.
+
+    Args:
+        drafter: on an engine's layers; a parameter with a ``weight_loader`` takes its shard itself.
+        info: names the checkpoint.
+        rank: of this shard.
+
+    Raises:
+        DFlashError: the checkpoint is malformed.
+    """
+    tensors = load_checkpoint(
+        info.checkpoint, drafter.norm.weight.dtype, info.options.dialect
+    ).tensors
+    tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], info.config.target_layer_ids)
+    heads = drafter.attentions()[0].heads
+    parameters = dict(drafter.named_parameters()) | dict(drafter.named_buffers())
+    for own, names in drafter.checkpoint_names().items():
+        parameter = parameters[own]
+        loader = getattr(parameter, "weight_loader", None)
+        for shard, name in enumerate(names):
+            tensor = tensors[name]
+            if own.endswith("sinks"):
+                tensor = tensor[rank * heads : (rank + 1) * heads]
+            if loader is None:
+                parameter.data.copy_(tensor)
+            elif len(names) == 1:
+                loader(parameter, tensor)
+            else:
+                loader(parameter, tensor, "qkv"[shard] if len(names) == 3 else shard)
+
+
+def draft_columns(drafter: Drafter, vocab_size: int) -> Tensor | None:
+    """The target's ids of a reduced draft vocabulary, int64 [draft_vocab_size], or None.
+
+    Raises:
+        DFlashError: it maps to tokens that the target lacks.
+    """
+    if drafter.d2t is None:
+        return None
+    columns = drafter.token_ids(torch.arange(len(drafter.d2t), device=drafter.d2t.device))
+    if int(columns.max()) >= vocab_size:
+        raise DFlashError(
+            f"d2t maps a draft token to {int(columns.max())}, outside the target's vocabulary of "
+            f"{vocab_size}: use the drafter made for this target"
+        )
+    return columns
+
+
+def sorted_columns(weight: Tensor, layer_ids: Sequence[int]) -> Tensor:
+    """``fc.weight`` [hidden, n * width] for features in ascending order of their layers.
+
+    An engine collects the target's outputs as its layers run, whatever order the checkpoint lists.
+    """
+    order = sorted(range(len(layer_ids)), key=lambda place: layer_ids[place])
+    parts = weight.chunk(len(layer_ids), dim=1)
+    return torch.cat([parts[place] for place in order], dim=1)
+
+
+def check_features(width: int, info: Hosted) -> None:
+    """Check the width of the target's features.
+
+    Raises:
+        DFlashError: the target gave another number of layers.
+    """
+    config = info.config
+    expected = len(config.target_layer_ids) * config.target_hidden_size
+    if width != expected:
+        raise DFlashError(
+            f"the target gave features {width} wide but the drafter reads {expected} "
+            f"({len(config.target_layer_ids)} layers of {config.target_hidden_size}): use the "
+            "drafter made for this target"
+        )

@@ -1,0 +1,100 @@
+"""What differs between SGLang versions, and which versions are supported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from dflash_plugin.errors import DFlashError
+
+
+@dataclass(frozen=True)
+class Version:
+    """A supported version.
+
+    Attributes:
+        declares_arguments: decisions about arguments are declared beside the record instead of
+            written into it.
+        log_probabilities: SGLang returns them under DFLASH.
+    """
+
+    declares_arguments: bool
+    log_probabilities: bool
+
+
+SUPPORTED: dict[str, Version] = {
+    "0.5.16": Version(declares_arguments=False, log_probabilities=False),
+    "0.5.17": Version(declares_arguments=False, log_probabilities=False),
+    "0.5.18": Version(declares_arguments=False, log_probabilities=True),
+    "0.5.19": Version(declares_arguments=True, log_probabilities=True),
+    "0.5.20": Version(declares_arguments=True, log_probabilities=True),
+    "0.5.21": Version(declares_arguments=True, log_probabilities=True),
+    "0.5.22": Version(declares_arguments=True, log_probabilities=True),
+    "0.5.23": Version(declares_arguments=True, log_probabilities=True),
+}
+
+
+def installed() -> str:
+    """The installed SGLang's version.
+
+    Raises:
+        DFlashError: it is not installed.
+    """
+    try:
+        return metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        raise DFlashError("SGLang is not installed: pip install sglang") from None
+
+
+def row() -> Version | None:
+    """The installed version's row of the table, or None where it has none."""
+    return SUPPORTED.get(installed().partition("+")[0].partition(".post")[0])
+
+
+def current() -> Version:
+    """The installed version's row of the table.
+
+    Raises:
+        DFlashError: the version is not in the table.
+    """
+    version = row()
+    if version is None:
+        names = ", ".join(SUPPORTED)
+        raise DFlashError(
+            f"SGLang {installed()} is not supported: dflash-plugin runs with {names}; install one "
+            "of them, or set DFLASH_PLUGIN=off to use SGLang's own DFlash"
+        )
+    return version
+
+
+def argument(server_args: Any, name: str) -> Any:
+    """What ``ServerArgs`` says by now, decisions included."""
+    if not current().declares_arguments:
+        return getattr(server_args, name)
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+
+    return getattr(resolving_view(server_args), name)
+
+
+def set_argument(server_args: Any, name: str, value: Any) -> None:
+    """Decide an argument."""
+    if not current().declares_arguments:
+        setattr(server_args, name, value)
+        return
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    declare_resolution(server_args, "dflash-plugin", **{name: value})
+
+
+@contextmanager
+def as_cuda(server_args: Any) -> Iterator[None]:
+    """Let a check of the device pass on a CPU."""
+    device = argument(server_args, "device")
+    set_argument(server_args, "device", "cuda")
+    try:
+        yield
+    finally:
+        set_argument(server_args, "device", device)

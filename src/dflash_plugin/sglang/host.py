@@ -1,0 +1,129 @@
+"""SGLang's linears and head, lent to the drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sglang.srt.distributed import get_tensor_model_parallel_world_size
+from sglang.srt.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dflash_plugin.config import DrafterConfig
+from dflash_plugin.drafter import Host
+
+
+class HostedQKV(QKVParallelLinear):
+    """SGLang's merged query, key and value projection, with keys and values on their own."""
+
+    @property
+    def query_width(self) -> int:
+        """Rows of this shard that make queries."""
+        return int(self.num_heads * self.head_size)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is a plain matrix."""
+        return isinstance(self.quant_method, UnquantizedLinearMethod)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of x [..., in]."""
+        out: Tensor = super().forward(x)[0]
+        return out
+
+    def keys_values(self, x: Tensor) -> Tensor:
+        """Keys and values of x [..., in], as [..., 2 * kv_heads * head_dim] of this shard."""
+        if self.is_plain:
+            bias = None if self.bias is None else self.bias[self.query_width :]
+            return F.linear(x, self.weight[self.query_width :], bias)
+        return self(x)[..., self.query_width :]
+
+
+class HostedColumn(MergedColumnParallelLinear):
+    """Returns its output alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out / shards]."""
+        out: Tensor = super().forward(x)[0]
+        return out
+
+
+class HostedRow(RowParallelLinear):
+    """Returns its output alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in / shards] to [..., out], reduced."""
+        out: Tensor = super().forward(x)[0]
+        return out
+
+
+class HostedReplicated(ReplicatedLinear):
+    """Returns its output alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        out: Tensor = super().forward(x)[0]
+        return out
+
+
+class SglangHost(Host):
+    """Parallel linears, quantised where the draft model is.
+
+    Args:
+        quant_config: the draft model's, or None.
+    """
+
+    def __init__(self, quant_config: Any) -> None:
+        self.shards = get_tensor_model_parallel_world_size()
+        self.quant_config = quant_config
+
+    def qkv_linear(self, config: DrafterConfig, name: str) -> nn.Module:
+        """Sharded by heads."""
+        linear: nn.Module = HostedQKV(
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=config.attention_bias,
+            quant_config=self.quant_config,
+            prefix=name,
+        )
+        return linear
+
+    def column_linear(
+        self, in_features: int, out_features: Sequence[int], bias: bool, name: str
+    ) -> nn.Module:
+        """Sharded by output."""
+        linear: nn.Module = HostedColumn(
+            in_features, list(out_features), bias=bias, quant_config=self.quant_config, prefix=name
+        )
+        return linear
+
+    def row_linear(self, in_features: int, out_features: int, bias: bool, name: str) -> nn.Module:
+        """Sharded by input, reduced over the shards."""
+        linear: nn.Module = HostedRow(
+            in_features, out_features, bias=bias, quant_config=self.quant_config, prefix=name
+        )
+        return linear
+
+    def replicated_linear(
+        self, in_features: int, out_features: int, bias: bool, name: str
+    ) -> nn.Module:
+        """The same on every shard."""
+        linear: nn.Module = HostedReplicated(
+            in_features, out_features, bias=bias, quant_config=self.quant_config, prefix=name
+        )
+        return linear
+
+    def head(self, rows: int, hidden_size: int, name: str) -> nn.Module:
+        """Sharded by vocabulary."""
+        head: nn.Module = ParallelLMHead(rows, hidden_size, prefix=name)
+        return head

@@ -1,0 +1,145 @@
+"""Acceptance per request and position, in ``meta_info``, ``/server_info`` and Prometheus.
+
+SGLang counts accepted drafts of each request in the scheduler; ours are fed where it does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dflash_plugin.serving.acceptance import AcceptanceWatch
+from dflash_plugin.serving.prometheus import collectors, introduce, position_counters
+from dflash_plugin.sglang.compat import argument
+from dflash_plugin.sglang.options import Hosted
+
+logger = logging.getLogger("sglang.dflash_plugin")
+
+# Names the plugin's own requests, which do not count.
+INTERNAL = "_dflash_plugin_check"
+# Verify passes of requests between two looks at what has been counted.
+STRIDE = 64
+
+
+class Acceptance:
+    """Counts of one scheduler process.
+
+    Args:
+        info: the drafter.
+        num_drafts: drafts of a block.
+        model_name: label of the metrics, or None where SGLang exports none.
+    """
+
+    def __init__(self, info: Hosted, num_drafts: int, model_name: str | None) -> None:
+        self.info = info
+        self.watch = AcceptanceWatch(info)
+        self.passes = 0
+        # How many passes accepted exactly so many drafts; all, and those not yet looked at.
+        self.histogram = [0] * (num_drafts + 1)
+        self.recent = [0] * (num_drafts + 1)
+        self.metrics: dict[str, Any] | None = None
+        self.labels: list[object] = [model_name]
+        if model_name is not None:
+            names = ("model_name",)
+            self.metrics = {**collectors(names), **position_counters(names)}
+            introduce(self.metrics, info, self.labels)
+
+    def observe(self, accepted: int) -> None:
+        """Count one request's verify pass."""
+        self.histogram[accepted] += 1
+        self.recent[accepted] += 1
+        self.passes += 1
+        if self.passes % STRIDE == 0:
+            self.look()
+
+    def look(self) -> None:
+        """Judge and export what came since the last look."""
+        passes, by_position = sum(self.recent), at_least(self.recent)
+        self.recent = [0] * len(self.recent)
+        if not passes:
+            return
+        warning = self.watch.observe(passes, by_position)
+        if warning is not None and (self.watch.warnings == 1 or self.watch.warnings % 10 == 0):
+            logger.warning("%s", warning)
+        if self.metrics is None:
+            return
+        self.metrics["passes"].labels(*self.labels).inc(passes)
+        for position, count in enumerate(by_position):
+            self.metrics["accepted"].labels(*self.labels, str(position)).inc(count)
+        if self.watch.acceptance_length is not None:
+            self.metrics["length"].labels(*self.labels).set(self.watch.acceptance_length)
+        if warning is not None:
+            self.metrics["warnings"].labels(*self.labels).inc()
+
+    def summary(self) -> dict[str, Any]:
+        """What ``/server_info`` shows."""
+        config = self.info.config
+        rates = shares(self.histogram)
+        return {
+            "drafter": str(self.info.checkpoint),
+            "dialect": config.dialect,
+            "block_size": config.block_size,
+            "verify_passes": self.passes,
+            "acceptance_length": 1 + sum(rates) if self.passes else None,
+            "expected_acceptance_length": self.info.expected_acceptance_length,
+            "accept_by_position": rates,
+            "acceptance_warnings": self.watch.warnings,
+        }
+
+
+def at_least(histogram: Sequence[int]) -> list[int]:
+    """How many passes accepted the draft at each position, of how many accepted exactly so many."""
+    return [sum(histogram[position:]) for position in range(1, len(histogram))]
+
+
+def shares(histogram: Sequence[int]) -> list[float]:
+    """Share of passes that accepted the draft at each position."""
+    total = sum(histogram)
+    return [count / total if total else 0.0 for count in at_least(histogram)]
+
+
+_acceptance: Acceptance | None = None
+
+
+def start(info: Hosted, server_args: Any, num_drafts: int) -> None:
+    """Begin to count in this process.
+
+    Args:
+        info: the drafter.
+        server_args: SGLang's ``ServerArgs``.
+        num_drafts: drafts of a block.
+    """
+    global _acceptance
+    name = str(argument(server_args, "served_model_name") or argument(server_args, "model_path"))
+    exported = bool(argument(server_args, "enable_metrics"))
+    _acceptance = Acceptance(info, num_drafts, name if exported else None)
+
+
+def count_accepted(native: Callable[..., Any], request: Any, accepted: int) -> Any:
+    """Where SGLang counts a request's accepted drafts."""
+    if _acceptance is not None and not str(request.rid).startswith(INTERNAL):
+        _acceptance.observe(accepted)
+    return native(request, accepted)
+
+
+def describe_acceptance(
+    native: Callable[..., Any], manager: Any, meta_info: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Add the share of a request's verify passes that accepted each position to its meta_info."""
+    result = native(manager, meta_info, *args, **kwargs)
+    histogram = meta_info.get("spec_correct_drafts_histogram")
+    passes = meta_info.get("spec_verify_ct")
+    if histogram and passes:
+        drafts = meta_info["spec_num_proposed_drafts"] // passes
+        padded = [*histogram, *[0] * (drafts + 1 - len(histogram))]
+        meta_info["spec_accept_by_position"] = shares(padded)
+    return result
+
+
+def describe_internal_state(native: Callable[..., Any], scheduler: Any, request: Any) -> Any:
+    """Add the drafter and its acceptance to ``/server_info``."""
+    output = native(scheduler, request)
+    if _acceptance is not None:
+        output.internal_state["dflash_plugin"] = _acceptance.summary()
+    return output

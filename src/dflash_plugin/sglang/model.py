@@ -1,0 +1,342 @@
+"""The drafter on SGLang's layers: its linears, paged attention and head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from sglang.srt.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.models.dflash import DFlashDraftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dflash_plugin import kernels
+from dflash_plugin.config import DrafterConfig, LayerAttention
+from dflash_plugin.drafter import Attend, Drafter
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.serving.hosted import KEY
+from dflash_plugin.serving.weights import check_features, draft_columns, fill
+from dflash_plugin.sglang.host import HostedQKV, SglangHost
+from dflash_plugin.sglang.options import Hosted
+
+
+class HostedDrafter(DFlashDraftModel):
+    """What SGLang's draft runner loads and calls; a subclass for what its versions ask of one.
+
+    Args:
+        config: the configuration that the plugin staged.
+        quant_config: the draft model's, or None.
+        prefix: unused, the drafter's modules have their own names.
+
+    Raises:
+        DFlashError: the heads cannot be shared out over the tensor-parallel ranks.
+    """
+
+    supports_fused_context_kv = False
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.info = Hosted.model_validate(getattr(config, KEY))
+        drafter_config = self.info.config
+        host = SglangHost(quant_config)
+        _check_shards(drafter_config, host.shards)
+        self.drafter = Drafter(drafter_config, host)
+        self.drafter.requires_grad_(False)
+        device = torch.empty(0).device
+        self.drafter.rotary.to(device)
+        self.attentions = nn.ModuleList(
+            RadixAttention(
+                num_heads=attention.heads,
+                head_dim=attention.head_dim,
+                scaling=attention.head_dim**-0.5,
+                num_kv_heads=attention.kv_heads,
+                layer_id=index,
+                sliding_window_size=_window(drafter_config.layers[index], drafter_config),
+                attn_type=(
+                    AttentionType.DECODER
+                    if drafter_config.layers[index].causal
+                    else AttentionType.ENCODER_ONLY
+                ),
+            )
+            for index, attention in enumerate(self.drafter.attentions())
+        )
+        self.vocab_size = int(config.vocab_size)
+        self.block_size = drafter_config.block_size
+        self.candidate_selector = None
+        self.lilicorr = None
+        self.is_nemotron_35_draft = False
+        self._fused = kernels.available(device)
+        self._draft_columns: Tensor | None = None
+        self._kv_weight: Tensor | None = None
+        self._kv_bias: Tensor | None = None
+        self._key_weights: Tensor | None = None
+        self._pools: Any = None
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Fill the parameters from the checkpoint, whatever stream a loader offers."""
+        fill(self.drafter, self.info, get_tensor_model_parallel_rank())
+
+    def set_block_size(self, block_size: int) -> None:
+        """Take the rows of a block, anchor included, from the worker."""
+        self.block_size = int(block_size)
+
+    def get_attention_sliding_window_size(self) -> int | None:
+        """The one window of the sliding layers, as SGLang counts it, or None."""
+        windows = [layer.sliding_window_size for layer in self.attentions]
+        return max((int(window) for window in windows if window > 0), default=None)
+
+    def bind(self, target: nn.Module) -> None:
+        """Borrow the target's embedding and head, and merge the context projections.
+
+        Args:
+            target: the target model, loaded.
+
+        Raises:
+            DFlashError: it has no such modules or does not fit.
+        """
+        model = cast(Any, target)
+        embedding = _without_lora(model.get_input_embeddings())
+        head = _without_lora(getattr(model, "lm_head", None))
+        if embedding is None or head is None:
+            raise DFlashError(
+                f"{type(target).__name__} has no embedding or lm_head to lend to the drafter: use "
+                "a decoder-only language model as the target"
+            )
+        self.drafter.borrow(embedding.weight, head, embedding)
+        self._draft_columns = draft_columns(self.drafter, self.vocab_size)
+        attentions = self.drafter.attentions()
+        linears = [cast(HostedQKV, attention.qkv_proj) for attention in attentions]
+        if all(linear.is_plain for linear in linears):
+            self._kv_weight = torch.cat([q.weight[q.query_width :] for q in linears])
+            if self.info.config.attention_bias:
+                self._kv_bias = torch.cat([q.bias[q.query_width :] for q in linears])
+        if self.info.config.qk_norm:
+            norms = [cast(Tensor, attention.key_norm.weight) for attention in attentions]
+            self._key_weights = torch.stack(norms)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        forward_batch: Any,
+        input_embeds: Tensor | None = None,
+        get_embedding: bool = False,
+        pp_proxy_tensors: Any = None,
+    ) -> LogitsProcessorOutput:
+        """Normed hidden states [T, hidden] of the rows of all requests' blocks.
+
+        The drafter embeds ``input_ids`` [T] itself, so that its own embedding, mask vector and
+        scale count. Row i + 1 of a block predicts draft i, whatever row does so in the checkpoint.
+        """
+        embedded = self.drafter.embed(self._tokens(input_ids))
+        attend = partial(self._attend, forward_batch)
+        hidden = self._run_block(embedded, positions, attend)
+        if self.info.config.sample_from_anchor:
+            hidden = hidden.unflatten(0, (-1, self.block_size)).roll(1, dims=1).flatten(0, 1)
+        return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden)
+
+    def _run_block(self, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        if self._fused:
+            from dflash_plugin.kernels.block import run_block
+
+            return run_block(self.drafter, embedded, positions, attend)
+        return self.drafter.run_block(embedded, positions, attend)
+
+    def _tokens(self, input_ids: Tensor) -> Tensor:
+        """Block tokens, with a mask id that lies outside the target's vocabulary put in."""
+        mask = self.info.config.mask_token_id
+        if mask < self.vocab_size:
+            return input_ids
+        rows = torch.arange(input_ids.shape[0], device=input_ids.device)
+        return input_ids.masked_fill(rows % self.block_size != 0, mask)
+
+    def _attend(
+        self, forward_batch: Any, layer: int, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        sinks = self.drafter.sinks(layer)
+        out: Tensor = self.attentions[layer](
+            query.flatten(-2),
+            key.flatten(-2),
+            value.flatten(-2),
+            forward_batch,
+            **({} if sinks is None else {"sinks": sinks.float()}),
+        )
+        return out.view(query.shape)
+
+    def inject(
+        self,
+        features: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        pool: Any,
+        committed: Tensor | None = None,
+    ) -> None:
+        """KV injection: write context rows into every draft layer's paged cache.
+
+        Args:
+            features: [T, n * target_hidden], the target layers' outputs.
+            positions: int64 [T].
+            slots: int64 [T], cache slots.
+            pool: SGLang's KV pool of the draft model.
+            committed: int32 [B]; T is B blocks, and only the first ``committed`` rows of each are
+                written. None writes all.
+
+        Raises:
+            DFlashError: the target gave features of another width.
+        """
+        check_features(features.shape[-1], self.info)
+        context = self.drafter.fuse(features)
+        pools = self._plain_pools(pool)
+        if pools is None:
+            self._inject_by_layer(context, positions, slots, pool, committed)
+            return
+        from dflash_plugin.kernels.inject_kv import inject_kv, inject_kv_naive
+
+        config = self.info.config
+        (inject_kv if self._fused else inject_kv_naive)(
+            self._keys_values(context),
+            positions,
+            slots,
+            pools,
+            self._key_weights,
+            self.drafter.rotary.inverse_frequencies,
+            config.rms_norm_eps,
+            committed=committed,
+            gemma=config.norm_style == "gemma",
+            interleaved=config.rope.interleaved,
+            factor=self.drafter.rotary.factor,
+            value_scale=config.attention_value_scale,
+        )
+
+    def _keys_values(self, context: Tensor) -> Tensor:
+        """Projections [T, layers, 2, kv_heads, head_dim] of context rows, not normed."""
+        attentions = self.drafter.attentions()
+        if self._kv_weight is not None:
+            kv = F.linear(context, self._kv_weight, self._kv_bias)
+        else:
+            linears = [cast(HostedQKV, attention.qkv_proj) for attention in attentions]
+            kv = torch.cat([linear.keys_values(context) for linear in linears], dim=-1)
+        first = attentions[0]
+        return kv.view(kv.shape[0], len(attentions), 2, first.kv_heads, first.head_dim)
+
+    def _plain_pools(self, pool: Any) -> Any:
+        """The pool's buffers where rows can be written to directly, else None."""
+        if self._pools is None:
+            from dflash_plugin.kernels.inject_kv import KVPools
+
+            self._pools = False
+            buffers = [getattr(pool, name, None) for name in ("k_buffer", "v_buffer")]
+            # Other pools translate slots or keep scales beside the values.
+            plain = type(pool).__name__ == "MHATokenToKVPool" and pool.store_dtype == pool.dtype
+            if plain and all(buffers) and pool.dtype.itemsize > 1:
+                keys, values = (list(layers)[: len(self.attentions)] for layers in buffers)
+                if all(buffer.dim() == 3 for buffer in (*keys, *values)):
+                    self._pools = KVPools.build(keys, values)
+        return self._pools or None
+
+    def _inject_by_layer(
+        self,
+        context: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        pool: Any,
+        committed: Tensor | None,
+    ) -> None:
+        """Through the pool's own writers, which know its layout and scales."""
+        pairs = self.drafter.context_keys_values(context, positions)
+        for layer, (key, value) in zip(self.attentions, pairs, strict=True):
+            attention = cast(Any, layer)
+            scales = attention.k_scale, attention.v_scale
+            if committed is None:
+                pool.set_kv_buffer(attention, slots, key, value, *scales)
+            else:
+                by_request = slots.view(committed.shape[0], -1)
+                pool.set_kv_buffer_prefix_valid(
+                    attention, by_request, committed, key, value, *scales
+                )
+
+    def top_tokens(self, hidden: Tensor) -> Tensor:
+        """The likeliest token ids int64 [T] of hidden states [T, hidden].
+
+        Without gathering the vocabulary's shards; the drafter's scale and soft-cap keep the order.
+        """
+        logits = self._shard_logits(hidden)
+        if get_tensor_model_parallel_world_size() == 1:
+            return self.drafter.token_ids(logits.argmax(dim=-1))
+        start = self._head().shard_indices.org_vocab_start_index
+        value, index = logits.max(dim=-1, keepdim=True)
+        values = tensor_model_parallel_all_gather(value.contiguous(), dim=-1)
+        indices = tensor_model_parallel_all_gather((index + start).contiguous(), dim=-1)
+        best = values.argmax(dim=-1, keepdim=True)
+        return self.drafter.token_ids(indices.gather(-1, best).squeeze(-1))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Draft logits float32 [T, draft vocabulary] of hidden states [T, hidden]."""
+        if get_tensor_model_parallel_world_size() == 1:
+            return self.drafter.scale_logits(self._shard_logits(hidden).float())
+        shard = self._all_rows(hidden)
+        full = tensor_model_parallel_all_gather(shard.contiguous(), dim=-1)
+        rows = self.info.config.draft_vocab_size or self.vocab_size
+        return self.drafter.scale_logits(full[:, :rows].float())
+
+    def _head(self) -> Any:
+        return self.drafter.head()
+
+    def _shard_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over this rank's real rows of the head, padding left out."""
+        head = self._head()
+        indices = getattr(head, "shard_indices", None)
+        rows = self.vocab_size if indices is None else int(indices.num_org_elements)
+        if _is_dense(head):
+            return F.linear(hidden.to(head.weight.dtype), head.weight[:rows])
+        return self._all_rows(hidden)[:, :rows]
+
+    def _all_rows(self, hidden: Tensor) -> Tensor:
+        """Logits over all of this rank's rows of the head."""
+        head = self._head()
+        if _is_dense(head):
+            return F.linear(hidden.to(head.weight.dtype), head.weight)
+        out: Tensor = head.quant_method.apply(head, hidden, None)
+        return out
+
+
+def _without_lora(module: Any) -> Any:
+    return getattr(module, "base_layer", module)
+
+
+def _is_dense(head: Any) -> bool:
+    """Whether the head's weight is a matrix of floating-point numbers."""
+    method = getattr(head, "quant_method", None)
+    if method is not None and not isinstance(method, UnquantizedEmbeddingMethod):
+        return False
+    return getattr(head, "weight", None) is not None
+
+
+def _window(layer: LayerAttention, config: DrafterConfig) -> int:
+    """How far back a row sees, itself not counted; -1 for all."""
+    if layer.sliding_window is None:
+        return -1
+    # Counted from the anchor, the window ends one position further back.
+    return layer.sliding_window - (config.window_from == "query")
+
+
+def _check_shards(config: DrafterConfig, shards: int) -> None:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    fits = heads % shards == 0 and (kv_heads % shards == 0 or shards % kv_heads == 0)
+    if not fits or config.intermediate_size % shards:
+        raise DFlashError(
+            f"the drafter's {heads} heads, {kv_heads} key/value heads and intermediate size "
+            f"{config.intermediate_size} cannot be shared out over {shards} ranks: choose another "
+            "--tp-size"
+        )

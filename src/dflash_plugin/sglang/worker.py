@@ -1,0 +1,396 @@
+"""The DFLASH worker: SGLang's own, around this project's drafter.
+
+Scheduling, block preparation, verify passes, CUDA graphs and publishing are inherited. What is
+replaced: the drafter, injection, drafting from the head, acceptance of requests that sample, and
+penalties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from sglang.srt.layers.sampler import apply_custom_logit_processor
+from sglang.srt.speculative import dflash_worker_v2
+from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
+from torch import Tensor
+
+from dflash_plugin.sampling import SamplingTensors, Stream, uniforms
+from dflash_plugin.sglang import metrics, penalties, sampling
+from dflash_plugin.sglang.arguments import draft_model_path
+from dflash_plugin.sglang.compat import argument
+from dflash_plugin.sglang.model import HostedDrafter
+from dflash_plugin.sglang.options import require_hosted
+from dflash_plugin.verify import verify_sampled
+
+
+@dataclass
+class Step:
+    """One decode pass of a batch.
+
+    Attributes:
+        batch: SGLang's ``ScheduleBatch``.
+        anchors: int64 [B], positions of the anchors.
+        params: how its requests sample, or None where all are greedy.
+        draft_probs: float32 [B, K, V] that the drafts were drawn from, or None for chosen drafts.
+        penalties: of its requests, or None where they have none.
+    """
+
+    batch: Any
+    anchors: Tensor
+    params: SamplingTensors | None = None
+    draft_probs: Tensor | None = None
+    penalties: penalties.Penalties | None = None
+
+
+class DraftGraphHead:
+    """Greedy drafts, made at the end of the captured draft pass.
+
+    Args:
+        worker: whose model's head it runs.
+        max_batch: largest captured batch.
+    """
+
+    def __init__(self, worker: Worker, max_batch: int) -> None:
+        self.worker = worker
+        rows = max_batch * worker.num_drafts
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=worker.device)
+        self.hidden: dict[int, Tensor] = {}
+
+    def __call__(self, hidden: Tensor, input_ids: Tensor | None = None) -> None:
+        """Capture the head over block rows [B * block, hidden]."""
+        rows = self.worker.drafting_rows(hidden)
+        self.hidden[rows.shape[0] // self.worker.num_drafts] = rows
+        self.tokens[: rows.shape[0]].copy_(self.worker.draft_model.top_tokens(rows))
+
+    @property
+    def out(self) -> Tensor:
+        """Drafts of the pass that was replayed, int64 [at least B * K]."""
+        step = self.worker.step
+        if step is None or not self.worker.draws_drafts(step):
+            return self.tokens
+        size = len(step.batch.reqs)
+        captured = min(batch for batch in self.hidden if batch >= size)
+        return self.worker.draw_drafts(self.hidden[captured][: size * self.worker.num_drafts], step)
+
+
+class Worker(DFlashWorkerV2):
+    """Drives the hosted drafter; takes whatever constructor arguments its version passes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.step: Step | None = None
+        server_args = kwargs.get("server_args", args[0] if args else None)
+        self.info = require_hosted(draft_model_path(server_args))
+        if argument(server_args, "device") == "cpu":
+            from dflash_plugin.sglang.cpu import install
+
+            install()
+        super().__init__(*args, **kwargs)
+        self.draft_model: HostedDrafter
+        self.draft_model.bind(self.target_worker.model_runner.model)
+        self.noise = sampling.Noise(
+            int(argument(server_args, "random_seed") or 0), torch.device(self.device)
+        )
+        self.vocab_size = int(self.target_worker.model_runner.model_config.vocab_size)
+        _seed_first_tokens(self.target_worker.model_runner, self.noise)
+        _route(dflash_worker_v2)
+        metrics.start(self.info, server_args, self.num_drafts)
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts of a block, the anchor not counted."""
+        return int(self.block_size) - 1
+
+    def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """One pass over a batch: a prefill, or draft, verify and inject."""
+        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+            return self._prefill(batch, *args, **kwargs)
+        if batch.forward_mode.is_idle() or batch.spec_info is None:
+            return super().forward_batch_generation(batch, *args, **kwargs)
+        self.step = self._begin(batch)
+        with _routing_to(self):
+            try:
+                result = super().forward_batch_generation(batch, *args, **kwargs)
+            finally:
+                step, self.step = self.step, None
+        if step is not None and step.penalties is not None:
+            tokens = result.next_token_ids.view(len(batch.reqs), -1)
+            penalties.count(step.penalties, tokens, result.accept_lens.long())
+        return result
+
+    def _prefill(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        info = batch.sampling_info
+        if info is None or batch.forward_mode.is_idle():
+            return super().forward_batch_generation(batch, *args, **kwargs)
+        device = torch.device(self.device)
+        if not info.is_all_greedy:
+            setattr(info, sampling.SEEDS, sampling.given_seeds(batch.reqs, device))
+        if not penalties.are_asked_for(info):
+            return super().forward_batch_generation(batch, *args, **kwargs)
+        penalties.begin(batch.reqs, self.vocab_size, device)
+        written = torch.tensor([len(request.output_ids) for request in batch.reqs], device=device)
+        gathered = penalties.gather(batch.reqs, written)
+        with _replacing_penalties(info, gathered):
+            result = super().forward_batch_generation(batch, *args, **kwargs)
+        tokens = result.next_token_ids.long()[:, None]
+        penalties.count(gathered, tokens, torch.ones_like(written))
+        return result
+
+    def _begin(self, batch: Any) -> Step:
+        step = Step(batch, batch.seq_lens.long())
+        info = batch.sampling_info
+        if info is None:
+            return step
+        device = torch.device(self.device)
+        if not info.is_all_greedy:
+            given = sampling.given_seeds(batch.reqs, device)
+            step.params = sampling.tensors(info, self.noise.seeds(given, len(batch.reqs)))
+        if penalties.are_asked_for(info):
+            prompts = torch.tensor([len(r.origin_input_ids) for r in batch.reqs], device=device)
+            step.penalties = penalties.gather(batch.reqs, step.anchors + 1 - prompts)
+        return step
+
+    # Drafting.
+
+    def drafting_rows(self, hidden: Tensor) -> Tensor:
+        """Rows [B * K, hidden] that draft, of block rows [B * block, hidden]."""
+        rows = hidden.view(-1, int(self.block_size), hidden.shape[-1])[:, 1:]
+        return rows.reshape(-1, hidden.shape[-1])
+
+    def draws_drafts(self, step: Step) -> bool:
+        """Whether the drafts of a pass are drawn instead of chosen."""
+        return step.params is not None and self.info.options.draft_sampling == "probabilistic"
+
+    def draw_drafts(self, hidden: Tensor, step: Step) -> Tensor:
+        """Drafts int64 [B * K], drawn from the drafter's distribution for each request.
+
+        Args:
+            hidden: [B * K, hidden], the rows that draft.
+            step: takes the probabilities.
+        """
+        assert step.params is not None
+        batch = len(step.batch.reqs)
+        logits = self.draft_model.logits(hidden).view(batch, self.num_drafts, -1)
+        probs = sampling.distribution(logits, step.params, step.batch.sampling_info)
+        places = step.anchors[:, None] + torch.arange(1, self.num_drafts + 1, device=logits.device)
+        drawn = sampling.draw(probs, step.params, places, Stream.DRAFT)
+        drafter = self.draft_model.drafter
+        step.draft_probs = drafter.target_probabilities(probs, self.vocab_size)
+        return drafter.token_ids(drawn).flatten()
+
+    def _greedy_sample_from_vocab_parallel_head(
+        self, *, hidden_states: Tensor, lm_head: Any, chunk_size: int = 256
+    ) -> Tensor:
+        """Drafts int64 [B * K] of a pass that ran outside a graph."""
+        if self.step is not None and self.draws_drafts(self.step):
+            return self.draw_drafts(hidden_states, self.step)
+        return self.draft_model.top_tokens(hidden_states)
+
+    def _maybe_build_draft_sampler(self) -> DraftGraphHead:
+        """The head at the end of the captured draft pass."""
+        return DraftGraphHead(self, int(self.model_runner.req_to_token_pool.size))
+
+    # Injection.
+
+    def _init_fused_kv_helper(self) -> None:
+        """SGLang's own injection is not used."""
+        self._use_fused_kv_materialize = False
+        self._fused_kv_helper = None
+
+    def _append_target_hidden_to_draft_kv_by_loc(
+        self,
+        *,
+        target_hidden: Tensor,
+        cache_loc: Tensor,
+        positions: Tensor,
+        cache_loc_2d: Tensor | None = None,
+        commit_lens: Tensor | None = None,
+        **_: Any,
+    ) -> None:
+        """KV injection of a prompt's rows, or of a verify pass's committed rows."""
+        rows = cache_loc.numel()
+        if rows == 0:
+            return
+        with torch.inference_mode():
+            # Rows beyond are padding of the target's pass.
+            self.draft_model.inject(
+                target_hidden[:rows],
+                positions.long(),
+                cache_loc.long(),
+                self.draft_model_runner.token_to_kv_pool,
+                commit_lens,
+            )
+
+    # Verification.
+
+    def _validate_phase1_sampling_support(self, batch: Any) -> None:
+        """Every device samples."""
+
+    def _can_skip_verify_logits(self, batch: Any, sampling_info: Any) -> bool:
+        """Whether the argmax alone will do (0.5.23)."""
+        plain = self.step is None or (self.step.penalties is None and self.step.params is None)
+        return plain and bool(super()._can_skip_verify_logits(batch, sampling_info))
+
+    def _resolve_mask_token_id(self, **_: Any) -> int:
+        """What fills a block; the model puts in a mask that the target's vocabulary lacks."""
+        mask = self.info.config.mask_token_id
+        return mask if mask < self.target_worker.model_runner.model_config.vocab_size else 0
+
+    def _maybe_merge_trained_mask_embedding(self) -> None:
+        """The drafter keeps its mask vector to itself instead of changing the target's table."""
+
+    def adjust_logits(self, logits: Tensor, info: Any, rows: int) -> None:
+        """Apply what the target's own sampling applies to its logits, in place.
+
+        Args:
+            logits: [B * rows, V].
+            info: SGLang's ``SamplingBatchInfo``.
+            rows: of a block.
+        """
+        step = self.step
+        assert step is not None
+        batch = len(step.batch.reqs)
+        blocks = logits.view(batch, rows, -1)
+        if step.penalties is not None:
+            drafts = self._draft_block_tokens_buf[:batch, 1:]
+            if blocks.dtype == torch.float32:
+                step.penalties.apply(blocks, drafts)
+            else:
+                penalised = blocks.float()
+                step.penalties.apply(penalised, drafts)
+                blocks.copy_(penalised)
+        if info.logit_bias is not None:
+            blocks += info.logit_bias[:, None].to(blocks.dtype)
+        if info.has_custom_logit_processor:
+            apply_custom_logit_processor(logits, info, num_tokens_in_batch=rows)
+
+    def accept(self, candidates: Tensor, logits: Tensor, info: Any) -> tuple[Tensor, Tensor]:
+        """Verify a batch that has requests that sample.
+
+        Args:
+            candidates: int64 [B, block], anchor and drafts.
+            logits: [B * block, V], the target's, adjusted.
+            info: SGLang's ``SamplingBatchInfo``.
+
+        Returns:
+            Accepted drafts int32 [B], and the token after them int64 [B].
+        """
+        step = self.step
+        assert step is not None
+        assert step.params is not None
+        batch, rows = candidates.shape
+        target = sampling.distribution(logits.view(batch, rows, -1), step.params, info)
+        places = step.anchors[:, None] + torch.arange(1, rows + 1, device=logits.device)
+        verdict = verify_sampled(
+            candidates[:, 1:],
+            target,
+            step.draft_probs,
+            uniforms(step.params.seed, places[:, :-1], Stream.ACCEPT),
+            uniforms(step.params.seed, places, Stream.NEXT),
+        )
+        return verdict.num_accepted.int(), verdict.next_token
+
+
+class _routing_to:
+    """Names the worker whose pass runs, for the functions that SGLang's worker calls by name."""
+
+    current: Worker | None = None
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def __enter__(self) -> None:
+        _routing_to.current = self.worker
+
+    def __exit__(self, *_: object) -> None:
+        _routing_to.current = None
+
+
+class _replacing_penalties:
+    """Gives a prefill's sampler the penalties of what its requests have already written."""
+
+    def __init__(self, info: Any, gathered: penalties.Penalties) -> None:
+        self.info, self.gathered = info, gathered
+
+    def __enter__(self) -> None:
+        info, gathered = self.info, self.gathered
+        self.kept = info.penalizer_orchestrator
+        info.penalizer_orchestrator = None
+        additive = -(
+            gathered.frequency * gathered.counts + gathered.presence * (gathered.counts > 0)
+        )
+        if gathered.stop is not None:
+            additive.masked_fill_((gathered.remaining > 0) & gathered.stop, float("-inf"))
+        info.acc_additive_penalties = additive
+        info.acc_scaling_penalties = torch.where(gathered.counts > 0, gathered.repetition, 1.0)
+
+    def __exit__(self, *_: object) -> None:
+        self.info.penalizer_orchestrator = self.kept
+        penalties.without_native(self.info)
+
+
+def _route(module: ModuleType) -> None:
+    """Let the functions by which SGLang's worker verifies ask our worker while its pass runs.
+
+    They have one signature from 0.5.16 to 0.5.23, where the body around them changed every release.
+    """
+    native = cast(Any, module)
+    if hasattr(native.apply_dflash_verify_logits_adjustments, "__wrapped__"):
+        return
+
+    def routed(function: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            worker = _routing_to.current
+            return function(*args, **kwargs) if worker is None else ours(worker, *args, **kwargs)
+
+        return call
+
+    def adjust(
+        worker: Worker, *, next_token_logits: Tensor, sampling_info: Any, draft_token_num: int
+    ) -> None:
+        worker.adjust_logits(next_token_logits, sampling_info, draft_token_num)
+
+    def accept(
+        worker: Worker,
+        *,
+        candidates: Tensor,
+        next_token_logits: Tensor,
+        sampling_info: Any,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        return worker.accept(candidates, next_token_logits, sampling_info)
+
+    for name, ours in (
+        ("apply_dflash_verify_logits_adjustments", adjust),
+        ("compute_dflash_sampling_correct_drafts_and_bonus", accept),
+        ("is_dflash_sampling_verify_available", lambda worker: True),
+    ):
+        setattr(native, name, routed(getattr(native, name), ours))
+
+
+def _seed_first_tokens(runner: Any, noise: sampling.Noise) -> None:
+    """Draw the token after a prompt with its request's seed, where it gave one.
+
+    SGLang reads seeds only under --enable-deterministic-inference.
+    """
+    native = runner.sample
+
+    @wraps(native)
+    def sample(logits_output: Any, forward_batch: Any) -> Any:
+        info = forward_batch.sampling_info
+        given = getattr(info, sampling.SEEDS, None)
+        if given is None or forward_batch.return_logprob or info.has_custom_logit_processor:
+            return native(logits_output, forward_batch)
+        runner._preprocess_logits(logits_output, info)
+        logits = logits_output.next_token_logits[:, None]
+        params = sampling.tensors(info, noise.seeds(given, logits.shape[0]))
+        probs = sampling.distribution(logits, params, info)
+        places = forward_batch.seq_lens.long()[:, None]
+        return sampling.draw(probs, params, places, Stream.NEXT)[:, 0]
+
+    runner.sample = sample
