@@ -1,0 +1,164 @@
+"""What several kernels share: norm weights, the norm and rotation of heads, and their tiles."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Tile(NamedTuple):
+    """The heads that one program takes, and the powers of two that its loads are padded to."""
+
+    heads: int
+    head_dim: int
+    half: int
+    rest: int
+    warps: int
+
+    @classmethod
+    def of(cls, heads: int, head_dim: int, half: int) -> Tile:
+        """A tile for at most ``heads`` heads whose leading ``2 * half`` values turn."""
+        padded = triton.next_power_of_2(head_dim)
+        # 8 values a thread: one load of 16 bytes.
+        count = min(triton.next_power_of_2(heads), max(1, 1024 // padded))
+        rest = head_dim - 2 * half
+        return cls(
+            heads=count,
+            head_dim=padded,
+            half=triton.next_power_of_2(half),
+            rest=triton.next_power_of_2(rest) if rest else 0,
+            warps=max(1, min(4, count * padded // 256)),
+        )
+
+
+def check_rotary(positions: Tensor, inverse_frequencies: Tensor, rows: int, head_dim: int) -> None:
+    """Raise ValueError unless positions are int64 [rows] and frequencies float32 that fit."""
+    if positions.shape != (rows,) or positions.dtype != torch.int64:
+        raise ValueError(f"positions must be int64 [{rows}]")
+    half = inverse_frequencies.numel()
+    if inverse_frequencies.shape != (half,) or inverse_frequencies.dtype != torch.float32:
+        raise ValueError("inverse_frequencies must be float32 [rotary_dim / 2]")
+    if not 0 < 2 * half <= head_dim:
+        raise ValueError(f"{half} inverse frequencies do not fit head_dim {head_dim}")
+    if not positions.is_contiguous() or not inverse_frequencies.is_contiguous():
+        raise ValueError("positions and inverse_frequencies must be contiguous")
+
+
+def scaled_weight(weight: Tensor, dtype: torch.dtype, gemma: bool) -> Tensor:
+    """What the norm multiplies by, in ``dtype``."""
+    return (1.0 + weight if gemma else weight).to(dtype)
+
+
+def norm_rotate_naive(
+    x: Tensor,
+    positions: Tensor,
+    weight: Tensor | None,
+    inverse_frequencies: Tensor,
+    eps: float,
+    gemma: bool,
+    interleaved: bool,
+    factor: float,
+) -> Tensor:
+    """Norm and rotation, float32, of heads x [T, heads, head_dim] at positions [T]."""
+    if weight is not None:
+        x = F.rms_norm(x, weight.shape, scaled_weight(weight, x.dtype, gemma), eps)
+    angles = positions[:, None, None].float() * inverse_frequencies
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    turned, rest = x.float().tensor_split([2 * inverse_frequencies.numel()], dim=-1)
+    pairs = turned.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    first, second = pairs.unbind(-1 if interleaved else -2)
+    halves = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(halves, dim=-1 if interleaved else -2).flatten(-2)
+    return torch.cat([turned, rest], dim=-1)
+
+
+@triton.jit
+def norm_weight(pointers, mask, DTYPE: tl.constexpr, GEMMA: tl.constexpr):
+    """Norm weights, float32, rounded as ``scaled_weight`` rounds them to ``DTYPE``."""
+    weight = tl.load(pointers, mask=mask, other=0.0)
+    if GEMMA:
+        # The core adds in the weight's dtype, so the sum is rounded to it.
+        weight = (1.0 + weight.to(tl.float32)).to(weight.dtype)
+    return weight.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def normed(x, scale, weight, at, mask, DTYPE: tl.constexpr, GEMMA: tl.constexpr):
+    """x [heads, n] times scale [heads, 1] and the weights at [1, n], rounded to ``DTYPE``."""
+    x = x * scale * norm_weight(weight + at, mask, DTYPE, GEMMA)
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def norm_rotate(
+    source,
+    target,
+    alive,
+    position,
+    weight,
+    inverse_frequencies,
+    eps,
+    factor,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    GEMMA: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Write ``norm_rotate_naive`` of the heads at ``source`` to ``target``.
+
+    ``source`` and ``target`` point at the first value of each head, and ``alive`` masks heads; all
+    are [heads, 1]. A weight of None leaves out the norm. ``source`` may be ``target``, since each
+    value is loaded and stored through the same tensor.
+    """
+    DTYPE: tl.constexpr = source.dtype.element_ty
+    pair = tl.arange(0, BLOCK_HALF)[None, :]
+    if INTERLEAVED:
+        first_at = 2 * pair
+        second_at = 2 * pair + 1
+    else:
+        first_at = pair
+        second_at = pair + HALF
+    is_pair = pair < HALF
+    first = tl.load(source + first_at, mask=alive & is_pair, other=0.0).to(tl.float32)
+    second = tl.load(source + second_at, mask=alive & is_pair, other=0.0).to(tl.float32)
+    if BLOCK_REST > 0:
+        rest_at = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+        is_rest = rest_at < HEAD_DIM
+        rest = tl.load(source + rest_at, mask=alive & is_rest, other=0.0).to(tl.float32)
+
+    if weight is not None:
+        squares = tl.sum(first * first + second * second, axis=1)
+        if BLOCK_REST > 0:
+            squares += tl.sum(rest * rest, axis=1)
+        scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        first = normed(first, scale, weight, first_at, is_pair, DTYPE, GEMMA)
+        second = normed(second, scale, weight, second_at, is_pair, DTYPE, GEMMA)
+        if BLOCK_REST > 0:
+            rest = normed(rest, scale, weight, rest_at, is_rest, DTYPE, GEMMA)
+
+    frequency = tl.load(inverse_frequencies + pair, mask=is_pair, other=0.0)
+    angle = position.to(tl.float32) * frequency
+    cos = tl.cos(angle) * factor
+    sin = tl.sin(angle) * factor
+    tl.store(target + first_at, first * cos - second * sin, mask=alive & is_pair)
+    tl.store(target + second_at, second * cos + first * sin, mask=alive & is_pair)
+    if BLOCK_REST > 0:
+        tl.store(target + rest_at, rest, mask=alive & is_rest)
+
+
+@triton.jit
+def copy_scaled(source, target, alive, scale, HEAD_DIM: tl.constexpr, BLOCK_HEAD_DIM: tl.constexpr):
+    """Write heads at ``source`` [heads, 1] to ``target``, times ``scale`` if it is not None."""
+    at = tl.arange(0, BLOCK_HEAD_DIM)[None, :]
+    mask = alive & (at < HEAD_DIM)
+    value = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
+    if scale is not None:
+        value = value * scale
+    tl.store(target + at, value, mask=mask)
