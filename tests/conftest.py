@@ -12,12 +12,13 @@ settings.register_profile("fixed", derandomize=True)
 settings.register_profile("explore", max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
-HAS_VLLM = find_spec("vllm") is not None
-collect_ignore = [] if HAS_VLLM else ["on_vllm"]
+# The tests of an engine run where it is installed.
+ENGINES = ("vllm", "sglang")
+collect_ignore = [f"on_{name}" for name in ENGINES if find_spec(name) is None]
 
 
-def pytest_report_header() -> str | None:
-    return None if HAS_VLLM else "vLLM is not installed: tests/on_vllm is left out"
+def pytest_report_header() -> list[str]:
+    return [f"tests/{folder} is left out: its engine is not installed" for folder in collect_ignore]
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 from vllm import SamplingParams
-from vllm_helpers import ON_V2, check_distribution, continuations, on_worker, running
+from vllm_helpers import ON_V2, on_worker, running
 
 from dflash_plugin.known_answer import answer
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
+from distribution import check_distribution, continuations
 from tiny import tiny_target, write_target, write_tiny
 
 # Heads as wide as vLLM's CPU attention takes them.
@@ -139,4 +140,4 @@ def test_sampled_text_has_the_targets_distribution(pair, tmp_path, method):
     with running(directory, checkpoint, max_num_seqs=64, **settings) as engine:
         prompt = {"prompt_token_ids": PROMPTS[0]}
         completions = engine.generate([prompt], params, use_tqdm=False)[0].outputs
-    assert check_distribution(completions, expected) > samples / 4
+    assert check_distribution([tuple(c.token_ids) for c in completions], expected) > samples / 4

@@ -20,8 +20,6 @@ from vllm.lora.request import LoRARequest
 from vllm_helpers import (
     BLOCK,
     ON_V2,
-    check_distribution,
-    continuations,
     counter,
     on_worker,
     running,
@@ -31,6 +29,7 @@ from dflash_plugin.evaluate import acceptance_by_position, pooled_tau
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
 from dflash_plugin.transformers.store import StaticStore
+from distribution import check_distribution, continuations
 
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
@@ -176,7 +175,7 @@ def test_sampled_text_has_the_targets_distribution(smollm2, shipped, reference, 
     speculative = {"draft_sample_method": method}
     with running(smollm2, shipped, speculative=speculative, max_num_seqs=32) as llm:
         completions = generate(llm, [prompt], params)[0].outputs
-    assert check_distribution(completions, expected) == samples
+    assert check_distribution([tuple(c.token_ids) for c in completions], expected) == samples
 
 
 def test_seeded_samples_repeat(engine, reference):

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
 from dflash_plugin.evaluate import acceptance_by_position
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
+from http_server import HttpServer, free_port, started
 
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
@@ -37,12 +34,8 @@ FLAGS = [
 ]
 
 
-class Server:
-    """A running server."""
-
-    def __init__(self, url: str, log: Path) -> None:
-        self.client = httpx.Client(base_url=url, timeout=300)
-        self.log = log
+class Server(HttpServer):
+    """A running vLLM."""
 
     def complete(self, prompt: list[int], **settings: Any) -> dict[str, Any]:
         body = {"prompt": prompt, "temperature": 0, "max_tokens": TOKENS, **settings}
@@ -57,17 +50,6 @@ class Server:
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(self.text, prompts))
 
-    def metrics(self) -> dict[str, float]:
-        """Every sample by its name; those that differ in labels are listed by position."""
-        found: dict[str, float] = {}
-        for line in self.client.get("/metrics").text.splitlines():
-            sample = re.fullmatch(r"([a-z_:]+)(\{.*\})? ([-+.\deinfa]+)", line)
-            if sample:
-                position = re.search(r'position="(\d+)"', sample[2] or "")
-                name = sample[1] + (f"[{position[1]}]" if position else "")
-                found[name] = found.get(name, 0.0) + float(sample[3])
-        return found
-
 
 def command(target: Path, *flags: str, port: int = 0) -> list[str]:
     serve = [str(Path(sys.executable).with_name("vllm")), "serve", str(target)]
@@ -76,29 +58,10 @@ def command(target: Path, *flags: str, port: int = 0) -> list[str]:
 
 @contextmanager
 def serving(log: Path, target: Path, *flags: str, **environment: str) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command(target, *flags, port=port),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-        )
-    server = Server(f"http://127.0.0.1:{port}", log)
-    try:
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()[-5000:]
-            try:
-                if server.client.get("/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.5)
+    port = free_port()
+    serve = command(target, *flags, port=port)
+    with started(Server, serve, port, log, environment) as server:
         yield server
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 @pytest.fixture(scope="module")

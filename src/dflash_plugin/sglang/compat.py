@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -19,21 +19,27 @@ class Version:
         declares_arguments: decisions about arguments are declared beside the record instead of
             written into it.
         log_probabilities: SGLang returns them under DFLASH.
+        draft_backend: the function that chooses the draft model's attention.
     """
 
     declares_arguments: bool
     log_probabilities: bool
+    draft_backend: str = "_resolve_draft_attention_backend_fallback"
 
 
+_OLD = Version(declares_arguments=False, log_probabilities=False)
+_0_5_18 = Version(declares_arguments=False, log_probabilities=True)
+_0_5_19 = Version(declares_arguments=True, log_probabilities=True)
+_0_5_22 = replace(_0_5_19, draft_backend="resolve_draft_worker_attention_backend")
 SUPPORTED: dict[str, Version] = {
-    "0.5.16": Version(declares_arguments=False, log_probabilities=False),
-    "0.5.17": Version(declares_arguments=False, log_probabilities=False),
-    "0.5.18": Version(declares_arguments=False, log_probabilities=True),
-    "0.5.19": Version(declares_arguments=True, log_probabilities=True),
-    "0.5.20": Version(declares_arguments=True, log_probabilities=True),
-    "0.5.21": Version(declares_arguments=True, log_probabilities=True),
-    "0.5.22": Version(declares_arguments=True, log_probabilities=True),
-    "0.5.23": Version(declares_arguments=True, log_probabilities=True),
+    "0.5.16": _OLD,
+    "0.5.17": _OLD,
+    "0.5.18": _0_5_18,
+    "0.5.19": _0_5_19,
+    "0.5.20": _0_5_19,
+    "0.5.21": _0_5_19,
+    "0.5.22": _0_5_22,
+    "0.5.23": _0_5_22,
 }
 
 

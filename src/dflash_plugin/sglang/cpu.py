@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dflash_plugin.sglang.compat import argument, set_argument
+from dflash_plugin.sglang.compat import argument, current, set_argument
 
 BACKEND = "torch_native"
 
@@ -24,13 +24,13 @@ def prepare_cpu(server_args: Any) -> None:
 
 def install() -> None:
     """Make this process able to verify blocks on a CPU."""
-    from sglang.srt import server_args
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.speculative import draft_worker_common
 
     from dflash_plugin.sglang.attention import CpuAttention
 
     ATTENTION_BACKENDS[BACKEND] = CpuAttention
-    if BACKEND not in server_args.DRAFT_ATTENTION_BACKEND_CHOICES:
-        server_args.DRAFT_ATTENTION_BACKEND_CHOICES.append(BACKEND)
+    # It would choose among back ends of a GPU.
+    setattr(draft_worker_common, current().draft_backend, lambda **_: BACKEND)
     # There are no streams to record a use on.
-    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda self, s: None  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sglang.srt.distributed import get_tensor_model_parallel_world_size
+from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_world_size
 from sglang.srt.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -44,7 +44,8 @@ class HostedQKV(QKVParallelLinear):
         if self.is_plain:
             bias = None if self.bias is None else self.bias[self.query_width :]
             return F.linear(x, self.weight[self.query_width :], bias)
-        return self(x)[..., self.query_width :]
+        both: Tensor = self(x)
+        return both[..., self.query_width :]
 
 
 class HostedColumn(MergedColumnParallelLinear):

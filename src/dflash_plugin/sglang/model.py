@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from sglang.srt.distributed import (
+from sglang.srt.distributed.communication_op import tensor_model_parallel_all_gather
+from sglang.srt.distributed.parallel_state import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
 )
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
@@ -92,8 +92,9 @@ class HostedDrafter(DFlashDraftModel):
 
     def get_attention_sliding_window_size(self) -> int | None:
         """The one window of the sliding layers, as SGLang counts it, or None."""
-        windows = [layer.sliding_window_size for layer in self.attentions]
-        return max((int(window) for window in windows if window > 0), default=None)
+        config = self.info.config
+        windows = [_window(layer, config) for layer in config.layers]
+        return max((window for window in windows if window > 0), default=None)
 
     def bind(self, target: nn.Module) -> None:
         """Borrow the target's embedding and head, and merge the context projections.
@@ -236,13 +237,11 @@ class HostedDrafter(DFlashDraftModel):
             from dflash_plugin.kernels.inject_kv import KVPools
 
             self._pools = False
-            buffers = [getattr(pool, name, None) for name in ("k_buffer", "v_buffer")]
             # Other pools translate slots or keep scales beside the values.
             plain = type(pool).__name__ == "MHATokenToKVPool" and pool.store_dtype == pool.dtype
-            if plain and all(buffers) and pool.dtype.itemsize > 1:
-                keys, values = (list(layers)[: len(self.attentions)] for layers in buffers)
-                if all(buffer.dim() == 3 for buffer in (*keys, *values)):
-                    self._pools = KVPools.build(keys, values)
+            if plain and pool.dtype.itemsize > 1:
+                count = len(self.attentions)
+                self._pools = KVPools.build(pool.k_buffer[:count], pool.v_buffer[:count])
         return self._pools or None
 
     def _inject_by_layer(

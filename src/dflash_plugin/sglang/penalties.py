@@ -100,17 +100,17 @@ def gather(requests: Sequence[Any], written: Tensor) -> Penalties:
         stop = torch.zeros(counts.shape, dtype=torch.bool)
         for row, request in enumerate(requests):
             stop[row, _stop_tokens(request, counts.shape[1])] = True
-        stop = _to(stop, device)
+        stop = to_device(stop, device)
 
     def column(values: list[float]) -> Tensor:
-        return _to(torch.tensor(values, dtype=torch.float32), device)[:, None]
+        return to_device(torch.tensor(values, dtype=torch.float32), device)[:, None]
 
     return Penalties(
         frequency=column([p.frequency_penalty for p in params]),
         presence=column([p.presence_penalty for p in params]),
         repetition=column([p.repetition_penalty for p in params]),
         counts=counts,
-        remaining=(_to(torch.tensor(least), device) - written)[:, None],
+        remaining=(to_device(least, device) - written)[:, None],
         stop=stop,
     )
 
@@ -138,7 +138,9 @@ def _stop_tokens(request: Any, vocabulary: int) -> list[int]:
     return sorted(token for token in found if token is not None and token < vocabulary)
 
 
-def _to(values: Tensor, device: torch.device) -> Tensor:
+def to_device(values: Sequence[int] | Sequence[float] | Tensor, device: torch.device) -> Tensor:
+    """Host values on the device, without waiting for it."""
+    values = torch.as_tensor(values)
     if device.type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.sampling import SamplingTensors, Stream, probabilities, sample, uniforms
+from dflash_plugin.sglang.penalties import to_device
 
 SEEDS = "dflash_seeds"
 
@@ -38,10 +39,7 @@ def given_seeds(requests: Sequence[Any], device: torch.device) -> Tensor | None:
     seeds = [request.sampling_params.sampling_seed for request in requests]
     if all(seed is None for seed in seeds):
         return None
-    values = torch.tensor([-1 if seed is None else seed % (1 << 62) for seed in seeds])
-    if device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+    return to_device([-1 if seed is None else seed % (1 << 62) for seed in seeds], device)
 
 
 def tensors(info: Any, seeds: Tensor) -> SamplingTensors:

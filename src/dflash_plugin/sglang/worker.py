@@ -27,6 +27,9 @@ from dflash_plugin.sglang.model import HostedDrafter
 from dflash_plugin.sglang.options import require_hosted
 from dflash_plugin.verify import verify_sampled
 
+# No batch that is captured is larger, unless the server runs more requests.
+MAX_CAPTURED = 1024
+
 
 @dataclass
 class Step:
@@ -132,7 +135,7 @@ class Worker(DFlashWorkerV2):
         if not penalties.are_asked_for(info):
             return super().forward_batch_generation(batch, *args, **kwargs)
         penalties.begin(batch.reqs, self.vocab_size, device)
-        written = torch.tensor([len(request.output_ids) for request in batch.reqs], device=device)
+        written = penalties.to_device([len(request.output_ids) for request in batch.reqs], device)
         gathered = penalties.gather(batch.reqs, written)
         with _replacing_penalties(info, gathered):
             result = super().forward_batch_generation(batch, *args, **kwargs)
@@ -150,7 +153,7 @@ class Worker(DFlashWorkerV2):
             given = sampling.given_seeds(batch.reqs, device)
             step.params = sampling.tensors(info, self.noise.seeds(given, len(batch.reqs)))
         if penalties.are_asked_for(info):
-            prompts = torch.tensor([len(r.origin_input_ids) for r in batch.reqs], device=device)
+            prompts = penalties.to_device([len(r.origin_input_ids) for r in batch.reqs], device)
             step.penalties = penalties.gather(batch.reqs, step.anchors + 1 - prompts)
         return step
 
@@ -192,7 +195,7 @@ class Worker(DFlashWorkerV2):
 
     def _maybe_build_draft_sampler(self) -> DraftGraphHead:
         """The head at the end of the captured draft pass."""
-        return DraftGraphHead(self, int(self.model_runner.req_to_token_pool.size))
+        return DraftGraphHead(self, max(MAX_CAPTURED, self.model_runner.req_to_token_pool.size))
 
     # Injection.
 

@@ -1,0 +1,75 @@
+"""A server of SGLang on a CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from conftest import ENVIRONMENT
+from http_server import HttpServer, free_port, started
+
+FLAGS = [
+    "--device=cpu",
+    "--dtype=float32",
+    "--attention-backend=torch_native",
+    "--disable-cuda-graph",
+    "--mem-fraction-static=0.3",
+    "--max-running-requests=8",
+    "--context-length=512",
+    "--log-level=info",
+]
+
+
+class Server(HttpServer):
+    """A running SGLang."""
+
+    def generate(self, prompt: list[int], rid: str | None = None, **params: Any) -> Any:
+        """What ``/generate`` answers to token ids, greedily unless told otherwise."""
+        sampling = {"temperature": 0.0, "max_new_tokens": 32, **params}
+        body = {"input_ids": prompt, "sampling_params": sampling}
+        answer = self.client.post("/generate", json=body if rid is None else {**body, "rid": rid})
+        answer.raise_for_status()
+        return answer.json()
+
+    def samples(self, prompt: list[int], number: int, **params: Any) -> list[Any]:
+        """Answers to one prompt, drawn ``number`` times."""
+        return list(self.generate(prompt, n=number, **params))
+
+    def batch(self, prompts: list[list[int]], **params: Any) -> list[Any]:
+        """Answers to several prompts, sent at once."""
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(lambda prompt: self.generate(prompt, **params), prompts))
+
+    def info(self) -> dict[str, Any]:
+        """The plugin's part of ``/server_info``."""
+        answer = self.client.get("/server_info")
+        answer.raise_for_status()
+        return answer.json()["internal_states"][0]["dflash_plugin"]
+
+
+def tokens(answers: list[Any]) -> list[list[int]]:
+    """Output token ids of answers."""
+    return [answer["output_ids"] for answer in answers]
+
+
+def dflash(drafter: Path) -> list[str]:
+    """The flags that the README gives."""
+    return ["--speculative-algorithm=DFLASH", f"--speculative-draft-model-path={drafter}"]
+
+
+def command(target: Path, *flags: str, port: int = 0) -> list[str]:
+    serve = [sys.executable, "-m", "sglang.launch_server", f"--model-path={target}"]
+    return [*serve, *FLAGS, f"--port={port}", *flags]
+
+
+@contextmanager
+def serving(log: Path, target: Path, *flags: str, **environment: str) -> Iterator[Server]:
+    """A server until the block is left."""
+    port = free_port()
+    serve = command(target, *flags, port=port)
+    with started(Server, serve, port, log, {**ENVIRONMENT, **environment}) as server:
+        yield server

@@ -1,0 +1,382 @@
+"""``sglang.launch_server`` over HTTP with the README's flags, against SGLang alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from sglang_server import Server, command, dflash, serving, tokens
+
+from conftest import ENVIRONMENT
+from dflash_plugin.evaluate import acceptance_by_position
+from dflash_plugin.prompts import encode, load_prompts
+from dflash_plugin.sglang import compat
+from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
+from dflash_plugin.transformers.store import StaticStore
+from distribution import check_distribution, continuations
+
+DATA = Path(__file__).parents[1] / "data"
+SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
+TOKENS, DRAFTS, CHUNK = 32, 7, 96
+CHUNKED = f"--chunked-prefill-size={CHUNK}"
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2, shipped) -> dict[str, Any]:
+    """The target, the drafter and what the Transformers engine makes of the prompts."""
+    target, tokenizer = load_target(smollm2, torch.float32, "cpu")
+    drafter = load_drafter(shipped, target)
+    prompts = [
+        encode(tokenizer, prompt)
+        for name in SETS
+        for prompt in load_prompts(DATA / f"{name}.jsonl")
+    ]
+    engine = Engine(target, drafter, max_batch=8, max_length=512)
+    results = engine.generate([Request(prompt, TOKENS) for prompt in prompts])
+    return {
+        "target": target,
+        "drafter": drafter,
+        "tokenizer": tokenizer,
+        "prompts": prompts,
+        "results": results,
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(smollm2, reference, tmp_path_factory) -> list[list[int]]:
+    """What the target alone answers, in the same SGLang."""
+    log = tmp_path_factory.mktemp("alone") / "log"
+    with serving(log, smollm2, CHUNKED, DFLASH_PLUGIN="off") as server:
+        return tokens(server.batch(reference["prompts"], max_new_tokens=TOKENS))
+
+
+@pytest.fixture(scope="module")
+def drafts_file(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("drafts") / "blocks.jsonl"
+
+
+@pytest.fixture(scope="module")
+def server(smollm2, shipped, alone, drafts_file, tmp_path_factory) -> Iterator[Server]:
+    """Overlapped, chunked, with metrics; every drafted block is recorded."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    flags = [*dflash(shipped), CHUNKED, "--enable-metrics"]
+    with serving(log, smollm2, *flags, RECORD_DRAFTS=str(drafts_file)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def synchronous(smollm2, shipped, alone, tmp_path_factory) -> Iterator[Server]:
+    """Without overlap, with pages of 16 and a cache too small for all."""
+    log = tmp_path_factory.mktemp("synchronous") / "log"
+    flags = ["--disable-overlap-schedule", "--page-size=16", "--max-total-tokens=1152"]
+    # SGLang's allocator of pages is a Triton kernel.
+    with serving(log, smollm2, *dflash(shipped), *flags, TRITON_INTERPRET="1") as running:
+        yield running
+
+
+def tau(answers: list[Any]) -> float:
+    """Tokens committed per verify pass, those that a stop or the limit cuts off included."""
+    metas = [answer["meta_info"] for answer in answers]
+    accepted = sum(meta.get("spec_num_correct_drafts", 0) for meta in metas)
+    return 1 + accepted / sum(meta.get("spec_verify_ct", 0) for meta in metas)
+
+
+@pytest.mark.versions
+def test_greedy_text_equals_the_target_alone(server, reference, alone):
+    """50 prompts batched, in chunks; a few again one by one, out of the radix cache."""
+    prompts = reference["prompts"]
+    assert len(prompts) >= 50
+    assert max(map(len, prompts)) > CHUNK
+    answers = server.batch(prompts)
+    assert tokens(answers) == alone
+    core = 1 + sum(acceptance_by_position(reference["results"], DRAFTS))
+    assert tau(answers) == pytest.approx(core, rel=0.02)
+    for number in range(0, len(prompts), 5):
+        again = server.generate(prompts[number])
+        assert again["output_ids"] == alone[number]
+        assert again["meta_info"]["cached_tokens"] >= len(prompts[number]) - 1
+
+
+@pytest.mark.versions
+def test_greedy_text_without_overlap_and_with_retraction(synchronous, reference, alone):
+    answers = synchronous.batch(reference["prompts"])
+    assert tokens(answers) == alone
+    core = 1 + sum(acceptance_by_position(reference["results"], DRAFTS))
+    assert tau(answers) == pytest.approx(core, rel=0.02)
+    longer = synchronous.batch(reference["prompts"][:8], max_new_tokens=150, ignore_eos=True)
+    for answer, text in zip(longer, alone, strict=False):
+        assert answer["output_ids"][: len(text)] == text
+    assert "etract" in synchronous.log.read_text()
+
+
+@pytest.mark.versions
+def test_the_drafter_was_checked_at_start(server):
+    assert "the drafter's 3 known answers agree" in server.log.read_text()
+
+
+def core_drafts(reference: dict[str, Any], text: list[int], anchors: list[int]) -> list[Any]:
+    """The core's drafts and their margins for anchors at positions of a text."""
+    drafter, target = reference["drafter"], reference["target"]
+    ids = torch.tensor([text])
+    out = target(input_ids=ids, use_cache=False, output_hidden_states=True)
+    layers = drafter.config.target_layer_ids
+    features = torch.cat([out.hidden_states[layer + 1] for layer in layers], dim=-1)
+    kept, found = drafter.store, []
+    try:
+        for anchor in anchors:
+            drafter.store = StaticStore(drafter, 1, 512, torch.float32, torch.device("cpu"))
+            drafter.inject(features[:, :anchor], torch.arange(anchor)[None])
+            hidden = drafter.draft(ids[0, anchor : anchor + 1], torch.tensor([anchor]))
+            best = drafter.logits(hidden)[0].topk(2, dim=-1)
+            margins = (best.values[:, 0] - best.values[:, 1]).tolist()
+            found.append((best.indices[:, 0].tolist(), margins))
+    finally:
+        drafter.store = kept
+    return found
+
+
+@pytest.mark.versions
+@torch.inference_mode()
+def test_every_draft_equals_the_core(server, reference, drafts_file):
+    """Of prompts that are new and of one whose prefix is in the radix cache."""
+    prompts = reference["prompts"][:4]
+    answers = [
+        server.generate(prompt, rid=f"drafts-{number}", ignore_eos=True)
+        for number, prompt in enumerate(prompts)
+    ]
+    assert any(answer["meta_info"]["cached_tokens"] for answer in answers)
+    made = defaultdict(dict)
+    for line in drafts_file.read_text().splitlines():
+        rid, anchor, block = json.loads(line)
+        made[rid][anchor] = block
+    compared = 0
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        text = prompt + answer["output_ids"]
+        blocks = {at: block for at, block in made[f"drafts-{number}"].items() if at < len(text)}
+        expected = core_drafts(reference, text, list(blocks))
+        for (at, block), (core, margins) in zip(blocks.items(), expected, strict=True):
+            assert block[0] == text[at]
+            for got, wanted, margin in zip(block[1:], core, margins, strict=True):
+                assert got == wanted or margin < 1e-3, (at, block, core, margins)
+                compared += 1
+    assert compared >= 30 * DRAFTS
+
+
+def test_acceptance_is_in_meta_info_server_info_and_prometheus(server, reference):
+    before = server.info()
+    answer = server.generate(reference["prompts"][0], ignore_eos=True)
+    meta = answer["meta_info"]
+    by_position = meta["spec_accept_by_position"]
+    assert len(by_position) == DRAFTS
+    assert by_position == sorted(by_position, reverse=True)
+    accepted = meta["spec_num_correct_drafts"] / meta["spec_verify_ct"]
+    assert sum(by_position) == pytest.approx(accepted)
+    after = server.info()
+    assert after["verify_passes"] - before["verify_passes"] >= meta["spec_verify_ct"]
+    assert after["acceptance_length"] == pytest.approx(1 + sum(after["accept_by_position"]))
+    assert after["dialect"] == "z-lab"
+    found = server.metrics()
+    assert found["dflash:expected_acceptance_length"] == pytest.approx(3.31, abs=0.01)
+    assert found["dflash:drafter_info"] == 1
+    assert found["dflash:verify_passes_total"] > 0
+    counts = [found[f"dflash:accepted_drafts_total[{k}]"] for k in range(DRAFTS)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] <= found["dflash:verify_passes_total"]
+
+
+@pytest.mark.versions
+def test_aborted_streams_leave_the_others_alone(server, reference, alone):
+    prompts = reference["prompts"][:6]
+    params = {"temperature": 0.0, "max_new_tokens": 200, "ignore_eos": True}
+    body = {"input_ids": prompts[0], "sampling_params": params, "stream": True}
+    with ThreadPoolExecutor(6) as pool:
+        rest = [pool.submit(server.generate, prompt) for prompt in prompts[1:]]
+        with server.client.stream("POST", "/generate", json=body) as stream:
+            next(stream.iter_lines())
+        assert tokens([one.result() for one in rest]) == alone[1:6]
+    assert server.generate(prompts[0])["output_ids"] == alone[0]
+
+
+@pytest.mark.versions
+def test_structured_output_is_valid(server):
+    schema = {
+        "type": "object",
+        "properties": {"answer": {"type": "integer"}, "sure": {"type": "boolean"}},
+        "required": ["answer", "sure"],
+    }
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": "How many legs has a spider? Answer in JSON."}],
+        "max_tokens": 100,
+        "temperature": 0,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "legs", "schema": schema},
+        },
+    }
+    answer = server.client.post("/v1/chat/completions", json=body)
+    answer.raise_for_status()
+    found = json.loads(answer.json()["choices"][0]["message"]["content"])
+    assert isinstance(found["answer"], int)
+    assert isinstance(found["sure"], bool)
+
+
+PENALTIES: dict[str, dict[str, Any]] = {
+    "repetition": {"repetition_penalty": 1.3},
+    "frequency, presence": {"frequency_penalty": 0.7, "presence_penalty": 0.4},
+    "length": {"min_new_tokens": 20, "frequency_penalty": 0.2},
+}
+
+
+@torch.inference_mode()
+def penalised(target: Any, prompt: list[int], length: int, stop: int, **params: Any) -> list[int]:
+    """Greedy text under penalties, step by step from the target's logits."""
+    found: list[int] = []
+    while len(found) < length and (not found or found[-1] != stop):
+        logits = target(input_ids=torch.tensor([prompt + found]), use_cache=False).logits[0, -1]
+        counts = torch.bincount(torch.tensor(found, dtype=torch.int64), minlength=len(logits))
+        logits -= params.get("frequency_penalty", 0.0) * counts
+        logits -= params.get("presence_penalty", 0.0) * (counts > 0)
+        scale = torch.where(counts > 0, params.get("repetition_penalty", 1.0), 1.0)
+        logits = torch.where(logits < 0, logits * scale, logits / scale)
+        if len(found) < params.get("min_new_tokens", 0):
+            logits[stop] = float("-inf")
+        found.append(int(logits.argmax()))
+    return found
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_penalties_count_every_token_of_a_block(server, synchronous, reference, alone, kind):
+    """Overlapped or not, beside requests that have none."""
+    params = PENALTIES[kind]
+    # The shortest answers, which a minimum length changes.
+    chosen = sorted(range(len(alone)), key=lambda number: len(alone[number]))[:2]
+    stop = reference["tokenizer"].eos_token_id
+    prompts = [reference["prompts"][number] for number in chosen]
+    expected = [penalised(reference["target"], p, 24, stop, **params) for p in prompts]
+    assert expected[0] != alone[chosen[0]][:24]
+    for running in (server, synchronous):
+        with ThreadPoolExecutor(1) as pool:
+            plain = pool.submit(running.generate, prompts[0])
+            texts = running.batch(prompts, max_new_tokens=24, **params)
+        assert tokens(texts) == expected
+        assert plain.result()["output_ids"] == alone[chosen[0]]
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"min_p": 0.1}], ids=["top_k", "min_p"])
+def test_sampled_text_has_the_targets_distribution(server, reference, filters):
+    """χ² at temperature 1: the second and third token come out of verification."""
+    prompt = encode(reference["tokenizer"], load_prompts(DATA / "mt_bench.jsonl")[0])
+    samples = 400
+    expected = continuations(reference["target"], prompt, 3, best=3, cut="top_k" in filters)
+    if "min_p" in filters:
+        expected = cut_by_min_p(reference["target"], prompt, 3, filters["min_p"])
+    params = {"temperature": 1.0, "max_new_tokens": 3, "ignore_eos": True, **filters}
+    answers = server.samples(prompt, samples, **params)
+    texts = [tuple(answer["output_ids"]) for answer in answers]
+    assert check_distribution(texts, expected) == samples
+    proposed = sum(answer["meta_info"]["spec_verify_ct"] for answer in answers)
+    assert proposed >= samples
+
+
+@torch.inference_mode()
+def cut_by_min_p(target: Any, prompt: list[int], length: int, min_p: float) -> dict[Any, float]:
+    """Every continuation whose tokens are at least ``min_p`` as likely as the likeliest."""
+    sequences: dict[Any, float] = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for text, probability in sequences.items():
+            ids = torch.tensor([prompt + list(text)])
+            shares = torch.softmax(target(input_ids=ids, use_cache=False).logits[0, -1], -1)
+            kept = shares * (shares >= min_p * shares.max())
+            for token in kept.nonzero()[:, 0].tolist():
+                longer[(*text, token)] = probability * float(kept[token] / kept.sum())
+        sequences = longer
+    return sequences
+
+
+@pytest.mark.versions
+def test_a_seed_repeats_its_text_in_any_batch(server, reference):
+    prompts, params = reference["prompts"][:3], {"temperature": 1.0, "max_new_tokens": 16}
+    first = server.generate(prompts[0], sampling_seed=11, **params)["output_ids"]
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(server.generate, prompt, **params) for prompt in prompts[1:]]
+        again = server.generate(prompts[0], sampling_seed=11, **params)["output_ids"]
+        assert [one.result()["output_ids"] for one in others]
+    assert again == first
+    assert server.generate(prompts[0], sampling_seed=12, **params)["output_ids"] != first
+
+
+@pytest.mark.versions
+@torch.inference_mode()
+def test_log_probabilities_are_the_targets(server, reference):
+    prompt = reference["prompts"][0]
+    body = {
+        "input_ids": prompt,
+        "sampling_params": {"temperature": 0.0, "max_new_tokens": TOKENS},
+        "return_logprob": True,
+    }
+    answer = server.client.post("/generate", json=body)
+    if not compat.current().log_probabilities:
+        assert answer.status_code == httpx.codes.BAD_REQUEST
+        assert "return_logprob" in answer.text
+        return
+    found = answer.json()
+    text = found["output_ids"]
+    logits = reference["target"](input_ids=torch.tensor([prompt + text]), use_cache=False).logits
+    expected = torch.log_softmax(logits[0, len(prompt) - 1 : -1], dim=-1)
+    wanted = [float(row[token]) for row, token in zip(expected, text, strict=True)]
+    got = [entry[0] for entry in found["meta_info"]["output_token_logprobs"]]
+    assert got == pytest.approx(wanted, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        (["--speculative-num-draft-tokens=20"], {}, "the drafter's block is 8 tokens"),
+        ([], {"DFLASH_PLUGIN_TYPO": "1"}, "dflash_plugin.typo is '1'"),
+    ],
+    ids=["block", "option"],
+)
+def test_what_cannot_be_served_ends_with_its_reason(smollm2, shipped, flags, environment, message):
+    ended = launch(smollm2, shipped, *flags, **environment)
+    assert ended.returncode != 0
+    assert message in ended.stdout + ended.stderr
+
+
+def test_a_drafter_that_is_run_wrongly_is_not_served(smollm2, shipped, tmp_path):
+    """The checkpoint's layers shifted by one: its own known answers give it away."""
+    for file in shipped.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((shipped / "config.json").read_text())
+    layers = config["dflash_config"]["target_layer_ids"]
+    config["dflash_config"]["target_layer_ids"] = [layer - 1 for layer in layers]
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ended = launch(smollm2, tmp_path)
+    assert ended.returncode != 0
+    assert re.search(r"\d+ of 21 known drafts differ", ended.stdout + ended.stderr)
+
+
+def launch(target: Path, drafter: Path, *flags: str, **environment: str) -> Any:
+    """A server that is to end by itself."""
+    return subprocess.run(
+        command(target, *dflash(drafter), *flags),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+        env={**os.environ, **ENVIRONMENT, **environment},
+    )
