@@ -99,6 +99,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     layers = ({"sliding_window": 8}, {"sliding_window": 16})
     with pytest.raises(DFlashError, match=r"different windows \[8, 16\]"):
         arguments.check_layers(tiny_config(layers=layers))
+    with pytest.raises(DFlashError, match=r"target layers \[-1, 2\]"):
+        arguments.check_layers(tiny_config(target_layer_ids=(-1, 2)))
 
 
 def test_dummy_weights_are_not_checked(tmp_path):
@@ -210,12 +212,12 @@ def test_penalties_of_every_row_are_those_of_its_own_text():
         for output, p in zip(outputs, params, strict=True)
     ]
     device = torch.device("cpu")
-    penalties.begin(requests, vocabulary, device)
+    penalties.begin(requests[:1], vocabulary, device)
     drafts = torch.tensor([[5, 8, 8], [4, 4, 3]])
     committed = torch.tensor([2, 4])
     for _ in range(2):
         written = torch.tensor([len(output) for output in outputs])
-        gathered = penalties.gather(requests, written)
+        gathered = penalties.gather(requests, written, vocabulary)
         logits = torch.randn(2, 4, vocabulary)
         expected = torch.stack(
             [
@@ -296,14 +298,12 @@ def test_acceptance_is_counted_by_position(tmp_path, caplog):
     )
     counted = metrics.Acceptance(info, 3, None)
     for _ in range(metrics.STRIDE // 2):
-        counted.observe(0)
-        counted.observe(2)
+        counted.observe([0, 2])
     summary = counted.summary()
     assert summary["accept_by_position"] == [0.5, 0.5, 0.0]
     assert summary["acceptance_length"] == 2.0
     assert summary["acceptance_warnings"] == 0
-    for _ in range(metrics.STRIDE):
-        counted.observe(0)
+    counted.observe([0] * metrics.STRIDE)
     assert counted.summary()["acceptance_warnings"] == 1
     assert "hardly any first draft is accepted" in caplog.text
 

@@ -17,7 +17,10 @@ FLAGS = [
     "--dtype=float32",
     "--attention-backend=torch_native",
     "--disable-cuda-graph",
+    # An idle scheduler would keep a core busy.
+    "--sleep-on-idle",
     "--mem-fraction-static=0.3",
+    "--max-total-tokens=8192",
     "--max-running-requests=8",
     "--context-length=512",
     "--log-level=info",

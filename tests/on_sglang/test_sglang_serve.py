@@ -27,7 +27,9 @@ from distribution import check_distribution, continuations
 
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
-TOKENS, DRAFTS, CHUNK = 32, 7, 96
+TOKENS, DRAFTS, CHUNK = 24, 7, 96
+# All prompts on one version, a part on the others.
+STEP = 1 if compat.installed() == "0.5.20" else 4
 CHUNKED = f"--chunked-prefill-size={CHUNK}"
 
 
@@ -40,7 +42,7 @@ def reference(smollm2, shipped) -> dict[str, Any]:
         encode(tokenizer, prompt)
         for name in SETS
         for prompt in load_prompts(DATA / f"{name}.jsonl")
-    ]
+    ][::STEP]
     engine = Engine(target, drafter, max_batch=8, max_length=512)
     results = engine.generate([Request(prompt, TOKENS) for prompt in prompts])
     return {
@@ -95,25 +97,25 @@ def tau(answers: list[Any]) -> float:
 def test_greedy_text_equals_the_target_alone(server, reference, alone):
     """50 prompts batched, in chunks; a few again one by one, out of the radix cache."""
     prompts = reference["prompts"]
-    assert len(prompts) >= 50
+    assert len(prompts) >= 50 // STEP
     assert max(map(len, prompts)) > CHUNK
-    answers = server.batch(prompts)
+    answers = server.batch(prompts, max_new_tokens=TOKENS)
     assert tokens(answers) == alone
     core = 1 + sum(acceptance_by_position(reference["results"], DRAFTS))
     assert tau(answers) == pytest.approx(core, rel=0.02)
     for number in range(0, len(prompts), 5):
-        again = server.generate(prompts[number])
+        again = server.generate(prompts[number], max_new_tokens=TOKENS)
         assert again["output_ids"] == alone[number]
         assert again["meta_info"]["cached_tokens"] >= len(prompts[number]) - 1
 
 
 @pytest.mark.versions
 def test_greedy_text_without_overlap_and_with_retraction(synchronous, reference, alone):
-    answers = synchronous.batch(reference["prompts"])
+    answers = synchronous.batch(reference["prompts"], max_new_tokens=TOKENS)
     assert tokens(answers) == alone
     core = 1 + sum(acceptance_by_position(reference["results"], DRAFTS))
     assert tau(answers) == pytest.approx(core, rel=0.02)
-    longer = synchronous.batch(reference["prompts"][:8], max_new_tokens=150, ignore_eos=True)
+    longer = synchronous.batch(reference["prompts"][:8], max_new_tokens=100, ignore_eos=True)
     for answer, text in zip(longer, alone, strict=False):
         assert answer["output_ids"][: len(text)] == text
     assert "etract" in synchronous.log.read_text()
@@ -200,11 +202,13 @@ def test_aborted_streams_leave_the_others_alone(server, reference, alone):
     params = {"temperature": 0.0, "max_new_tokens": 200, "ignore_eos": True}
     body = {"input_ids": prompts[0], "sampling_params": params, "stream": True}
     with ThreadPoolExecutor(6) as pool:
-        rest = [pool.submit(server.generate, prompt) for prompt in prompts[1:]]
+        rest = [
+            pool.submit(server.generate, prompt, max_new_tokens=TOKENS) for prompt in prompts[1:]
+        ]
         with server.client.stream("POST", "/generate", json=body) as stream:
             next(stream.iter_lines())
         assert tokens([one.result() for one in rest]) == alone[1:6]
-    assert server.generate(prompts[0])["output_ids"] == alone[0]
+    assert server.generate(prompts[0], max_new_tokens=TOKENS)["output_ids"] == alone[0]
 
 
 @pytest.mark.versions
@@ -234,15 +238,17 @@ def test_structured_output_is_valid(server):
 PENALTIES: dict[str, dict[str, Any]] = {
     "repetition": {"repetition_penalty": 1.3},
     "frequency, presence": {"frequency_penalty": 0.7, "presence_penalty": 0.4},
-    "length": {"min_new_tokens": 20, "frequency_penalty": 0.2},
+    "length": {"min_new_tokens": 12, "frequency_penalty": 0.2},
 }
 
 
 @torch.inference_mode()
-def penalised(target: Any, prompt: list[int], length: int, stop: int, **params: Any) -> list[int]:
+def penalised(
+    target: Any, prompt: list[int], length: int, stops: set[int], **params: Any
+) -> list[int]:
     """Greedy text under penalties, step by step from the target's logits."""
     found: list[int] = []
-    while len(found) < length and (not found or found[-1] != stop):
+    while len(found) < length and (not found or found[-1] not in stops):
         logits = target(input_ids=torch.tensor([prompt + found]), use_cache=False).logits[0, -1]
         counts = torch.bincount(torch.tensor(found, dtype=torch.int64), minlength=len(logits))
         logits -= params.get("frequency_penalty", 0.0) * counts
@@ -250,39 +256,40 @@ def penalised(target: Any, prompt: list[int], length: int, stop: int, **params: 
         scale = torch.where(counts > 0, params.get("repetition_penalty", 1.0), 1.0)
         logits = torch.where(logits < 0, logits * scale, logits / scale)
         if len(found) < params.get("min_new_tokens", 0):
-            logits[stop] = float("-inf")
+            logits[list(stops)] = float("-inf")
         found.append(int(logits.argmax()))
     return found
 
 
-@pytest.mark.versions
 @pytest.mark.parametrize("kind", PENALTIES)
 def test_penalties_count_every_token_of_a_block(server, synchronous, reference, alone, kind):
-    """Overlapped or not, beside requests that have none."""
+    """Overlapped or not, beside a request that has none."""
     params = PENALTIES[kind]
-    # The shortest answers, which a minimum length changes.
-    chosen = sorted(range(len(alone)), key=lambda number: len(alone[number]))[:2]
-    stop = reference["tokenizer"].eos_token_id
-    prompts = [reference["prompts"][number] for number in chosen]
-    expected = [penalised(reference["target"], p, 24, stop, **params) for p in prompts]
-    assert expected[0] != alone[chosen[0]][:24]
+    prompts, plain = reference["prompts"][:2], [text[:20] for text in alone[:3]]
+    # A token that ends the text too early for a minimum length.
+    stop = plain[0][5]
+    stops = {stop, reference["tokenizer"].eos_token_id}
+    expected = [penalised(reference["target"], p, 20, stops, **params) for p in prompts]
+    assert expected[0] != plain[0]
     for running in (server, synchronous):
         with ThreadPoolExecutor(1) as pool:
-            plain = pool.submit(running.generate, prompts[0])
-            texts = running.batch(prompts, max_new_tokens=24, **params)
+            other = pool.submit(running.generate, reference["prompts"][2], max_new_tokens=20)
+            texts = running.batch(prompts, max_new_tokens=20, stop_token_ids=[stop], **params)
         assert tokens(texts) == expected
-        assert plain.result()["output_ids"] == alone[chosen[0]]
+        assert other.result()["output_ids"] == plain[2]
 
 
 @pytest.mark.versions
-@pytest.mark.parametrize("filters", [{"top_k": 3}, {"min_p": 0.1}], ids=["top_k", "min_p"])
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"min_p": 0.3}], ids=["top_k", "min_p"])
 def test_sampled_text_has_the_targets_distribution(server, reference, filters):
     """χ² at temperature 1: the second and third token come out of verification."""
     prompt = encode(reference["tokenizer"], load_prompts(DATA / "mt_bench.jsonl")[0])
-    samples = 400
-    expected = continuations(reference["target"], prompt, 3, best=3, cut="top_k" in filters)
+    samples = 300
     if "min_p" in filters:
         expected = cut_by_min_p(reference["target"], prompt, 3, filters["min_p"])
+    else:
+        expected = continuations(reference["target"], prompt, 3, best=3, cut=True)
+    assert len(expected) > 3
     params = {"temperature": 1.0, "max_new_tokens": 3, "ignore_eos": True, **filters}
     answers = server.samples(prompt, samples, **params)
     texts = [tuple(answer["output_ids"]) for answer in answers]

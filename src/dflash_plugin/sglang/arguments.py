@@ -139,11 +139,16 @@ def check_block(config: DrafterConfig, flag: str, asked: int | None) -> None:
 
 
 def check_layers(config: DrafterConfig) -> None:
-    """Check what SGLang's attention back ends can express.
+    """Check what SGLang's targets and attention back ends can express.
 
     Raises:
-        DFlashError: the layers have different windows.
+        DFlashError: the drafter reads the embedding's output, or its layers have different windows.
     """
+    if -1 in config.target_layer_ids:
+        raise DFlashError(
+            f"the drafter reads target layers {list(config.target_layer_ids)}, and SGLang gives no "
+            "output of the embedding (-1): use vLLM or the Transformers engine"
+        )
     windows = sorted({layer.sliding_window for layer in config.layers if layer.sliding_window})
     if len(windows) > 1:
         raise DFlashError(

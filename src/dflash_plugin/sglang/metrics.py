@@ -6,7 +6,7 @@ SGLang counts accepted drafts of each request in the scheduler; ours are fed whe
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dflash_plugin.serving.acceptance import AcceptanceWatch
@@ -16,8 +16,6 @@ from dflash_plugin.sglang.options import Hosted
 
 logger = logging.getLogger("sglang.dflash_plugin")
 
-# Names the plugin's own requests, which do not count.
-INTERNAL = "_dflash_plugin_check"
 # Verify passes of requests between two looks at what has been counted.
 STRIDE = 64
 
@@ -34,10 +32,10 @@ class Acceptance:
     def __init__(self, info: Hosted, num_drafts: int, model_name: str | None) -> None:
         self.info = info
         self.watch = AcceptanceWatch(info)
-        self.passes = 0
         # How many passes accepted exactly so many drafts; all, and those not yet looked at.
         self.histogram = [0] * (num_drafts + 1)
         self.recent = [0] * (num_drafts + 1)
+        self.unseen = 0
         self.metrics: dict[str, Any] | None = None
         self.labels: list[object] = [model_name]
         if model_name is not None:
@@ -45,18 +43,20 @@ class Acceptance:
             self.metrics = {**collectors(names), **position_counters(names)}
             introduce(self.metrics, info, self.labels)
 
-    def observe(self, accepted: int) -> None:
-        """Count one request's verify pass."""
-        self.histogram[accepted] += 1
-        self.recent[accepted] += 1
-        self.passes += 1
-        if self.passes % STRIDE == 0:
+    def observe(self, accepted: Iterable[int]) -> None:
+        """Count drafts that requests accepted in one verify pass each."""
+        for number in accepted:
+            self.recent[number] += 1
+            self.unseen += 1
+        if self.unseen >= STRIDE:
             self.look()
 
     def look(self) -> None:
         """Judge and export what came since the last look."""
-        passes, by_position = sum(self.recent), at_least(self.recent)
+        passes, by_position = self.unseen, at_least(self.recent)
+        self.histogram = [a + b for a, b in zip(self.histogram, self.recent, strict=True)]
         self.recent = [0] * len(self.recent)
+        self.unseen = 0
         if not passes:
             return
         warning = self.watch.observe(passes, by_position)
@@ -74,14 +74,15 @@ class Acceptance:
 
     def summary(self) -> dict[str, Any]:
         """What ``/server_info`` shows."""
+        self.look()
         config = self.info.config
-        rates = shares(self.histogram)
+        passes, rates = sum(self.histogram), shares(self.histogram)
         return {
             "drafter": str(self.info.checkpoint),
             "dialect": config.dialect,
             "block_size": config.block_size,
-            "verify_passes": self.passes,
-            "acceptance_length": 1 + sum(rates) if self.passes else None,
+            "verify_passes": passes,
+            "acceptance_length": 1 + sum(rates) if passes else None,
             "expected_acceptance_length": self.info.expected_acceptance_length,
             "accept_by_position": rates,
             "acceptance_warnings": self.watch.warnings,
@@ -116,11 +117,18 @@ def start(info: Hosted, server_args: Any, num_drafts: int) -> None:
     _acceptance = Acceptance(info, num_drafts, name if exported else None)
 
 
-def count_accepted(native: Callable[..., Any], request: Any, accepted: int) -> Any:
-    """Where SGLang counts a request's accepted drafts."""
-    if _acceptance is not None and not str(request.rid).startswith(INTERNAL):
-        _acceptance.observe(accepted)
-    return native(request, accepted)
+def count_accepted(native: Callable[..., Any], processor: Any, result: Any, batch: Any) -> Any:
+    """Where SGLang takes over the tokens that a pass committed."""
+    tokens = native(processor, result, batch)
+    if _acceptance is not None:
+        _acceptance.observe(
+            accepted
+            for request, accepted in zip(
+                batch.reqs, result.num_correct_drafts_per_req_cpu, strict=True
+            )
+            if not (request.finished() or request.is_retracted)
+        )
+    return tokens
 
 
 def describe_acceptance(

@@ -274,6 +274,8 @@ class HostedDrafter(DFlashDraftModel):
         if get_tensor_model_parallel_world_size() == 1:
             return self.drafter.token_ids(logits.argmax(dim=-1))
         start = self._head().shard_indices.org_vocab_start_index
+        if logits.shape[-1] == 0:  # All of a small head may lie on other ranks.
+            logits = logits.new_full((logits.shape[0], 1), float("-inf"))
         value, index = logits.max(dim=-1, keepdim=True)
         values = tensor_model_parallel_all_gather(value.contiguous(), dim=-1)
         indices = tensor_model_parallel_all_gather((index + start).contiguous(), dim=-1)

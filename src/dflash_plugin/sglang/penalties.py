@@ -82,14 +82,17 @@ def begin(requests: Sequence[Any], vocabulary: int, device: torch.device) -> Non
         setattr(request, COUNTS, torch.bincount(output, minlength=vocabulary).float().to(device))
 
 
-def gather(requests: Sequence[Any], written: Tensor) -> Penalties:
+def gather(requests: Sequence[Any], written: Tensor, vocabulary: int) -> Penalties:
     """Penalties of a batch.
 
     Args:
-        requests: B of SGLang's requests, each begun.
+        requests: B of SGLang's requests; those with penalties have begun.
         written: int64 [B], tokens of the output so far.
+        vocabulary: V.
     """
-    counts = torch.stack([getattr(request, COUNTS) for request in requests])
+    # Prefilled among requests without penalties: it has none, so its counts do not matter.
+    none = torch.zeros(vocabulary, device=written.device)
+    counts = torch.stack([getattr(request, COUNTS, none) for request in requests])
     for row, request in enumerate(requests):
         setattr(request, COUNTS, counts[row])
     device = counts.device

@@ -10,7 +10,7 @@ from typing import Any
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.after_import import after_import
 from dflash_plugin.serving.hosted import is_off
-from dflash_plugin.sglang import compat
+from dflash_plugin.sglang import compat, metrics
 from dflash_plugin.sglang.arguments import (
     ARCHITECTURE,
     draft_model_path,
@@ -18,12 +18,7 @@ from dflash_plugin.sglang.arguments import (
     handle_speculative_decoding,
     refuse_version,
 )
-from dflash_plugin.sglang.metrics import (
-    count_accepted,
-    describe_acceptance,
-    describe_internal_state,
-)
-from dflash_plugin.sglang.options import hosted
+from dflash_plugin.sglang.options import Hosted, hosted
 
 _SRT = "sglang.srt."
 
@@ -40,11 +35,13 @@ def _worker(native: Callable[..., Any], algorithm: Any, server_args: Any) -> Any
 
 def _before_event_loop(native: Callable[..., Any], scheduler: Any) -> Any:
     """The start-up check, when everything is warm and no request has come."""
-    info = getattr(getattr(scheduler, "draft_worker", None), "info", None)
-    if info is not None:
+    worker = getattr(scheduler, "draft_worker", None)
+    info = getattr(worker, "info", None)
+    if worker is not None and isinstance(info, Hosted):
         from dflash_plugin.sglang.selfcheck import check
 
         check(scheduler, info)
+        metrics.start(info, scheduler.server_args, worker.num_drafts)
     return native(scheduler)
 
 
@@ -53,10 +50,11 @@ AROUND: dict[str, Callable[..., Any]] = {
     f"{_SRT}arg_groups.speculative_hook._handle_dflash": handle_dflash,
     f"{_SRT}speculative.spec_info.SpeculativeAlgorithm.create_worker": _worker,
     f"{_SRT}managers.scheduler.dispatch_event_loop": _before_event_loop,
-    f"{_SRT}managers.scheduler.Scheduler.get_internal_state": describe_internal_state,
-    f"{_SRT}managers.schedule_batch.Req.update_spec_correct_drafts_histogram": count_accepted,
+    f"{_SRT}managers.scheduler.Scheduler.get_internal_state": metrics.describe_internal_state,
+    f"{_SRT}managers.scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor._resolve_spec_v2_tokens": metrics.count_accepted,
     f"{_SRT}managers.tokenizer_manager.TokenizerManager._calculate_spec_decoding_metrics": (
-        describe_acceptance
+        metrics.describe_acceptance
     ),
 }
 

@@ -10,14 +10,15 @@ import logging
 from array import array
 from collections import deque
 from typing import Any
+from uuid import uuid4
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.known_answer import KnownAnswer, KnownAnswers, load_record
 from dflash_plugin.serving.check import trouble
 from dflash_plugin.sglang.compat import argument
-from dflash_plugin.sglang.metrics import INTERNAL
 from dflash_plugin.sglang.options import Hosted
 
+IDLE_TURNS = 10
 logger = logging.getLogger("sglang.dflash_plugin")
 
 
@@ -84,49 +85,82 @@ def _compare(scheduler: Any, record: KnownAnswers) -> str | None:
 
 def draft(scheduler: Any, prompt: list[int]) -> list[int]:
     """The block [anchor, drafts] that the server verifies first after a prompt."""
+    request = make_request(scheduler, prompt, max_new_tokens=2, temperature=0.0, ignore_eos=True)
+    return run(scheduler, [request])[0]
+
+
+def make_request(scheduler: Any, prompt: list[int], **params: Any) -> Any:
+    """A request as the scheduler gets it from a client.
+
+    Args:
+        scheduler: SGLang's.
+        prompt: token ids.
+        params: of ``SamplingParams``.
+    """
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-    worker, streamer = scheduler.draft_worker, type(scheduler.output_streamer)
-    params = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)
-    params.normalize(scheduler.tokenizer)
+    sampling = SamplingParams(**params)
+    sampling.normalize(scheduler.tokenizer)
     request = Req(
-        rid=INTERNAL,
+        rid=f"dflash-plugin-{uuid4().hex}",
         origin_input_text="",
         origin_input_ids=array("q", prompt),
-        sampling_params=params,
-        vocab_size=worker.vocab_size,
+        sampling_params=sampling,
+        vocab_size=scheduler.draft_worker.vocab_size,
     )
     request.tokenizer = scheduler.tokenizer
-    block: list[int] = []
+    return request
+
+
+def run(scheduler: Any, requests: list[Any]) -> list[list[int]]:
+    """Run requests through a scheduler that is not serving yet, and empty its cache again.
+
+    Returns:
+        The blocks [anchor, drafts] that were verified for the batch's first request.
+
+    Raises:
+        DFlashError: the scheduler does not take them.
+    """
+    worker, streamer = scheduler.draft_worker, type(scheduler.output_streamer)
+    blocks: list[list[int]] = []
     # The overlapping loop makes it when it starts.
     scheduler.result_queue = deque()
     native = streamer.stream_output
     streamer.stream_output = lambda *_, **__: None
     try:
-        scheduler._add_request_to_queue(request)
-        while not request.finished():
-            plan = scheduler.get_next_batch_to_run(
-                running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
-            )
-            scheduler.running_batch = plan.running_batch
-            batch = plan.batch_to_run
+        for request in requests:
+            scheduler._add_request_to_queue(request)
+        idle = 0
+        while not all(request.finished() for request in requests):
+            batch = _next_batch(scheduler)
+            # A turn may only take finished requests out.
+            idle = idle + 1 if batch is None else 0
+            if batch is None and idle < IDLE_TURNS:
+                continue
             if batch is None:
                 raise DFlashError(
-                    f"the scheduler does not run a prompt of {len(prompt)} tokens at start: give "
-                    "the KV cache more memory, or set DFLASH_PLUGIN_KNOWN_ANSWERS=off"
+                    f"the scheduler does not run a prompt of {len(requests[0].origin_input_ids)} "
+                    "tokens at start: give the KV cache more memory, or set "
+                    "DFLASH_PLUGIN_KNOWN_ANSWERS=off"
                 )
+            is_prefill = batch.forward_mode.is_extend()
             result = scheduler.run_batch(batch)
-            if not batch.forward_mode.is_extend() or batch.forward_mode.is_target_verify():
-                block = worker._draft_block_tokens_buf[0].tolist()
+            if not is_prefill:
+                blocks.append(worker._draft_block_tokens_buf[0].tolist())
             scheduler.process_batch_result(batch.copy(), result)
-            scheduler.last_batch = batch
+        while _next_batch(scheduler) is not None:
+            pass
     finally:
         streamer.stream_output = native
-    while scheduler.last_batch is not None:
-        plan = scheduler.get_next_batch_to_run(
-            running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
-        )
-        scheduler.running_batch, scheduler.last_batch = plan.running_batch, plan.batch_to_run
     scheduler.flush_cache()
-    return block
+    return blocks
+
+
+def _next_batch(scheduler: Any) -> Any:
+    """What to run next, or None; the turn of SGLang's own loops."""
+    plan = scheduler.get_next_batch_to_run(
+        running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
+    )
+    scheduler.running_batch, scheduler.last_batch = plan.running_batch, plan.batch_to_run
+    return plan.batch_to_run

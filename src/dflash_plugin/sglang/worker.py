@@ -20,7 +20,7 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
 
 from dflash_plugin.sampling import SamplingTensors, Stream, uniforms
-from dflash_plugin.sglang import metrics, penalties, sampling
+from dflash_plugin.sglang import penalties, sampling
 from dflash_plugin.sglang.arguments import draft_model_path
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.model import HostedDrafter
@@ -101,7 +101,6 @@ class Worker(DFlashWorkerV2):
         self.vocab_size = int(self.target_worker.model_runner.model_config.vocab_size)
         _seed_first_tokens(self.target_worker.model_runner, self.noise)
         _route(dflash_worker_v2)
-        metrics.start(self.info, server_args, self.num_drafts)
 
     @property
     def num_drafts(self) -> int:
@@ -136,7 +135,7 @@ class Worker(DFlashWorkerV2):
             return super().forward_batch_generation(batch, *args, **kwargs)
         penalties.begin(batch.reqs, self.vocab_size, device)
         written = penalties.to_device([len(request.output_ids) for request in batch.reqs], device)
-        gathered = penalties.gather(batch.reqs, written)
+        gathered = penalties.gather(batch.reqs, written, self.vocab_size)
         with _replacing_penalties(info, gathered):
             result = super().forward_batch_generation(batch, *args, **kwargs)
         tokens = result.next_token_ids.long()[:, None]
@@ -154,7 +153,9 @@ class Worker(DFlashWorkerV2):
             step.params = sampling.tensors(info, self.noise.seeds(given, len(batch.reqs)))
         if penalties.are_asked_for(info):
             prompts = penalties.to_device([len(r.origin_input_ids) for r in batch.reqs], device)
-            step.penalties = penalties.gather(batch.reqs, step.anchors + 1 - prompts)
+            step.penalties = penalties.gather(
+                batch.reqs, step.anchors + 1 - prompts, self.vocab_size
+            )
         return step
 
     # Drafting.

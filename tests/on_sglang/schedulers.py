@@ -1,0 +1,137 @@
+"""Schedulers without a server, one after the other, each in a fork of one warm process.
+
+Imports of SGLang take longer than a tiny model's engine. Reads lines of JSON, answers with lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from conftest import ENVIRONMENT
+
+SETTINGS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "attention_backend": "torch_native",
+    "disable_cuda_graph": True,
+    "mem_fraction_static": 0.3,
+    "max_total_tokens": 4096,
+    "max_running_requests": 32,
+    "speculative_algorithm": "DFLASH",
+}
+
+
+class Schedulers:
+    """The warm process.
+
+    Args:
+        log: takes what it prints.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
+            text=True,
+        )
+
+    def run(
+        self,
+        target: Path,
+        drafter: Path,
+        prompts: list[list[int]],
+        copies: int = 1,
+        environment: dict[str, str] | None = None,
+        settings: dict[str, Any] | None = None,
+        **params: Any,
+    ) -> dict[str, Any]:
+        """Start a scheduler, run each prompt ``copies`` times and end it.
+
+        Args:
+            target, drafter: directories.
+            prompts: token ids; copies of one run together, the prompts one after the other.
+            copies: of each.
+            environment: of the scheduler.
+            settings: of ``ServerArgs``.
+            params: of ``SamplingParams``.
+
+        Returns:
+            Per prompt, "texts" of its copies and the "blocks" of its first.
+        """
+        job = {
+            "settings": {
+                **SETTINGS,
+                "model_path": str(target),
+                "speculative_draft_model_path": str(drafter),
+                **(settings or {}),
+            },
+            "environment": environment or {},
+            "prompts": prompts,
+            "copies": copies,
+            "params": params,
+        }
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": "the process ended"}
+        assert "error" not in answer, f"{answer['error']}\n{self.log.read_text()[-4000:]}"
+        return answer
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+def serve(job: dict[str, Any]) -> dict[str, Any]:
+    """In the fork: what a job asks for."""
+    os.environ.update(job["environment"])
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.runtime_context import publish
+    from sglang.srt.server_args import PortArgs, ServerArgs
+
+    from dflash_plugin.sglang.selfcheck import make_request, run
+
+    args = ServerArgs(**job["settings"])
+    args.resolve_once()
+    ports = PortArgs.init_new(args)
+    publish(args, role="scheduler")
+    scheduler = Scheduler(args, ports, 0, 0, 0, 0, 0, 0, None)
+    texts, blocks = [], []
+    for prompt in job["prompts"]:
+        requests = [make_request(scheduler, prompt, **job["params"]) for _ in range(job["copies"])]
+        blocks.append(run(scheduler, requests))
+        texts.append([list(request.output_ids) for request in requests])
+    return {"texts": texts, "blocks": blocks}
+
+
+def main() -> None:
+    pipe = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                answer = serve(json.loads(line))
+            except BaseException as error:
+                import traceback
+
+                traceback.print_exc()
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            print(json.dumps(answer), file=pipe, flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    main()

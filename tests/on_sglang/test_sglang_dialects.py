@@ -1,0 +1,153 @@
+"""Drafters of every kind on SGLang: their drafts equal the core's, and so does the text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from schedulers import Schedulers
+from sglang_server import serving
+from transformers import PreTrainedModel
+
+from dflash_plugin.known_answer import KnownAnswers, answer, save_record
+from dflash_plugin.transformers.loading import load_drafter
+from distribution import check_distribution, continuations
+from tiny import tiny_target, write_target, write_tiny
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53]]
+WINDOW = {"sliding_window": 8}
+KINDS: dict[str, dict[str, Any]] = {
+    "reduced vocabulary": {"draft_vocab_size": 24, "own_head": True},
+    "own everything, interleaved, mask outside the vocabulary": {
+        "own_embedding": False,
+        "own_mask_embedding": True,
+        "mask_token_id": 97,
+        "own_head": True,
+        "embedding_scale": 2.0,
+        "rope": {"theta": 1e4, "interleaved": True},
+    },
+    "own embedding": {"own_embedding": True, "own_head": True},
+    "anchor drafts, layers unsorted": {"sample_from_anchor": True, "target_layer_ids": (2, 0)},
+    "yarn, partial, biases, gemma, scales": {
+        "rope": {
+            "type": "yarn",
+            "parameters": {"factor": 4.0, "original_max_position_embeddings": 64},
+            "partial_rotary_factor": 0.5,
+        },
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+        "qk_norm": False,
+        "norm_style": "gemma",
+        "attention_value_scale": 0.5,
+        "logit_softcap": 5.0,
+        "logit_scale": 0.5,
+    },
+    "sinks, causal": {"attention_sinks": True, "layers": ({"causal": True}, {"causal": True})},
+    "windows": {"layers": (WINDOW, WINDOW)},
+    "mixed windows and causality": {"layers": ({**WINDOW, "causal": True}, {})},
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
+    directory = write_target(tmp_path_factory.mktemp("target"))
+    target = tiny_target(**SIZES)
+    target.save_pretrained(directory)
+    return target, directory
+
+
+@pytest.fixture(scope="module")
+def schedulers(tmp_path_factory) -> Iterator[Schedulers]:
+    running = Schedulers(tmp_path_factory.mktemp("schedulers") / "log")
+    yield running
+    running.close()
+
+
+def alone(target: PreTrainedModel, prompt: list[int], length: int) -> list[int]:
+    ids = target.generate(
+        torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    return ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafts_and_text_equal_the_core(pair, schedulers, tmp_path, kind):
+    target, directory = pair
+    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **KINDS[kind]})
+    drafter = load_drafter(checkpoint, target)
+    made = schedulers.run(
+        directory, checkpoint, PROMPTS, temperature=0.0, max_new_tokens=16, ignore_eos=True
+    )
+    for prompt, texts, blocks in zip(PROMPTS, made["texts"], made["blocks"], strict=True):
+        assert texts == [alone(target, prompt, 16)]
+        expected = answer(drafter, target, prompt)
+        assert min(expected.margins) > 1e-3
+        drafts = expected.drafts[: drafter.config.block_size - 1]
+        assert blocks[0] == [expected.anchor, *drafts]
+
+
+@pytest.mark.parametrize("draft_sampling", ["greedy", "probabilistic"])
+def test_sampled_text_has_the_targets_distribution(pair, schedulers, tmp_path, draft_sampling):
+    """χ² at temperature 1 over the whole vocabulary; a drafter with no idea still loses nothing."""
+    target, directory = pair
+    checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
+    samples = 1500
+    expected = continuations(target, PROMPTS[0], 3, best=5, cut=False)
+    made = schedulers.run(
+        directory,
+        checkpoint,
+        PROMPTS[:1],
+        copies=samples,
+        environment={"DFLASH_PLUGIN_DRAFT_SAMPLING": draft_sampling},
+        temperature=1.0,
+        max_new_tokens=3,
+        ignore_eos=True,
+    )
+    texts = [tuple(text) for text in made["texts"][0]]
+    assert len(texts) == samples
+    assert 0 < check_distribution(texts, expected) < samples
+
+
+def test_two_shards_draft_what_one_does(pair, tmp_path):
+    """Tensor parallel: heads, inner width and vocabulary are split over two processes.
+
+    The server does not start unless every known answer agrees.
+    """
+    target, directory = pair
+    sizes = {**SIZES, "target_hidden_size": 64}
+    checkpoint = write_tiny(tmp_path / "drafter", **sizes, draft_vocab_size=24, own_head=True)
+    drafter = load_drafter(checkpoint, target)
+    record = KnownAnswers(answers=[answer(drafter, target, prompt) for prompt in PROMPTS])
+    save_record(checkpoint, record)
+    flags = [
+        "--speculative-algorithm=DFLASH",
+        f"--speculative-draft-model-path={checkpoint}",
+        "--tp-size=2",
+    ]
+    log = tmp_path / "log"
+    with serving(log, directory, *flags, SGLANG_CPU_OMP_THREADS_BIND="0|1") as server:
+        assert "the drafter's 2 known answers agree" in log.read_text()
+        for prompt in PROMPTS:
+            made = server.generate(prompt, max_new_tokens=16, ignore_eos=True)
+            assert made["output_ids"] == alone(target, prompt, 16)
+        params = {"temperature": 1.0, "max_new_tokens": 16, "ignore_eos": True}
+        first = server.generate(PROMPTS[0], sampling_seed=3, **params)
+        assert (
+            server.generate(PROMPTS[0], sampling_seed=3, **params)["output_ids"]
+            == (first["output_ids"])
+        )
+        sampled = server.samples(PROMPTS[0], 16, **params)
+    assert len({json.dumps(one["output_ids"]) for one in sampled}) > 8
