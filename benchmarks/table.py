@@ -89,29 +89,34 @@ def serving(name: str) -> str:
     return f"{table(header, rows)}\n\n{facts}`{record['command']}`"
 
 
-def soak() -> str:
-    """One row per recorded soak."""
-    rows = []
-    for name in ("vllm-soak-cpu",):
-        record = load(name)
-        rows.append(
-            [
-                f"{record['device']}, vLLM {record['versions']['vllm']}",
-                *(f"{record[key]:,}" for key in ("steps", "finished", "aborted", "preempted")),
-                f"{record['prefix_hits']:,}",
-                f"{len(record['mismatches'])}",
-                f"{record['growth_mb']['resident_mb']:+.0f} MB",
-            ]
-        )
-    header = ["on", "steps", "finished", "aborted", "preempted", "cached tokens hit"]
-    return table([*header, "texts that differ", "growth, last third"], rows)
+def soak(name: str, engine: str, paused: str) -> str:
+    """A recorded soak.
+
+    Args:
+        name: of the file.
+        engine: its name, and the key of its version.
+        paused: the engine's word for requests that wait for memory in mid-text.
+    """
+    record = load(name)
+    row = [
+        f"{record['device']}, {engine} {record['versions'][engine.lower()]}",
+        *(f"{record[key]:,}" for key in ("steps", "finished", "aborted", paused)),
+        f"{record['prefix_hits']:,}",
+        f"{len(record['mismatches'])}",
+        f"{record['growth_mb']['resident_mb']:+.0f} MB",
+    ]
+    header = ["on", "steps", "finished", "aborted", paused, "cached tokens hit"]
+    return table([*header, "texts that differ", "growth, last third"], [row])
 
 
 SECTIONS = {
     "vllm-h200": lambda: serving("vllm-h200"),
     "vllm-qwen3-8b": lambda: serving("vllm-h200-qwen3-8b"),
     "vllm-cpu": lambda: serving("vllm-cpu"),
-    "vllm-soak": soak,
+    "vllm-soak": lambda: soak("vllm-soak-cpu", "vLLM", "preempted"),
+    "sglang-qwen3-8b": lambda: serving("sglang-h200-qwen3-8b"),
+    "sglang-h200": lambda: serving("sglang-h200"),
+    "sglang-soak": lambda: soak("sglang-soak-cpu", "SGLang", "retracted"),
     "acceptance": acceptance,
     "h200": lambda: engine("transformers-h200"),
     "cpu": lambda: engine("transformers-cpu"),

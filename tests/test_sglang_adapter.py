@@ -40,6 +40,7 @@ def server_args(drafter: Path | None, **changes: Any) -> SimpleNamespace:
         "context_length": None,
         "load_format": "auto",
         "device": "cuda",
+        "enable_dp_attention": False,
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -96,6 +97,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         arguments.prepare(server_args(None))
     with pytest.raises(DFlashError, match="features 16 wide but the target's hidden_size is 32"):
         arguments.prepare(server_args(write_tiny(tmp_path / "narrow", target_hidden_size=16)))
+    with pytest.raises(DFlashError, match="--enable-dp-attention"):
+        arguments.prepare(server_args(tmp_path, enable_dp_attention=True))
     layers = ({"sliding_window": 8}, {"sliding_window": 16})
     with pytest.raises(DFlashError, match=r"different windows \[8, 16\]"):
         arguments.check_layers(tiny_config(layers=layers))

@@ -78,6 +78,11 @@ def prepare(server_args: Any) -> None:
         )
     if is_staged(ENGINE, model):
         return
+    if argument(server_args, "enable_dp_attention"):
+        raise DFlashError(
+            "--enable-dp-attention is set, which dflash-plugin does not run with: leave it out, or "
+            "set DFLASH_PLUGIN=off to use SGLang's own DFlash"
+        )
     options = read_options()
     checkpoint = resolve(
         str(model),
