@@ -1,73 +1,38 @@
-"""One vLLM engine in a process of its own, driven over a pipe.
-
-Several of them share a GPU, so that engines can be measured in turns; only one works at a time.
-"""
+"""One vLLM engine in a process of its own, driven over a pipe."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from engine_process import Served, answer, claim_stdout
 
 ADAPTIVE = {"enable_adaptive_verification": True}
 
 
-class Served:
+def served(mode: str, settings: dict[str, Any], log: Path) -> Served:
     """A child process with one engine.
 
     Args:
         mode: "none", "native" or "plugin", the latter two also with "-adaptive" behind.
         settings: of ``LLM``; ``speculative_config`` goes to all modes but "none".
+        log: takes what the child prints.
     """
-
-    def __init__(self, mode: str, settings: dict[str, Any], log: Path) -> None:
-        self.mode = mode
-        settings = json.loads(json.dumps(settings))
-        if mode == "none":
-            settings.pop("speculative_config", None)
-        elif mode.endswith("-adaptive"):
-            settings["speculative_config"].update(ADAPTIVE)
-        environment = {
-            **os.environ,
-            "DFLASH_PLUGIN": "on" if mode.startswith("plugin") else "off",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        }
-        self.log = log
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            env=environment,
-            text=True,
-        )
-
-    def wait(self) -> dict[str, Any]:
-        """The next answer.
-
-        Raises:
-            RuntimeError: the process ended; the message holds the end of its log.
-        """
-        for line in self.process.stdout:
-            if line.startswith("@@"):
-                return json.loads(line[2:])
-            with self.log.open("a") as log:
-                log.write(line)
-        raise RuntimeError(f"{self.mode} ended:\n" + self.log.read_text()[-3000:])
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for its answer."""
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        return self.wait()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(60)
+    settings = json.loads(json.dumps(settings))
+    if mode == "none":
+        settings.pop("speculative_config", None)
+    elif mode.endswith("-adaptive"):
+        settings["speculative_config"].update(ADAPTIVE)
+    environment = {
+        "DFLASH_PLUGIN": "on" if mode.startswith("plugin") else "off",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    return Served(mode, __file__, settings, environment, log)
 
 
 def counters(engine: Any) -> dict[str, float]:
@@ -104,14 +69,14 @@ def run(
     after = counters(engine)
     passes = after["passes"] - before["passes"]
     ordered = [outputs[index] for index in range(len(prompts))]
-    answer = {
+    found = {
         "seconds": seconds,
         "tokens": [list(output.token_ids) for output in ordered],
         "tau": 1 + (after["accepted"] - before["accepted"]) / passes if passes else 1.0,
     }
     if sampling.get("logprobs"):
-        answer["margins"] = [[margin(step) for step in output.logprobs] for output in ordered]
-    return answer
+        found["margins"] = [[margin(step) for step in output.logprobs] for output in ordered]
+    return found
 
 
 def margin(step: Any) -> float:
@@ -121,14 +86,12 @@ def margin(step: Any) -> float:
 
 
 def main() -> None:
+    pipe = claim_stdout()
     from vllm import LLM
 
     started = time.perf_counter()
     engine = LLM(**json.loads(sys.argv[1]))
-    print("@@" + json.dumps({"startup": time.perf_counter() - started}), flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        print("@@" + json.dumps(run(engine, **request)), flush=True)
+    answer(pipe, started, partial(run, engine))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,16 +18,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from vllm_engine import Served, counters
-from vllm_serving import circumstances, real_prompts
+from serving_common import circumstances, first_difference, real_prompts, resident_mb
+from vllm_engine import counters, served
 
 from dflash_plugin.fetch import resolve_drafter, resolve_model
-
-
-def resident_mb() -> float:
-    """Memory of this process in MB, now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6
+from dflash_plugin.vllm.compat import installed
 
 
 def main(
@@ -63,7 +57,7 @@ def main(
         "block_size": 32,
         **json.loads(settings),
     }
-    alone = Served("none", common, output.with_suffix(".none.log"))
+    alone = served("none", common, output.with_suffix(".none.log"))
     alone.wait()
     expected = alone.ask(
         prompts=prompts,
@@ -105,7 +99,7 @@ def main(
             got = list(result.outputs[0].token_ids)
             want = expected["tokens"][index][: len(got)]
             if got != want:
-                apart = next(i for i, (a, b) in enumerate(zip(got, want, strict=True)) if a != b)
+                apart = first_difference(got, want)
                 margin = expected["margins"][index][apart]
                 (ties if margin < 1e-4 else wrong).append(
                     {"step": step, "prompt": index, "at": apart, "margin": margin}
@@ -131,7 +125,7 @@ def main(
     # Caches and the allocator fill up at first, so growth is judged over the last third.
     early, late = memory[-len(memory) // 3], memory[-1]
     record = {
-        **circumstances(),
+        **circumstances("vllm", installed()),
         "steps": step,
         "seconds": round(time.perf_counter() - start, 1),
         "finished": done,

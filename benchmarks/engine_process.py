@@ -1,0 +1,81 @@
+"""An engine in a process of its own, driven over a pipe.
+
+Several of them share a GPU, so that engines can be measured in turns; only one works at a time.
+Nothing is imported here that an engine must import first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class Served:
+    """A child process with one engine.
+
+    Args:
+        mode: what the results call the engine.
+        script: runs in the child and ends in ``answer``.
+        settings: the script's argument, as JSON.
+        environment: added to this process's.
+        log: takes all that the child prints.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        script: str,
+        settings: dict[str, Any],
+        environment: dict[str, str],
+        log: Path,
+    ) -> None:
+        self.mode = mode
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, script, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            env={**os.environ, **environment},
+            text=True,
+        )
+
+    def wait(self) -> dict[str, Any]:
+        """The next answer.
+
+        Raises:
+            RuntimeError: the process ended; the message holds the end of its log.
+        """
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.mode} ended:\n" + self.log.read_text()[-3000:])
+        return json.loads(line)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send a request and wait for its answer."""
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self.wait()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def claim_stdout() -> TextIO:
+    """The child's end of the pipe; what it and its own children print goes to the log."""
+    pipe = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return pipe
+
+
+def answer(pipe: TextIO, started: float, run: Callable[..., dict[str, Any]]) -> None:
+    """Say how long the start took, then answer requests until there are no more."""
+    print(json.dumps({"startup": time.perf_counter() - started}), file=pipe, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(run(**json.loads(line))), file=pipe, flush=True)

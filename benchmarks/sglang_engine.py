@@ -1,0 +1,126 @@
+"""One SGLang engine in a process of its own, driven over a pipe."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from engine_process import Served, answer, claim_stdout
+
+FLOAT32 = Path(__file__).parent / "sglang_float32"
+
+
+def arguments(on_gpu: bool, running: int) -> dict[str, Any]:
+    """Engine arguments of all modes: token ids in and out, no more processes or graphs than needed.
+
+    Args:
+        on_gpu: else everything runs on a CPU.
+        running: most requests that run at once.
+    """
+    common = {
+        "skip_tokenizer_init": True,
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "max_running_requests": running,
+        # An idle engine would otherwise take a core from the one that is measured.
+        "sleep_on_idle": True,
+        "log_level": "info",
+    }
+    if not on_gpu:
+        cpu = {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
+        return {**common, **cpu, "mem_fraction_static": 0.3}
+    powers = {1 << n for n in range(running.bit_length())}
+    return {
+        **common,
+        "attention_backend": "triton",
+        "cuda_graph_bs_decode": sorted(powers | {running}),
+        "disable_prefill_cuda_graph": True,
+        # Of what is free when the engine starts; max_total_tokens is the limit that counts.
+        "mem_fraction_static": 0.95,
+    }
+
+
+def served(
+    mode: str, settings: dict[str, Any], speculative: dict[str, Any], log: Path, **environment: str
+) -> Served:
+    """A child process with one engine.
+
+    Args:
+        mode: "none", "native" or "plugin".
+        settings: of ``Engine``.
+        speculative: more of them, for all modes but "none".
+        log: takes what the child prints.
+        environment: added to the child's.
+    """
+    if mode != "none":
+        settings = {**settings, **speculative}
+    environment["DFLASH_PLUGIN"] = "on" if mode == "plugin" else "off"
+    if settings["dtype"] == "float32":
+        paths = [str(FLOAT32), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return Served(mode, __file__, settings, environment, log)
+
+
+async def generate(
+    engine: Any, prompts: list[list[int]], concurrency: int, **request: Any
+) -> list[dict[str, Any]]:
+    """Keep ``concurrency`` requests in flight until every prompt is answered."""
+    free = asyncio.Semaphore(concurrency)
+
+    async def one(prompt: list[int]) -> dict[str, Any]:
+        async with free:
+            return await engine.async_generate(input_ids=prompt, **request)
+
+    return await asyncio.gather(*map(one, prompts))
+
+
+def run(
+    engine: Any, prompts: list[list[int]], concurrency: int, sampling: dict[str, Any]
+) -> dict[str, Any]:
+    """Answer prompts; ``top_logprobs_num`` among the sampling parameters asks for margins."""
+    top = sampling.pop("top_logprobs_num", None)
+    request = {"sampling_params": sampling}
+    if top is not None:
+        request |= {"return_logprob": True, "top_logprobs_num": top}
+    start = time.perf_counter()
+    answers = engine.loop.run_until_complete(generate(engine, prompts, concurrency, **request))
+    seconds = time.perf_counter() - start
+    metas = [one["meta_info"] for one in answers]
+    found = {
+        "seconds": seconds,
+        "tokens": [one["output_ids"] for one in answers],
+        "tau": acceptance_length(metas),
+    }
+    if top is not None:
+        found["margins"] = [
+            [round(best[0] - second[0], 6) for best, second in meta["output_top_logprobs"]]
+            for meta in metas
+        ]
+    return found
+
+
+def acceptance_length(metas: list[dict[str, Any]]) -> float:
+    """Tokens committed per verify pass of all requests, those cut off at a limit included."""
+    passes = sum(meta.get("spec_verify_ct", 0) for meta in metas)
+    accepted = sum(meta.get("spec_num_correct_drafts", 0) for meta in metas)
+    return 1 + accepted / passes if passes else 1.0
+
+
+def main() -> None:
+    pipe = claim_stdout()
+    from sglang import Engine
+
+    started = time.perf_counter()
+    engine = Engine(**json.loads(sys.argv[1]))
+    answer(pipe, started, partial(run, engine))
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""A plugin for engines that compare texts in float32, which SGLang's CUDA layers do not take.
+
+It gives the target the torch versions of norms, activation and rotation that SGLang has beside them.
+"""
+
+
+def register() -> None:
+    from sglang.srt.layers.activation import SiluAndMul
+    from sglang.srt.layers.layernorm import RMSNorm
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+
+    for layer in (SiluAndMul, RMSNorm, RotaryEmbedding):
+        layer.forward_cuda = layer.forward_native

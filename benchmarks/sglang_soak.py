@@ -1,0 +1,246 @@
+"""Random load on SGLang with the plugin, every finished text compared with the target's alone.
+
+Arrivals, prompt and output lengths, aborts, shared prefixes and a cache too small for all requests
+(so that some are retracted) are drawn from a seed; what the target alone answers comes from the
+Transformers engine:
+
+    python benchmarks/sglang_soak.py --output FILE.json --steps 5000 --minutes 60
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import multiprocessing
+import os
+import random
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from serving_common import circumstances, first_difference, real_prompts, resident_mb
+from sglang_engine import acceptance_length, arguments
+
+from dflash_plugin.fetch import resolve_drafter, resolve_model
+from dflash_plugin.sglang.compat import installed
+from dflash_plugin.transformers import Engine, Request, load_target
+
+DRAIN_SECONDS = 180
+
+
+class Log:
+    """Counts in the log that the engine's processes write."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open()
+        self.rest = ""
+        self.steps = 0
+        self.retracted = 0
+
+    def advance(self) -> int:
+        """How many batches were decoded since the last call."""
+        lines, _, self.rest = (self.rest + self.file.read()).rpartition("\n")
+        steps = lines.count("Decode batch")
+        self.steps += steps
+        self.retracted += sum(int(n) for n in re.findall(r"#retracted_reqs: (\d+)", lines))
+        return steps
+
+
+class Target:
+    """What the target alone answers, in float32."""
+
+    def __init__(self, directory: Path, prompts: list[list[int]], longest: int) -> None:
+        self.model, _ = load_target(directory, torch.float32)
+        self.prompts = prompts
+        requests = [Request(prompt, longest, stop_ids=()) for prompt in prompts]
+        length = max(map(len, prompts)) + longest
+        results = Engine(self.model, max_batch=8, max_length=length).generate(requests)
+        self.texts = [result.tokens for result in results]
+
+    def margin(self, index: int, place: int) -> float:
+        """By how much the best token's log-probability leads at a place of a text."""
+        tokens = [*self.prompts[index], *self.texts[index][:place]]
+        with torch.inference_mode():
+            ids = torch.tensor([tokens], device=self.model.device)
+            best = self.model(ids).logits[0, -1].float().topk(2).values
+        return float(best[0] - best[1])
+
+
+class Load:
+    """Requests in flight and what became of the others."""
+
+    def __init__(self, engine: Any, log: Log, target: Target, draw: random.Random) -> None:
+        self.engine = engine
+        self.log = log
+        self.target = target
+        self.draw = draw
+        self.live: dict[str, asyncio.Task[None]] = {}
+        self.number = 0
+        self.asked_to_stop: set[str] = set()
+        self.finished = 0
+        self.aborted = 0
+        self.wrong: list[dict[str, Any]] = []
+        self.ties: list[dict[str, Any]] = []
+        self.metas: list[dict[str, Any]] = []
+
+    def begin(self, longest: int) -> None:
+        """Send a request."""
+        name = f"soak-{self.number}"
+        self.number += 1
+        index = self.draw.randrange(len(self.target.prompts))
+        length = self.draw.randint(1, longest)
+        self.live[name] = asyncio.create_task(self.follow(name, index, length))
+
+    def abort(self) -> None:
+        """Take one back."""
+        name = self.draw.choice(list(self.live))
+        self.asked_to_stop.add(name)
+        self.engine.tokenizer_manager.abort_request(name)
+
+    async def follow(self, name: str, index: int, length: int) -> None:
+        """Wait for an answer and judge it."""
+        sampling = {"temperature": 0.0, "max_new_tokens": length, "ignore_eos": True}
+        place = {"step": self.log.steps, "prompt": index}
+        try:
+            answer = await self.engine.async_generate(
+                input_ids=self.target.prompts[index], sampling_params=sampling, rid=name
+            )
+        except Exception as error:
+            self.wrong.append({**place, "error": repr(error)})
+            return
+        finally:
+            del self.live[name]
+        got, meta = answer["output_ids"], answer["meta_info"]
+        self.metas.append(meta)
+        apart = first_difference(got, self.target.texts[index])
+        if apart is not None:
+            margin = self.target.margin(index, apart)
+            (self.ties if margin < 1e-4 else self.wrong).append(
+                {**place, "at": apart, "margin": margin}
+            )
+        if meta["finish_reason"]["type"] != "abort":
+            self.finished += 1
+            if len(got) != length:
+                self.wrong.append({**place, "length": len(got), "asked": length})
+        elif name in self.asked_to_stop:
+            self.aborted += 1
+        else:
+            self.wrong.append({**place, "finish_reason": meta["finish_reason"]})
+
+
+def scheduler() -> int:
+    """The scheduler's process id."""
+    for child in multiprocessing.active_children():
+        if "sglang::scheduler" in Path(f"/proc/{child.pid}/cmdline").read_text():
+            return child.pid
+    raise RuntimeError("SGLang's scheduler is not among this process's children")
+
+
+async def drive(
+    load: Load, steps: int, deadline: float, running: int, longest: int
+) -> list[dict[str, float]]:
+    """Keep the engine under load, then let it finish; memory along the way."""
+    process, memory, sampled = scheduler(), [], 0
+    while load.log.steps < steps and time.monotonic() < deadline:
+        for _ in range(load.log.advance()):
+            if len(load.live) < 2 * running and load.draw.random() < 0.3:
+                load.begin(longest)
+            if load.live and load.draw.random() < 0.02:
+                load.abort()
+        if not load.live:
+            load.begin(longest)
+        if load.log.steps >= sampled + max(1, steps // 20):
+            sampled = load.log.steps
+            memory.append({"step": sampled, "resident_mb": resident_mb(process)})
+            print(sampled, load.finished, load.aborted, len(load.wrong), memory[-1], flush=True)
+        await asyncio.sleep(0.01)
+    if load.live:
+        await asyncio.wait(load.live.values(), timeout=DRAIN_SECONDS)
+    load.log.advance()
+    memory.append({"step": load.log.steps, "resident_mb": resident_mb(process)})
+    return memory
+
+
+def main(
+    output: Annotated[Path, typer.Option()],
+    steps: int = 5000,
+    minutes: float = 60,
+    target: str = "smollm2",
+    drafter: Path | None = None,
+    data: Path = Path("tests/data"),
+    pool: int = 40,
+    longest: int = 120,
+    running: int = 8,
+    tokens: int = 1280,
+    seed: int = 0,
+    settings: str = "{}",
+) -> None:
+    """Run the load and write one JSON file; the exit status is 1 if anything was wrong."""
+    directory, weights = resolve_model(target), resolve_drafter(drafter, target)
+    prompts = real_prompts(directory, data, pool)
+    draw = random.Random(seed)
+    # A third of the prompts begin with another one, which hits its cached tokens.
+    prompts = [
+        draw.choice(prompts) + prompt if draw.random() < 1 / 3 else prompt for prompt in prompts
+    ]
+    alone = Target(directory, prompts, longest)
+    print(f"{pool} texts of the target alone", flush=True)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    path = output.with_suffix(".log")
+    with path.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    import sglang
+
+    engine = sglang.Engine(
+        **{
+            "model_path": str(directory),
+            "dtype": "float32",
+            "context_length": 1024,
+            "max_total_tokens": tokens,
+            "chunked_prefill_size": 256,
+            # Admits requests before there is room for all that they will write.
+            "schedule_conservativeness": 0.1,
+            "decode_log_interval": 1,
+            "speculative_algorithm": "DFLASH",
+            "speculative_draft_model_path": str(weights),
+            **arguments(torch.cuda.is_available(), running),
+            **json.loads(settings),
+        }
+    )
+    load = Load(engine, Log(path), alone, draw)
+    load.log.advance()
+    load.log.steps = load.log.retracted = 0
+    begun = time.monotonic()
+    memory = engine.loop.run_until_complete(
+        drive(load, steps, begun + 60 * minutes, running, longest)
+    )
+    # Caches and the allocator fill up at first, so growth is judged over the last third.
+    early, late = memory[-len(memory) // 3], memory[-1]
+    record = {
+        **circumstances("sglang", installed()),
+        "steps": load.log.steps,
+        "seconds": round(time.monotonic() - begun, 1),
+        "finished": load.finished,
+        "aborted": load.aborted,
+        "unfinished": len(load.live),
+        "retracted": load.log.retracted,
+        "prefix_hits": sum(meta.get("cached_tokens", 0) for meta in load.metas),
+        "tau": acceptance_length(load.metas),
+        "mismatches": load.wrong,
+        "ties": load.ties,
+        "growth_mb": {"resident_mb": round(late["resident_mb"] - early["resident_mb"], 1)},
+        "memory": memory,
+    }
+    output.write_text(json.dumps(record, indent=1) + "\n")
+    print({key: value for key, value in record.items() if key != "memory"}, flush=True)
+    engine.shutdown()
+    sys.exit(1 if load.wrong or load.live else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
