@@ -1,6 +1,6 @@
 """Offline generation on SGLang with the shipped drafter, and what it accepted.
 
-Runs on a GPU as it is. On a CPU, in an environment that tests/on_sglang/install.sh made, it serves in
+Runs on a GPU as it is. On a CPU, in an environment that tests/on_sglang/install.sh made, it runs in
 float32.
 """
 

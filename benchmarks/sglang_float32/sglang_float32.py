@@ -1,6 +1,6 @@
 """A plugin for engines that compare texts in float32, which SGLang's CUDA layers do not take.
 
-It gives the target the torch versions of norms, activation and rotation that SGLang has beside them.
+It gives the target SGLang's own torch versions of norms, activation and rotation.
 """
 
 

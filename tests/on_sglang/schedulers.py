@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import ENVIRONMENT
+from sglang_server import ENVIRONMENT
 
 SETTINGS = {
     "device": "cpu",

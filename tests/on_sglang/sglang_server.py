@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from conftest import ENVIRONMENT
 from http_server import HttpServer, free_port, started
 
+# One core a server.
+ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "SGLANG_CPU_OMP_THREADS_BIND": os.environ.get("SGLANG_CPU_OMP_THREADS_BIND", "0"),
+}
 FLAGS = [
     "--device=cpu",
     "--dtype=float32",

@@ -15,9 +15,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from sglang_server import Server, command, dflash, serving, tokens
+from sglang_server import ENVIRONMENT, Server, command, dflash, serving, tokens
 
-from conftest import ENVIRONMENT
 from dflash_plugin.evaluate import acceptance_by_position
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.sglang import compat
