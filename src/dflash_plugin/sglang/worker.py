@@ -133,7 +133,10 @@ class Worker(DFlashWorkerV2):
             setattr(info, sampling.SEEDS, sampling.given_seeds(batch.reqs, device))
         if not penalties.are_asked_for(info):
             return super().forward_batch_generation(batch, *args, **kwargs)
-        penalties.begin(batch.reqs, self.vocab_size, device)
+        # Those that decode in a mixed batch have begun; the host may not know all they wrote.
+        decoding = {id(request) for request in batch.decoding_reqs or ()}
+        new = [request for request in batch.reqs if id(request) not in decoding]
+        penalties.begin(new, self.vocab_size, device)
         written = penalties.to_device([len(request.output_ids) for request in batch.reqs], device)
         gathered = penalties.gather(batch.reqs, written, self.vocab_size)
         with _replacing_penalties(info, gathered):
