@@ -25,10 +25,10 @@ from vllm_helpers import (
     running,
 )
 
+from core_drafts import core_drafts
 from dflash_plugin.evaluate import acceptance_by_position, pooled_tau
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
-from dflash_plugin.transformers.store import StaticStore
 from distribution import check_distribution, continuations
 
 DATA = Path(__file__).parents[1] / "data"
@@ -122,27 +122,6 @@ def record(worker: Any) -> None:
 
 def proposals(worker: Any) -> list[tuple[int, list[int]]]:
     found, worker.proposals = worker.proposals, []
-    return found
-
-
-def core_drafts(reference: dict[str, Any], tokens: list[int], anchors: list[int]) -> list[Any]:
-    """The core's drafts and their margins for anchors at positions of a text."""
-    drafter, target = reference["drafter"], reference["target"]
-    ids = torch.tensor([tokens])
-    out = target(input_ids=ids, use_cache=False, output_hidden_states=True)
-    layers = drafter.config.target_layer_ids
-    features = torch.cat([out.hidden_states[layer + 1] for layer in layers], dim=-1)
-    kept, found = drafter.store, []
-    try:
-        for anchor in anchors:
-            drafter.store = StaticStore(drafter, 1, 512, torch.float32, torch.device("cpu"))
-            drafter.inject(features[:, :anchor], torch.arange(anchor)[None])
-            hidden = drafter.draft(ids[0, anchor : anchor + 1], torch.tensor([anchor]))
-            best = drafter.logits(hidden)[0].topk(2, dim=-1)
-            margins = (best.values[:, 0] - best.values[:, 1]).tolist()
-            found.append((best.indices[:, 0].tolist(), margins))
-    finally:
-        drafter.store = kept
     return found
 
 

@@ -1,0 +1,36 @@
+"""What the float32 core drafts at places of a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dflash_plugin.transformers.store import StaticStore
+
+
+def core_drafts(reference: dict[str, Any], text: list[int], anchors: list[int]) -> list[Any]:
+    """The core's drafts and their margins for anchors at positions of a text.
+
+    Args:
+        reference: holds the "target" and a "drafter" bound to it.
+        text: token ids.
+        anchors: positions in it.
+    """
+    drafter, target = reference["drafter"], reference["target"]
+    ids = torch.tensor([text])
+    out = target(input_ids=ids, use_cache=False, output_hidden_states=True)
+    layers = drafter.config.target_layer_ids
+    features = torch.cat([out.hidden_states[layer + 1] for layer in layers], dim=-1)
+    kept, found = drafter.store, []
+    try:
+        for anchor in anchors:
+            drafter.store = StaticStore(drafter, 1, 512, torch.float32, torch.device("cpu"))
+            drafter.inject(features[:, :anchor], torch.arange(anchor)[None])
+            hidden = drafter.draft(ids[0, anchor : anchor + 1], torch.tensor([anchor]))
+            best = drafter.logits(hidden)[0].topk(2, dim=-1)
+            margins = (best.values[:, 0] - best.values[:, 1]).tolist()
+            found.append((best.indices[:, 0].tolist(), margins))
+    finally:
+        drafter.store = kept
+    return found
