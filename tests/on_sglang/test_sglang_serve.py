@@ -189,7 +189,6 @@ def test_aborted_streams_leave_the_others_alone(server, reference, alone):
     assert server.generate(prompts[0], max_new_tokens=TOKENS)["output_ids"] == alone[0]
 
 
-@pytest.mark.versions
 def test_structured_output_is_valid(server):
     schema = {
         "type": "object",
