@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Serves SmolLM2 with the shipped drafter over HTTP and asks it one question.
 #   usage: examples/sglang_serve.sh [more flags of sglang.launch_server]
-# On a CPU: --device cpu --dtype float32 --attention-backend torch_native --disable-cuda-graph
+# On a CPU: SGLANG_USE_CPU_ENGINE=1 and
+#   --device cpu --dtype float32 --attention-backend torch_native --disable-cuda-graph
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 target=$(python -c 'from dflash_plugin.fetch import resolve_model; print(resolve_model("smollm2"))')
@@ -10,7 +11,7 @@ python -m sglang.launch_server --model-path "$target" --port 30011 --context-len
   --mem-fraction-static 0.3 --speculative-algorithm DFLASH \
   --speculative-draft-model-path "$here/smollm2-135m-dflash" "$@" &
 server=$!
-trap 'kill $server' EXIT
+trap 'kill $server; wait $server || true' EXIT
 until curl -sf $url/health > /dev/null; do
   kill -0 $server || exit 1
   sleep 1
