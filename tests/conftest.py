@@ -1,8 +1,10 @@
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from dflash_plugin.fetch import fetch_model
@@ -16,6 +18,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 ENGINES = ("vllm", "sglang")
 collect_ignore = [f"on_{name}" for name in ENGINES if find_spec(name) is None]
 
+# Without a GPU the kernels run under Triton's interpreter, which has to be asked for before Triton
+# is imported. The engines decide for themselves.
+if len(collect_ignore) == len(ENGINES) and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_report_header() -> list[str]:
     return [f"tests/{folder} is left out: its engine is not installed" for folder in collect_ignore]
@@ -25,3 +32,15 @@ def pytest_report_header() -> list[str]:
 def smollm2() -> Path:
     """Directory of SmolLM2-135M-Instruct, fetched once."""
     return fetch_model("smollm2")
+
+
+@pytest.fixture
+def kernel_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """New tensors are where kernels run; the interpreter rounds as a GPU does."""
+    import triton.runtime.interpreter
+
+    from kernel_helpers import DEVICE, rounded
+
+    monkeypatch.setattr(triton.runtime.interpreter, "_convert_float", rounded)
+    with DEVICE:
+        yield

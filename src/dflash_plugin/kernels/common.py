@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 class Tile(NamedTuple):
@@ -95,6 +102,16 @@ def normed(x, scale, weight, at, mask, DTYPE: tl.constexpr, GEMMA: tl.constexpr)
 
 
 @triton.jit
+def fitted(value, divisor, LIMIT: tl.constexpr):
+    """``value / divisor`` within ``LIMIT``; None leaves out either."""
+    if divisor is not None:
+        value = value / divisor
+    if LIMIT is not None:
+        value = tl.minimum(tl.maximum(value, -LIMIT), LIMIT)
+    return value
+
+
+@triton.jit
 def norm_rotate(
     source,
     target,
@@ -110,12 +127,14 @@ def norm_rotate(
     BLOCK_REST: tl.constexpr,
     GEMMA: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    divisor=None,
+    LIMIT: tl.constexpr = None,
 ):
     """Write ``norm_rotate_naive`` of the heads at ``source`` to ``target``.
 
     ``source`` and ``target`` point at the first value of each head, and ``alive`` masks heads; all
     are [heads, 1]. A weight of None leaves out the norm. ``source`` may be ``target``, since each
-    value is loaded and stored through the same tensor.
+    value is loaded and stored through the same tensor. ``divisor`` and ``LIMIT`` as in ``fitted``.
     """
     DTYPE: tl.constexpr = source.dtype.element_ty
     pair = tl.arange(0, BLOCK_HALF)[None, :]
@@ -147,18 +166,48 @@ def norm_rotate(
     angle = position.to(tl.float32) * frequency
     cos = tl.cos(angle) * factor
     sin = tl.sin(angle) * factor
-    tl.store(target + first_at, first * cos - second * sin, mask=alive & is_pair)
-    tl.store(target + second_at, second * cos + first * sin, mask=alive & is_pair)
+    turned = fitted(first * cos - second * sin, divisor, LIMIT)
+    tl.store(target + first_at, turned, mask=alive & is_pair)
+    turned = fitted(second * cos + first * sin, divisor, LIMIT)
+    tl.store(target + second_at, turned, mask=alive & is_pair)
     if BLOCK_REST > 0:
-        tl.store(target + rest_at, rest, mask=alive & is_rest)
+        tl.store(target + rest_at, fitted(rest, divisor, LIMIT), mask=alive & is_rest)
 
 
 @triton.jit
-def copy_scaled(source, target, alive, scale, HEAD_DIM: tl.constexpr, BLOCK_HEAD_DIM: tl.constexpr):
-    """Write heads at ``source`` [heads, 1] to ``target``, times ``scale`` if it is not None."""
+def copy_scaled(
+    source,
+    target,
+    alive,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HEAD_DIM: tl.constexpr,
+    divisor=None,
+    LIMIT: tl.constexpr = None,
+):
+    """Write heads at ``source`` [heads, 1] to ``target``, times ``scale`` if it is not None.
+
+    ``divisor`` and ``LIMIT`` as in ``fitted``.
+    """
     at = tl.arange(0, BLOCK_HEAD_DIM)[None, :]
     mask = alive & (at < HEAD_DIM)
     value = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
     if scale is not None:
         value = value * scale
-    tl.store(target + at, value, mask=mask)
+    tl.store(target + at, fitted(value, divisor, LIMIT), mask=mask)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How ``dot`` multiplies: float32 without rounding to TF32, the others as they are."""
+    if dtype == torch.float32:
+        return "ieee"
+    # Triton's interpreter multiplies the bit patterns of bfloat16.
+    return "upcast" if os.environ.get("TRITON_INTERPRET") == "1" else "tf32"
+
+
+@triton.jit
+def dot(x, y, total, PRECISION: tl.constexpr):
+    """``total + x @ y`` in float32."""
+    if PRECISION == "upcast":
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(x, y, total, input_precision=PRECISION)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dflash_plugin.kernels.common import (
+    DTYPES,
     Tile,
     check_rotary,
     copy_scaled,
@@ -22,11 +23,7 @@ from dflash_plugin.kernels.common import (
     norm_rotate_naive,
 )
 
-DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
+POOL_DTYPES = {**DTYPES, torch.float8_e4m3fn: tl.float8e4nv}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +35,7 @@ class KVPools:
         values: likewise.
         key_table: int64 [layers], addresses of ``keys``, on their device.
         value_table: int64 [layers].
+        scales: float32 [2, layers], what stored keys and values are divided by; None for one.
         key_stride: values from one slot of keys to the next.
         value_stride: values from one slot of values to the next.
         alignment: bytes, a power of two up to 16, that divide every address.
@@ -47,24 +45,34 @@ class KVPools:
     values: tuple[Tensor, ...]
     key_table: Tensor
     value_table: Tensor
+    scales: Tensor | None
     key_stride: int
     value_stride: int
     alignment: int
 
     @classmethod
-    def build(cls, keys: Sequence[Tensor], values: Sequence[Tensor]) -> KVPools:
+    def build(
+        cls,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        scales: Sequence[tuple[float, float]] | None = None,
+    ) -> KVPools:
         """Pools of all layers, in their order.
 
         Args:
-            keys: per layer, float32, bfloat16 or float16 [num_slots, kv_heads, head_dim]. The last
-                two dimensions are contiguous; slots may lie further apart, alike in all layers.
+            keys: per layer, float32, bfloat16, float16 or float8_e4m3fn [num_slots, kv_heads,
+                head_dim]. The last two dimensions are contiguous; slots may lie further apart,
+                alike in all layers.
             values: likewise.
+            scales: per layer, what its keys and values are divided by, or None for one.
 
         Raises:
             ValueError: a pool is not as above.
         """
         if not keys or len(keys) != len(values):
             raise ValueError(f"{len(keys)} key pools and {len(values)} value pools")
+        if scales is not None and len(scales) != len(keys):
+            raise ValueError(f"{len(scales)} pairs of scales for {len(keys)} layers")
         for name, pools in (("key", keys), ("value", values)):
             for layer, pool in enumerate(pools):
                 if fault := _fault(pool, keys[0], pools[0]):
@@ -76,6 +84,9 @@ class KVPools:
             values=tuple(values),
             key_table=key_table,
             value_table=value_table,
+            scales=None
+            if scales is None
+            else torch.tensor(scales, dtype=torch.float32, device=keys[0].device).T.contiguous(),
             key_stride=keys[0].stride(0),
             value_stride=values[0].stride(0),
             alignment=math.gcd(16, *addresses[0], *addresses[1]),
@@ -88,8 +99,8 @@ class KVPools:
 
 
 def _fault(pool: Tensor, like: Tensor, first: Tensor) -> str | None:
-    if pool.dtype not in DTYPES:
-        return f"dtype {pool.dtype} is none of float32, bfloat16, float16"
+    if pool.dtype not in POOL_DTYPES:
+        return f"dtype {pool.dtype} is none of float32, bfloat16, float16, float8_e4m3fn"
     if pool.dim() != 3 or pool.shape != like.shape:
         return f"shape {list(pool.shape)}, not [num_slots, kv_heads, head_dim] as in layer 0"
     if pool.dtype != like.dtype or pool.device != like.device:
@@ -112,12 +123,14 @@ def _kernel(
     inverse_frequencies,
     committed,
     rows_per_request,
+    scales,
     key_stride,
     value_stride,
     eps,
     factor,
     value_scale,
     POOL: tl.constexpr,
+    LIMIT: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -147,6 +160,11 @@ def _kernel(
         weight = key_weights
         if key_weights is not None:
             weight = key_weights + layer * HEAD_DIM
+        key_divisor = None
+        value_divisor = None
+        if scales is not None:
+            key_divisor = tl.load(scales + layer)
+            value_divisor = tl.load(scales + tl.num_programs(1) + layer)
         norm_rotate(
             source + head * HEAD_DIM,
             key_pool + slot * key_stride + head * HEAD_DIM,
@@ -162,6 +180,8 @@ def _kernel(
             BLOCK_REST,
             GEMMA,
             INTERLEAVED,
+            key_divisor,
+            LIMIT,
         )
         copy_scaled(
             source + (KV_HEADS + head) * HEAD_DIM,
@@ -170,6 +190,8 @@ def _kernel(
             value_scale,
             HEAD_DIM,
             BLOCK_HEAD_DIM,
+            value_divisor,
+            LIMIT,
         )
 
 
@@ -191,7 +213,8 @@ def inject_kv(
     """Norm and rotate context keys, scale values, and write both to the pools of all layers.
 
     The norm's result is rounded to kv's dtype; the rotation is float32 and rounded once, to the
-    pools' dtype. Nothing is read back to the host.
+    pools' dtype, after division by the pools' scales; what FP8 cannot hold becomes its largest
+    value. Nothing is read back to the host.
 
     Args:
         kv: float32, bfloat16 or float16 [T, layers, 2, kv_heads, head_dim], contiguous: keys, then
@@ -238,12 +261,14 @@ def inject_kv(
         inverse_frequencies,
         committed,
         rows_per_request,
+        pools.scales,
         pools.key_stride,
         pools.value_stride,
         eps,
         factor,
         value_scale,
-        POOL=DTYPES[pools.dtype],
+        POOL=POOL_DTYPES[pools.dtype],
+        LIMIT=_limit(pools.dtype),
         ALIGNMENT=pools.alignment,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -256,6 +281,11 @@ def inject_kv(
         INTERLEAVED=interleaved,
         num_warps=tile.warps,
     )
+
+
+def _limit(dtype: torch.dtype) -> float | None:
+    """The largest value that FP8 holds, beyond which conversion gives NaN."""
+    return torch.finfo(dtype).max if dtype.itemsize == 1 else None
 
 
 def _rows_per_request(rows: int, committed: Tensor | None) -> int:
@@ -297,5 +327,10 @@ def inject_kv_naive(
             key, positions, weight, inverse_frequencies, eps, gemma, interleaved, factor
         )
         value = value.float() if value_scale is None else value.float() * value_scale
-        key_pool.index_copy_(0, slots, key.to(key_pool.dtype))
-        value_pool.index_copy_(0, slots, value.to(value_pool.dtype))
+        if pools.scales is not None:
+            key, value = key / pools.scales[0, layer], value / pools.scales[1, layer]
+        limit = _limit(pools.dtype)
+        if limit is not None:
+            key, value = key.clamp(-limit, limit), value.clamp(-limit, limit)
+        key_pool[slots] = key.to(key_pool.dtype)
+        value_pool[slots] = value.to(value_pool.dtype)

@@ -1,0 +1,383 @@
+"""Attention of draft blocks over a paged context and each block's own rows.
+
+The context is cut into parts that run as programs of their own, so that a long one does not leave
+most of a GPU idle; a second launch joins the parts (Dao et al., "Flash-Decoding for long-context
+inference", 2023).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dflash_plugin.attention import masked_attention
+from dflash_plugin.config import LayerAttention
+from dflash_plugin.kernels.common import DTYPES, dot, dot_precision
+from dflash_plugin.visibility import WindowFrom, sees_block, sees_context
+
+# Programs that keep an H200's 132 multiprocessors at work.
+PROGRAMS = 264
+
+
+class PagedContext(NamedTuple):
+    """Where one layer's context keys and values lie.
+
+    Attributes:
+        keys: [num_slots, kv_heads, head_dim], last two dimensions contiguous.
+        values: likewise.
+        page_table: int32 or int64 [R, pages], each request's pages in order of position.
+        lengths: int64 [B], context positions of each request, which is its anchor's position.
+        requests: int64 [B], rows of ``page_table``, or None for the first B.
+        page_size: slots of a page.
+    """
+
+    keys: Tensor
+    values: Tensor
+    page_table: Tensor
+    lengths: Tensor
+    requests: Tensor | None = None
+    page_size: int = 1
+
+
+@triton.jit
+def _fold(query, key, value, visible, best, total, out, scale, PRECISION: tl.constexpr):
+    """Take one tile of keys [N, D] into the running softmax of queries [M, D]."""
+    scores = dot(query, tl.trans(key), tl.zeros(visible.shape, dtype=tl.float32), PRECISION)
+    scores = tl.where(visible, scores * scale, float("-inf"))
+    highest = tl.maximum(best, tl.max(scores, axis=1))
+    # Rows that have seen nothing yet keep weights of zero.
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp(scores - base[:, None])
+    shrink = tl.exp(best - base)
+    total = total * shrink + tl.sum(weights, axis=1)
+    out = dot(weights.to(value.dtype), value, out * shrink[:, None], PRECISION)
+    return highest, total, out
+
+
+@triton.jit
+def _part_kernel(
+    query,
+    key,
+    value,
+    keys,
+    values,
+    page_table,
+    lengths,
+    requests,
+    part_out,
+    part_best,
+    part_total,
+    batch,
+    query_stride,
+    key_stride,
+    value_stride,
+    keys_stride,
+    values_stride,
+    table_stride,
+    scale,
+    window,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    FROM_ANCHOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    request = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    part = tl.program_id(2)
+    parts = tl.num_programs(2)
+    # Rows of all query heads that share a key head, head by head.
+    folded = tl.arange(0, BLOCK_ROWS)
+    row = folded % ROWS
+    head = kv_head * GROUP + folded // ROWS
+    is_row = folded < ROWS * GROUP
+    depth = tl.arange(0, BLOCK_DIM)
+    is_depth = depth < HEAD_DIM
+    queries = tl.load(
+        query
+        + (request * ROWS + row)[:, None] * query_stride
+        + head[:, None] * HEAD_DIM
+        + depth[None, :],
+        mask=is_row[:, None] & is_depth[None, :],
+        other=0.0,
+    )
+    best = tl.full((BLOCK_ROWS,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+    out = tl.zeros((BLOCK_ROWS, BLOCK_DIM), dtype=tl.float32)
+
+    length = tl.load(lengths + request)
+    first = length * 0
+    if window is not None:
+        # The anchor's own row sees furthest back, and no further than this.
+        first = tl.maximum(first, length - window)
+    table_row = request
+    if requests is not None:
+        table_row = tl.load(requests + request).to(tl.int64)
+    table = page_table + table_row * table_stride
+    tiles = tl.cdiv(length - first, BLOCK_KEYS)
+    share = tl.cdiv(tiles, parts)
+    for tile in range(part * share, tl.minimum(tiles, (part + 1) * share)):
+        at = first + tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+        inside = at < length
+        page = tl.load(table + at // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+        slot = page * PAGE_SIZE + at % PAGE_SIZE
+        mask = inside[:, None] & is_depth[None, :]
+        offset = kv_head * HEAD_DIM + depth[None, :]
+        k = tl.load(keys + slot[:, None] * keys_stride + offset, mask=mask, other=0.0)
+        v = tl.load(values + slot[:, None] * values_stride + offset, mask=mask, other=0.0)
+        visible = inside[None, :] & is_row[:, None]
+        if window is not None and not FROM_ANCHOR:
+            visible &= (length + row)[:, None] - at[None, :] < window
+        best, total, out = _fold(
+            queries,
+            k.to(queries.dtype),
+            v.to(queries.dtype),
+            visible,
+            best,
+            total,
+            out,
+            scale,
+            PRECISION,
+        )
+    if part == 0:
+        own = tl.arange(0, BLOCK_OWN)
+        is_own = own < ROWS
+        mask = is_own[:, None] & is_depth[None, :]
+        offset = kv_head * HEAD_DIM + depth[None, :]
+        at_row = (request * ROWS + own)[:, None]
+        k = tl.load(key + at_row * key_stride + offset, mask=mask, other=0.0)
+        v = tl.load(value + at_row * value_stride + offset, mask=mask, other=0.0)
+        visible = is_own[None, :] & is_row[:, None]
+        distance = row[:, None] - own[None, :]
+        if CAUSAL:
+            visible &= distance >= 0
+        if window is not None and not FROM_ANCHOR:
+            visible &= tl.abs(distance) < window
+        best, total, out = _fold(queries, k, v, visible, best, total, out, scale, PRECISION)
+    place = ((part * batch + request) * ROWS + row) * HEADS + head
+    tl.store(part_best + place, best, mask=is_row)
+    tl.store(part_total + place, total, mask=is_row)
+    tl.store(
+        part_out + place[:, None] * HEAD_DIM + depth[None, :],
+        out,
+        mask=is_row[:, None] & is_depth[None, :],
+    )
+
+
+@triton.jit
+def _join_kernel(
+    part_out,
+    part_best,
+    part_total,
+    sinks,
+    out,
+    parts,
+    rows,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    # One row of one head.
+    place = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, BLOCK_PARTS)
+    inside = part < parts
+    depth = tl.arange(0, BLOCK_DIM)
+    is_depth = depth < HEAD_DIM
+    at = part * (rows * HEADS) + place
+    best = tl.load(part_best + at, mask=inside, other=float("-inf"))
+    total = tl.load(part_total + at, mask=inside, other=0.0)
+    highest = tl.max(best, axis=0)
+    if sinks is not None:
+        sink = tl.load(sinks + place % HEADS)
+        highest = tl.maximum(highest, sink)
+    weight = tl.exp(best - highest)
+    whole = tl.sum(total * weight, axis=0)
+    if sinks is not None:
+        whole += tl.exp(sink - highest)
+    values = tl.load(
+        part_out + at[:, None] * HEAD_DIM + depth[None, :],
+        mask=inside[:, None] & is_depth[None, :],
+        other=0.0,
+    )
+    joined = tl.sum(values * weight[:, None], axis=0) / whole
+    tl.store(out + place * HEAD_DIM + depth, joined, mask=is_depth)
+
+
+def draft_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: PagedContext,
+    layer: LayerAttention,
+    scale: float,
+    *,
+    window_from: WindowFrom = "query",
+    sinks: Tensor | None = None,
+    parts: int | None = None,
+) -> Tensor:
+    """Grouped-query attention of B blocks; every row sees its context and its own block.
+
+    Scores and softmax are float32; weights are rounded to the values' dtype, as flash attention
+    does. Which keys a row sees is ``visibility``'s rule.
+
+    Args:
+        query: float32, bfloat16 or float16 [B, T, heads, head_dim], T rows at most 64; the last two
+            dimensions are contiguous, as in key and value.
+        key: of the block's rows, [B, T, kv_heads, head_dim], rotated.
+        value: likewise.
+        context: of every request.
+        layer: causality and window.
+        scale: on scores.
+        window_from: where a window counts from.
+        sinks: float32 [heads], logits that join each softmax without a value, or None.
+        parts: into how many each context is cut; None shares them out over the GPU, by the batch
+            alone, so that a captured graph holds at any length.
+
+    Returns:
+        [B, T, heads, head_dim] in query's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit.
+    """
+    batch, rows, heads, kv_heads, head_dim = _check(query, key, value, context, sinks)
+    group = heads // kv_heads
+    out = torch.empty(batch, rows, heads, head_dim, dtype=query.dtype, device=query.device)
+    if batch == 0:
+        return out
+    count = parts or max(1, min(64, PROGRAMS // (batch * kv_heads)))
+    part_out = torch.empty(count, batch, rows, heads, head_dim, device=query.device)
+    part_best, part_total = torch.empty(2, count, batch, rows, heads, device=query.device).unbind()
+    block_dim = max(16, triton.next_power_of_2(head_dim))
+    block_rows = max(16, triton.next_power_of_2(rows * group))
+    _part_kernel[(batch, kv_heads, count)](
+        query,
+        key,
+        value,
+        context.keys,
+        context.values,
+        context.page_table,
+        context.lengths,
+        context.requests,
+        part_out,
+        part_best,
+        part_total,
+        batch,
+        query.stride(1),
+        key.stride(1),
+        value.stride(1),
+        context.keys.stride(0),
+        context.values.stride(0),
+        context.page_table.stride(0),
+        scale,
+        layer.sliding_window,
+        ROWS=rows,
+        GROUP=group,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=context.page_size,
+        CAUSAL=layer.causal,
+        FROM_ANCHOR=window_from == "anchor",
+        PRECISION=dot_precision(query.dtype),
+        BLOCK_ROWS=block_rows,
+        BLOCK_OWN=max(16, triton.next_power_of_2(rows)),
+        BLOCK_KEYS=64,
+        BLOCK_DIM=block_dim,
+        num_warps=4 if block_rows <= 64 else 8,
+        num_stages=2,
+    )
+    _join_kernel[(batch * rows * heads,)](
+        part_out,
+        part_best,
+        part_total,
+        sinks,
+        out,
+        count,
+        batch * rows,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_PARTS=triton.next_power_of_2(count),
+        BLOCK_DIM=block_dim,
+        num_warps=1,
+    )
+    return out
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, context: PagedContext, sinks: Tensor | None
+) -> tuple[int, int, int, int, int]:
+    batch, rows, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    if key.shape != (batch, rows, kv_heads, head_dim) or value.shape != key.shape:
+        raise ValueError(f"key and value must be [{batch}, {rows}, kv_heads, {head_dim}]")
+    if heads % kv_heads or rows * (heads // kv_heads) > 256:
+        raise ValueError(
+            f"{heads} query heads on {kv_heads} key heads with {rows} rows: give whole groups of "
+            "at most 256 rows"
+        )
+    for name, part in (("query", query), ("key", key), ("value", value)):
+        rows_apart = part.stride(0) == rows * part.stride(1) or batch == 1
+        if part.dtype != query.dtype or part.dtype not in DTYPES:
+            raise ValueError(f"{name} is {part.dtype}: give one of float32, bfloat16, float16")
+        if part.stride(3) != 1 or part.stride(2) != head_dim or not rows_apart:
+            raise ValueError(f"{name} must have contiguous heads and evenly spaced rows")
+    for name, pool in (("keys", context.keys), ("values", context.values)):
+        if pool.shape[1:] != (kv_heads, head_dim) or not pool[:1].is_contiguous():
+            raise ValueError(f"{name} must be [num_slots, {kv_heads}, {head_dim}]")
+    if context.lengths.shape != (batch,) or context.lengths.dtype != torch.int64:
+        raise ValueError(f"lengths must be int64 [{batch}]")
+    if context.page_table.dim() != 2 or context.page_table.stride(1) != 1:
+        raise ValueError("page_table must be [R, pages] with contiguous rows")
+    if sinks is not None and (sinks.shape != (heads,) or sinks.dtype != torch.float32):
+        raise ValueError(f"sinks must be float32 [{heads}]")
+    return batch, rows, heads, kv_heads, head_dim
+
+
+def draft_attention_naive(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: PagedContext,
+    layer: LayerAttention,
+    scale: float,
+    *,
+    window_from: WindowFrom = "query",
+    sinks: Tensor | None = None,
+    parts: int | None = None,
+) -> Tensor:
+    """``draft_attention`` in plain torch, in float32; reads lengths back to the host."""
+    batch, rows, _, _, _ = _check(query, key, value, context, sinks)
+    longest = int(context.lengths.max()) if batch else 0
+    place = torch.arange(longest, device=query.device)
+    index = torch.arange(batch, device=query.device)
+    if context.requests is not None:
+        index = context.requests.long()
+    pages = context.page_table[index[:, None], place // context.page_size].long()
+    known = place < context.lengths[:, None]
+    slots = (pages * context.page_size + place % context.page_size).where(known, 0)
+    anchor = context.lengths[:, None, None]
+    own = torch.arange(rows, device=query.device)
+    at = anchor + own[None, :, None]
+    before = sees_context(layer, window_from, anchor, at, place[None, None, :])
+    beside = sees_block(layer, window_from, own[None, :, None], own[None, None, :])
+    whole = [part.expand(batch, rows, -1) for part in (before & known[:, None], beside)]
+    mask = torch.cat(whole, dim=-1)
+    unknown = ~known[..., None, None]
+    keys, values = (
+        torch.cat([pool[slots].float().masked_fill(unknown, 0), part.float()], dim=1)
+        for pool, part in ((context.keys, key), (context.values, value))
+    )
+    queries, keys, values = (part.transpose(1, 2) for part in (query.float(), keys, values))
+    out = masked_attention(queries, keys, values, mask, scale, sinks)
+    return out.transpose(1, 2).to(query.dtype)

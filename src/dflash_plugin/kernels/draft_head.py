@@ -1,0 +1,395 @@
+"""The output head with the choice of tokens in its epilogue: logits are not written.
+
+A first launch multiplies tiles of rows by tiles of the vocabulary and keeps each tile's best tokens
+and log-sum-exp; a second one merges the tiles. Ranks that hold shards of the vocabulary merge the
+same way, by ``merge_heads``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from dflash_plugin.kernels.common import dot, dot_precision
+from dflash_plugin.sampling import Stream, philox
+
+MAX_TOP_K = 16
+NO_TOKEN = (1 << 31) - 1
+
+
+class HeadChoice(NamedTuple):
+    """The best tokens of each row, best first, and the normaliser of its distribution.
+
+    Attributes:
+        tokens: int64 [T, k].
+        scores: float32 [T, k], what tokens are ranked by: the logits, with noise where drawn.
+        logits: float32 [T, k], scaled, capped and divided by the row's temperature.
+        log_sum_exp: float32 [T], over all such logits: log q(token) is logits - log_sum_exp.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    logits: Tensor
+    log_sum_exp: Tensor
+
+
+class Drawing(NamedTuple):
+    """Draw tokens instead of choosing them, by the Gumbel maximum.
+
+    Attributes:
+        temperature: float32 [T]; rows at 0 are chosen.
+        seed: int64 [T], of the row's request.
+        place: int64 [T], absolute position of the token that is drawn.
+    """
+
+    temperature: Tensor
+    seed: Tensor
+    place: Tensor
+
+
+@triton.jit
+def _gumbel(seed, place, token, STREAM: tl.constexpr):
+    """Gumbel noise, float32, of each row's request, place and token."""
+    zero = token * 0
+    low = (place & 0xFFFFFFFF).to(tl.uint32) + zero.to(tl.uint32)
+    high = (place >> 32).to(tl.uint32) + zero.to(tl.uint32)
+    bits, _, _, _ = tl.philox(seed, low, high, zero.to(tl.uint32) + STREAM, token.to(tl.uint32))
+    # 24 bits and a half: neither 0 nor 1.
+    uniform = ((bits >> 8).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / (1 << 24))
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _tile_kernel(
+    hidden,
+    weight,
+    weight_scale,
+    temperature,
+    seed,
+    place,
+    tokens_out,
+    scores_out,
+    logits_out,
+    log_sum_exp_out,
+    rows,
+    vocabulary,
+    width,
+    first_token,
+    hidden_stride,
+    weight_stride,
+    scale,
+    softcap,
+    TOP_K: tl.constexpr,
+    STREAM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NO_TOKEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_VOCABULARY: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
+    # Programs that share weights run next to each other.
+    row = (tl.program_id(0) % row_tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tile = tl.program_id(0) // row_tiles
+    token = tile * BLOCK_VOCABULARY + tl.arange(0, BLOCK_VOCABULARY)
+    is_row = row < rows
+    is_token = token < vocabulary
+    depth = tl.arange(0, BLOCK_WIDTH)
+    x_at = hidden + row.to(tl.int64)[:, None] * hidden_stride + depth[None, :]
+    w_at = weight + token.to(tl.int64)[None, :] * weight_stride + depth[:, None]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_VOCABULARY), dtype=tl.float32)
+    for start in range(0, width, BLOCK_WIDTH):
+        inside = depth < width - start
+        x = tl.load(x_at + start, mask=is_row[:, None] & inside[None, :], other=0.0)
+        w = tl.load(w_at + start, mask=inside[:, None] & is_token[None, :], other=0.0)
+        total = dot(x, w.to(x.dtype), total, PRECISION)
+    if weight_scale is not None:
+        total *= tl.load(weight_scale + token, mask=is_token, other=0.0)[None, :]
+    logits = total * scale
+    if softcap is not None:
+        # tanh by exponentials, which neither overflows nor needs a library.
+        raised = tl.exp(-2.0 * tl.abs(logits / softcap))
+        bent = softcap * (1.0 - raised) / (1.0 + raised)
+        logits = tl.where(logits < 0, -bent, bent)
+    scores = logits
+    if temperature is not None:
+        heat = tl.load(temperature + row, mask=is_row, other=0.0)
+        draws = (heat > 0)[:, None]
+        logits = logits / tl.where(heat > 0, heat, 1.0)[:, None]
+        noise = _gumbel(
+            tl.load(seed + row, mask=is_row, other=0)[:, None],
+            tl.load(place + row, mask=is_row, other=0)[:, None],
+            (token + first_token)[None, :] + tl.zeros((BLOCK_ROWS, 1), dtype=tl.int32),
+            STREAM,
+        )
+        scores = tl.where(draws, logits + noise, logits)
+    outside = tl.where(is_token, 0.0, float("-inf"))[None, :]
+    logits += outside
+    scores += outside
+    tiles = tl.num_programs(0) // row_tiles
+    out = row.to(tl.int64) * tiles + tile
+    top = tl.max(logits, axis=1)
+    tl.store(
+        log_sum_exp_out + out,
+        top + tl.log(tl.sum(tl.exp(logits - top[:, None]), axis=1)),
+        mask=is_row,
+    )
+    for place_of in tl.static_range(TOP_K):
+        best = tl.max(scores, axis=1)
+        # The first of equal ones, as argmax gives.
+        found = tl.min(tl.where(scores == best[:, None], token[None, :], NO_TOKEN), axis=1)
+        # Nothing equals NaN; the token then is wrong but one of the vocabulary's.
+        found = tl.minimum(found, vocabulary - 1)
+        chosen = token[None, :] == found[:, None]
+        tl.store(tokens_out + out * TOP_K + place_of, found + first_token, mask=is_row)
+        tl.store(scores_out + out * TOP_K + place_of, best, mask=is_row)
+        tl.store(
+            logits_out + out * TOP_K + place_of,
+            tl.max(tl.where(chosen, logits, float("-inf")), axis=1),
+            mask=is_row,
+        )
+        scores = tl.where(chosen, float("-inf"), scores)
+
+
+@triton.jit
+def _merge_kernel(
+    tokens,
+    scores,
+    logits,
+    log_sum_exp,
+    tokens_out,
+    scores_out,
+    logits_out,
+    log_sum_exp_out,
+    tiles,
+    TOP_K: tl.constexpr,
+    NO_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < tiles * TOP_K
+    source = row * tiles * TOP_K + at
+    token = tl.load(tokens + source, mask=inside, other=NO_TOKEN)
+    score = tl.load(scores + source, mask=inside, other=float("-inf"))
+    logit = tl.load(logits + source, mask=inside, other=float("-inf"))
+    for place in tl.static_range(TOP_K):
+        best = tl.max(score, axis=0)
+        found = tl.min(tl.where(score == best, token, NO_TOKEN), axis=0)
+        found = tl.where(found == NO_TOKEN, tl.min(token, axis=0), found)
+        chosen = token == found
+        tl.store(tokens_out + row * TOP_K + place, found.to(tl.int64))
+        tl.store(scores_out + row * TOP_K + place, best)
+        value = tl.max(tl.where(chosen, logit, float("-inf")), axis=0)
+        tl.store(logits_out + row * TOP_K + place, value)
+        score = tl.where(chosen, float("-inf"), score)
+    tile = tl.arange(0, BLOCK_TILES)
+    parts = tl.load(log_sum_exp + row * tiles + tile, mask=tile < tiles, other=float("-inf"))
+    top = tl.max(parts, axis=0)
+    tl.store(log_sum_exp_out + row, top + tl.log(tl.sum(tl.exp(parts - top), axis=0)))
+
+
+class HeadTile(NamedTuple):
+    """What one program of the first launch takes."""
+
+    rows: int
+    vocabulary: int
+    width: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, rows: int, width: int, top_k: int, draws: bool) -> HeadTile:
+        """A tile for T rows; few rows wait for the weights, many for the multipliers."""
+        depth = min(128 if rows <= 64 else 64, max(16, triton.next_power_of_2(width)))
+        if draws:  # Noise takes registers.
+            return cls(16 if rows <= 16 else 32, 128, depth, 8, 4)
+        if rows <= 16:
+            return cls(16, 64, depth, 4, 5)
+        if rows <= 32:
+            return cls(32, 128, depth, 4, 4)
+        if rows <= 64:
+            return cls(64, 128, depth, 4, 4)
+        return cls(128, 256 if top_k == 1 else 128, depth, 8, 4)
+
+
+def draft_head(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    weight_scale: Tensor | None = None,
+    top_k: int = 1,
+    drawing: Drawing | None = None,
+    first_token: int = 0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    tile: HeadTile | None = None,
+) -> HeadChoice:
+    """The best tokens of each row under ``softcap * tanh(scale * hidden @ weight.T / softcap)``.
+
+    Products are summed in float32 and nothing is rounded after that. Of equal logits the first
+    token wins. Drawn tokens are the first of the logits with Gumbel noise (Maddison et al., arXiv
+    1411.0030), which is keyed by request, position and token, so that neither the batch nor the
+    number of shards changes them.
+
+    Args:
+        hidden: float32, bfloat16 or float16 [T, H], last dimension contiguous.
+        weight: [V, H] in hidden's dtype, or float8_e4m3fn with ``weight_scale``; this rank's rows.
+        weight_scale: float32 [V], multiplies the rows of ``weight``, or None.
+        top_k: tokens of a row, from 1 to 16.
+        drawing: of rows whose tokens are drawn, or None.
+        first_token: id of the first row of ``weight``.
+        scale: on logits.
+        softcap: bends logits, or None.
+        tile: of the first launch; None chooses one by T.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, ``top_k`` is out of its range or larger than V.
+    """
+    rows, vocabulary = _check(hidden, weight, weight_scale, top_k, drawing)
+    tile = tile or HeadTile.of(rows, hidden.shape[1], top_k, drawing is not None)
+    tiles = triton.cdiv(vocabulary, tile.vocabulary)
+    device = hidden.device
+    parts = HeadChoice(
+        torch.empty(rows, tiles * top_k, dtype=torch.int32, device=device),
+        torch.empty(rows, tiles * top_k, dtype=torch.float32, device=device),
+        torch.empty(rows, tiles * top_k, dtype=torch.float32, device=device),
+        torch.empty(rows, tiles, dtype=torch.float32, device=device),
+    )
+    if rows > 0:
+        _tile_kernel[(triton.cdiv(rows, tile.rows) * tiles,)](
+            hidden,
+            weight,
+            weight_scale,
+            *(drawing or (None, None, None)),
+            *parts,
+            rows,
+            vocabulary,
+            hidden.shape[1],
+            first_token,
+            hidden.stride(0),
+            weight.stride(0),
+            scale,
+            softcap,
+            TOP_K=top_k,
+            STREAM=int(Stream.DRAFT),
+            PRECISION=dot_precision(hidden.dtype),
+            NO_TOKEN=NO_TOKEN,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_VOCABULARY=tile.vocabulary,
+            BLOCK_WIDTH=tile.width,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return merge_heads(parts, top_k)
+
+
+def merge_heads(parts: HeadChoice, top_k: int) -> HeadChoice:
+    """The best tokens over tiles or shards of the vocabulary.
+
+    Args:
+        parts: tokens (int32 or int64), scores and logits [T, parts * top_k], and log_sum_exp [T,
+            parts], side by side.
+        top_k: tokens of a row in each part and in the result.
+    """
+    rows, tiles = parts.log_sum_exp.shape
+    device = parts.tokens.device
+    merged = HeadChoice(
+        torch.empty(rows, top_k, dtype=torch.int64, device=device),
+        torch.empty(rows, top_k, dtype=torch.float32, device=device),
+        torch.empty(rows, top_k, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+    )
+    if rows > 0:
+        block = triton.next_power_of_2(tiles * top_k)
+        _merge_kernel[(rows,)](
+            *(part.contiguous() for part in parts),
+            *merged,
+            tiles,
+            TOP_K=top_k,
+            NO_TOKEN=NO_TOKEN,
+            BLOCK=block,
+            BLOCK_TILES=triton.next_power_of_2(tiles),
+            num_warps=max(1, min(8, block // 256)),
+        )
+    return merged
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    top_k: int,
+    drawing: Drawing | None,
+) -> tuple[int, int]:
+    rows, width = hidden.shape
+    vocabulary = weight.shape[0]
+    if weight.shape != (vocabulary, width) or vocabulary == 0:
+        raise ValueError(f"weight is {list(weight.shape)}, not [V, {width}]")
+    if hidden.stride(1) != 1 or weight.stride(1) != 1:
+        raise ValueError("the last dimensions of hidden and weight must be contiguous")
+    if weight_scale is None and weight.dtype != hidden.dtype:
+        raise ValueError(f"weight is {weight.dtype} without a scale, hidden {hidden.dtype}")
+    if weight_scale is not None and (
+        weight_scale.shape != (vocabulary,) or weight_scale.dtype != torch.float32
+    ):
+        raise ValueError(f"weight_scale must be float32 [{vocabulary}]")
+    if not 1 <= top_k <= min(MAX_TOP_K, vocabulary):
+        raise ValueError(f"top_k is {top_k}: give 1 to {min(MAX_TOP_K, vocabulary)}")
+    if drawing is not None and any(part.shape != (rows,) for part in drawing):
+        raise ValueError(f"temperature, seed and place must each be [{rows}]")
+    return rows, vocabulary
+
+
+def draft_head_naive(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    weight_scale: Tensor | None = None,
+    top_k: int = 1,
+    drawing: Drawing | None = None,
+    first_token: int = 0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    tile: HeadTile | None = None,
+) -> HeadChoice:
+    """``draft_head`` in plain torch, which writes the logits."""
+    _check(hidden, weight, weight_scale, top_k, drawing)
+    logits = F.linear(hidden.float(), weight.float())
+    if weight_scale is not None:
+        logits = logits * weight_scale
+    logits = logits * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    scores = logits
+    if drawing is not None:
+        heat = drawing.temperature[:, None]
+        logits = logits / torch.where(heat > 0, heat, 1.0)
+        tokens = first_token + torch.arange(weight.shape[0], device=hidden.device)
+        noise = gumbel_naive(drawing.seed, drawing.place, tokens)
+        scores = torch.where(heat > 0, logits + noise, logits)
+    order = scores.sort(dim=-1, descending=True, stable=True)
+    best = order.indices[:, :top_k]
+    return HeadChoice(
+        best + first_token,
+        order.values[:, :top_k],
+        logits.gather(-1, best),
+        logits.logsumexp(dim=-1),
+    )
+
+
+def gumbel_naive(seed: Tensor, place: Tensor, tokens: Tensor) -> Tensor:
+    """Gumbel noise float32 [T, V] of seeds [T], places [T] and token ids [V]."""
+    low = 0xFFFFFFFF
+    counter = (place & low, place >> 32, torch.full_like(place, int(Stream.DRAFT)))
+    key = ((seed & low)[:, None], ((seed >> 32) & low)[:, None])
+    spread = [part[:, None].expand(-1, len(tokens)) for part in counter]
+    bits = philox((*spread, tokens.expand(len(place), -1)), key)[0]
+    uniform = ((bits >> 8).float() + 0.5) / (1 << 24)
+    return -torch.log(-torch.log(uniform))

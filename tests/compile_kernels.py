@@ -1,0 +1,152 @@
+"""Compile every kernel for an H100 or H200 (sm_90), which takes no GPU: a line of JSON for each.
+
+    python tests/compile_kernels.py
+
+The shapes are those of a Qwen3-8B drafter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS = 4096, 32, 8, 128, 12288, 5
+BF16 = torch.bfloat16
+EPS = 1e-6
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Driver:
+    """What the compiler asks of a device."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+class Compile:
+    """Takes the place of a launch."""
+
+    def __init__(self, kernel: JITFunction[Any], grid: Any) -> None:
+        self.kernel, self.grid = kernel, grid
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        compiled = self.kernel.warmup(*args, grid=self.grid, **kwargs)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found is not None, usage
+        record = {
+            "kernel": f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.__name__}",
+            "registers": int(found[1]),
+            "stack_bytes": int(found[2]),
+            "shared_bytes": compiled.metadata.shared,
+        }
+        print(json.dumps(record), flush=True)
+
+
+def of(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def whole(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def elementwise(rows: int) -> None:
+    from dflash_plugin.kernels.add_rms_norm import add_rms_norm
+    from dflash_plugin.kernels.gated_act import gated_act
+    from dflash_plugin.kernels.inject_kv import KVPools, inject_kv
+    from dflash_plugin.kernels.qk_norm_rope import qk_norm_rope
+
+    add_rms_norm(of(rows, HIDDEN), of(rows, HIDDEN), of(HIDDEN), EPS)
+    gated_act(of(rows, 2 * INTERMEDIATE))
+    inverse = torch.ones(HEAD_DIM // 2)
+    weight = of(HEAD_DIM)
+    qkv = of(rows, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    qk_norm_rope(qkv, whole(rows), weight, weight, inverse, HEADS, KV_HEADS, HEAD_DIM, EPS)
+    for dtype in (BF16, torch.float8_e4m3fn):
+        pools = [[of(64, KV_HEADS, HEAD_DIM, dtype=dtype) for _ in range(LAYERS)] for _ in "kv"]
+        inject_kv(
+            of(rows, LAYERS, 2, KV_HEADS, HEAD_DIM),
+            whole(rows),
+            whole(rows),
+            KVPools.build(*pools, None if dtype == BF16 else [(0.5, 0.5)] * LAYERS),
+            of(LAYERS, HEAD_DIM),
+            inverse,
+            EPS,
+            committed=torch.ones(rows, dtype=torch.int32),
+        )
+
+
+def products(rows: int) -> None:
+    from dflash_plugin.fp8 import quantise
+    from dflash_plugin.kernels.draft_head import Drawing, draft_head
+    from dflash_plugin.kernels.fp8_linear import fp8_linear
+    from dflash_plugin.kernels.fuse_features import fuse_features
+
+    hidden, head = of(rows, HIDDEN), of(1024, HIDDEN)
+    draft_head(hidden, head)
+    draft_head(hidden, head, top_k=4)
+    values, scales = quantise(head)
+    draft_head(hidden, values, weight_scale=scales)
+    drawing = Drawing(torch.ones(rows), whole(rows), whole(rows))
+    draft_head(hidden, head, drawing=drawing)
+    fp8_linear(hidden, quantise(of(HIDDEN, HIDDEN)))
+    fp8_linear(hidden, quantise(of(INTERMEDIATE, HIDDEN)))
+    features = [of(rows, HIDDEN) for _ in range(LAYERS)]
+    fuse_features(features, of(HIDDEN, LAYERS * HIDDEN), of(HIDDEN), EPS, rows=whole(rows))
+
+
+def step(batch: int, block: int) -> None:
+    from dflash_plugin.config import LayerAttention
+    from dflash_plugin.kernels.accept import Sampled, accept
+    from dflash_plugin.kernels.block_inputs import block_inputs
+    from dflash_plugin.kernels.draft_attention import PagedContext, draft_attention
+
+    drafts, place = whole(batch, block - 1), whole(batch)
+    accept(drafts, whole(batch, block), place, slots=whole(batch, block))
+    target = of(batch, block, 1024, dtype=torch.float32)
+    for draft_probs in (None, target[:, :-1].contiguous()):
+        accept(drafts, Sampled(target, draft_probs, place), place)
+    block_inputs(place, place, whole(batch, 64), block, 3, page_size=16, requests=place)
+    query, key = of(batch, block, HEADS, HEAD_DIM), of(batch, block, KV_HEADS, HEAD_DIM)
+    pool = of(64, KV_HEADS, HEAD_DIM)
+    for layer in (LayerAttention(), LayerAttention(sliding_window=2048)):
+        context = PagedContext(pool, pool, whole(batch, 64), place, page_size=16)
+        draft_attention(query, key, key, context, layer, HEAD_DIM**-0.5)
+
+
+def main() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET is 1, with which nothing is compiled: unset it")
+    driver.set_active(Driver())
+    JITFunction.__getitem__ = lambda kernel, grid: Compile(kernel, grid)
+    elementwise(16)
+    for rows in (15, 60, 960):
+        products(rows)
+    step(4, 16)
+
+
+if __name__ == "__main__":
+    main()

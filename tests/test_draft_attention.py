@@ -1,0 +1,103 @@
+"""Attention of blocks over a paged context, cut into parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dflash_plugin.config import LayerAttention
+from dflash_plugin.kernels.draft_attention import (
+    PagedContext,
+    draft_attention,
+    draft_attention_naive,
+)
+from kernel_helpers import DEVICE, DTYPES, error, random
+
+pytestmark = pytest.mark.usefixtures("kernel_device")
+# Weights are rounded to the values' dtype in another order.
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def context_of(
+    lengths: list[int], kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype
+) -> PagedContext:
+    """Pages in no order; slots of pages that no request has are not numbers."""
+    pages = max([0, *lengths]) // page_size + 1
+    count = len(lengths) * pages
+    generator = torch.Generator().manual_seed(count)
+    order = torch.randperm(2 * count + 1, generator=generator, device="cpu")[:count].to(DEVICE)
+    pools = []
+    for seed in (0, 1):
+        pool = random((2 * count + 1) * page_size, kv_heads, head_dim, dtype=dtype, seed=seed)
+        used = torch.zeros(2 * count + 1, dtype=torch.bool)
+        used[order] = True
+        pool[~used.repeat_interleave(page_size)] = float("nan")
+        pools.append(pool)
+    return PagedContext(
+        *pools,
+        page_table=order.view(len(lengths), pages).int(),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        page_size=page_size,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 15, 64, 65, 200]), max_size=4),
+    rows=st.sampled_from([1, 4, 13]),
+    heads=st.sampled_from([(2, 1), (4, 4), (6, 2)]),
+    head_dim=st.sampled_from([16, 24]),
+    page_size=st.sampled_from([1, 16, 33]),
+    dtype=st.sampled_from(DTYPES),
+    causal=st.booleans(),
+    window=st.sampled_from([None, 3, 8, 100]),
+    window_from=st.sampled_from(["query", "anchor"]),
+    sinks=st.booleans(),
+    parts=st.sampled_from([1, 3, None]),
+    indexed=st.booleans(),
+)
+def test_draft_attention(
+    lengths, rows, heads, head_dim, page_size, dtype, causal, window, window_from, sinks, parts,
+    indexed,
+):  # fmt: skip
+    query_heads, kv_heads = heads
+    context = context_of(lengths, kv_heads, head_dim, page_size, dtype)
+    if indexed:
+        back = torch.arange(len(lengths)).flip(0)
+        context = context._replace(requests=back, page_table=context.page_table.flip(0))
+    width = (query_heads + 2 * kv_heads) * head_dim
+    merged = random(len(lengths), rows, width, dtype=dtype)
+    merged = merged.unflatten(-1, (query_heads + 2 * kv_heads, head_dim))
+    arguments = (
+        *merged.split([query_heads, kv_heads, kv_heads], dim=2),
+        context,
+        LayerAttention(causal=causal, sliding_window=window),
+        head_dim**-0.5,
+    )
+    options = {"window_from": window_from, "sinks": random(query_heads) if sinks else None}
+    out = draft_attention(*arguments, **options, parts=parts)
+    assert error(out, draft_attention_naive(*arguments, **options)) < BOUND[dtype]
+
+
+def test_large_scores_do_not_overflow():
+    context = context_of([150], 1, 16, 1, torch.float32)
+    q, k, v = (100 * random(1, 4, 1, 16, seed=seed) for seed in range(3))
+    out = draft_attention(q, k, v, context, LayerAttention(), 1.0, parts=2)
+    assert error(out, draft_attention_naive(q, k, v, context, LayerAttention(), 1.0)) < 1e-5
+
+
+def test_faulty_arguments():
+    context = context_of([5, 9], 2, 16, 1, torch.float32)
+    q, k = torch.zeros(2, 4, 4, 16), torch.zeros(2, 4, 2, 16)
+    for arguments, message in (
+        ((q, k, k[:, :3], context), "key and value must be"),
+        ((torch.zeros(2, 4, 3, 16), k, k, context), "3 query heads on 2 key heads"),
+        ((q.double(), k, k, context), "query is torch.float64"),
+        ((q.transpose(1, 2).contiguous().transpose(1, 2), k, k, context), "evenly spaced"),
+        ((q, k, k, context._replace(lengths=context.lengths.int())), "lengths must be int64"),
+        ((q, k, k, context._replace(keys=context.keys[:, :1])), "keys must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draft_attention(*arguments, LayerAttention(), 1.0)
