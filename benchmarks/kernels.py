@@ -1,9 +1,11 @@
-"""Each kernel, its naive twin and a device-to-device copy of as many bytes, on a CUDA device.
+"""Each kernel, its naive twin, what an engine does instead, and a copy of as many bytes, on CUDA.
 
     python benchmarks/kernels.py --output FILE.json
+    python benchmarks/kernels.py --ops draft_head,fp8_linear
 
 The shapes are those of a Qwen3-8B drafter in bfloat16. Figures are medians of
-``triton.testing.do_bench`` in microseconds, with a cold L2 cache.
+``triton.testing.do_bench`` in microseconds, with a cold L2 cache. Where an engine's own sequence is
+nothing but torch ("engine"), it is timed beside.
 """
 
 from __future__ import annotations
@@ -14,33 +16,51 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 5, 4096, 32, 8, 128, 12288
+VOCABULARY, BLOCK = 151_936, 16
 EPS = 1e-6
 Run = Callable[[], object]
+
+
+class Case(NamedTuple):
+    """One op at one size.
+
+    Attributes:
+        kernel, twin: ours.
+        moved: bytes that have to be read and written.
+        engine: the torch calls that an engine makes instead.
+    """
+
+    kernel: Run
+    twin: Run
+    moved: int
+    engine: Run | None = None
 
 
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
 
 
-def add_rms_norm(rows: int) -> tuple[Run, Run, int]:
+def add_rms_norm(rows: int) -> Case:
     from dflash_plugin.kernels.add_rms_norm import add_rms_norm, add_rms_norm_naive
 
     arguments = (random(rows, HIDDEN), random(rows, HIDDEN), random(HIDDEN), EPS)
     moved = 4 * rows * HIDDEN * 2
-    return lambda: add_rms_norm(*arguments), lambda: add_rms_norm_naive(*arguments), moved
+    return Case(lambda: add_rms_norm(*arguments), lambda: add_rms_norm_naive(*arguments), moved)
 
 
-def gated_act(rows: int) -> tuple[Run, Run, int]:
+def gated_act(rows: int) -> Case:
     from dflash_plugin.kernels.gated_act import gated_act, gated_act_naive
 
     gate_up = random(rows, 2 * INTERMEDIATE)
     moved = 3 * rows * INTERMEDIATE * 2
-    return lambda: gated_act(gate_up), lambda: gated_act_naive(gate_up), moved
+    return Case(lambda: gated_act(gate_up), lambda: gated_act_naive(gate_up), moved)
 
 
 def rotary(rows: int) -> tuple[Tensor, Tensor]:
@@ -49,7 +69,7 @@ def rotary(rows: int) -> tuple[Tensor, Tensor]:
     return torch.arange(rows, device="cuda"), 1_000_000.0**-exponents
 
 
-def qk_norm_rope(rows: int) -> tuple[Run, Run, int]:
+def qk_norm_rope(rows: int) -> Case:
     from dflash_plugin.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_naive
 
     qkv = random(rows, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
@@ -57,10 +77,10 @@ def qk_norm_rope(rows: int) -> tuple[Run, Run, int]:
     weights = (random(HEAD_DIM), random(HEAD_DIM))
     arguments = (qkv, positions, *weights, inverse, HEADS, KV_HEADS, HEAD_DIM, EPS)
     moved = 2 * rows * (HEADS + KV_HEADS) * HEAD_DIM * 2
-    return lambda: qk_norm_rope(*arguments), lambda: qk_norm_rope_naive(*arguments), moved
+    return Case(lambda: qk_norm_rope(*arguments), lambda: qk_norm_rope_naive(*arguments), moved)
 
 
-def inject_kv(rows: int) -> tuple[Run, Run, int]:
+def inject_kv(rows: int) -> Case:
     from dflash_plugin.kernels.inject_kv import KVPools, inject_kv, inject_kv_naive
 
     kv = random(rows, LAYERS, 2, KV_HEADS, HEAD_DIM)
@@ -69,39 +89,175 @@ def inject_kv(rows: int) -> tuple[Run, Run, int]:
     keys, values = ([random(2 * rows, KV_HEADS, HEAD_DIM) for _ in range(LAYERS)] for _ in "kv")
     pools = KVPools.build(keys, values)
     arguments = (kv, positions, slots, pools, random(LAYERS, HEAD_DIM), inverse, EPS)
-    return lambda: inject_kv(*arguments), lambda: inject_kv_naive(*arguments), 2 * kv.nbytes
+    return Case(lambda: inject_kv(*arguments), lambda: inject_kv_naive(*arguments), 2 * kv.nbytes)
 
 
-def measure(make: Callable[[int], tuple[Run, Run, int]], rows: int) -> dict[str, object]:
+def draft_head(rows: int) -> Case:
+    """The bytes are the head's, which every way to do it reads."""
+    from dflash_plugin.kernels.draft_head import draft_head, draft_head_naive
+
+    hidden, weight = random(rows, HIDDEN), random(VOCABULARY, HIDDEN)
+    return Case(
+        lambda: draft_head(hidden, weight),
+        lambda: draft_head_naive(hidden, weight),
+        weight.nbytes,
+        lambda: F.linear(hidden, weight).argmax(dim=-1),
+    )
+
+
+def draft_head_fp8(rows: int) -> Case:
+    from dflash_plugin.fp8 import quantise
+    from dflash_plugin.kernels.draft_head import draft_head, draft_head_naive
+
+    hidden, weight = random(rows, HIDDEN), random(VOCABULARY, HIDDEN)
+    values, scales = quantise(weight)
+    return Case(
+        lambda: draft_head(hidden, values, weight_scale=scales),
+        lambda: draft_head_naive(hidden, values, weight_scale=scales),
+        values.nbytes,
+        lambda: F.linear(hidden, weight).argmax(dim=-1),
+    )
+
+
+def fp8_linear(rows: int) -> Case:
+    """The gate and up projection, the largest."""
+    from dflash_plugin.fp8 import quantise
+    from dflash_plugin.kernels.fp8_linear import fp8_linear, fp8_linear_naive
+
+    x, weight = random(rows, HIDDEN), random(2 * INTERMEDIATE, HIDDEN)
+    rounded = quantise(weight)
+    return Case(
+        lambda: fp8_linear(x, rounded),
+        lambda: fp8_linear_naive(x, rounded),
+        rounded.values.nbytes,
+        lambda: F.linear(x, weight),
+    )
+
+
+def fuse_features(rows: int) -> Case:
+    from dflash_plugin.kernels.fuse_features import fuse_features, fuse_features_naive
+
+    features = [random(rows, HIDDEN) for _ in range(LAYERS)]
+    weight, norm = random(HIDDEN, LAYERS * HIDDEN), random(HIDDEN)
+
+    def engine() -> Tensor:
+        fused = F.linear(torch.cat(features, dim=-1), weight)
+        return F.rms_norm(fused, norm.shape, norm, EPS)
+
+    arguments = (features, weight, norm, EPS)
+    return Case(
+        lambda: fuse_features(*arguments),
+        lambda: fuse_features_naive(*arguments),
+        weight.nbytes,
+        engine,
+    )
+
+
+def accept(rows: int) -> Case:
+    from dflash_plugin.kernels.accept import accept, accept_naive
+
+    batch = max(1, rows // BLOCK)
+    target = torch.randint(VOCABULARY, (batch, BLOCK), device="cuda")
+    drafts, slots = target[:, :-1].contiguous(), torch.zeros_like(target)
+    positions = torch.arange(batch, device="cuda")
+    return Case(
+        lambda: accept(drafts, target, positions, slots=slots),
+        lambda: accept_naive(drafts, target, positions, slots=slots),
+        4 * target.nbytes,
+    )
+
+
+def block_inputs(rows: int) -> Case:
+    from dflash_plugin.kernels.block_inputs import block_inputs, block_inputs_naive
+
+    batch = max(1, rows // BLOCK)
+    table = torch.zeros(batch, 4096, dtype=torch.int32, device="cuda")
+    arguments = (torch.arange(batch, device="cuda"), torch.arange(batch, device="cuda"), table)
+    return Case(
+        lambda: block_inputs(*arguments, BLOCK, 3),
+        lambda: block_inputs_naive(*arguments, BLOCK, 3),
+        3 * batch * BLOCK * 8,
+    )
+
+
+def draft_attention(context: int) -> Case:
+    """One request behind ``context`` positions; the bytes are its keys and values."""
+    from dflash_plugin.config import LayerAttention
+    from dflash_plugin.kernels.draft_attention import (
+        PagedContext,
+        draft_attention,
+        draft_attention_naive,
+    )
+
+    keys, values = (random(context + 1, KV_HEADS, HEAD_DIM) for _ in "kv")
+    table = torch.randperm(context, device="cuda")[None]
+    paged = PagedContext(keys, values, table, torch.tensor([context], device="cuda"))
+    block = [random(1, BLOCK, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    arguments = (*block, paged, LayerAttention(), HEAD_DIM**-0.5)
+    return Case(
+        lambda: draft_attention(*arguments),
+        lambda: draft_attention_naive(*arguments),
+        keys.nbytes + values.nbytes,
+    )
+
+
+ROWS = (16, 128, 1024, 16384)
+DRAFTING = tuple(15 * requests for requests in (1, 4, 16, 64))
+OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
+    add_rms_norm: ROWS,
+    gated_act: ROWS,
+    qk_norm_rope: ROWS,
+    inject_kv: ROWS,
+    draft_head: DRAFTING,
+    draft_head_fp8: DRAFTING,
+    fp8_linear: (16, 64, 256, 1024),
+    fuse_features: (16, 64, 256, 1024),
+    accept: (16, 1024),
+    block_inputs: (16, 1024),
+    draft_attention: (1024, 8192, 32768),
+}
+
+
+def measure(make: Callable[[int], Case], rows: int) -> dict[str, object]:
     from triton.testing import do_bench
 
-    kernel, twin, moved = make(rows)
+    case = make(rows)
     # A copy reads and writes every byte.
-    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
+    source = torch.empty(case.moved // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    runs = {"kernel": kernel, "twin": twin, "copy": lambda: target.copy_(source)}
+    runs = {"kernel": case.kernel, "twin": case.twin, "copy": lambda: target.copy_(source)}
+    if case.engine is not None:
+        runs["engine"] = case.engine
     times = {f"{name}_us": do_bench(run, return_mode="median") * 1e3 for name, run in runs.items()}
-    speed = moved / times["kernel_us"] / 1e3
-    return {"op": make.__name__, "rows": rows, "bytes": moved, **times, "kernel_gb_s": speed}
+    speed = case.moved / times["kernel_us"] / 1e3
+    return {"op": make.__name__, "rows": rows, "bytes": case.moved, **times, "kernel_gb_s": speed}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[16, 128, 1024, 16384])
+    parser.add_argument("--ops", default=",".join(op.__name__ for op in OPS))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    wanted = options.ops.split(",")
+    if unknown := set(wanted) - {op.__name__ for op in OPS}:
+        known = ", ".join(op.__name__ for op in OPS)
+        sys.exit(f"--ops names {', '.join(sorted(unknown))}; there are {known}")
     if not torch.cuda.is_available():
         sys.exit("benchmarks/kernels.py needs a CUDA device, and torch sees none")
     import triton
 
-    ops = (add_rms_norm, gated_act, qk_norm_rope, inject_kv)
     record = {
-        "command": "python benchmarks/kernels.py",
+        "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name(),
         "dtype": "bfloat16",
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "date": datetime.date.today().isoformat(),
-        "rows": [measure(make, rows) for make in ops for rows in options.rows],
+        "rows": [
+            measure(make, rows)
+            for make, sizes in OPS.items()
+            if make.__name__ in wanted
+            for rows in sizes
+        ],
     }
     text = json.dumps(record, indent=2)
     if options.output:

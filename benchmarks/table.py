@@ -42,6 +42,21 @@ def where(record: dict) -> str:
     )
 
 
+def draft_weights() -> str:
+    runs = load("draft-weights-cpu")["runs"]
+    header = ["draft weights", *(result["set_name"] for result in runs[0]["sets"]), "mean τ"]
+    rows = [
+        [
+            run["draft_weights"],
+            *(f"{result['tau']:.2f}" for result in run["sets"]),
+            f"**{run['mean_tau']:.2f}**",
+        ]
+        for run in runs
+    ]
+    facts = f"{where(runs[-1])}, batch {runs[-1]['batch']}. `{runs[-1]['command']}`"
+    return f"{table(header, rows)}\n\n{facts}"
+
+
 def engine(name: str) -> str:
     record = load(name)
     rows = [
@@ -118,6 +133,7 @@ SECTIONS = {
     "sglang-h200": lambda: serving("sglang-h200"),
     "sglang-soak": lambda: soak("sglang-soak-cpu", "SGLang", "retracted"),
     "acceptance": acceptance,
+    "draft-weights": draft_weights,
     "h200": lambda: engine("transformers-h200"),
     "cpu": lambda: engine("transformers-cpu"),
 }

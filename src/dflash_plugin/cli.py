@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from enum import Enum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -36,6 +36,18 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Weights(str, Enum):
+    """What the draft pass multiplies by."""
+
+    checkpoint = "checkpoint"
+    fp8 = "fp8"
+
+
+DraftWeightsOption = Annotated[
+    Weights, typer.Option(help="fp8 rounds the drafter's linears and its head's copy to FP8.")
+]
 
 
 class DialectName(str, Enum):
@@ -393,6 +405,7 @@ def generate(
     repeats: Annotated[int, typer.Option(help="Interleaved runs that --compare times.")] = 3,
     raw: Annotated[bool, typer.Option(help="Leave the chat template out.")] = False,
     dtype: Dtype | None = None,
+    draft_weights: DraftWeightsOption = Weights.checkpoint,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -405,7 +418,7 @@ def generate(
 
     sampling = _sampling(temperature, top_k, top_p, min_p, seed)
     directory = resolve_drafter(drafter, target)
-    model, loaded, tokenizer = _load(resolve_model(target), directory, dtype, device)
+    model, loaded, tokenizer = _load(resolve_model(target), directory, dtype, device, draft_weights)
     tokens = tokenizer.encode(prompt) if raw else encode(tokenizer, Prompt.user(prompt))
     request = Request(tokens, max_new_tokens, sampling=sampling)
     length = len(tokens) + max_new_tokens
@@ -499,6 +512,7 @@ def evaluate(
     seed: int | None = None,
     compare: Annotated[bool, typer.Option(help="Also run the target alone.")] = True,
     dtype: Dtype | None = None,
+    draft_weights: DraftWeightsOption = Weights.checkpoint,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -512,7 +526,7 @@ def evaluate(
     sets = [(path, load_prompts(path, limit)) for path in data]
     sampling = _sampling(temperature, 0, 1.0, 0.0, seed)
     directory = resolve_drafter(drafter, target)
-    model, loaded, tokenizer = _load(resolve_model(target), directory, dtype, device)
+    model, loaded, tokenizer = _load(resolve_model(target), directory, dtype, device, draft_weights)
     longest = max(len(encode(tokenizer, p)) for _, prompts in sets for p in prompts)
     length = longest + max_new_tokens
     engine = Engine(model, loaded, max_batch=batch, max_length=length)
@@ -546,7 +560,9 @@ def evaluate(
     mean = sum(result.tau for result in found) / len(found)
     if as_json:
         sets_found = [result.model_dump() for result in found]
-        print_json({"mean_tau": mean, "batch": batch, **machine(model), "sets": sets_found})
+        run = {"batch": batch, "draft_weights": draft_weights.value}
+        facts = {"mean_tau": mean, **run, **machine(model)}
+        print_json({**facts, "sets": sets_found})
     else:
         Console().print(table)
         Console().print(f"mean τ over {len(found)} sets: {mean:.2f}")
@@ -566,7 +582,9 @@ def _counting(what: str) -> Iterator[Callable[[int, list[int]], None]]:
         yield count
 
 
-def _load(target: Path, drafter: Path, dtype: Dtype | None, device: str | None) -> Any:
+def _load(
+    target: Path, drafter: Path, dtype: Dtype | None, device: str | None, weights: Weights
+) -> Any:
     import torch
 
     from dflash_plugin.transformers import load_drafter, load_target
@@ -575,7 +593,8 @@ def _load(target: Path, drafter: Path, dtype: Dtype | None, device: str | None) 
         model, tokenizer = load_target(
             target, getattr(torch, dtype.value) if dtype else None, device
         )
-        return model, load_drafter(drafter, model), tokenizer
+        kind: Literal["fp8", "checkpoint"] = "fp8" if weights is Weights.fp8 else "checkpoint"
+        return model, load_drafter(drafter, model, weights=kind), tokenizer
 
 
 if __name__ == "__main__":

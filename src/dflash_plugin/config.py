@@ -12,6 +12,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from dflash_plugin.errors import DFlashError
 
 Dialect = Literal["z-lab", "speculators", "specforge", "modelopt"]
+DraftWeights = Literal["checkpoint", "fp8"]
+"""What the draft pass multiplies by: the checkpoint's weights, or FP8 copies of them."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -419,6 +419,10 @@ class Drafter(nn.Module):
         head = self.head()
         return head.weight if isinstance(head, nn.Linear) and head.bias is None else None
 
+    def replace_borrowed_head(self, head: nn.Module) -> None:
+        """Draft with another head than the target's, such as a quantised copy of it."""
+        self._target_head = [head]
+
     def head(self) -> nn.Module:
         """The output head in use, the drafter's own or the target's."""
         return self._target_head[0] if self.own_head is None else self.own_head

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dflash_plugin import kernels
 from dflash_plugin.drafter import Drafter, TorchQKV
+from dflash_plugin.errors import DFlashError
 
 FP8 = torch.float8_e4m3fn
 
@@ -47,6 +48,23 @@ def quantise(weight: Tensor) -> Fp8Weight:
         scale.copy_(torch.where(largest > 0, largest / limit, 1.0))
         out.copy_((part.float() / scale[:, None]).clamp(-limit, limit).to(FP8))
     return Fp8Weight(values, scales)
+
+
+def require_fp8(device: torch.device) -> None:
+    """Check that kernels of a device read FP8.
+
+    Raises:
+        DFlashError: it is an older GPU.
+    """
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise DFlashError(
+            f"FP8 draft weights need a GPU of compute capability 8.9 or more, and "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}: leave draft_weights at "
+            "'checkpoint'"
+        )
 
 
 def linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tensor:
@@ -125,7 +143,11 @@ def quantise_drafter(drafter: Drafter) -> None:
 
     Args:
         drafter: bound to its target.
+
+    Raises:
+        DFlashError: its GPU has no FP8.
     """
+    require_fp8(drafter.norm.weight.device)
     head = drafter.head()
     if drafter.own_head is None and isinstance(head, nn.Linear):
         drafter.replace_borrowed_head(Fp8Linear(head))

@@ -60,6 +60,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+FP8: list[dict[str, Any]] = [
+    {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+    {"draft_vocab_size": 24, "own_head": True},
+]
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
     directory = write_target(tmp_path_factory.mktemp("target"))
@@ -97,6 +103,22 @@ def test_drafts_and_text_equal_the_core(pair, schedulers, tmp_path, kind):
         assert min(expected.margins) > 1e-3
         drafts = expected.drafts[: drafter.config.block_size - 1]
         assert blocks[0] == [expected.anchor, *drafts]
+
+
+@pytest.mark.parametrize("changes", FP8, ids=["borrowed head", "own head"])
+def test_fp8_weights_draft_what_the_core_does_with_them(pair, schedulers, tmp_path, changes):
+    target, directory = pair
+    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **changes})
+    drafter = load_drafter(checkpoint, target, weights="fp8")
+    made = schedulers.run(
+        directory, checkpoint, PROMPTS, environment={"DFLASH_PLUGIN_DRAFT_WEIGHTS": "fp8"},
+        temperature=0.0, max_new_tokens=16, ignore_eos=True,
+    )  # fmt: skip
+    for prompt, texts, blocks in zip(PROMPTS, made["texts"], made["blocks"], strict=True):
+        assert texts == [alone(target, prompt, 16)]
+        expected = answer(drafter, target, prompt)
+        assert min(expected.margins) > 1e-3
+        assert blocks[0] == [expected.anchor, *expected.drafts]
 
 
 @pytest.mark.parametrize("draft_sampling", ["greedy", "probabilistic"])

@@ -65,6 +65,12 @@ ON_V2_ONLY: dict[str, dict[str, Any]] = {
 }
 
 
+FP8: list[dict[str, Any]] = [
+    {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+    {"draft_vocab_size": 24, "own_head": True},
+]
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
     directory = write_target(tmp_path_factory.mktemp("target"))
@@ -102,6 +108,21 @@ def test_drafts_and_text_equal_the_core(pair, tmp_path, kind):
     checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **changes})
     drafter = load_drafter(checkpoint, target)
     with running(directory, checkpoint, max_model_len=256) as engine:
+        for prompt in PROMPTS:
+            expected = answer(drafter, target, prompt)
+            assert min(expected.margins) > 1e-3
+            assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
+        check_text(engine, target)
+
+
+@pytest.mark.skipif(ON_V2 and not torch.cuda.is_available(), reason="too slow interpreted")
+@pytest.mark.parametrize("changes", FP8, ids=["borrowed head", "own head"])
+def test_fp8_weights_draft_what_the_core_does_with_them(pair, tmp_path, changes):
+    target, directory = pair
+    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **changes})
+    drafter = load_drafter(checkpoint, target, weights="fp8")
+    options = {"additional_config": {"dflash_plugin": {"draft_weights": "fp8"}}}
+    with running(directory, checkpoint, max_model_len=256, **options) as engine:
         for prompt in PROMPTS:
             expected = answer(drafter, target, prompt)
             assert min(expected.margins) > 1e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -195,6 +196,20 @@ def copy_scaled(
     if scale is not None:
         value = value * scale
     tl.store(target + at, fitted(value, divisor, LIMIT), mask=mask)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program can have; an H100's where there is no GPU."""
+    if device.type != "cuda":
+        return 227 << 10
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def stages_that_fit(stages: int, stage_bytes: int, device: torch.device) -> int:
+    """Loads in flight, at most ``stages``, beside 32 KiB for the end of a program."""
+    return max(1, min(stages, (_shared_memory(device) - (32 << 10)) // stage_bytes))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

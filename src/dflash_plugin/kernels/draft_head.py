@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from dflash_plugin.kernels.common import dot, dot_precision
+from dflash_plugin.kernels.common import dot, dot_precision, stages_that_fit
 from dflash_plugin.sampling import Stream, philox
 
 MAX_TOP_K = 16
@@ -100,16 +100,18 @@ def _tile_kernel(
     is_row = row < rows
     is_token = token < vocabulary
     depth = tl.arange(0, BLOCK_WIDTH)
-    x_at = hidden + row.to(tl.int64)[:, None] * hidden_stride + depth[None, :]
-    w_at = weight + token.to(tl.int64)[None, :] * weight_stride + depth[:, None]
-    total = tl.zeros((BLOCK_ROWS, BLOCK_VOCABULARY), dtype=tl.float32)
+    # Weights stand on the left, where Hopper's products take registers: what was converted there
+    # need not go back to shared memory. So tiles are [token, row].
+    w_at = weight + token.to(tl.int64)[:, None] * weight_stride + depth[None, :]
+    x_at = hidden + row.to(tl.int64)[None, :] * hidden_stride + depth[:, None]
+    total = tl.zeros((BLOCK_VOCABULARY, BLOCK_ROWS), dtype=tl.float32)
     for start in range(0, width, BLOCK_WIDTH):
         inside = depth < width - start
-        x = tl.load(x_at + start, mask=is_row[:, None] & inside[None, :], other=0.0)
-        w = tl.load(w_at + start, mask=inside[:, None] & is_token[None, :], other=0.0)
-        total = dot(x, w.to(x.dtype), total, PRECISION)
+        w = tl.load(w_at + start, mask=is_token[:, None] & inside[None, :], other=0.0)
+        x = tl.load(x_at + start, mask=inside[:, None] & is_row[None, :], other=0.0)
+        total = dot(w.to(x.dtype), x, total, PRECISION)
     if weight_scale is not None:
-        total *= tl.load(weight_scale + token, mask=is_token, other=0.0)[None, :]
+        total *= tl.load(weight_scale + token, mask=is_token, other=0.0)[:, None]
     logits = total * scale
     if softcap is not None:
         # tanh by exponentials, which neither overflows nor needs a library.
@@ -119,38 +121,38 @@ def _tile_kernel(
     scores = logits
     if temperature is not None:
         heat = tl.load(temperature + row, mask=is_row, other=0.0)
-        draws = (heat > 0)[:, None]
-        logits = logits / tl.where(heat > 0, heat, 1.0)[:, None]
+        draws = (heat > 0)[None, :]
+        logits = logits / tl.where(heat > 0, heat, 1.0)[None, :]
         noise = _gumbel(
-            tl.load(seed + row, mask=is_row, other=0)[:, None],
-            tl.load(place + row, mask=is_row, other=0)[:, None],
-            (token + first_token)[None, :] + tl.zeros((BLOCK_ROWS, 1), dtype=tl.int32),
+            tl.load(seed + row, mask=is_row, other=0)[None, :],
+            tl.load(place + row, mask=is_row, other=0)[None, :],
+            (token + first_token)[:, None] + tl.zeros((1, BLOCK_ROWS), dtype=tl.int32),
             STREAM,
         )
         scores = tl.where(draws, logits + noise, logits)
-    outside = tl.where(is_token, 0.0, float("-inf"))[None, :]
+    outside = tl.where(is_token, 0.0, float("-inf"))[:, None]
     logits += outside
     scores += outside
     tiles = tl.num_programs(0) // row_tiles
     out = row.to(tl.int64) * tiles + tile
-    top = tl.max(logits, axis=1)
+    top = tl.max(logits, axis=0)
     tl.store(
         log_sum_exp_out + out,
-        top + tl.log(tl.sum(tl.exp(logits - top[:, None]), axis=1)),
+        top + tl.log(tl.sum(tl.exp(logits - top[None, :]), axis=0)),
         mask=is_row,
     )
     for place_of in tl.static_range(TOP_K):
-        best = tl.max(scores, axis=1)
+        best = tl.max(scores, axis=0)
         # The first of equal ones, as argmax gives.
-        found = tl.min(tl.where(scores == best[:, None], token[None, :], NO_TOKEN), axis=1)
+        found = tl.min(tl.where(scores == best[None, :], token[:, None], NO_TOKEN), axis=0)
         # Nothing equals NaN; the token then is wrong but one of the vocabulary's.
         found = tl.minimum(found, vocabulary - 1)
-        chosen = token[None, :] == found[:, None]
+        chosen = token[:, None] == found[None, :]
         tl.store(tokens_out + out * TOP_K + place_of, found + first_token, mask=is_row)
         tl.store(scores_out + out * TOP_K + place_of, best, mask=is_row)
         tl.store(
             logits_out + out * TOP_K + place_of,
-            tl.max(tl.where(chosen, logits, float("-inf")), axis=1),
+            tl.max(tl.where(chosen, logits, float("-inf")), axis=0),
             mask=is_row,
         )
         scores = tl.where(chosen, float("-inf"), scores)
@@ -262,6 +264,7 @@ def draft_head(
         torch.empty(rows, tiles * top_k, dtype=torch.float32, device=device),
         torch.empty(rows, tiles, dtype=torch.float32, device=device),
     )
+    stage_bytes = tile.width * (tile.rows * hidden.itemsize + tile.vocabulary * weight.itemsize)
     if rows > 0:
         _tile_kernel[(triton.cdiv(rows, tile.rows) * tiles,)](
             hidden,
@@ -285,7 +288,7 @@ def draft_head(
             BLOCK_VOCABULARY=tile.vocabulary,
             BLOCK_WIDTH=tile.width,
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=stages_that_fit(tile.stages, stage_bytes, device),
         )
     return merge_heads(parts, top_k)
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dflash_plugin.fp8 import FP8, Fp8Weight, linear_naive
-from dflash_plugin.kernels.common import dot, dot_precision
+from dflash_plugin.kernels.common import dot, dot_precision, stages_that_fit
 
 
 @triton.jit
@@ -40,19 +40,21 @@ def _kernel(
     is_row = row < rows
     is_column = column < columns
     depth = tl.arange(0, BLOCK_WIDTH)
-    x_at = x + row.to(tl.int64)[:, None] * x_stride + depth[None, :]
-    w_at = weight + column.to(tl.int64)[None, :] * weight_stride + depth[:, None]
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    # Weights stand on the left, where Hopper's products take registers: what was converted there
+    # need not go back to shared memory.
+    w_at = weight + column.to(tl.int64)[:, None] * weight_stride + depth[None, :]
+    x_at = x + row.to(tl.int64)[None, :] * x_stride + depth[:, None]
+    total = tl.zeros((BLOCK_COLUMNS, BLOCK_ROWS), dtype=tl.float32)
     for start in range(0, width, BLOCK_WIDTH):
         inside = depth < width - start
-        left = tl.load(x_at + start, mask=is_row[:, None] & inside[None, :], other=0.0)
-        right = tl.load(w_at + start, mask=inside[:, None] & is_column[None, :], other=0.0)
-        total = dot(left, right.to(left.dtype), total, PRECISION)
-    total *= tl.load(scales + column, mask=is_column, other=0.0)[None, :]
+        left = tl.load(w_at + start, mask=is_column[:, None] & inside[None, :], other=0.0)
+        right = tl.load(x_at + start, mask=inside[:, None] & is_row[None, :], other=0.0)
+        total = dot(left.to(right.dtype), right, total, PRECISION)
+    total *= tl.load(scales + column, mask=is_column, other=0.0)[:, None]
     if bias is not None:
-        total += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-    out_at = out + row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(out_at, total, mask=is_row[:, None] & is_column[None, :])
+        total += tl.load(bias + column, mask=is_column, other=0.0).to(tl.float32)[:, None]
+    out_at = out + row.to(tl.int64)[None, :] * columns + column[:, None]
+    tl.store(out_at, total, mask=is_column[:, None] & is_row[None, :])
 
 
 class LinearTile(NamedTuple):
@@ -71,7 +73,7 @@ class LinearTile(NamedTuple):
         if rows <= 16:
             return cls(16, 32 if columns <= 8192 else 64, depth, 4, 6)
         if rows <= 64:
-            return cls(64, 32 if columns <= 8192 else 64, depth, 4, 5)
+            return cls(64, 64, depth, 4, 5)
         return cls(128, 128, min(64, depth), 8, 4)
 
 
@@ -97,7 +99,9 @@ def fp8_linear(
     rows, width = flat.shape
     columns = weight.values.shape[0]
     tile = tile or LinearTile.of(rows, columns, width)
-    out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    device = x.device
+    out = torch.empty(rows, columns, dtype=x.dtype, device=device)
+    stage_bytes = tile.width * (tile.rows * x.itemsize + tile.columns)
     if rows > 0:
         _kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
             flat,
@@ -115,7 +119,7 @@ def fp8_linear(
             BLOCK_COLUMNS=tile.columns,
             BLOCK_WIDTH=tile.width,
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=stages_that_fit(tile.stages, stage_bytes, device),
         )
     return out.view(*x.shape[:-1], columns)
 

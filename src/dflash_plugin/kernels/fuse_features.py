@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflash_plugin.kernels.add_rms_norm import add_rms_norm, add_rms_norm_naive
-from dflash_plugin.kernels.common import DTYPES, dot, dot_precision
+from dflash_plugin.kernels.common import DTYPES, dot, dot_precision, stages_that_fit
 
 
 @triton.jit
@@ -120,7 +120,9 @@ def fuse_features(
     count, width = _check(features, weight, rows)
     columns, first = weight.shape[0], features[0]
     tile = tile or FuseTile.of(count, width)
-    out = torch.empty(count, columns, dtype=first.dtype, device=first.device)
+    device = first.device
+    out = torch.empty(count, columns, dtype=first.dtype, device=device)
+    stage_bytes = tile.width * (tile.rows + tile.columns) * first.itemsize
     if count > 0:
         _kernel[(triton.cdiv(count, tile.rows) * triton.cdiv(columns, tile.columns),)](
             tuple(features),
@@ -138,7 +140,7 @@ def fuse_features(
             BLOCK_COLUMNS=tile.columns,
             BLOCK_WIDTH=tile.width,
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=stages_that_fit(tile.stages, stage_bytes, device),
         )
     return add_rms_norm(out, None, norm_weight, eps, gemma)[0]
 

@@ -21,8 +21,8 @@ def trouble(
     Args:
         record: what the float32 core drafts.
         draft: the engine's drafts after a prompt and its anchor, or None where it cannot tell.
-        is_float32: whether the engine computes in float32; it must then agree on every draft that
-            is not a tie.
+        is_float32: whether the engine drafts in float32, weights included; it must then agree on
+            every draft that is not a tie.
     """
     min_margin, share = FLOAT32 if is_float32 else HALF
     compared, wrong, first = 0, 0, None

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from dflash_plugin.checkpoint import CONFIG, replacing
-from dflash_plugin.config import Dialect, DrafterConfig
+from dflash_plugin.config import Dialect, DrafterConfig, DraftWeights
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.fetch import cache_directory
 
@@ -32,6 +32,8 @@ class Options(BaseModel):
             expected one's; 0 never warns.
         acceptance_window: verify passes that one such judgement looks at.
         dialect: overrides the detection of the checkpoint's dialect.
+        draft_weights: "fp8" rounds the drafter's linears, and a copy of the head that drafts, to
+            FP8 with one scale a row; text stays the target's own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +43,7 @@ class Options(BaseModel):
     acceptance_warning: float = Field(default=0.5, ge=0, le=1)
     acceptance_window: int = Field(default=2000, ge=1)
     dialect: Dialect | None = None
+    draft_weights: DraftWeights = "checkpoint"
 
 
 class Hosted(BaseModel):

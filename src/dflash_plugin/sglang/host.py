@@ -12,13 +12,17 @@ from sglang.srt.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.quantization.unquant import (
+    UnquantizedEmbeddingMethod,
+    UnquantizedLinearMethod,
+)
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflash_plugin.config import DrafterConfig
-from dflash_plugin.drafter import Host
+from dflash_plugin.drafter import Drafter, Host
+from dflash_plugin.serving.fp8 import quantise_hosted, quantised_head
 
 
 class HostedQKV(QKVParallelLinear):
@@ -46,6 +50,16 @@ class HostedQKV(QKVParallelLinear):
             return F.linear(x, self.weight[self.query_width :], bias)
         both: Tensor = self(x)
         return both[..., self.query_width :]
+
+
+def round_to_fp8(drafter: Drafter) -> None:
+    """Give a loaded drafter, bound to its target, FP8 weights and an FP8 head."""
+    quantise_hosted(drafter, UnquantizedLinearMethod)
+    head = quantised_head(drafter.head(), UnquantizedEmbeddingMethod)
+    if drafter.own_head is None:
+        drafter.replace_borrowed_head(head)
+    else:
+        drafter.own_head = head
 
 
 class HostedColumn(MergedColumnParallelLinear):

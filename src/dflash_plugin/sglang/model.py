@@ -23,9 +23,11 @@ from dflash_plugin import kernels
 from dflash_plugin.config import DrafterConfig, LayerAttention
 from dflash_plugin.drafter import Attend, Drafter
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.fp8 import Fp8Weight, quantise
+from dflash_plugin.fp8 import linear as fp8_linear
 from dflash_plugin.serving.hosted import KEY
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
-from dflash_plugin.sglang.host import HostedQKV, SglangHost
+from dflash_plugin.sglang.host import HostedQKV, SglangHost, round_to_fp8
 from dflash_plugin.sglang.options import Hosted
 
 
@@ -77,7 +79,7 @@ class HostedDrafter(DFlashDraftModel):
         self.is_nemotron_35_draft = False
         self._fused = kernels.available(device)
         self._draft_columns: Tensor | None = None
-        self._kv_weight: Tensor | None = None
+        self._kv_weight: Tensor | Fp8Weight | None = None
         self._kv_bias: Tensor | None = None
         self._key_weights: Tensor | None = None
         self._pools: Any = None
@@ -121,6 +123,10 @@ class HostedDrafter(DFlashDraftModel):
             self._kv_weight = torch.cat([q.weight[q.query_width :] for q in linears])
             if self.info.config.attention_bias:
                 self._kv_bias = torch.cat([q.bias[q.query_width :] for q in linears])
+        if self.info.options.draft_weights == "fp8":
+            round_to_fp8(self.drafter)
+            if isinstance(self._kv_weight, Tensor):
+                self._kv_weight = quantise(self._kv_weight)
         if self.info.config.qk_norm:
             norms = [cast(Tensor, attention.key_norm.weight) for attention in attentions]
             self._key_weights = torch.stack(norms)
@@ -223,7 +229,9 @@ class HostedDrafter(DFlashDraftModel):
     def _keys_values(self, context: Tensor) -> Tensor:
         """Projections [T, layers, 2, kv_heads, head_dim] of context rows, not normed."""
         attentions = self.drafter.attentions()
-        if self._kv_weight is not None:
+        if isinstance(self._kv_weight, Fp8Weight):
+            kv = fp8_linear(context, self._kv_weight, self._kv_bias)
+        elif self._kv_weight is not None:
             kv = F.linear(context, self._kv_weight, self._kv_bias)
         else:
             linears = [cast(HostedQKV, attention.qkv_proj) for attention in attentions]

@@ -43,7 +43,7 @@ def check(scheduler: Any, info: Hosted) -> None:
             info.config.block_size,
         )
         return
-    found = _compare(scheduler, record)
+    found = _compare(scheduler, record, info)
     if found is None:
         logger.info("the drafter's %d known answers agree", len(record.answers))
         return
@@ -55,7 +55,7 @@ def check(scheduler: Any, info: Hosted) -> None:
     raise DFlashError(f"{found}. To serve all the same, set DFLASH_PLUGIN_KNOWN_ANSWERS=warn")
 
 
-def _compare(scheduler: Any, record: KnownAnswers) -> str | None:
+def _compare(scheduler: Any, record: KnownAnswers, info: Hosted) -> str | None:
     """What is wrong, or None."""
     worker = scheduler.draft_worker
     limit = int(worker.target_worker.model_runner.model_config.context_len)
@@ -74,7 +74,8 @@ def _compare(scheduler: Any, record: KnownAnswers) -> str | None:
         return [*block[1:], *expected.drafts[len(block) - 1 :]]
 
     dtype = str(worker.target_worker.model_runner.dtype)
-    found = trouble(record, drafts, is_float32=dtype == "torch.float32")
+    exact = dtype == "torch.float32" and info.options.draft_weights == "checkpoint"
+    found = trouble(record, drafts, is_float32=exact)
     if found is None and not compared:
         return (
             "the target continues every known prompt otherwise than recorded: it is not the one "

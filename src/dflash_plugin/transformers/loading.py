@@ -9,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dflash_plugin.checkpoint import load_checkpoint
+from dflash_plugin.config import DraftWeights
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.fp8 import quantise_drafter
 
 
 def load_target(
@@ -47,7 +49,10 @@ def load_target(
 
 
 def load_drafter(
-    directory: str | Path, target: PreTrainedModel, dtype: torch.dtype | None = None
+    directory: str | Path,
+    target: PreTrainedModel,
+    dtype: torch.dtype | None = None,
+    weights: DraftWeights = "checkpoint",
 ) -> Drafter:
     """Load a drafter of any dialect and lend it the target's embedding and head.
 
@@ -55,6 +60,7 @@ def load_drafter(
         directory: a drafter checkpoint.
         target: the model that it drafts for.
         dtype: the target's when None.
+        weights: "fp8" rounds the linears of the draft pass to FP8, see ``fp8``.
 
     Raises:
         DFlashError: the checkpoint is malformed or was made for another target.
@@ -62,6 +68,8 @@ def load_drafter(
     checkpoint = load_checkpoint(Path(directory), dtype=dtype or target.dtype)
     drafter = Drafter.from_checkpoint(checkpoint).to(target.device)
     bind_drafter(drafter, target)
+    if weights == "fp8":
+        quantise_drafter(drafter)
     return drafter
 
 

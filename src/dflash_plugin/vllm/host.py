@@ -14,10 +14,14 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
 
 from dflash_plugin.config import DrafterConfig
-from dflash_plugin.drafter import Host
+from dflash_plugin.drafter import Drafter, Host
+from dflash_plugin.serving.fp8 import quantise_hosted, quantised_head
 
 
 class HostedQKV(QKVParallelLinear):
@@ -40,6 +44,16 @@ class HostedQKV(QKVParallelLinear):
         """Keys and values of x [..., in], as [..., 2 * kv_heads * head_dim] of this shard."""
         both: Tensor = self(x)
         return both[..., self.query_width :]
+
+
+def round_to_fp8(drafter: Drafter) -> None:
+    """Give a loaded drafter FP8 weights."""
+    quantise_hosted(drafter, UnquantizedLinearMethod)
+
+
+def head_in_fp8(head: nn.Module) -> nn.Module:
+    """A copy of a head with an FP8 weight; the head itself where it is quantised already."""
+    return quantised_head(head, UnquantizedEmbeddingMethod)
 
 
 class VllmHost(Host):

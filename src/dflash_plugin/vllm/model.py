@@ -21,9 +21,11 @@ from vllm.platforms import current_platform
 from dflash_plugin.config import LayerAttention
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.fp8 import Fp8Weight, quantise
+from dflash_plugin.fp8 import linear as fp8_linear
 from dflash_plugin.serving.hosted import Hosted
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
-from dflash_plugin.vllm.host import HostedQKV, VllmHost
+from dflash_plugin.vllm.host import HostedQKV, VllmHost, head_in_fp8, round_to_fp8
 from dflash_plugin.vllm.options import hosted
 
 Slots = Tensor | Sequence[Tensor | None] | None
@@ -95,7 +97,7 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         )
         self.logits_processor = LogitsProcessor(head_rows)
         self._targets: Tensor | None = None
-        self._kv_weight: Tensor | None = None
+        self._kv_weight: Tensor | Fp8Weight | None = None
         self._kv_bias: Tensor | None = None
         self._finish = self._finish_context
         if vllm_config.compilation_config.mode != CompilationMode.NONE:
@@ -113,7 +115,7 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
             DFlashError: the checkpoint is malformed or maps tokens that the target lacks.
         """
         fill(self.drafter, self.info, get_tensor_model_parallel_rank())
-        self._merge_context_projections()
+        self._prepare_weights()
         self._targets = draft_columns(self.drafter, self.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -141,13 +143,21 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
             )
         if not self.has_own_lm_head:
             self.lm_head = head
+        if self._in_fp8:
+            self.lm_head = head_in_fp8(cast(nn.Module, self.lm_head))
+            if self.has_own_lm_head:
+                self.drafter.own_head = self.lm_head
         # Registered, so that compilation sees a parameter instead of a constant.
         self.model.embed_tokens = embedding
         self.drafter.borrow(embedding.weight, head, embedding)
-        self._merge_context_projections()
+        self._prepare_weights()
 
-    def _merge_context_projections(self) -> None:
-        """Stack the layers' key and value projections, for one product over a context row.
+    @property
+    def _in_fp8(self) -> bool:
+        return self.info.options.draft_weights == "fp8"
+
+    def _prepare_weights(self) -> None:
+        """Stack what makes context keys and values of all layers, and round weights to FP8.
 
         Once the weights are there and before a platform packs them away; with dummy weights,
         which no loader announces, when the target is bound.
@@ -155,11 +165,14 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         if self._kv_weight is not None:
             return
         linears = [cast(HostedQKV, a.qkv_proj) for a in self.drafter.attentions()]
-        if not all(linear.is_plain for linear in linears):
-            return
-        self._kv_weight = torch.cat([q.weight[q.query_width :] for q in linears])
-        if self.info.config.attention_bias:
-            self._kv_bias = torch.cat([q.bias[q.query_width :] for q in linears])
+        if all(linear.is_plain for linear in linears):
+            self._kv_weight = torch.cat([q.weight[q.query_width :] for q in linears])
+            if self.info.config.attention_bias:
+                self._kv_bias = torch.cat([q.bias[q.query_width :] for q in linears])
+        if self._in_fp8:
+            round_to_fp8(self.drafter)
+            if self._kv_weight is not None:
+                self._kv_weight = quantise(self._kv_weight)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None
@@ -207,7 +220,10 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         """Per layer, keys and values [T, kv_heads, head_dim] of context rows."""
         if self._kv_weight is None:
             return list(self.drafter.context_keys_values(context, positions))
-        kv = F.linear(context, self._kv_weight, self._kv_bias)
+        if isinstance(self._kv_weight, Fp8Weight):
+            kv = fp8_linear(context, self._kv_weight, self._kv_bias)
+        else:
+            kv = F.linear(context, self._kv_weight, self._kv_bias)
         # One row would be compiled for itself, in the middle of serving.
         finish = self._finish if context.shape[0] > 1 else self._finish_context
         keys, values = finish(kv, positions)

@@ -60,7 +60,7 @@ def check(worker: Any, info: Hosted) -> None:
             info.config.num_draft_tokens,
         )
         return
-    found = _compare(worker, record)
+    found = _compare(worker, record, info)
     if found is None:
         logger.info("the drafter's %d known answers agree", len(record.answers))
         return
@@ -74,7 +74,7 @@ def check(worker: Any, info: Hosted) -> None:
     )
 
 
-def _compare(worker: Any, record: KnownAnswers) -> str | None:
+def _compare(worker: Any, record: KnownAnswers, info: Hosted) -> str | None:
     """What is wrong, or None."""
     limit = worker.model_config.max_model_len
 
@@ -84,7 +84,8 @@ def _compare(worker: Any, record: KnownAnswers) -> str | None:
         return draft(worker, [*expected.prompt, expected.anchor])
 
     dtype = str(worker.vllm_config.model_config.dtype)
-    return trouble(record, drafts, is_float32=dtype == "torch.float32")
+    exact = dtype == "torch.float32" and info.options.draft_weights == "checkpoint"
+    return trouble(record, drafts, is_float32=exact)
 
 
 def draft(worker: Any, tokens: list[int]) -> list[int]:

@@ -1,0 +1,72 @@
+"""FP8 weights for a drafter on an engine's layers, as ``draft_weights: fp8`` asks for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from dflash_plugin.drafter import Drafter
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.fp8 import Fp8Weight, linear, quantise, require_fp8
+
+
+class Fp8Method:
+    """Takes the place of an engine's way to multiply by a layer's weight.
+
+    Args:
+        scales: float32 [N], of the layer's rows.
+    """
+
+    def __init__(self, scales: Tensor) -> None:
+        self.scales = scales
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[..., K] to [..., N], this shard's."""
+        return linear(x, Fp8Weight(layer.weight, self.scales), bias)
+
+
+def quantise_hosted(drafter: Drafter, plain: type) -> None:
+    """Round the weights of the drafter's linears to FP8, each rank its own shard's.
+
+    Args:
+        drafter: its weights are loaded.
+        plain: the engine's method of linears that are not quantised.
+
+    Raises:
+        DFlashError: a linear is quantised already, or the GPU has no FP8.
+    """
+    require_fp8(next(drafter.parameters()).device)
+    for name, module in drafter.named_modules():
+        method = getattr(module, "quant_method", None)
+        if method is None or module is drafter.own_head:
+            continue
+        if not isinstance(method, plain):
+            raise DFlashError(
+                f"draft_weights is 'fp8', but the checkpoint quantises {name} with "
+                f"{type(method).__name__}: leave draft_weights at 'checkpoint'"
+            )
+        _quantise(module)
+
+
+def quantised_head(head: nn.Module, plain: type) -> nn.Module:
+    """A copy of an engine's head with an FP8 weight; the head itself where it is not plain.
+
+    Args:
+        head: the target's or the drafter's own.
+        plain: the engine's method of heads that are not quantised.
+    """
+    if not isinstance(getattr(head, "quant_method", None), plain):
+        return head
+    copied = copy.copy(head)
+    # A copied module shares its tables of parameters with the first.
+    copied._parameters = dict(head._parameters)
+    _quantise(copied)
+    return copied
+
+
+def _quantise(module: nn.Module) -> None:
+    weight = quantise(cast(Tensor, module.weight).detach())
+    module.weight = nn.Parameter(weight.values, requires_grad=False)
+    cast(Any, module).quant_method = Fp8Method(weight.scales)

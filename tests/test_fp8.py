@@ -1,0 +1,87 @@
+"""A drafter whose weights are rounded to FP8."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.fp8 import Fp8Linear, Fp8QKV, linear, quantise
+from dflash_plugin.serving.fp8 import Fp8Method, quantise_hosted, quantised_head
+from dflash_plugin.transformers import Engine, Request, load_drafter
+from tiny import tiny_target, write_tiny
+
+PROMPTS = [[5, 6, 7, 8, 9], [50, 51, 52], [20, 30, 40, 60, 70, 80]]
+
+
+class Plain:
+    """An engine's method of layers that are not quantised."""
+
+
+def hosted_linear() -> nn.Linear:
+    layer = nn.Linear(16, 8, bias=False)
+    layer.quant_method = Plain()
+    return layer
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"own_head": True, "attention_bias": True, "attention_output_bias": True}]
+)
+def test_text_is_the_targets_own_and_drafts_are_close(tmp_path, changes):
+    target = tiny_target()
+    checkpoint = write_tiny(tmp_path, **changes)
+    whole = load_drafter(checkpoint, target)
+    rounded = load_drafter(checkpoint, target, weights="fp8")
+    # No product of the draft pass is left out, and the target keeps its head.
+    assert not [m for m in rounded.modules() if isinstance(m, nn.Linear)]
+    assert sum(isinstance(m, Fp8QKV) for m in rounded.modules()) == 2
+    assert isinstance(rounded.head(), Fp8Linear)
+    assert isinstance(target.lm_head, nn.Linear)
+    features = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact, close = whole.fuse(features), rounded.fuse(features)
+    assert 0 < (exact - close).norm() / exact.norm() < 0.05
+    requests = [Request(prompt, 24, stop_ids=[]) for prompt in PROMPTS]
+    alone = Engine(target, None, max_length=64).generate(requests)
+    found = Engine(target, rounded, max_batch=3, max_length=64).generate(requests)
+    assert [r.tokens for r in found] == [r.tokens for r in alone]
+
+
+def test_keys_and_values_are_a_part_of_the_whole_projection(tmp_path):
+    target = tiny_target()
+    drafter = load_drafter(
+        write_tiny(tmp_path, attention_bias=True, attention_output_bias=True), target, weights="fp8"
+    )
+    projection = drafter.attentions()[0].qkv_proj
+    x = torch.randn(3, 32)
+    assert torch.equal(projection.keys_values(x), projection(x)[:, projection.query_width :])
+
+
+def test_an_engines_layers_are_rounded_in_place_and_its_head_in_a_copy():
+    layer, head = hosted_linear(), hosted_linear()
+    before = {one: one.weight.detach().clone() for one in (layer, head)}
+    drafter = nn.Sequential(layer, nn.SiLU())
+    drafter.own_head = None
+    quantise_hosted(drafter, Plain)
+    x = torch.randn(3, 16)
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    expected = linear(x, quantise(before[layer]))
+    assert torch.equal(layer.quant_method.apply(layer, x), expected)
+    copied = quantised_head(head, Plain)
+    assert isinstance(copied.quant_method, Fp8Method)
+    assert torch.equal(head.weight, before[head])
+    assert isinstance(head.quant_method, Plain)
+    assert torch.equal(copied.quant_method.apply(copied, x), linear(x, quantise(before[head])))
+
+
+def test_layers_that_are_quantised_already():
+    layer = hosted_linear()
+    layer.quant_method = SimpleNamespace()
+    drafter = nn.Sequential(layer)
+    drafter.own_head = None
+    with pytest.raises(DFlashError, match="the checkpoint quantises 0 with SimpleNamespace"):
+        quantise_hosted(drafter, Plain)
+    assert quantised_head(layer, Plain) is layer
