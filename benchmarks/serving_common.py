@@ -7,6 +7,8 @@ import json
 import resource
 import shlex
 import sys
+import tempfile
+import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from engine_process import Served
+from timeline import load, timeline
 
 from dflash_plugin.config import DrafterConfig, LayerAttention
 from dflash_plugin.prompts import encode, load_prompts
@@ -94,6 +97,52 @@ def measure(
             record["rows"].append(row)
             print({key: value for key, value in row.items() if key != "all"}, flush=True)
         output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def add_timelines(
+    engines: list[Served],
+    work: dict[int, list[list[int]]],
+    sampling: dict[str, Any],
+    record: dict[str, Any],
+    output: Path,
+    steps: int = 24,
+) -> None:
+    """Profile decode steps of every engine at every level; the record says where the time went.
+
+    Args:
+        engines: all up and warm.
+        work: prompts by requests in flight.
+        sampling: the engine's own names.
+        record: takes "timelines".
+        output: a JSON file.
+        steps: to look at.
+    """
+    record["timelines"] = []
+    for level, prompts in work.items():
+        for engine in engines:
+            with tempfile.TemporaryDirectory() as directory:
+                trace = {"directory": directory, "steps": steps}
+                engine.ask(prompts=prompts, concurrency=level, sampling=sampling, trace=trace)
+                found = timeline(load(wait_for_trace(Path(directory))))
+            record["timelines"].append({"engine": engine.mode, "concurrency": level, **found})
+            print(engine.mode, level, found["milliseconds"], flush=True)
+            output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def wait_for_trace(directory: Path, seconds: float = 60) -> Path:
+    """The one trace in a directory, once it is whole.
+
+    Raises:
+        TimeoutError: none came.
+    """
+    size, until = -1, time.monotonic() + seconds
+    while time.monotonic() < until:
+        found = sorted(directory.rglob("*.trace.json.gz"))
+        if found and found[0].stat().st_size == size > 0:
+            return found[0]
+        size = found[0].stat().st_size if found else -1
+        time.sleep(1)
+    raise TimeoutError(f"no trace in {directory} after {seconds:.0f} s")
 
 
 def check_text(

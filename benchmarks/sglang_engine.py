@@ -13,6 +13,8 @@ from typing import Any
 
 from engine_process import Served, answer, claim_stdout
 
+# Seconds until all prompts of a level are read.
+TRACE_AFTER = 1.0
 FLOAT32 = Path(__file__).parent / "sglang_float32"
 
 
@@ -80,16 +82,45 @@ async def generate(
     return await asyncio.gather(*map(one, prompts))
 
 
+async def traced(engine: Any, directory: str, steps: int, answering: Any) -> Any:
+    """Answer while a profiler looks at some decode steps, once prompts are behind it."""
+    from sglang.srt.managers.io_struct import ProfileReq
+
+    async def profile() -> None:
+        await asyncio.sleep(TRACE_AFTER)
+        await engine.tokenizer_manager.start_profile(
+            ProfileReq(
+                output_dir=directory,
+                num_steps=steps,
+                activities=["CPU", "GPU"],
+                with_stack=False,
+                record_shapes=False,
+            )
+        )
+
+    return (await asyncio.gather(answering, profile()))[0]
+
+
 def run(
-    engine: Any, prompts: list[list[int]], concurrency: int, sampling: dict[str, Any]
+    engine: Any,
+    prompts: list[list[int]],
+    concurrency: int,
+    sampling: dict[str, Any],
+    trace: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Answer prompts; ``top_logprobs_num`` among the sampling parameters asks for margins."""
+    """Answer prompts; ``top_logprobs_num`` among the sampling parameters asks for margins.
+
+    With ``trace``, which holds a "directory" and a number of "steps", a profile is left there.
+    """
     top = sampling.pop("top_logprobs_num", None)
     request = {"sampling_params": sampling}
     if top is not None:
         request |= {"return_logprob": True, "top_logprobs_num": top}
     start = time.perf_counter()
-    answers = engine.loop.run_until_complete(generate(engine, prompts, concurrency, **request))
+    answering = generate(engine, prompts, concurrency, **request)
+    if trace is not None:
+        answering = traced(engine, answering=answering, **trace)
+    answers = engine.loop.run_until_complete(answering)
     seconds = time.perf_counter() - start
     metas = [one["meta_info"] for one in answers]
     found = {

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from serving_common import (
+    add_timelines,
     check_text,
     circumstances,
     made_up_pair,
@@ -54,10 +55,13 @@ def main(
     dtype: str = "bfloat16",
     drafts: int | None = None,
     check: bool = False,
+    timelines: bool = False,
     together: bool = False,
     settings: str = "{}",
 ) -> None:
     """Measure and write one JSON file.
+
+    ``--timelines`` adds where the time of a decode step goes.
 
     ``--together`` starts the engines at once, which is faster but needs more free memory while they
     load: each sizes its cache by what the others have left.
@@ -107,6 +111,8 @@ def main(
     )
     engines = start(list(starting) if together else starting, record)
     measure(engines, work, sampling, repeats, record, output)
+    if timelines:
+        add_timelines(engines, work, sampling, record, output)
     if check:
         margins = {"top_logprobs_num": 2}
         record["text"] = check_text(engines, checked, max(levels), sampling, margins)

@@ -45,11 +45,52 @@ def counters(engine: Any) -> dict[str, float]:
     return {key: found[name].value if name in found else 0 for key, name in names.items()}
 
 
+# Steps until all prompts of a level are read.
+TRACE_AFTER = 20
+
+
+class Trace:
+    """Profiles some steps and writes them down; without a directory, does nothing.
+
+    Args:
+        directory: where the trace goes.
+        steps: how many of them.
+    """
+
+    def __init__(self, directory: str | None = None, steps: int = 0) -> None:
+        self.directory, self.last, self.step = directory, TRACE_AFTER + steps, 0
+        self.profiler: Any = None
+
+    def advance(self) -> None:
+        """Say that a step is done."""
+        self.step += 1
+        if self.directory is None:
+            return
+        from torch.profiler import profile
+
+        if self.step == TRACE_AFTER:
+            self.profiler = profile()
+            self.profiler.start()
+        elif self.step == self.last:
+            self.profiler.stop()
+            Path(self.directory).mkdir(parents=True, exist_ok=True)
+            self.profiler.export_chrome_trace(f"{self.directory}/steps.trace.json.gz")
+
+
 def run(
-    engine: Any, prompts: list[list[int]], concurrency: int, sampling: dict[str, Any]
+    engine: Any,
+    prompts: list[list[int]],
+    concurrency: int,
+    sampling: dict[str, Any],
+    trace: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Keep ``concurrency`` requests in flight until every prompt is answered."""
+    """Keep ``concurrency`` requests in flight until every prompt is answered.
+
+    With ``trace``, which holds a "directory" and a number of "steps", a profile is left there.
+    """
     from vllm import SamplingParams
+
+    profiled = Trace(**(trace or {}))
 
     core = engine.llm_engine
     waiting = deque(enumerate(prompts))
@@ -65,6 +106,7 @@ def run(
             if output.finished:
                 outputs[int(output.request_id.split("-")[0])] = output.outputs[0]
                 running -= 1
+        profiled.advance()
     seconds = time.perf_counter() - start
     after = counters(engine)
     passes = after["passes"] - before["passes"]

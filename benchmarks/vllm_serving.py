@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 from serving_common import (
+    add_timelines,
     check_text,
     circumstances,
     made_up_pair,
@@ -49,9 +50,10 @@ def main(
     memory: float = 0.2,
     drafts: int | None = None,
     check: bool = False,
+    timelines: bool = False,
     settings: str = "{}",
 ) -> None:
-    """Measure and write one JSON file."""
+    """Measure and write one JSON file; ``--timelines`` adds where a decode step's time goes."""
     levels = [int(level) for level in concurrency.split(",")]
     scratch = tempfile.TemporaryDirectory()
     if shape is not None:
@@ -97,6 +99,8 @@ def main(
     engines = start([served(mode, common, log) for mode, log in logs.items()], record)
     work = prompts_by_level(levels, per_slot, shape, directory, data)
     measure(engines, work, sampling, repeats, record, output)
+    if timelines:
+        add_timelines(engines, work, sampling, record, output)
     if check:
         prompts = real_prompts(directory, data, 25)
         record["text"] = check_text(engines, prompts, max(levels), sampling, {"logprobs": 2})
