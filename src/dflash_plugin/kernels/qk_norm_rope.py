@@ -12,10 +12,12 @@ from dflash_plugin.kernels.common import (
     copy_scaled,
     norm_rotate,
     norm_rotate_naive,
+    tiles_each,
+    turns,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each"])
 def _kernel(
     qkv,
     positions,
@@ -26,12 +28,14 @@ def _kernel(
     eps,
     factor,
     value_scale,
+    each,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     QUERY_TILES: tl.constexpr,
     KEY_TILES: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HEAD_DIM: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -40,39 +44,41 @@ def _kernel(
     INTERLEAVED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
     lane = tl.arange(0, BLOCK_HEADS)[:, None]
-    # A tile never straddles queries and keys: its heads share one weight.
-    head = tile * BLOCK_HEADS + lane
-    end = HEADS
-    weight = query_weight
-    if tile >= QUERY_TILES:
-        head = HEADS + (tile - QUERY_TILES) * BLOCK_HEADS + lane
-        end = HEADS + KV_HEADS
-        if key_weight is not None:
-            weight = key_weight
-    if tile < QUERY_TILES + KEY_TILES:
-        heads = qkv + row * row_stride + head * HEAD_DIM
-        norm_rotate(
-            heads,
-            heads,
-            head < end,
-            tl.load(positions + row),
-            weight,
-            inverse_frequencies,
-            eps,
-            factor,
-            HEAD_DIM,
-            HALF,
-            BLOCK_HALF,
-            BLOCK_REST,
-            GEMMA,
-            INTERLEAVED,
-        )
-    elif value_scale is not None:
-        value_head = (tile - QUERY_TILES - KEY_TILES) * BLOCK_HEADS + lane
-        values = qkv + row * row_stride + (HEADS + KV_HEADS + value_head) * HEAD_DIM
-        copy_scaled(values, values, value_head < KV_HEADS, value_scale, HEAD_DIM, BLOCK_HEAD_DIM)
+    cos, sin = turns(tl.load(positions + row), inverse_frequencies, factor, HALF, BLOCK_HALF)
+    first = tl.program_id(1) * each
+    for tile in range(first, tl.minimum(first + each, TILES)):
+        # A tile never straddles queries and keys: its heads share one weight.
+        head = tile * BLOCK_HEADS + lane
+        end = HEADS
+        weight = query_weight
+        if tile >= QUERY_TILES:
+            head = HEADS + (tile - QUERY_TILES) * BLOCK_HEADS + lane
+            end = HEADS + KV_HEADS
+            if key_weight is not None:
+                weight = key_weight
+        if tile < QUERY_TILES + KEY_TILES:
+            heads = qkv + row * row_stride + head * HEAD_DIM
+            norm_rotate(
+                heads,
+                heads,
+                head < end,
+                cos,
+                sin,
+                weight,
+                eps,
+                HEAD_DIM,
+                HALF,
+                BLOCK_HALF,
+                BLOCK_REST,
+                GEMMA,
+                INTERLEAVED,
+            )
+        elif value_scale is not None:
+            value_head = (tile - QUERY_TILES - KEY_TILES) * BLOCK_HEADS + lane
+            values = qkv + row * row_stride + (HEADS + KV_HEADS + value_head) * HEAD_DIM
+            alive = value_head < KV_HEADS
+            copy_scaled(values, values, alive, value_scale, HEAD_DIM, BLOCK_HEAD_DIM)
 
 
 def qk_norm_rope(
@@ -129,7 +135,9 @@ def qk_norm_rope(
     tile = Tile.of(max(heads, kv_heads), head_dim, half)
     query_tiles, key_tiles = triton.cdiv(heads, tile.heads), triton.cdiv(kv_heads, tile.heads)
     value_tiles = 0 if value_scale is None else key_tiles
-    _kernel[(rows, query_tiles + key_tiles + value_tiles)](
+    tiles = query_tiles + key_tiles + value_tiles
+    each = tiles_each(rows, tiles)
+    _kernel[(rows, triton.cdiv(tiles, each))](
         qkv,
         positions,
         query_weight,
@@ -139,12 +147,14 @@ def qk_norm_rope(
         eps,
         factor,
         value_scale,
+        each,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         HALF=half,
         QUERY_TILES=query_tiles,
         KEY_TILES=key_tiles,
+        TILES=tiles,
         BLOCK_HEADS=tile.heads,
         BLOCK_HEAD_DIM=tile.head_dim,
         BLOCK_HALF=tile.half,
