@@ -233,8 +233,8 @@ def draft_attention(
     does. Which keys a row sees is ``visibility``'s rule.
 
     Args:
-        query: float32, bfloat16 or float16 [B, T, heads, head_dim], T rows at most 64; the last two
-            dimensions are contiguous, as in key and value.
+        query: float32, bfloat16 or float16 [B, T, heads, head_dim], of which at most 256 rows share
+            a key head; the last two dimensions are contiguous, as in key and value.
         key: of the block's rows, [B, T, kv_heads, head_dim], rotated.
         value: likewise.
         context: of every request.
