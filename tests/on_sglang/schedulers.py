@@ -108,7 +108,7 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     for prompt in job["prompts"]:
         requests = [make_request(scheduler, prompt, **job["params"]) for _ in range(job["copies"])]
         blocks.append(run(scheduler, requests))
-        texts.append([list(request.output_ids) for request in requests])
+        texts.append([list(request.output_ids_through_stop) for request in requests])
     return {"texts": texts, "blocks": blocks}
 
 
