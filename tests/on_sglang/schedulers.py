@@ -22,6 +22,8 @@ SETTINGS = {
     "mem_fraction_static": 0.3,
     "max_total_tokens": 4096,
     "max_running_requests": 32,
+    # The same draws in every run.
+    "random_seed": 1,
     "speculative_algorithm": "DFLASH",
 }
 
