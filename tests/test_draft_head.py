@@ -10,10 +10,10 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from dflash_plugin.fp8 import quantise
+from dflash_plugin.kernels.common import ProductTile
 from dflash_plugin.kernels.draft_head import (
     Drawing,
     HeadChoice,
-    HeadTile,
     draft_head,
     draft_head_naive,
     gumbel_naive,
@@ -22,7 +22,7 @@ from dflash_plugin.kernels.draft_head import (
 from kernel_helpers import DTYPES, error, integers, random
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
-SMALL = HeadTile(16, 32, 16, 4, 2)
+SMALL = ProductTile(16, 32, 16, 4, 2)
 
 
 def drawing_of(rows: int, seed: int = 0) -> Drawing:

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_plugin.fp8 import Fp8Weight, quantise
-from dflash_plugin.kernels.fp8_linear import LinearTile, fp8_linear, fp8_linear_naive
+from dflash_plugin.kernels.common import ProductTile
+from dflash_plugin.kernels.fp8_linear import fp8_linear, fp8_linear_naive
 from kernel_helpers import BOUND, DTYPES, error, random
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
-SMALL = LinearTile(16, 16, 32, 4, 2)
+SMALL = ProductTile(16, 16, 32, 4, 2)
 
 
 @settings(max_examples=50, deadline=None)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dflash_plugin.kernels.common import ProductTile
 from dflash_plugin.kernels.fuse_features import (
-    FuseTile,
     fuse_features,
     fuse_features_naive,
 )
@@ -16,7 +16,7 @@ from kernel_helpers import BOUND, DTYPES, error, integers, random
 from tiny import tiny_drafter
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
-SMALL = FuseTile(16, 16, 16, 4, 2)
+SMALL = ProductTile(16, 16, 16, 4, 2)
 
 
 @settings(max_examples=50, deadline=None)

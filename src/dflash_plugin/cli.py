@@ -560,9 +560,8 @@ def evaluate(
     mean = sum(result.tau for result in found) / len(found)
     if as_json:
         sets_found = [result.model_dump() for result in found]
-        run = {"batch": batch, "draft_weights": draft_weights.value}
-        facts = {"mean_tau": mean, **run, **machine(model)}
-        print_json({**facts, "sets": sets_found})
+        facts = {"mean_tau": mean, "batch": batch, "draft_weights": draft_weights.value}
+        print_json({**facts, **machine(model), "sets": sets_found})
     else:
         Console().print(table)
         Console().print(f"mean τ over {len(found)} sets: {mean:.2f}")

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dflash_plugin.kernels.common import noise_bits
 from dflash_plugin.sampling import Stream, uniforms
 from dflash_plugin.verify import verify_greedy, verify_sampled
 
@@ -57,11 +58,7 @@ class Sampled(NamedTuple):
 @triton.jit
 def _uniform(seed, position, STREAM: tl.constexpr):
     """``sampling.uniforms``, float64."""
-    zero = position * 0
-    low = (position & 0xFFFFFFFF).to(tl.uint32)
-    high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    stream = (zero + STREAM).to(tl.uint32)
-    first, second, _, _ = tl.philox(seed, low, high, stream, zero.to(tl.uint32))
+    first, second, _, _ = noise_bits(seed, position, 0, STREAM)
     high_bits = (first >> 6).to(tl.int64) * (1 << 27)
     return (high_bits + (second >> 5).to(tl.int64)).to(tl.float64) * (1.0 / (1 << 53))
 

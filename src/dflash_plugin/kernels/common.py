@@ -219,9 +219,29 @@ def _shared_memory(device: torch.device) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
-def stages_that_fit(stages: int, stage_bytes: int, device: torch.device) -> int:
-    """Loads in flight, at most ``stages``, beside 32 KiB for the end of a program."""
-    return max(1, min(stages, (_shared_memory(device) - (32 << 10)) // stage_bytes))
+class ProductTile(NamedTuple):
+    """What one program of a matrix product takes: rows of x, rows of the weight, a step's width."""
+
+    rows: int
+    columns: int
+    width: int
+    warps: int
+    stages: int
+
+    def stages_that_fit(self, x: Tensor, weight: Tensor) -> int:
+        """Loads in flight, at most ``stages``, beside 32 KiB for the end of a program."""
+        stage_bytes = self.width * (self.rows * x.itemsize + self.columns * weight.itemsize)
+        return max(1, min(self.stages, (_shared_memory(x.device) - (32 << 10)) // stage_bytes))
+
+
+@triton.jit
+def noise_bits(seed, place, index, STREAM: tl.constexpr):
+    """Bits keyed by a request's seed, a position, a stream and an index, which broadcast."""
+    place = place + index * 0
+    low = (place & 0xFFFFFFFF).to(tl.uint32)
+    high = ((place >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    stream = (place * 0 + STREAM).to(tl.uint32)
+    return tl.philox(seed, low, high, stream, (place * 0 + index).to(tl.uint32))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from dflash_plugin.kernels.common import dot, dot_precision, stages_that_fit
+from dflash_plugin.kernels.common import ProductTile, dot, dot_precision, noise_bits
 from dflash_plugin.sampling import Stream, philox
 
 MAX_TOP_K = 16
@@ -55,10 +55,7 @@ class Drawing(NamedTuple):
 @triton.jit
 def _gumbel(seed, place, token, STREAM: tl.constexpr):
     """Gumbel noise, float32, of each row's request, place and token."""
-    zero = token * 0
-    low = (place & 0xFFFFFFFF).to(tl.uint32) + zero.to(tl.uint32)
-    high = (place >> 32).to(tl.uint32) + zero.to(tl.uint32)
-    bits, _, _, _ = tl.philox(seed, low, high, zero.to(tl.uint32) + STREAM, token.to(tl.uint32))
+    bits, _, _, _ = noise_bits(seed, place, token, STREAM)
     # 24 bits and a half: neither 0 nor 1.
     uniform = ((bits >> 8).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / (1 << 24))
     return -tl.log(-tl.log(uniform))
@@ -126,7 +123,7 @@ def _tile_kernel(
         noise = _gumbel(
             tl.load(seed + row, mask=is_row, other=0)[None, :],
             tl.load(place + row, mask=is_row, other=0)[None, :],
-            (token + first_token)[:, None] + tl.zeros((1, BLOCK_ROWS), dtype=tl.int32),
+            (token + first_token)[:, None],
             STREAM,
         )
         scores = tl.where(draws, logits + noise, logits)
@@ -197,28 +194,18 @@ def _merge_kernel(
     tl.store(log_sum_exp_out + row, top + tl.log(tl.sum(tl.exp(parts - top), axis=0)))
 
 
-class HeadTile(NamedTuple):
-    """What one program of the first launch takes."""
-
-    rows: int
-    vocabulary: int
-    width: int
-    warps: int
-    stages: int
-
-    @classmethod
-    def of(cls, rows: int, width: int, top_k: int, draws: bool) -> HeadTile:
-        """A tile for T rows; few rows wait for the weights, many for the multipliers."""
-        depth = min(128 if rows <= 64 else 64, max(16, triton.next_power_of_2(width)))
-        if draws:  # Noise takes registers.
-            return cls(16 if rows <= 16 else 32, 128, depth, 8, 4)
-        if rows <= 16:
-            return cls(16, 64, depth, 4, 5)
-        if rows <= 32:
-            return cls(32, 128, depth, 4, 4)
-        if rows <= 64:
-            return cls(64, 128, depth, 4, 4)
-        return cls(128, 256 if top_k == 1 else 128, depth, 8, 4)
+def _tile(rows: int, width: int, top_k: int, draws: bool) -> ProductTile:
+    """A tile for T rows; few rows wait for the weights, many for the multipliers."""
+    depth = min(128 if rows <= 64 else 64, max(16, triton.next_power_of_2(width)))
+    if draws:  # Noise takes registers.
+        return ProductTile(16 if rows <= 16 else 32, 128, depth, 8, 4)
+    if rows <= 16:
+        return ProductTile(16, 64, depth, 4, 5)
+    if rows <= 32:
+        return ProductTile(32, 128, depth, 4, 4)
+    if rows <= 64:
+        return ProductTile(64, 128, depth, 4, 4)
+    return ProductTile(128, 256 if top_k == 1 else 128, depth, 8, 4)
 
 
 def draft_head(
@@ -231,7 +218,7 @@ def draft_head(
     first_token: int = 0,
     scale: float = 1.0,
     softcap: float | None = None,
-    tile: HeadTile | None = None,
+    tile: ProductTile | None = None,
 ) -> HeadChoice:
     """The best tokens of each row under ``softcap * tanh(scale * hidden @ weight.T / softcap)``.
 
@@ -255,8 +242,8 @@ def draft_head(
         ValueError: shapes or dtypes do not fit, ``top_k`` is out of its range or larger than V.
     """
     rows, vocabulary = _check(hidden, weight, weight_scale, top_k, drawing)
-    tile = tile or HeadTile.of(rows, hidden.shape[1], top_k, drawing is not None)
-    tiles = triton.cdiv(vocabulary, tile.vocabulary)
+    tile = tile or _tile(rows, hidden.shape[1], top_k, drawing is not None)
+    tiles = triton.cdiv(vocabulary, tile.columns)
     device = hidden.device
     parts = HeadChoice(
         torch.empty(rows, tiles * top_k, dtype=torch.int32, device=device),
@@ -264,7 +251,6 @@ def draft_head(
         torch.empty(rows, tiles * top_k, dtype=torch.float32, device=device),
         torch.empty(rows, tiles, dtype=torch.float32, device=device),
     )
-    stage_bytes = tile.width * (tile.rows * hidden.itemsize + tile.vocabulary * weight.itemsize)
     if rows > 0:
         _tile_kernel[(triton.cdiv(rows, tile.rows) * tiles,)](
             hidden,
@@ -285,10 +271,10 @@ def draft_head(
             PRECISION=dot_precision(hidden.dtype),
             NO_TOKEN=NO_TOKEN,
             BLOCK_ROWS=tile.rows,
-            BLOCK_VOCABULARY=tile.vocabulary,
+            BLOCK_VOCABULARY=tile.columns,
             BLOCK_WIDTH=tile.width,
             num_warps=tile.warps,
-            num_stages=stages_that_fit(tile.stages, stage_bytes, device),
+            num_stages=tile.stages_that_fit(hidden, weight),
         )
     return merge_heads(parts, top_k)
 
@@ -360,7 +346,7 @@ def draft_head_naive(
     first_token: int = 0,
     scale: float = 1.0,
     softcap: float | None = None,
-    tile: HeadTile | None = None,
+    tile: ProductTile | None = None,
 ) -> HeadChoice:
     """``draft_head`` in plain torch, which writes the logits."""
     _check(hidden, weight, weight_scale, top_k, drawing)

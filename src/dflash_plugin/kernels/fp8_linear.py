@@ -5,15 +5,13 @@ Few rows wait for the weights, which are read as they are and multiplied in the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dflash_plugin.fp8 import FP8, Fp8Weight, linear_naive
-from dflash_plugin.kernels.common import dot, dot_precision, stages_that_fit
+from dflash_plugin.kernels.common import ProductTile, dot, dot_precision
 
 
 @triton.jit
@@ -57,28 +55,18 @@ def _kernel(
     tl.store(out_at, total, mask=is_column[:, None] & is_row[None, :])
 
 
-class LinearTile(NamedTuple):
-    """What one program takes."""
-
-    rows: int
-    columns: int
-    width: int
-    warps: int
-    stages: int
-
-    @classmethod
-    def of(cls, rows: int, columns: int, width: int) -> LinearTile:
-        """A tile for T rows; narrow where that keeps every multiprocessor at work."""
-        depth = min(128, max(32, triton.next_power_of_2(width)))
-        if rows <= 16:
-            return cls(16, 32 if columns <= 8192 else 64, depth, 4, 6)
-        if rows <= 64:
-            return cls(64, 64, depth, 4, 5)
-        return cls(128, 128, min(64, depth), 8, 4)
+def _tile(rows: int, columns: int, width: int) -> ProductTile:
+    """A tile for T rows; narrow where that keeps every multiprocessor at work."""
+    depth = min(128, max(32, triton.next_power_of_2(width)))
+    if rows <= 16:
+        return ProductTile(16, 32 if columns <= 8192 else 64, depth, 4, 6)
+    if rows <= 64:
+        return ProductTile(64, 64, depth, 4, 5)
+    return ProductTile(128, 128, min(64, depth), 8, 4)
 
 
 def fp8_linear(
-    x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, *, tile: LinearTile | None = None
+    x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, *, tile: ProductTile | None = None
 ) -> Tensor:
     """``x @ (values * scales).T + bias``, summed in float32 and rounded once.
 
@@ -98,10 +86,8 @@ def fp8_linear(
     flat = x.reshape(-1, x.shape[-1])
     rows, width = flat.shape
     columns = weight.values.shape[0]
-    tile = tile or LinearTile.of(rows, columns, width)
-    device = x.device
-    out = torch.empty(rows, columns, dtype=x.dtype, device=device)
-    stage_bytes = tile.width * (tile.rows * x.itemsize + tile.columns)
+    tile = tile or _tile(rows, columns, width)
+    out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if rows > 0:
         _kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
             flat,
@@ -119,7 +105,7 @@ def fp8_linear(
             BLOCK_COLUMNS=tile.columns,
             BLOCK_WIDTH=tile.width,
             num_warps=tile.warps,
-            num_stages=stages_that_fit(tile.stages, stage_bytes, device),
+            num_stages=tile.stages_that_fit(flat, weight.values),
         )
     return out.view(*x.shape[:-1], columns)
 
@@ -137,7 +123,7 @@ def _check(x: Tensor, weight: Fp8Weight, bias: Tensor | None) -> None:
 
 
 def fp8_linear_naive(
-    x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, *, tile: LinearTile | None = None
+    x: Tensor, weight: Fp8Weight, bias: Tensor | None = None, *, tile: ProductTile | None = None
 ) -> Tensor:
     """``fp8_linear`` in plain torch."""
     _check(x, weight, bias)

@@ -6,7 +6,6 @@ This is the fusion of arXiv 2602.06036, section 4: one linear over all layers' f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflash_plugin.kernels.add_rms_norm import add_rms_norm, add_rms_norm_naive
-from dflash_plugin.kernels.common import DTYPES, dot, dot_precision, stages_that_fit
+from dflash_plugin.kernels.common import DTYPES, ProductTile, dot, dot_precision
 
 
 @triton.jit
@@ -68,24 +67,14 @@ def _kernel(
         tl.store(out_at, total, mask=is_row[:, None] & is_column[None, :])
 
 
-class FuseTile(NamedTuple):
-    """What one program takes."""
-
-    rows: int
-    columns: int
-    width: int
-    warps: int
-    stages: int
-
-    @classmethod
-    def of(cls, rows: int, width: int) -> FuseTile:
-        """A tile for T rows; with few of them the weights are shared out over more programs."""
-        depth = min(128, max(16, triton.next_power_of_2(width)))
-        if rows <= 16:
-            return cls(16, 32, depth, 4, 6)
-        if rows <= 64:
-            return cls(64, 32, depth, 4, 5)
-        return cls(128, 128, min(64, depth), 8, 4)
+def _tile(rows: int, width: int) -> ProductTile:
+    """A tile for T rows; with few of them the weights are shared out over more programs."""
+    depth = min(128, max(16, triton.next_power_of_2(width)))
+    if rows <= 16:
+        return ProductTile(16, 32, depth, 4, 6)
+    if rows <= 64:
+        return ProductTile(64, 32, depth, 4, 5)
+    return ProductTile(128, 128, min(64, depth), 8, 4)
 
 
 def fuse_features(
@@ -96,7 +85,7 @@ def fuse_features(
     *,
     rows: Tensor | None = None,
     gemma: bool = False,
-    tile: FuseTile | None = None,
+    tile: ProductTile | None = None,
 ) -> Tensor:
     """Context rows: all layers' features side by side, times ``weight.T``, normed.
 
@@ -119,10 +108,8 @@ def fuse_features(
     """
     count, width = _check(features, weight, rows)
     columns, first = weight.shape[0], features[0]
-    tile = tile or FuseTile.of(count, width)
-    device = first.device
-    out = torch.empty(count, columns, dtype=first.dtype, device=device)
-    stage_bytes = tile.width * (tile.rows + tile.columns) * first.itemsize
+    tile = tile or _tile(count, width)
+    out = torch.empty(count, columns, dtype=first.dtype, device=first.device)
     if count > 0:
         _kernel[(triton.cdiv(count, tile.rows) * triton.cdiv(columns, tile.columns),)](
             tuple(features),
@@ -140,7 +127,7 @@ def fuse_features(
             BLOCK_COLUMNS=tile.columns,
             BLOCK_WIDTH=tile.width,
             num_warps=tile.warps,
-            num_stages=stages_that_fit(tile.stages, stage_bytes, device),
+            num_stages=tile.stages_that_fit(first, weight),
         )
     return add_rms_norm(out, None, norm_weight, eps, gemma)[0]
 
@@ -183,7 +170,7 @@ def fuse_features_naive(
     *,
     rows: Tensor | None = None,
     gemma: bool = False,
-    tile: FuseTile | None = None,
+    tile: ProductTile | None = None,
 ) -> Tensor:
     """``fuse_features`` in plain torch; rows below zero give zeros."""
     _check(features, weight, rows)

@@ -6,10 +6,18 @@ import copy
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.fp8 import Fp8Weight, linear, quantise, require_fp8
+
+
+def product(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` with a weight that is rounded or not."""
+    if isinstance(weight, Fp8Weight):
+        return linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class Fp8Method:

@@ -24,7 +24,7 @@ from dflash_plugin.config import DrafterConfig, LayerAttention
 from dflash_plugin.drafter import Attend, Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.fp8 import Fp8Weight, quantise
-from dflash_plugin.fp8 import linear as fp8_linear
+from dflash_plugin.serving.fp8 import product
 from dflash_plugin.serving.hosted import KEY
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.sglang.host import HostedQKV, SglangHost, round_to_fp8
@@ -229,10 +229,8 @@ class HostedDrafter(DFlashDraftModel):
     def _keys_values(self, context: Tensor) -> Tensor:
         """Projections [T, layers, 2, kv_heads, head_dim] of context rows, not normed."""
         attentions = self.drafter.attentions()
-        if isinstance(self._kv_weight, Fp8Weight):
-            kv = fp8_linear(context, self._kv_weight, self._kv_bias)
-        elif self._kv_weight is not None:
-            kv = F.linear(context, self._kv_weight, self._kv_bias)
+        if self._kv_weight is not None:
+            kv = product(context, self._kv_weight, self._kv_bias)
         else:
             linears = [cast(HostedQKV, attention.qkv_proj) for attention in attentions]
             kv = torch.cat([linear.keys_values(context) for linear in linears], dim=-1)

@@ -22,7 +22,7 @@ from dflash_plugin.config import LayerAttention
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.fp8 import Fp8Weight, quantise
-from dflash_plugin.fp8 import linear as fp8_linear
+from dflash_plugin.serving.fp8 import product
 from dflash_plugin.serving.hosted import Hosted
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.vllm.host import HostedQKV, VllmHost, head_in_fp8, round_to_fp8
@@ -220,10 +220,7 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         """Per layer, keys and values [T, kv_heads, head_dim] of context rows."""
         if self._kv_weight is None:
             return list(self.drafter.context_keys_values(context, positions))
-        if isinstance(self._kv_weight, Fp8Weight):
-            kv = fp8_linear(context, self._kv_weight, self._kv_bias)
-        else:
-            kv = F.linear(context, self._kv_weight, self._kv_bias)
+        kv = product(context, self._kv_weight, self._kv_bias)
         # One row would be compiled for itself, in the middle of serving.
         finish = self._finish if context.shape[0] > 1 else self._finish_context
         keys, values = finish(kv, positions)
