@@ -25,6 +25,8 @@ from torch.nn import functional as F
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 5, 4096, 32, 8, 128, 12288
 VOCABULARY, BLOCK = 151_936, 16
 EPS = 1e-6
+# Rows of a step with most requests.
+VERIFIED = 1024
 Run = Callable[[], object]
 
 
@@ -88,8 +90,51 @@ def inject_kv(rows: int) -> Case:
     slots = torch.randperm(2 * rows, device="cuda")[:rows]
     keys, values = ([random(2 * rows, KV_HEADS, HEAD_DIM) for _ in range(LAYERS)] for _ in "kv")
     pools = KVPools.build(keys, values)
-    arguments = (kv, positions, slots, pools, random(LAYERS, HEAD_DIM), inverse, EPS)
-    return Case(lambda: inject_kv(*arguments), lambda: inject_kv_naive(*arguments), 2 * kv.nbytes)
+    weights = random(LAYERS, HEAD_DIM)
+    arguments = (kv, positions, slots, pools, weights, inverse, EPS)
+    return Case(
+        lambda: inject_kv(*arguments),
+        lambda: inject_kv_naive(*arguments),
+        2 * kv.nbytes,
+        sglang_injection(kv, positions, slots, weights, inverse),
+    )
+
+
+def sglang_injection(
+    kv: Tensor, positions: Tensor, slots: Tensor, weights: Tensor, inverse: Tensor
+) -> Run | None:
+    """What SGLang launches for the same: a norm and rotation, and a write for every layer."""
+    try:
+        from sglang.kernels.ops.speculative.fused_kv_materialize import _fused_norm_rope_stacked
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    except ImportError:
+        return None
+    rows = kv.shape[0]
+    dtype = torch.bfloat16
+    shape = (KV_HEADS, HEAD_DIM, LAYERS)
+    pool = MHATokenToKVPool(2 * rows, 1, dtype, *shape, "cuda", enable_memory_saver=False)
+    angles = positions[:, None] * inverse
+    table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    eps = torch.full((LAYERS,), EPS, device="cuda")
+    keys, values = torch.empty(2, LAYERS, rows, KV_HEADS, HEAD_DIM, dtype=dtype, device="cuda")
+    projected = kv.view(rows, LAYERS, -1)
+    committed = torch.full((rows // BLOCK,), BLOCK, dtype=torch.int32, device="cuda")
+
+    def run() -> None:
+        _fused_norm_rope_stacked(
+            projected, weights, eps, table, positions, KV_HEADS, HEAD_DIM, HEAD_DIM, keys, values
+        )
+        for layer in range(LAYERS):
+            # A step's rows are written up to what was accepted, a prompt's are all written.
+            if rows <= VERIFIED:
+                pool.set_kv_buffer_prefix_valid(
+                    None, slots.view(-1, BLOCK), committed, keys[layer], values[layer],
+                    layer_id_override=layer,
+                )  # fmt: skip
+            else:
+                pool.set_kv_buffer(None, slots, keys[layer], values[layer], layer_id_override=layer)
+
+    return run
 
 
 def draft_head(rows: int) -> Case:

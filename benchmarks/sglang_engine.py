@@ -13,8 +13,6 @@ from typing import Any
 
 from engine_process import Served, answer, claim_stdout
 
-# Seconds until all prompts of a level are read.
-TRACE_AFTER = 1.0
 FLOAT32 = Path(__file__).parent / "sglang_float32"
 
 
@@ -83,22 +81,19 @@ async def generate(
 
 
 async def traced(engine: Any, directory: str, steps: int, answering: Any) -> Any:
-    """Answer while a profiler looks at some decode steps, once prompts are behind it."""
+    """Answer while a profiler looks at the first passes, prompts among them."""
     from sglang.srt.managers.io_struct import ProfileReq
 
-    async def profile() -> None:
-        await asyncio.sleep(TRACE_AFTER)
-        await engine.tokenizer_manager.start_profile(
-            ProfileReq(
-                output_dir=directory,
-                num_steps=steps,
-                activities=["CPU", "GPU"],
-                with_stack=False,
-                record_shapes=False,
-            )
+    await engine.tokenizer_manager.start_profile(
+        ProfileReq(
+            output_dir=directory,
+            num_steps=steps,
+            activities=["CPU", "GPU"],
+            with_stack=False,
+            record_shapes=False,
         )
-
-    return (await asyncio.gather(answering, profile()))[0]
+    )
+    return await answering
 
 
 def run(

@@ -64,6 +64,7 @@ def _gumbel(seed, place, token, STREAM: tl.constexpr):
 @triton.jit
 def _tile_kernel(
     hidden,
+    hidden_scale,
     weight,
     weight_scale,
     temperature,
@@ -109,6 +110,8 @@ def _tile_kernel(
         total = dot(w.to(x.dtype), x, total, PRECISION)
     if weight_scale is not None:
         total *= tl.load(weight_scale + token, mask=is_token, other=0.0)[:, None]
+    if hidden_scale is not None:
+        total *= tl.load(hidden_scale + row, mask=is_row, other=0.0)[None, :]
     logits = total * scale
     if softcap is not None:
         # tanh by exponentials, which neither overflows nor needs a library.
@@ -212,6 +215,7 @@ def draft_head(
     hidden: Tensor,
     weight: Tensor,
     *,
+    hidden_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
     top_k: int = 1,
     drawing: Drawing | None = None,
@@ -228,8 +232,10 @@ def draft_head(
     number of shards changes them.
 
     Args:
-        hidden: float32, bfloat16 or float16 [T, H], last dimension contiguous.
+        hidden: float32, bfloat16 or float16 [T, H], or float8_e4m3fn with both scales; last
+            dimension contiguous.
         weight: [V, H] in hidden's dtype, or float8_e4m3fn with ``weight_scale``; this rank's rows.
+        hidden_scale: float32 [T], multiplies the rows of ``hidden``, or None.
         weight_scale: float32 [V], multiplies the rows of ``weight``, or None.
         top_k: tokens of a row, from 1 to 16.
         drawing: of rows whose tokens are drawn, or None.
@@ -241,7 +247,7 @@ def draft_head(
     Raises:
         ValueError: shapes or dtypes do not fit, ``top_k`` is out of its range or larger than V.
     """
-    rows, vocabulary = _check(hidden, weight, weight_scale, top_k, drawing)
+    rows, vocabulary = _check(hidden, weight, hidden_scale, weight_scale, top_k, drawing)
     tile = tile or _tile(rows, hidden.shape[1], top_k, drawing is not None)
     tiles = triton.cdiv(vocabulary, tile.columns)
     device = hidden.device
@@ -254,6 +260,7 @@ def draft_head(
     if rows > 0:
         _tile_kernel[(triton.cdiv(rows, tile.rows) * tiles,)](
             hidden,
+            hidden_scale,
             weight,
             weight_scale,
             *(drawing or (None, None, None)),
@@ -313,6 +320,7 @@ def merge_heads(parts: HeadChoice, top_k: int) -> HeadChoice:
 def _check(
     hidden: Tensor,
     weight: Tensor,
+    hidden_scale: Tensor | None,
     weight_scale: Tensor | None,
     top_k: int,
     drawing: Drawing | None,
@@ -329,6 +337,12 @@ def _check(
         weight_scale.shape != (vocabulary,) or weight_scale.dtype != torch.float32
     ):
         raise ValueError(f"weight_scale must be float32 [{vocabulary}]")
+    if hidden_scale is not None and (
+        hidden_scale.shape != (rows,) or hidden_scale.dtype != torch.float32
+    ):
+        raise ValueError(f"hidden_scale must be float32 [{rows}]")
+    if hidden.dtype == torch.float8_e4m3fn and (hidden_scale is None or weight_scale is None):
+        raise ValueError("hidden is float8_e4m3fn: give hidden_scale and weight_scale")
     if not 1 <= top_k <= min(MAX_TOP_K, vocabulary):
         raise ValueError(f"top_k is {top_k}: give 1 to {min(MAX_TOP_K, vocabulary)}")
     if drawing is not None and any(part.shape != (rows,) for part in drawing):
@@ -340,6 +354,7 @@ def draft_head_naive(
     hidden: Tensor,
     weight: Tensor,
     *,
+    hidden_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
     top_k: int = 1,
     drawing: Drawing | None = None,
@@ -349,10 +364,12 @@ def draft_head_naive(
     tile: ProductTile | None = None,
 ) -> HeadChoice:
     """``draft_head`` in plain torch, which writes the logits."""
-    _check(hidden, weight, weight_scale, top_k, drawing)
+    _check(hidden, weight, hidden_scale, weight_scale, top_k, drawing)
     logits = F.linear(hidden.float(), weight.float())
     if weight_scale is not None:
         logits = logits * weight_scale
+    if hidden_scale is not None:
+        logits = logits * hidden_scale[:, None]
     logits = logits * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
