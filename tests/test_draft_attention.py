@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dflash_plugin.config import LayerAttention
 from dflash_plugin.kernels.draft_attention import (
+    AttentionTile,
     PagedContext,
     draft_attention,
     draft_attention_naive,
@@ -43,6 +44,17 @@ def context_of(
     )
 
 
+def behind_each_other(context: PagedContext) -> PagedContext:
+    """The same slots in one list, with junk behind it."""
+    place = torch.arange(context.page_table.shape[1] * context.page_size)
+    pages = context.page_table.repeat_interleave(context.page_size, dim=1)
+    slots = pages * context.page_size + place % context.page_size
+    known = place < context.lengths[:, None]
+    starts = torch.cat([torch.zeros(1), context.lengths.cumsum(0)]).int()
+    listed = torch.cat([slots[known], torch.full((5,), 1 << 30)]).long()
+    return context._replace(page_table=listed, starts=starts, lengths=None, page_size=1)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 15, 64, 65, 200]), max_size=4),
@@ -56,15 +68,17 @@ def context_of(
     window_from=st.sampled_from(["query", "anchor"]),
     sinks=st.booleans(),
     parts=st.sampled_from([1, 3, None]),
-    indexed=st.booleans(),
+    listed=st.sampled_from(["by row", "by request", "behind each other"]),
 )
 def test_draft_attention(
     lengths, rows, heads, head_dim, page_size, dtype, causal, window, window_from, sinks, parts,
-    indexed,
+    listed,
 ):  # fmt: skip
     query_heads, kv_heads = heads
     context = context_of(lengths, kv_heads, head_dim, page_size, dtype)
-    if indexed:
+    if listed == "behind each other":
+        context = behind_each_other(context)
+    if listed == "by request":
         back = torch.arange(len(lengths)).flip(0)
         context = context._replace(requests=back, page_table=context.page_table.flip(0))
     width = (query_heads + 2 * kv_heads) * head_dim
@@ -77,14 +91,16 @@ def test_draft_attention(
         head_dim**-0.5,
     )
     options = {"window_from": window_from, "sinks": random(query_heads) if sinks else None}
-    out = draft_attention(*arguments, **options, parts=parts)
+    tile = parts and AttentionTile(keys=32, warps=4, stages=2, parts=parts)
+    out = draft_attention(*arguments, **options, tile=tile)
     assert error(out, draft_attention_naive(*arguments, **options)) < BOUND[dtype]
 
 
 def test_large_scores_do_not_overflow():
     context = context_of([150], 1, 16, 1, torch.float32)
     q, k, v = (100 * random(1, 4, 1, 16, seed=seed) for seed in range(3))
-    out = draft_attention(q, k, v, context, LayerAttention(), 1.0, parts=2)
+    tile = AttentionTile(keys=64, warps=4, stages=2, parts=2)
+    out = draft_attention(q, k, v, context, LayerAttention(), 1.0, tile=tile)
     assert error(out, draft_attention_naive(q, k, v, context, LayerAttention(), 1.0)) < 1e-5
 
 
@@ -96,7 +112,9 @@ def test_faulty_arguments():
         ((torch.zeros(2, 4, 3, 16), k, k, context), "3 query heads on 2 key heads"),
         ((q.double(), k, k, context), "query is torch.float64"),
         ((q.transpose(1, 2).contiguous().transpose(1, 2), k, k, context), "evenly spaced"),
-        ((q, k, k, context._replace(lengths=context.lengths.int())), "lengths must be int64"),
+        ((q, k, k, context._replace(lengths=context.lengths.int())), "lengths are torch.int32"),
+        ((q, k, k, context._replace(lengths=None)), "lengths must be int64"),
+        ((q, k, k, context._replace(starts=context.lengths)), r"starts must be \[3\]"),
         ((q, k, k, context._replace(keys=context.keys[:, :1])), "keys must be"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,8 +1,9 @@
-"""Attention of draft blocks over a paged context and each block's own rows.
+"""Attention of blocks, drafted or verified, over a paged context and each block's own rows.
 
-The context is cut into parts that run as programs of their own, so that a long one does not leave
-most of a GPU idle; a second launch joins the parts (Dao et al., "Flash-Decoding for long-context
-inference", 2023).
+One program takes all query heads that share a key head, so that keys and values are read once. With
+few requests the context is cut into parts that run as programs of their own, so that a long one
+does not leave most of a GPU idle; a second launch joins the parts (Dao et al., "Flash-Decoding for
+long-context inference", 2023).
 """
 
 from __future__ import annotations
@@ -29,18 +30,45 @@ class PagedContext(NamedTuple):
     Attributes:
         keys: [num_slots, kv_heads, head_dim], last two dimensions contiguous.
         values: likewise.
-        page_table: int32 or int64 [R, pages], each request's pages in order of position.
-        lengths: int64 [B], context positions of each request, which is its anchor's position.
+        page_table: int32 or int64 [R, pages], each request's pages in order of position; or all
+            requests' pages behind each other, [N] or longer, with ``starts``.
+        lengths: int64 [B], context positions of each request, which is its anchor's position; None
+            with ``starts``.
         requests: int64 [B], rows of ``page_table``, or None for the first B.
-        page_size: slots of a page.
+        page_size: slots of a page, 1 with ``starts``.
+        starts: int32 or int64 [B + 1], where each request's pages begin, and where the last ends.
     """
 
     keys: Tensor
     values: Tensor
     page_table: Tensor
-    lengths: Tensor
+    lengths: Tensor | None
     requests: Tensor | None = None
     page_size: int = 1
+    starts: Tensor | None = None
+
+
+class AttentionTile(NamedTuple):
+    """How a context is worked on: keys of a step, warps, loads in flight and parts."""
+
+    keys: int
+    warps: int
+    stages: int
+    parts: int
+
+
+@triton.jit
+def _extent(request, lengths, starts, window, parts, BLOCK_KEYS: tl.constexpr):
+    """Of a request's context: its length, the first position seen, and steps a part takes."""
+    if starts is not None:
+        length = (tl.load(starts + request + 1) - tl.load(starts + request)).to(tl.int64)
+    else:
+        length = tl.load(lengths + request)
+    first = length * 0
+    if window is not None:
+        # The anchor's own row sees furthest back, and no further than this.
+        first = tl.maximum(first, length - window)
+    return length, first, tl.cdiv(tl.cdiv(length - first, BLOCK_KEYS), parts)
 
 
 @triton.jit
@@ -68,6 +96,9 @@ def _part_kernel(
     page_table,
     lengths,
     requests,
+    starts,
+    sinks,
+    out_values,
     part_out,
     part_best,
     part_total,
@@ -88,6 +119,7 @@ def _part_kernel(
     CAUSAL: tl.constexpr,
     FROM_ANCHOR: tl.constexpr,
     PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -96,7 +128,10 @@ def _part_kernel(
     request = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
-    parts = tl.num_programs(2)
+    length, first, share = _extent(request, lengths, starts, window, tl.num_programs(2), BLOCK_KEYS)
+    tiles = tl.cdiv(length - first, BLOCK_KEYS)
+    if part > 0 and part * share >= tiles:
+        return
     # Rows of all query heads that share a key head, head by head.
     folded = tl.arange(0, BLOCK_ROWS)
     row = folded % ROWS
@@ -116,17 +151,13 @@ def _part_kernel(
     total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     out = tl.zeros((BLOCK_ROWS, BLOCK_DIM), dtype=tl.float32)
 
-    length = tl.load(lengths + request)
-    first = length * 0
-    if window is not None:
-        # The anchor's own row sees furthest back, and no further than this.
-        first = tl.maximum(first, length - window)
-    table_row = request
-    if requests is not None:
-        table_row = tl.load(requests + request).to(tl.int64)
-    table = page_table + table_row * table_stride
-    tiles = tl.cdiv(length - first, BLOCK_KEYS)
-    share = tl.cdiv(tiles, parts)
+    if starts is not None:
+        table = page_table + tl.load(starts + request).to(tl.int64)
+    else:
+        table_row = request
+        if requests is not None:
+            table_row = tl.load(requests + request).to(tl.int64)
+        table = page_table + table_row * table_stride
     for tile in range(part * share, tl.minimum(tiles, (part + 1) * share)):
         at = first + tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         inside = at < length
@@ -166,13 +197,20 @@ def _part_kernel(
             visible &= tl.abs(distance) < window
         best, total, out = _fold(queries, k, v, visible, best, total, out, scale, PRECISION)
     place = ((part * batch + request) * ROWS + row) * HEADS + head
-    tl.store(part_best + place, best, mask=is_row)
-    tl.store(part_total + place, total, mask=is_row)
-    tl.store(
-        part_out + place[:, None] * HEAD_DIM + depth[None, :],
-        out,
-        mask=is_row[:, None] & is_depth[None, :],
-    )
+    at = place[:, None] * HEAD_DIM + depth[None, :]
+    mask = is_row[:, None] & is_depth[None, :]
+    if WHOLE:
+        if sinks is not None:
+            sink = tl.load(sinks + head, mask=is_row, other=0.0)
+            highest = tl.maximum(best, sink)
+            shrink = tl.exp(best - highest)
+            total = total * shrink + tl.exp(sink - highest)
+            out = out * shrink[:, None]
+        tl.store(out_values + at, out / total[:, None], mask=mask)
+    else:
+        tl.store(part_best + place, best, mask=is_row)
+        tl.store(part_total + place, total, mask=is_row)
+        tl.store(part_out + at, out, mask=mask)
 
 
 @triton.jit
@@ -181,18 +219,26 @@ def _join_kernel(
     part_best,
     part_total,
     sinks,
+    lengths,
+    starts,
     out,
     parts,
     rows,
+    window,
+    ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
     # One row of one head.
     place = tl.program_id(0).to(tl.int64)
+    request = place // (ROWS * HEADS)
+    length, first, share = _extent(request, lengths, starts, window, parts, BLOCK_KEYS)
     part = tl.arange(0, BLOCK_PARTS)
-    inside = part < parts
+    # The first part holds the block itself; of the others, those without context wrote nothing.
+    inside = (part == 0) | (part * share * BLOCK_KEYS < length - first) & (part < parts)
     depth = tl.arange(0, BLOCK_DIM)
     is_depth = depth < HEAD_DIM
     at = part * (rows * HEADS) + place
@@ -225,7 +271,7 @@ def draft_attention(
     *,
     window_from: WindowFrom = "query",
     sinks: Tensor | None = None,
-    parts: int | None = None,
+    tile: AttentionTile | None = None,
 ) -> Tensor:
     """Grouped-query attention of B blocks; every row sees its context and its own block.
 
@@ -242,8 +288,7 @@ def draft_attention(
         scale: on scores.
         window_from: where a window counts from.
         sinks: float32 [heads], logits that join each softmax without a value, or None.
-        parts: into how many each context is cut; None shares them out over the GPU, by the batch
-            alone, so that a captured graph holds at any length.
+        tile: None chooses one by the batch alone, so that a captured graph holds at any length.
 
     Returns:
         [B, T, heads, head_dim] in query's dtype.
@@ -256,11 +301,15 @@ def draft_attention(
     out = torch.empty(batch, rows, heads, head_dim, dtype=query.dtype, device=query.device)
     if batch == 0:
         return out
-    count = parts or max(1, min(64, PROGRAMS // (batch * kv_heads)))
-    part_out = torch.empty(count, batch, rows, heads, head_dim, device=query.device)
-    part_best, part_total = torch.empty(2, count, batch, rows, heads, device=query.device).unbind()
     block_dim = max(16, triton.next_power_of_2(head_dim))
     block_rows = max(16, triton.next_power_of_2(rows * group))
+    tile = tile or _tile(batch * kv_heads, block_rows)
+    count = tile.parts
+    part_out, part_best, part_total = None, None, None
+    if count > 1:
+        places = (count, batch, rows, heads)
+        part_out = torch.empty(*places, head_dim, device=query.device)
+        part_best, part_total = torch.empty(2, *places, device=query.device).unbind()
     _part_kernel[(batch, kv_heads, count)](
         query,
         key,
@@ -270,6 +319,9 @@ def draft_attention(
         context.page_table,
         context.lengths,
         context.requests,
+        context.starts,
+        sinks,
+        out,
         part_out,
         part_best,
         part_total,
@@ -290,28 +342,41 @@ def draft_attention(
         CAUSAL=layer.causal,
         FROM_ANCHOR=window_from == "anchor",
         PRECISION=dot_precision(query.dtype),
+        WHOLE=count == 1,
         BLOCK_ROWS=block_rows,
         BLOCK_OWN=max(16, triton.next_power_of_2(rows)),
-        BLOCK_KEYS=64,
+        BLOCK_KEYS=tile.keys,
         BLOCK_DIM=block_dim,
-        num_warps=4 if block_rows <= 64 else 8,
-        num_stages=2,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    _join_kernel[(batch * rows * heads,)](
-        part_out,
-        part_best,
-        part_total,
-        sinks,
-        out,
-        count,
-        batch * rows,
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        BLOCK_PARTS=triton.next_power_of_2(count),
-        BLOCK_DIM=block_dim,
-        num_warps=1,
-    )
+    if count > 1:
+        _join_kernel[(batch * rows * heads,)](
+            part_out,
+            part_best,
+            part_total,
+            sinks,
+            context.lengths,
+            context.starts,
+            out,
+            count,
+            batch * rows,
+            layer.sliding_window,
+            ROWS=rows,
+            HEADS=heads,
+            HEAD_DIM=head_dim,
+            BLOCK_KEYS=tile.keys,
+            BLOCK_PARTS=triton.next_power_of_2(count),
+            BLOCK_DIM=block_dim,
+            num_warps=1,
+        )
     return out
+
+
+def _tile(shares: int, block_rows: int) -> AttentionTile:
+    """A tile for so many key heads of all requests together."""
+    parts = max(1, min(64, PROGRAMS // shares))
+    return AttentionTile(64, 4 if block_rows <= 64 else 8, 2, parts)
 
 
 def _check(
@@ -335,10 +400,19 @@ def _check(
     for name, pool in (("keys", context.keys), ("values", context.values)):
         if pool.shape[1:] != (kv_heads, head_dim) or not pool[:1].is_contiguous():
             raise ValueError(f"{name} must be [num_slots, {kv_heads}, {head_dim}]")
-    if context.lengths.shape != (batch,) or context.lengths.dtype != torch.int64:
+    if context.starts is not None:
+        if context.starts.shape != (batch + 1,) or context.page_table.dim() != 1:
+            raise ValueError(f"starts must be [{batch + 1}], and page_table [N]")
+        if context.page_size != 1 or context.lengths is not None or context.requests is not None:
+            raise ValueError("with starts, page_size is 1, and lengths and requests are None")
+    elif context.lengths is None or context.lengths.shape != (batch,):
         raise ValueError(f"lengths must be int64 [{batch}]")
-    if context.page_table.dim() != 2 or context.page_table.stride(1) != 1:
-        raise ValueError("page_table must be [R, pages] with contiguous rows")
+    elif context.lengths.dtype != torch.int64:
+        raise ValueError(f"lengths are {context.lengths.dtype}, not int64")
+    elif context.page_table.dim() != 2:
+        raise ValueError("page_table must be [R, pages]")
+    if context.page_table.stride(-1) != 1:
+        raise ValueError("page_table must have contiguous rows")
     if sinks is not None and (sinks.shape != (heads,) or sinks.dtype != torch.float32):
         raise ValueError(f"sinks must be float32 [{heads}]")
     return batch, rows, heads, kv_heads, head_dim
@@ -354,19 +428,25 @@ def draft_attention_naive(
     *,
     window_from: WindowFrom = "query",
     sinks: Tensor | None = None,
-    parts: int | None = None,
+    tile: AttentionTile | None = None,
 ) -> Tensor:
     """``draft_attention`` in plain torch, in float32; reads lengths back to the host."""
     batch, rows, _, _, _ = _check(query, key, value, context, sinks)
-    longest = int(context.lengths.max()) if batch else 0
+    lengths = context.starts.diff().long() if context.starts is not None else context.lengths
+    assert lengths is not None
+    longest = int(lengths.max()) if batch else 0
     place = torch.arange(longest, device=query.device)
-    index = torch.arange(batch, device=query.device)
-    if context.requests is not None:
-        index = context.requests.long()
-    pages = context.page_table[index[:, None], place // context.page_size].long()
-    known = place < context.lengths[:, None]
-    slots = (pages * context.page_size + place % context.page_size).where(known, 0)
-    anchor = context.lengths[:, None, None]
+    known = place < lengths[:, None]
+    if context.starts is not None:
+        slots = context.page_table[(context.starts[:-1, None] + place).where(known, 0)].long()
+    else:
+        index = torch.arange(batch, device=query.device)
+        if context.requests is not None:
+            index = context.requests.long()
+        pages = context.page_table[index[:, None], place // context.page_size].long()
+        slots = pages * context.page_size + place % context.page_size
+    slots = slots.where(known, 0)
+    anchor = lengths[:, None, None]
     own = torch.arange(rows, device=query.device)
     at = anchor + own[None, :, None]
     before = sees_context(layer, window_from, anchor, at, place[None, None, :])

@@ -27,6 +27,7 @@ from dflash_plugin.fp8 import Fp8Weight, quantise
 from dflash_plugin.serving.fp8 import product
 from dflash_plugin.serving.hosted import KEY
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
+from dflash_plugin.sglang.block_attention import is_plain
 from dflash_plugin.sglang.host import HostedQKV, SglangHost, round_to_fp8
 from dflash_plugin.sglang.options import Hosted
 
@@ -243,9 +244,7 @@ class HostedDrafter(DFlashDraftModel):
             from dflash_plugin.kernels.inject_kv import KVPools
 
             self._pools = False
-            # Other pools translate slots or keep scales beside the values.
-            plain = type(pool).__name__ == "MHATokenToKVPool" and pool.store_dtype == pool.dtype
-            if plain and pool.dtype.itemsize > 1:
+            if is_plain(pool):
                 count = len(self.attentions)
                 self._pools = KVPools.build(pool.k_buffer[:count], pool.v_buffer[:count])
         return self._pools or None

@@ -1,8 +1,8 @@
 """The DFLASH worker: SGLang's own, around this project's drafter.
 
 Scheduling, block preparation, verify passes, CUDA graphs and publishing are inherited. What is
-replaced: the drafter, injection, drafting from the head, acceptance of requests that sample, and
-penalties.
+replaced: the drafter, injection, drafting from the head, acceptance of requests that sample,
+penalties, and the attention of blocks where the back end is Triton's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
 
 from dflash_plugin.sampling import SamplingTensors, Stream, uniforms
-from dflash_plugin.sglang import penalties, sampling
+from dflash_plugin.sglang import block_attention, penalties, sampling
 from dflash_plugin.sglang.arguments import draft_model_path
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.model import HostedDrafter
@@ -160,6 +160,13 @@ class Worker(DFlashWorkerV2):
                 batch.reqs, step.anchors + 1 - prompts, self.vocab_size
             )
         return step
+
+    def init_attention_backends(self) -> None:
+        """The back ends of both models, ready to be captured."""
+        super().init_attention_backends()
+        device = torch.device(self.device)
+        for runner in (self.target_worker.model_runner, self.draft_model_runner):
+            block_attention.install(runner.attn_backend, device)
 
     # Drafting.
 
