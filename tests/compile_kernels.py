@@ -102,18 +102,20 @@ def elementwise(rows: int) -> None:
 def products(rows: int) -> None:
     from dflash_plugin.fp8 import quantise
     from dflash_plugin.kernels.draft_head import Drawing, draft_head
-    from dflash_plugin.kernels.fp8_linear import fp8_linear
     from dflash_plugin.kernels.fuse_features import fuse_features
+    from dflash_plugin.kernels.quantise_rows import quantise_rows
 
     hidden, head = of(rows, HIDDEN), of(1024, HIDDEN)
     draft_head(hidden, head)
     draft_head(hidden, head, top_k=4)
     values, scales = quantise(head)
     draft_head(hidden, values, weight_scale=scales)
+    rounded = quantise(hidden)
+    draft_head(rounded.values, values, hidden_scale=rounded.scales, weight_scale=scales)
     drawing = Drawing(torch.ones(rows), whole(rows), whole(rows))
     draft_head(hidden, head, drawing=drawing)
-    fp8_linear(hidden, quantise(of(HIDDEN, HIDDEN)))
-    fp8_linear(hidden, quantise(of(INTERMEDIATE, HIDDEN)))
+    quantise_rows(hidden)
+    quantise_rows(of(16, INTERMEDIATE))
     features = [of(rows, HIDDEN) for _ in range(LAYERS)]
     fuse_features(features, of(HIDDEN, LAYERS * HIDDEN), of(HIDDEN), EPS, rows=whole(rows))
 

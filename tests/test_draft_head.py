@@ -19,7 +19,7 @@ from dflash_plugin.kernels.draft_head import (
     gumbel_naive,
     merge_heads,
 )
-from kernel_helpers import DTYPES, error, integers, random
+from kernel_helpers import DEVICE, DTYPES, error, integers, random
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 SMALL = ProductTile(16, 32, 16, 4, 2)
@@ -32,11 +32,13 @@ def drawing_of(rows: int, seed: int = 0) -> Drawing:
     return Drawing(heat, integers(0, 1 << 62, rows, seed=1), integers(0, 1 << 40, rows, seed=2))
 
 
-def same(out: HeadChoice, reference: HeadChoice) -> None:
-    assert torch.equal(out.tokens, reference.tokens)
+def same(out: HeadChoice, reference: HeadChoice, *, rounds: bool = False) -> None:
+    """``rounds``: a GPU's sums of FP8 hold fewer bits, so that near tokens change places."""
+    assert rounds or torch.equal(out.tokens, reference.tokens)
     assert out.tokens.dtype == torch.int64
-    for name in ("scores", "logits", "log_sum_exp"):
-        assert error(getattr(out, name), getattr(reference, name)) < 1e-5, name
+    for name in ("scores", "log_sum_exp") if rounds else ("scores", "logits", "log_sum_exp"):
+        bound = 2e-3 if rounds else 1e-5
+        assert error(getattr(out, name), getattr(reference, name)) < bound, name
 
 
 @settings(max_examples=60, deadline=None)
@@ -47,17 +49,21 @@ def same(out: HeadChoice, reference: HeadChoice) -> None:
     dtype=st.sampled_from(DTYPES),
     top_k=st.sampled_from([1, 2, 5]),
     draws=st.booleans(),
-    fp8=st.booleans(),
+    fp8=st.sampled_from(["neither", "weight", "both"]),
     tile=st.sampled_from([SMALL, None]),
     softcap=st.sampled_from([None, 3.0]),
 )
 def test_draft_head(rows, vocabulary, width, dtype, top_k, draws, fp8, tile, softcap):
     hidden = random(rows, width, dtype=dtype, padding=3)
-    weight, scales = random(vocabulary, width, dtype=dtype, padding=5), None
-    if fp8:
-        weight, scales = quantise(weight)
+    weight = random(vocabulary, width, dtype=dtype, padding=5)
+    hidden_scale, weight_scale = None, None
+    if fp8 != "neither":
+        weight, weight_scale = quantise(weight)
+    if fp8 == "both":
+        hidden, hidden_scale = quantise(hidden)
     options = {
-        "weight_scale": scales,
+        "hidden_scale": hidden_scale,
+        "weight_scale": weight_scale,
         "top_k": top_k,
         "drawing": drawing_of(rows) if draws else None,
         "first_token": 1000,
@@ -65,7 +71,8 @@ def test_draft_head(rows, vocabulary, width, dtype, top_k, draws, fp8, tile, sof
         "softcap": softcap,
     }
     out = draft_head(hidden, weight, tile=tile, **options)
-    same(out, draft_head_naive(hidden, weight, **options))
+    rounds = fp8 == "both" and DEVICE.type == "cuda"
+    same(out, draft_head_naive(hidden, weight, **options), rounds=rounds)
 
 
 def test_equal_logits_give_the_first_token():
@@ -126,6 +133,7 @@ def test_noise_differs_by_seed_place_and_token():
         (torch.zeros(7, 16).half(), {}, "float16 without a scale"),
         (torch.zeros(7, 16), {"top_k": 8}, "top_k is 8: give 1 to 7"),
         (torch.zeros(7, 16), {"weight_scale": torch.ones(6)}, "weight_scale must be"),
+        (torch.zeros(7, 16), {"hidden_scale": torch.ones(3)}, "hidden_scale must be"),
         (torch.zeros(16, 7).T, {}, "contiguous"),
     ],
 )

@@ -197,18 +197,20 @@ def _merge_kernel(
     tl.store(log_sum_exp_out + row, top + tl.log(tl.sum(tl.exp(parts - top), axis=0)))
 
 
-def _tile(rows: int, width: int, top_k: int, draws: bool) -> ProductTile:
-    """A tile for T rows; few rows wait for the weights, many for the multipliers."""
-    depth = min(128 if rows <= 64 else 64, max(16, triton.next_power_of_2(width)))
+def _tile(rows: int, hidden: Tensor, top_k: int, draws: bool) -> ProductTile:
+    """A tile for T rows; few rows wait for the weights, many for the multipliers.
+
+    The fastest of those tried on an H100 (``benchmarks/kernels.py``).
+    """
+    wide = 256 // hidden.itemsize  # A row of a tile is 256 bytes.
+    depth = min(wide if rows > 16 else 256, max(16, triton.next_power_of_2(hidden.shape[1])))
     if draws:  # Noise takes registers.
-        return ProductTile(16 if rows <= 16 else 32, 128, depth, 8, 4)
+        return ProductTile(16 if rows <= 16 else 32, 128, min(128, depth), 8, 4)
     if rows <= 16:
         return ProductTile(16, 64, depth, 4, 5)
-    if rows <= 32:
-        return ProductTile(32, 128, depth, 4, 4)
     if rows <= 64:
-        return ProductTile(64, 128, depth, 4, 4)
-    return ProductTile(128, 256 if top_k == 1 else 128, depth, 8, 4)
+        return ProductTile(32 if rows <= 32 else 64, 128, depth, 4, 4)
+    return ProductTile(128, 256 if top_k == 1 else 128, max(16, depth // 2), 8, 4)
 
 
 def draft_head(
@@ -248,7 +250,7 @@ def draft_head(
         ValueError: shapes or dtypes do not fit, ``top_k`` is out of its range or larger than V.
     """
     rows, vocabulary = _check(hidden, weight, hidden_scale, weight_scale, top_k, drawing)
-    tile = tile or _tile(rows, hidden.shape[1], top_k, drawing is not None)
+    tile = tile or _tile(rows, hidden, top_k, drawing is not None)
     tiles = triton.cdiv(vocabulary, tile.columns)
     device = hidden.device
     parts = HeadChoice(

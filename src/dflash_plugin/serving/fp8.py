@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.fp8 import Fp8Weight, linear, quantise, require_fp8
+from dflash_plugin.fp8 import Fp8Rows, linear, quantise, require_fp8
 
 
-def product(x: Tensor, weight: Tensor | Fp8Weight, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` with a weight that is rounded or not."""
-    if isinstance(weight, Fp8Weight):
+    if isinstance(weight, Fp8Rows):
         return linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -32,7 +32,7 @@ class Fp8Method:
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] to [..., N], this shard's."""
-        return linear(x, Fp8Weight(layer.weight, self.scales), bias)
+        return linear(x, Fp8Rows(layer.weight, self.scales), bias)
 
 
 def quantise_hosted(drafter: Drafter, plain: type) -> None:

@@ -23,8 +23,9 @@ from dflash_plugin import kernels
 from dflash_plugin.config import DrafterConfig, LayerAttention
 from dflash_plugin.drafter import Attend, Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.fp8 import Fp8Weight, quantise
+from dflash_plugin.fp8 import Fp8Rows, quantise
 from dflash_plugin.serving.fp8 import product
+from dflash_plugin.serving.head import best_of_shard
 from dflash_plugin.serving.hosted import KEY
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.sglang.block_attention import is_plain
@@ -80,7 +81,7 @@ class HostedDrafter(DFlashDraftModel):
         self.is_nemotron_35_draft = False
         self._fused = kernels.available(device)
         self._draft_columns: Tensor | None = None
-        self._kv_weight: Tensor | Fp8Weight | None = None
+        self._kv_weight: Tensor | Fp8Rows | None = None
         self._kv_bias: Tensor | None = None
         self._key_weights: Tensor | None = None
         self._pools: Any = None
@@ -275,15 +276,21 @@ class HostedDrafter(DFlashDraftModel):
 
         Without gathering the vocabulary's shards; the drafter's scale and soft-cap keep the order.
         """
-        logits = self._shard_logits(hidden)
+        head = self._head()
+        choice = best_of_shard(head, hidden, self._shard_rows(), UnquantizedEmbeddingMethod)
+        if choice is not None:
+            value, index = choice.scores, choice.tokens
+        else:
+            logits = self._shard_logits(hidden)
+            if logits.shape[-1] == 0:  # All of a small head may lie on other ranks.
+                logits = logits.new_full((logits.shape[0], 1), float("-inf"))
+            value, index = logits.max(dim=-1, keepdim=True)
         if get_tensor_model_parallel_world_size() == 1:
-            return self.drafter.token_ids(logits.argmax(dim=-1))
-        start = self._head().shard_indices.org_vocab_start_index
-        if logits.shape[-1] == 0:  # All of a small head may lie on other ranks.
-            logits = logits.new_full((logits.shape[0], 1), float("-inf"))
-        value, index = logits.max(dim=-1, keepdim=True)
-        values = tensor_model_parallel_all_gather(value.contiguous(), dim=-1)
-        indices = tensor_model_parallel_all_gather((index + start).contiguous(), dim=-1)
+            return self.drafter.token_ids(index.squeeze(-1))
+        if choice is None:
+            index = index + head.shard_indices.org_vocab_start_index
+        values = tensor_model_parallel_all_gather(value.float().contiguous(), dim=-1)
+        indices = tensor_model_parallel_all_gather(index.contiguous(), dim=-1)
         best = values.argmax(dim=-1, keepdim=True)
         return self.drafter.token_ids(indices.gather(-1, best).squeeze(-1))
 
@@ -299,11 +306,14 @@ class HostedDrafter(DFlashDraftModel):
     def _head(self) -> Any:
         return self.drafter.head()
 
+    def _shard_rows(self) -> int:
+        """This rank's rows of the head that are tokens."""
+        indices = getattr(self._head(), "shard_indices", None)
+        return self.vocab_size if indices is None else int(indices.num_org_elements)
+
     def _shard_logits(self, hidden: Tensor) -> Tensor:
         """Logits over this rank's real rows of the head, padding left out."""
-        head = self._head()
-        indices = getattr(head, "shard_indices", None)
-        rows = self.vocab_size if indices is None else int(indices.num_org_elements)
+        head, rows = self._head(), self._shard_rows()
         if _is_dense(head):
             return F.linear(hidden.to(head.weight.dtype), head.weight[:rows])
         return self._all_rows(hidden)[:, :rows]

@@ -10,10 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CompilationMode
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
 from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
 from vllm.platforms import current_platform
@@ -21,8 +27,9 @@ from vllm.platforms import current_platform
 from dflash_plugin.config import LayerAttention
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.fp8 import Fp8Weight, quantise
+from dflash_plugin.fp8 import Fp8Rows, quantise
 from dflash_plugin.serving.fp8 import product
+from dflash_plugin.serving.head import best_of_shard
 from dflash_plugin.serving.hosted import Hosted
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.vllm.host import HostedQKV, VllmHost, head_in_fp8, round_to_fp8
@@ -97,7 +104,7 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         )
         self.logits_processor = LogitsProcessor(head_rows)
         self._targets: Tensor | None = None
-        self._kv_weight: Tensor | Fp8Weight | None = None
+        self._kv_weight: Tensor | Fp8Rows | None = None
         self._kv_bias: Tensor | None = None
         self._finish = self._finish_context
         if vllm_config.compilation_config.mode != CompilationMode.NONE:
@@ -259,8 +266,18 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
 
         The drafter's scale and soft-cap keep the order of logits.
         """
-        draft_ids = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
-        return self.drafter.token_ids(draft_ids)
+        head = cast(Any, self.lm_head)
+        rows = int(head.shard_indices.num_org_elements)
+        choice = best_of_shard(head, hidden_states, rows, UnquantizedEmbeddingMethod)
+        if choice is None:
+            draft_ids = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
+            return self.drafter.token_ids(draft_ids)
+        tokens = choice.tokens
+        if get_tensor_model_parallel_world_size() > 1:
+            scores = tensor_model_parallel_all_gather(choice.scores, dim=-1)
+            tokens = tensor_model_parallel_all_gather(tokens, dim=-1)
+            tokens = tokens.gather(-1, scores.argmax(dim=-1, keepdim=True))
+        return self.drafter.token_ids(tokens.squeeze(-1))
 
     def get_draft_kv_cache_layer_names(self) -> list[str]:
         """Names of the attention layers, in the drafter's order."""

@@ -27,6 +27,9 @@ class Speculator(DFlashSpeculator):
         config = self.info.config
         self.sample_from_anchor = config.sample_from_anchor
         self.num_query_per_req = self.num_speculative_steps + (not config.sample_from_anchor)
+        if self.speculative_config.draft_sample_method != "probabilistic":
+            # The model finds the likeliest tokens without logits, which only an estimator reads.
+            self.use_local_argmax_reduction = not getattr(self, "use_acceptance_estimator", False)
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]

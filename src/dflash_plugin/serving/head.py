@@ -1,0 +1,51 @@
+"""The likeliest tokens under an engine's head, without logits where that is faster."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from dflash_plugin import kernels
+from dflash_plugin.serving.fp8 import Fp8Method
+
+if TYPE_CHECKING:
+    from dflash_plugin.kernels.draft_head import HeadChoice
+
+# Rows beyond which a library's product and an argmax are faster than draft_head.
+FEW_ROWS = 128
+FEW_ROWS_IN_FP8 = 512
+
+
+def best_of_shard(head: Any, hidden: Tensor, rows: int, plain: type) -> HeadChoice | None:
+    """The best token of each row over this rank's shard, or None where logits are to be made.
+
+    A scale or soft-cap on logits keeps their order.
+
+    Args:
+        head: an engine's, with ``shard_indices`` where it is sharded.
+        hidden: [T, hidden].
+        rows: of its weight that are tokens.
+        plain: the engine's method of heads that are not quantised.
+    """
+    method, count = getattr(head, "quant_method", None), hidden.shape[0]
+    if not kernels.available(hidden.device) or rows == 0:
+        return None
+    from dflash_plugin.kernels.draft_head import draft_head
+
+    shard = getattr(head, "shard_indices", None)
+    first = 0 if shard is None else int(shard.org_vocab_start_index)
+    if isinstance(method, Fp8Method) and count <= FEW_ROWS_IN_FP8:
+        from dflash_plugin.kernels.quantise_rows import quantise_rows
+
+        rounded = quantise_rows(hidden)
+        return draft_head(
+            rounded.values,
+            head.weight[:rows],
+            hidden_scale=rounded.scales,
+            weight_scale=method.scales[:rows],
+            first_token=first,
+        )
+    if isinstance(method, plain) and count <= FEW_ROWS:
+        return draft_head(hidden.to(head.weight.dtype), head.weight[:rows], first_token=first)
+    return None
