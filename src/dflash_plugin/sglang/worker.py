@@ -19,6 +19,7 @@ from sglang.srt.speculative import dflash_worker_v2
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
 
+from dflash_plugin import kernels
 from dflash_plugin.sampling import SamplingTensors, Stream, uniforms
 from dflash_plugin.sglang import block_attention, penalties, sampling
 from dflash_plugin.sglang.arguments import draft_model_path
@@ -99,6 +100,8 @@ class Worker(DFlashWorkerV2):
             int(argument(server_args, "random_seed") or 0), torch.device(self.device)
         )
         self.vocab_size = int(self.target_worker.model_runner.model_config.vocab_size)
+        self.graph_injects, self.in_graph = False, False
+        _note_graphs(self)
         _seed_first_tokens(self.target_worker.model_runner, self.noise)
         _route(dflash_worker_v2)
 
@@ -165,8 +168,12 @@ class Worker(DFlashWorkerV2):
         """The back ends of both models, ready to be captured."""
         super().init_attention_backends()
         device = torch.device(self.device)
-        for runner in (self.target_worker.model_runner, self.draft_model_runner):
+        target, drafter = self.target_worker.model_runner, self.draft_model_runner
+        for runner in (target, drafter):
             block_attention.install(runner.attn_backend, device)
+        if kernels.available(device) and block_attention.is_plain(drafter.token_to_kv_pool):
+            self.graph_injects = True
+            target.capture_tail_hooks.append(self.capture_injection)
 
     # Drafting.
 
@@ -210,6 +217,37 @@ class Worker(DFlashWorkerV2):
 
     # Injection.
 
+    def capture_injection(self, runner: Any, out: Any, batch: Any, rows: int) -> None:
+        """Inject at the end of a captured verify pass, before the host knows what is accepted.
+
+        Rejected rows are written too: they lie behind every committed one, and the next pass writes
+        them again before it reads that far. Padding's rows go to the slot that nothing reads.
+
+        Args:
+            runner: SGLang's, of the graph.
+            out: the pass's ``LogitsProcessorOutput``.
+            batch: the graph's inputs.
+            rows: of the graph.
+        """
+        hidden = getattr(out, "hidden_states", None)
+        if hidden is None:  # Without features in every graph, injection stays outside of all.
+            self.graph_injects = False
+        elif self.graph_injects:
+            self.inject(hidden[:rows], batch.positions[:rows], batch.out_cache_loc[:rows])
+
+    def inject(
+        self, features: Tensor, positions: Tensor, slots: Tensor, committed: Tensor | None = None
+    ) -> None:
+        """Write context rows to the drafter's cache; arguments as ``HostedDrafter.inject``'s."""
+        with torch.inference_mode():
+            self.draft_model.inject(
+                features,
+                positions.long(),
+                slots.long(),
+                self.draft_model_runner.token_to_kv_pool,
+                committed,
+            )
+
     def _init_fused_kv_helper(self) -> None:
         """SGLang's own injection is not used."""
         self._use_fused_kv_materialize = False
@@ -227,17 +265,10 @@ class Worker(DFlashWorkerV2):
     ) -> None:
         """KV injection of a prompt's rows, or of a verify pass's committed rows."""
         rows = cache_loc.numel()
-        if rows == 0:
-            return
-        with torch.inference_mode():
+        injected = commit_lens is not None and self.in_graph and self.graph_injects
+        if rows > 0 and not injected:
             # Rows beyond are padding of the target's pass.
-            self.draft_model.inject(
-                target_hidden[:rows],
-                positions.long(),
-                cache_loc.long(),
-                self.draft_model_runner.token_to_kv_pool,
-                commit_lens,
-            )
+            self.inject(target_hidden[:rows], positions, cache_loc, commit_lens)
 
     # Verification.
 
@@ -385,6 +416,20 @@ def _route(module: ModuleType) -> None:
         ("is_dflash_sampling_verify_available", lambda worker: True),
     ):
         setattr(native, name, routed(getattr(native, name), ours))
+
+
+def _note_graphs(worker: Worker) -> None:
+    """Keep whether the target's last pass was a captured one, which SGLang's worker knows alone."""
+    target = worker.target_worker
+    native = target.forward_batch_generation
+
+    @wraps(native)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        result = native(*args, **kwargs)
+        worker.in_graph = bool(result.can_run_cuda_graph)
+        return result
+
+    target.forward_batch_generation = forward
 
 
 def _seed_first_tokens(runner: Any, noise: sampling.Noise) -> None:
