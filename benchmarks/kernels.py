@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -240,6 +240,16 @@ def block_inputs(rows: int) -> Case:
 
 def draft_attention(context: int) -> Case:
     """One request behind ``context`` positions; the bytes are its keys and values."""
+    return attention(1, context)
+
+
+def draft_attention_batch(batch: int) -> Case:
+    """Requests behind 512 positions each."""
+    return attention(batch, 512)
+
+
+def attention(batch: int, context: int) -> Case:
+    """The block of ``batch`` requests, as SGLang lists their slots."""
     from dflash_plugin.config import LayerAttention
     from dflash_plugin.kernels.draft_attention import (
         PagedContext,
@@ -247,16 +257,34 @@ def draft_attention(context: int) -> Case:
         draft_attention_naive,
     )
 
-    keys, values = (random(context + 1, KV_HEADS, HEAD_DIM) for _ in "kv")
-    table = torch.randperm(context, device="cuda")[None]
-    paged = PagedContext(keys, values, table, torch.tensor([context], device="cuda"))
-    block = [random(1, BLOCK, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    arguments = (*block, paged, LayerAttention(), HEAD_DIM**-0.5)
+    count = batch * context
+    keys, values = (random(count + 1, KV_HEADS, HEAD_DIM) for _ in "kv")
+    slots = torch.randperm(count, device="cuda")
+    starts = torch.arange(0, count + 1, context, dtype=torch.int32, device="cuda")
+    paged = PagedContext(keys, values, slots, lengths=None, starts=starts)
+    block = [random(batch, BLOCK, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    arguments = (*block, paged, LayerAttention(causal=True), HEAD_DIM**-0.5)
     return Case(
         lambda: draft_attention(*arguments),
         lambda: draft_attention_naive(*arguments),
         keys.nbytes + values.nbytes,
+        sglang_attention(block, paged),
     )
+
+
+def sglang_attention(block: list[Tensor], paged: Any) -> Run | None:
+    """SGLang's Triton back end, of a verify pass."""
+    try:
+        from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+    except ImportError:
+        return None
+    query, key, value = (part.flatten(0, 1) for part in block)
+    out = torch.empty_like(query)
+    rows = torch.arange(0, len(query) + 1, BLOCK, dtype=torch.int32, device="cuda")
+    return lambda: extend_attention_fwd(
+        query, key, value, out, paged.keys, paged.values, rows, paged.starts, paged.page_table,
+        None, True, None, BLOCK, 1.0, 1.0, HEAD_DIM**-0.5,
+    )  # fmt: skip
 
 
 ROWS = (16, 128, 1024, 16384)
@@ -273,7 +301,8 @@ OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     fuse_features: (16, 64, 256, 1024),
     accept: (16, 1024),
     block_inputs: (16, 1024),
-    draft_attention: (1024, 8192, 32768),
+    draft_attention: (512, 1024, 8192, 32768),
+    draft_attention_batch: (8, 64),
 }
 
 

@@ -52,7 +52,7 @@ def served(
     """A child process with one engine.
 
     Args:
-        mode: "none", "native" or "plugin".
+        mode: "none", "native", "plugin" or "plugin-fp8".
         settings: of ``Engine``.
         speculative: more of them, for all modes but "none".
         log: takes what the child prints.
@@ -60,7 +60,9 @@ def served(
     """
     if mode != "none":
         settings = {**settings, **speculative}
-    environment["DFLASH_PLUGIN"] = "on" if mode == "plugin" else "off"
+    environment["DFLASH_PLUGIN"] = "on" if mode.startswith("plugin") else "off"
+    if mode == "plugin-fp8":
+        environment["DFLASH_PLUGIN_DRAFT_WEIGHTS"] = "fp8"
     if settings["dtype"] == "float32":
         paths = [str(FLOAT32), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

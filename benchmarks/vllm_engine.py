@@ -19,7 +19,8 @@ def served(mode: str, settings: dict[str, Any], log: Path) -> Served:
     """A child process with one engine.
 
     Args:
-        mode: "none", "native" or "plugin", the latter two also with "-adaptive" behind.
+        mode: "none", "native" or "plugin", the latter two also with "-adaptive" behind, and
+            "plugin-fp8".
         settings: of ``LLM``; ``speculative_config`` goes to all modes but "none".
         log: takes what the child prints.
     """
@@ -28,6 +29,8 @@ def served(mode: str, settings: dict[str, Any], log: Path) -> Served:
         settings.pop("speculative_config", None)
     elif mode.endswith("-adaptive"):
         settings["speculative_config"].update(ADAPTIVE)
+    elif mode.endswith("-fp8"):
+        settings["additional_config"] = {"dflash_plugin": {"draft_weights": "fp8"}}
     environment = {
         "DFLASH_PLUGIN": "on" if mode.startswith("plugin") else "off",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -12,7 +12,7 @@ from dflash_plugin.kernels.fuse_features import (
     fuse_features,
     fuse_features_naive,
 )
-from kernel_helpers import BOUND, DTYPES, error, integers, random
+from kernel_helpers import BOUND, DEVICE, DTYPES, error, integers, random
 from tiny import tiny_drafter
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
@@ -47,7 +47,7 @@ def test_fuse_features(rows, layers, width, hidden, dtype, taken, gemma, tile):
 
 
 def test_fusion_is_the_cores():
-    drafter = tiny_drafter().to(random(1).device)
+    drafter = tiny_drafter().to(DEVICE)
     layers = [random(9, 32, seed=layer) for layer in range(2)]
     with torch.no_grad():
         expected = drafter.fuse(torch.cat(layers, dim=-1))

@@ -252,7 +252,7 @@ def test_inject_kv(
 def test_rotation_is_the_cores(changes: dict[str, Any], dtype: torch.dtype) -> None:
     config = tiny_config(num_attention_heads=9, num_key_value_heads=3, head_dim=24, **changes)
     attention = DraftAttention(config, 0, TorchHost()).to(dtype)
-    rotary = RotaryEmbedding(config)
+    rotary = RotaryEmbedding(config).to(DEVICE)
     if config.qk_norm:
         with torch.no_grad():
             attention.query_norm.weight.add_(0.2 * random(24).to(dtype))
@@ -407,7 +407,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_run_block_is_the_cores(kind: str) -> None:
     """Attention that only looks at its own row keeps this about the kernels."""
-    drafter = tiny_drafter(**BLOCKS[kind])
+    drafter = tiny_drafter(**BLOCKS[kind]).to(DEVICE)
     embedded = random(9, 32)
     positions = torch.arange(9) * 13
 

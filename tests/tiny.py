@@ -73,12 +73,12 @@ def tiny_tensors(config: DrafterConfig, seed: int = 0) -> dict[str, torch.Tensor
     tensors = {}
     for name, shape in expected_tensors(config).items():
         if name == "d2t":
-            rows = torch.arange(shape[0])
+            rows = torch.arange(shape[0], device="cpu")
             tensors[name] = rows * (config.vocab_size // shape[0]) - rows
         elif "norm" in name:
-            tensors[name] = 1 + 0.1 * torch.randn(shape, generator=generator)
+            tensors[name] = 1 + 0.1 * torch.randn(shape, generator=generator, device="cpu")
         else:
-            tensors[name] = 0.2 * torch.randn(shape, generator=generator)
+            tensors[name] = 0.2 * torch.randn(shape, generator=generator, device="cpu")
     return tensors
 
 
