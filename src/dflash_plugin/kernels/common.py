@@ -231,7 +231,12 @@ class ProductTile(NamedTuple):
     def stages_that_fit(self, x: Tensor, weight: Tensor) -> int:
         """Loads in flight, at most ``stages``, beside 32 KiB for the end of a program."""
         stage_bytes = self.width * (self.rows * x.itemsize + self.columns * weight.itemsize)
-        return max(1, min(self.stages, (_shared_memory(x.device) - (32 << 10)) // stage_bytes))
+        return stages_that_fit(self.stages, stage_bytes, 32 << 10, x.device)
+
+
+def stages_that_fit(stages: int, stage_bytes: int, other_bytes: int, device: torch.device) -> int:
+    """Loads in flight, at most ``stages``, that shared memory holds beside other bytes."""
+    return max(1, min(stages, (_shared_memory(device) - other_bytes) // stage_bytes))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dflash_plugin.attention import masked_attention
 from dflash_plugin.config import LayerAttention
-from dflash_plugin.kernels.common import DTYPES, dot, dot_precision
+from dflash_plugin.kernels.common import DTYPES, dot, dot_precision, stages_that_fit
 from dflash_plugin.visibility import WindowFrom, sees_block, sees_context
 
 # Programs that keep an H200's 132 multiprocessors at work.
@@ -230,34 +230,40 @@ def _join_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
     # One row of one head.
     place = tl.program_id(0).to(tl.int64)
     request = place // (ROWS * HEADS)
     length, first, share = _extent(request, lengths, starts, window, parts, BLOCK_KEYS)
-    part = tl.arange(0, BLOCK_PARTS)
     # The first part holds the block itself; of the others, those without context wrote nothing.
-    inside = (part == 0) | (part * share * BLOCK_KEYS < length - first) & (part < parts)
-    depth = tl.arange(0, BLOCK_DIM)
-    is_depth = depth < HEAD_DIM
-    at = part * (rows * HEADS) + place
-    best = tl.load(part_best + at, mask=inside, other=float("-inf"))
-    total = tl.load(part_total + at, mask=inside, other=0.0)
+    live = tl.maximum(1, tl.cdiv(length - first, tl.maximum(share, 1) * BLOCK_KEYS))
+    part = tl.arange(0, BLOCK_PARTS)
+    best = tl.load(part_best + part * (rows * HEADS) + place, mask=part < live, other=float("-inf"))
     highest = tl.max(best, axis=0)
+    whole = 0.0
     if sinks is not None:
         sink = tl.load(sinks + place % HEADS)
         highest = tl.maximum(highest, sink)
-    weight = tl.exp(best - highest)
-    whole = tl.sum(total * weight, axis=0)
-    if sinks is not None:
-        whole += tl.exp(sink - highest)
-    values = tl.load(
-        part_out + at[:, None] * HEAD_DIM + depth[None, :],
-        mask=inside[:, None] & is_depth[None, :],
-        other=0.0,
-    )
-    joined = tl.sum(values * weight[:, None], axis=0) / whole
+        whole = tl.exp(sink - highest)
+    depth = tl.arange(0, BLOCK_DIM)
+    is_depth = depth < HEAD_DIM
+    joined = tl.zeros((BLOCK_DIM,), dtype=tl.float32)
+    some = tl.arange(0, STEP)
+    for start in range(0, live, STEP):
+        inside = start + some < live
+        at = (start + some) * (rows * HEADS) + place
+        weight = tl.load(part_best + at, mask=inside, other=float("-inf"))
+        weight = tl.exp(weight - highest)
+        whole += tl.sum(tl.load(part_total + at, mask=inside, other=0.0) * weight, axis=0)
+        values = tl.load(
+            part_out + at[:, None] * HEAD_DIM + depth[None, :],
+            mask=inside[:, None] & is_depth[None, :],
+            other=0.0,
+        )
+        joined += tl.sum(values * weight[:, None], axis=0)
+    joined = joined / whole
     tl.store(out + place * HEAD_DIM + depth, joined, mask=is_depth)
 
 
@@ -303,7 +309,7 @@ def draft_attention(
         return out
     block_dim = max(16, triton.next_power_of_2(head_dim))
     block_rows = max(16, triton.next_power_of_2(rows * group))
-    tile = tile or _tile(batch * kv_heads, block_rows)
+    tile = tile or _tile(batch * kv_heads, block_rows, block_dim, query.dtype, query.device)
     count = tile.parts
     part_out, part_best, part_total = None, None, None
     if count > 1:
@@ -367,16 +373,29 @@ def draft_attention(
             HEAD_DIM=head_dim,
             BLOCK_KEYS=tile.keys,
             BLOCK_PARTS=triton.next_power_of_2(count),
+            STEP=8,
             BLOCK_DIM=block_dim,
             num_warps=1,
         )
     return out
 
 
-def _tile(shares: int, block_rows: int) -> AttentionTile:
-    """A tile for so many key heads of all requests together."""
+def _tile(
+    shares: int, block_rows: int, block_dim: int, dtype: torch.dtype, device: torch.device
+) -> AttentionTile:
+    """A tile for so many key heads of all requests together, each of ``block_rows`` query rows.
+
+    The fastest of those tried on an H100 (``benchmarks/kernels.py``).
+    """
     parts = max(1, min(64, PROGRAMS // shares))
-    return AttentionTile(64, 4 if block_rows <= 64 else 8, 2, parts)
+    if dtype == torch.float32:  # Multiplied without matrix units, out of registers.
+        return AttentionTile(16, 8, 1, parts)
+    row_bytes = block_dim * dtype.itemsize
+    keys = 32 if parts == 1 else 64
+    # Queries lie beside the keys and values, and the weights between the two products.
+    beside = block_rows * (row_bytes + 4 * keys) + (8 << 10)
+    stages = stages_that_fit(3, 2 * keys * row_bytes, beside, device)
+    return AttentionTile(keys, 4 if block_rows * block_dim <= 8192 else 8, stages, parts)
 
 
 def _check(
