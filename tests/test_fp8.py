@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from dflash_plugin import kernels
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.fp8 import Fp8Linear, Fp8QKV, linear, quantise
+from dflash_plugin.fp8 import Fp8Linear, Fp8QKV, linear, linear_naive, quantise
 from dflash_plugin.serving.fp8 import Fp8Method, quantise_hosted, quantised_head
 from dflash_plugin.transformers import Engine, Request, load_drafter
+from kernel_helpers import DEVICE, error, random
 from tiny import tiny_target, write_tiny
 
 PROMPTS = [[5, 6, 7, 8, 9], [50, 51, 52], [20, 30, 40, 60, 70, 80]]
@@ -48,6 +50,43 @@ def test_text_is_the_targets_own_and_drafts_are_close(tmp_path, changes):
     alone = Engine(target, None, max_length=64).generate(requests)
     found = Engine(target, rounded, max_batch=3, max_length=64).generate(requests)
     assert [r.tokens for r in found] == [r.tokens for r in alone]
+
+
+@pytest.mark.usefixtures("kernel_device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_gpu_multiplies_is_the_twins(monkeypatch, dtype, compiled):
+    """The library's product of rows that the kernel rounds, in a compiled model too."""
+    weight = quantise(random(48, 64))
+    x, bias = random(3, 5, 64, dtype=dtype, padding=8), random(48, dtype=dtype)
+    expected = linear(x, weight, bias) if DEVICE.type == "cpu" else None
+    monkeypatch.setattr(kernels, "available", lambda device: True)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return linear(x, weight, bias)
+
+    run = torch.compile(product, fullgraph=True, backend="eager") if compiled else product
+    out = run(x)
+    if expected is None:
+        expected = linear_naive(x.view(15, 64), *weight).view(3, 5, 48) + bias
+    assert out.dtype == dtype
+    assert error(out, expected) < 5e-3
+    assert run(x[:, :0]).shape == (3, 0, 48)
+
+
+@pytest.mark.usefixtures("kernel_device")
+def test_rows_that_the_library_does_not_take_are_multiplied_all_the_same(monkeypatch):
+    monkeypatch.setattr(kernels, "available", lambda device: True)
+    weight, x = quantise(random(7, 24)), random(5, 24)
+    assert error(linear(x, weight), linear_naive(x, *weight)) < 1e-6
+
+
+def test_an_engine_that_compiles_the_drafter_can_ask_for_kernels():
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        return x + kernels.available(torch.device("cuda"))
+
+    compiled = torch.compile(ask, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == kernels.available(torch.device("cuda"))
 
 
 def test_keys_and_values_are_a_part_of_the_whole_projection(tmp_path):

@@ -33,16 +33,23 @@ class Schedulers:
 
     Args:
         log: takes what it prints.
+        interpreted: run the kernels, interpreted.
     """
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *, interpreted: bool = False) -> None:
         self.log = log
+        environment = {"TRITON_INTERPRET": "1"} if interpreted else {}
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={
+                **os.environ,
+                **ENVIRONMENT,
+                **environment,
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
             text=True,
         )
 
@@ -67,7 +74,8 @@ class Schedulers:
             params: of ``SamplingParams``.
 
         Returns:
-            Per prompt, "texts" of its copies and the "blocks" of its first.
+            Per prompt, "texts" of its copies and the "blocks" of its first; "counts" of what ran
+            through kernels.
         """
         job = {
             "settings": {
@@ -101,6 +109,12 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
 
     from dflash_plugin.sglang.selfcheck import make_request, run
 
+    counts = {}
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreted
+
+        interpreted.turn_on()
+        counts = interpreted.COUNTS
     args = ServerArgs(**job["settings"])
     args.resolve_once()
     ports = PortArgs.init_new(args)
@@ -111,7 +125,7 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         requests = [make_request(scheduler, prompt, **job["params"]) for _ in range(job["copies"])]
         blocks.append(run(scheduler, requests))
         texts.append([list(request.output_ids_through_stop) for request in requests])
-    return {"texts": texts, "blocks": blocks}
+    return {"texts": texts, "blocks": blocks, "counts": counts}
 
 
 def main() -> None:

@@ -81,6 +81,13 @@ def schedulers(tmp_path_factory) -> Iterator[Schedulers]:
     running.close()
 
 
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory) -> Iterator[Schedulers]:
+    running = Schedulers(tmp_path_factory.mktemp("interpreted") / "log", interpreted=True)
+    yield running
+    running.close()
+
+
 def alone(target: PreTrainedModel, prompt: list[int], length: int) -> list[int]:
     ids = target.generate(
         torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=None,
@@ -103,6 +110,27 @@ def test_drafts_and_text_equal_the_core(pair, schedulers, tmp_path, kind):
         assert min(expected.margins) > 1e-3
         drafts = expected.drafts[: drafter.config.block_size - 1]
         assert blocks[0] == [expected.anchor, *drafts]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["reduced vocabulary", "mixed windows and causality"],
+)
+def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path, kind):
+    """All that runs on a GPU: injection, block pass, head, and the attention of both models."""
+    target, directory = pair
+    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **KINDS[kind]})
+    drafter = load_drafter(checkpoint, target)
+    made = interpreted.run(
+        directory, checkpoint, PROMPTS[:1], copies=2, temperature=0.0, max_new_tokens=6,
+        ignore_eos=True,
+    )  # fmt: skip
+    assert made["texts"][0] == 2 * [alone(target, PROMPTS[0], 6)]
+    expected = answer(drafter, target, PROMPTS[0])
+    assert min(expected.margins) > 1e-3
+    assert made["blocks"][0][0] == [expected.anchor, *expected.drafts]
+    passes = len(made["blocks"][0])
+    assert made["counts"] == {"blocks": 6 * passes, "blocks_natively": 0, "heads": passes}
 
 
 @pytest.mark.parametrize("changes", FP8, ids=["borrowed head", "own head"])

@@ -12,6 +12,7 @@ from vllm import SamplingParams
 from vllm_helpers import ON_V2, on_worker, running
 
 from dflash_plugin.known_answer import answer
+from dflash_plugin.serving import head
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
 from distribution import check_distribution, continuations
@@ -128,6 +129,32 @@ def test_fp8_weights_draft_what_the_core_does_with_them(pair, tmp_path, changes)
             assert min(expected.margins) > 1e-3
             assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
         check_text(engine, target)
+
+
+@pytest.mark.skipif(not ON_V2, reason="the V1 runner makes logits")
+def test_the_head_kernel_drafts_what_logits_do(pair, tmp_path, monkeypatch):
+    """Where kernels run, no logits are made of a few rows; here the kernel is interpreted."""
+    from dflash_plugin.kernels import draft_head
+
+    calls = []
+    native = draft_head.draft_head
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return native(*args, **kwargs)
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setattr(head.kernels, "available", lambda device: True)
+    monkeypatch.setattr(draft_head, "draft_head", counted)
+    target, directory = pair
+    changes = {**SIZES, "target_hidden_size": 64, **KINDS["reduced vocabulary"]}
+    drafter = load_drafter(write_tiny(tmp_path, **changes), target)
+    with running(directory, tmp_path, max_model_len=256) as engine:
+        expected = answer(drafter, target, PROMPTS[0])
+        drafts = on_worker(engine, draft, [*PROMPTS[0], expected.anchor])
+        assert drafts == expected.drafts
+        check_text(engine, target)
+    assert calls
 
 
 @pytest.mark.skipif(ON_V2 and torch.cuda.device_count() < 2, reason="two GPUs, or the V1 runner")

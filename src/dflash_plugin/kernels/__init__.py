@@ -10,7 +10,10 @@ from importlib.util import find_spec
 
 import torch
 
+# Looked for once: an engine that compiles the drafter traces the question, not a search.
+_HAS_TRITON = find_spec("triton") is not None
+
 
 def available(device: torch.device) -> bool:
     """Whether the kernels run on ``device``; callers use the twins where they do not."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    return device.type == "cuda" and _HAS_TRITON

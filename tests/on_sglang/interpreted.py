@@ -1,0 +1,80 @@
+"""The kernels in SGLang on a CPU: interpreted, and attending as under SGLang's Triton back end.
+
+The process has to start with TRITON_INTERPRET=1. Not covered: CUDA graphs and streams.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from torch import Tensor
+
+from dflash_plugin import kernels
+from dflash_plugin.sglang import attention, block_attention, cpu
+
+COUNTS = {"blocks": 0, "blocks_natively": 0, "heads": 0}
+
+
+def turn_on() -> None:
+    """Let this process run the kernels wherever a GPU would."""
+    from dflash_plugin.kernels import draft_head
+
+    class TritonAttnBackend(attention.CpuAttention):
+        """By its name one of those whose blocks attend through the kernel."""
+
+        forward_metadata: Any = None
+
+        def forward_extend(self, *args: Any, **kwargs: Any) -> Tensor:
+            COUNTS["blocks_natively"] += args[4].forward_mode.is_target_verify()
+            return super().forward_extend(*args, **kwargs)
+
+    kernels.available = lambda device: True
+    attention.CpuAttention = TritonAttnBackend
+    native_install, native_attend = block_attention.install, block_attention.attend
+    native_head = draft_head.draft_head
+
+    def install(backend: Any, device: torch.device) -> bool:
+        assert native_install(backend, device)
+        ours = backend.forward_extend
+
+        def forward_extend(q: Any, k: Any, v: Any, layer: Any, batch: Any, **kwargs: Any) -> Tensor:
+            if batch.forward_mode.is_target_verify():
+                backend.forward_metadata = metadata(backend, batch, layer.sliding_window_size)
+            return ours(q, k, v, layer, batch, **kwargs)
+
+        backend.forward_extend = forward_extend
+        return True
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
+        COUNTS["blocks"] += 1
+        return native_attend(*args, **kwargs)
+
+    def head(*args: Any, **kwargs: Any) -> Any:
+        COUNTS["heads"] += 1
+        return native_head(*args, **kwargs)
+
+    block_attention.install, block_attention.attend = install, attend
+    draft_head.draft_head = head
+    assert cpu.BACKEND in ATTENTION_BACKENDS
+
+
+def metadata(backend: Any, batch: Any, window: int) -> SimpleNamespace:
+    """What SGLang's Triton back end lists for a verify pass, in a layer with such a window."""
+    table = backend.req_to_token_pool.req_to_token
+    lists: dict[str, Any] = {}
+    for name, most in (("kv", 1 << 30), ("window_kv", window)):
+        slots = [
+            table[request, max(0, length - most) : length]
+            for request, length in zip(
+                batch.req_pool_indices.tolist(), batch.seq_lens.tolist(), strict=True
+            )
+        ]
+        counts = torch.tensor([0, *map(len, slots)])
+        lists[f"{name}_indptr"] = counts.cumsum(0).int()
+        lists[f"{name}_indices"] = torch.cat(slots).long()
+    return SimpleNamespace(
+        custom_mask=None, max_extend_len=int(batch.spec_info.draft_token_num), **lists
+    )
