@@ -329,6 +329,12 @@ class Worker(DFlashWorkerV2):
         assert step.params is not None
         batch, rows = candidates.shape
         target = sampling.distribution(logits.view(batch, rows, -1), step.params, info)
+        if kernels.available(target.device):
+            from dflash_plugin.kernels.accept import Sampled, accept
+
+            judged = Sampled(target.contiguous(), step.draft_probs, step.params.seed)
+            accepted = accept(candidates[:, 1:], judged, step.anchors)
+            return accepted.num_accepted, accepted.next_token
         places = step.anchors[:, None] + torch.arange(1, rows + 1, device=logits.device)
         verdict = verify_sampled(
             candidates[:, 1:],
