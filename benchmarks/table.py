@@ -79,6 +79,7 @@ NAMES = {
     "native": "native",
     "native-adaptive": "native, adaptive",
     "plugin": "plugin",
+    "plugin-fp8": "plugin, FP8 drafter",
     "plugin-adaptive": "plugin, adaptive",
 }
 
@@ -124,12 +125,35 @@ def soak(name: str, engine: str, paused: str) -> str:
     return table([*header, "texts that differ", "growth, last third"], [row])
 
 
+def timelines(name: str) -> str:
+    """Where the milliseconds of a decode step go, of native and the plugin with FP8 drafts."""
+    record = load(name)
+    found = [line for run in record["runs"] for line in run["timelines"]]
+    parts = ("verify graph", "other graphs", "eager", "idle", "step")
+    rows = [
+        [
+            str(level),
+            NAMES[line["engine"]],
+            *(f"{line['milliseconds'][part]:.2f}" for part in parts),
+            f"{line['eager_launches']:.0f}",
+        ]
+        for level in sorted({line["concurrency"] for line in found})
+        for line in found
+        if line["concurrency"] == level and line["engine"] in ("native", "plugin-fp8")
+    ]
+    header = ["requests", "", "verify graph", "draft graph", "eager", "idle", "whole step"]
+    commands = "; ".join(f"`{run['command']}`" for run in record["runs"])
+    facts = f"{record['runs'][0]['device']}, {record['runs'][0]['date']}. {commands}"
+    return f"{table([*header, 'eager launches'], rows)}\n\n{facts}"
+
+
 SECTIONS = {
     "vllm-h200": lambda: serving("vllm-h200"),
     "vllm-qwen3-8b": lambda: serving("vllm-h200-qwen3-8b"),
     "vllm-cpu": lambda: serving("vllm-cpu"),
     "vllm-soak": lambda: soak("vllm-soak-cpu", "vLLM", "preempted"),
-    "sglang-qwen3-8b": lambda: serving("sglang-h200-qwen3-8b"),
+    "sglang-qwen3-8b": lambda: serving("sglang-h100-qwen3-8b"),
+    "sglang-timelines": lambda: timelines("sglang-h100-timelines"),
     "sglang-h200": lambda: serving("sglang-h200"),
     "sglang-soak": lambda: soak("sglang-soak-cpu", "SGLang", "retracted"),
     "acceptance": acceptance,

@@ -101,9 +101,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
         arguments.prepare(server_args(tmp_path, enable_dp_attention=True))
     layers = ({"sliding_window": 8}, {"sliding_window": 16})
     with pytest.raises(DFlashError, match=r"different windows \[8, 16\]"):
-        arguments.check_layers(tiny_config(layers=layers))
+        arguments.check_layers(tiny_config(layers=layers), 4)
     with pytest.raises(DFlashError, match=r"target layers \[-1, 2\]"):
-        arguments.check_layers(tiny_config(target_layer_ids=(-1, 2)))
+        arguments.check_layers(tiny_config(target_layer_ids=(-1, 2)), 4)
+    with pytest.raises(DFlashError, match=r"no output of the last one \(3\)"):
+        arguments.check_layers(tiny_config(target_layer_ids=(0, 3)), 4)
 
 
 def test_dummy_weights_are_not_checked(tmp_path):

@@ -92,7 +92,7 @@ def prepare(server_args: Any) -> None:
     config = load_config(checkpoint, options.dialect)
     target = target_config(server_args)
     config.require_target(target.hidden_size, target.num_hidden_layers, target.vocab_size)
-    check_layers(config)
+    check_layers(config, target.num_hidden_layers)
     asked = [argument(server_args, name) for name in BLOCK_ARGUMENTS]
     for name, value in zip(BLOCK_ARGUMENTS, asked, strict=True):
         check_block(config, f"--{name.replace('_', '-')}", value)
@@ -143,12 +143,19 @@ def check_block(config: DrafterConfig, flag: str, asked: int | None) -> None:
         )
 
 
-def check_layers(config: DrafterConfig) -> None:
+def check_layers(config: DrafterConfig, num_target_layers: int) -> None:
     """Check what SGLang's targets and attention back ends can express.
 
     Raises:
-        DFlashError: the drafter reads the embedding's output, or its layers have different windows.
+        DFlashError: the drafter reads the embedding's or the last layer's output, or its layers
+            have different windows.
     """
+    last = num_target_layers - 1
+    if last in config.target_layer_ids:
+        raise DFlashError(
+            f"the drafter reads target layers {list(config.target_layer_ids)}, and SGLang gives no "
+            f"output of the last one ({last}): use the Transformers engine"
+        )
     if -1 in config.target_layer_ids:
         raise DFlashError(
             f"the drafter reads target layers {list(config.target_layer_ids)}, and SGLang gives no "
