@@ -144,7 +144,10 @@ def step(batch: int, block: int) -> None:
         for requests in (1, 64):
             query, key = of(requests, block, 8, width), of(requests, block, 2, width)
             context = PagedContext(pool, pool, whole(64), None, starts=starts[: requests + 1])
-            draft_attention(query, key, key, context, LayerAttention(causal=True), 0.1)
+            draft_attention(
+                query, key, key, context, LayerAttention(causal=True), 0.1,
+                own_slots=whole(requests, block),
+            )  # fmt: skip
 
 
 def main() -> None:

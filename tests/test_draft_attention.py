@@ -69,10 +69,11 @@ def behind_each_other(context: PagedContext) -> PagedContext:
     sinks=st.booleans(),
     parts=st.sampled_from([1, 3, None]),
     listed=st.sampled_from(["by row", "by request", "behind each other"]),
+    writes=st.booleans(),
 )
 def test_draft_attention(
     lengths, rows, heads, head_dim, page_size, dtype, causal, window, window_from, sinks, parts,
-    listed,
+    listed, writes,
 ):  # fmt: skip
     query_heads, kv_heads = heads
     context = context_of(lengths, kv_heads, head_dim, page_size, dtype)
@@ -92,8 +93,18 @@ def test_draft_attention(
     )
     options = {"window_from": window_from, "sinks": random(query_heads) if sinks else None}
     tile = parts and AttentionTile(keys=32, warps=4, stages=2, parts=parts)
+    unused = context.keys[:, 0, 0].isnan().nonzero().flatten()
+    size = len(lengths) * rows
+    if writes and len(unused) >= size:
+        options["own_slots"] = unused.flip(0)[:size].view(len(lengths), rows)
+    kept = context.keys.clone(), context.values.clone()
     out = draft_attention(*arguments, **options, tile=tile)
+    written = context.keys.clone(), context.values.clone()
+    context.keys.copy_(kept[0])
+    context.values.copy_(kept[1])
     assert error(out, draft_attention_naive(*arguments, **options)) < BOUND[dtype]
+    for pool, expected in zip(written, (context.keys, context.values), strict=True):
+        assert torch.equal(pool.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 def test_large_scores_do_not_overflow():
@@ -119,3 +130,6 @@ def test_faulty_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             draft_attention(*arguments, LayerAttention(), 1.0)
+    for slots in (torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"own_slots must be contiguous int64 \[2, 4\]"):
+            draft_attention(q, k, k, context, LayerAttention(), 1.0, own_slots=slots)

@@ -98,6 +98,7 @@ def _part_kernel(
     requests,
     starts,
     sinks,
+    own_slots,
     out_values,
     part_out,
     part_best,
@@ -189,6 +190,10 @@ def _part_kernel(
         at_row = (request * ROWS + own)[:, None]
         k = tl.load(key + at_row * key_stride + offset, mask=mask, other=0.0)
         v = tl.load(value + at_row * value_stride + offset, mask=mask, other=0.0)
+        if own_slots is not None:
+            slot = tl.load(own_slots + request * ROWS + own, mask=is_own, other=0)[:, None]
+            tl.store(keys + slot * keys_stride + offset, k, mask=mask)
+            tl.store(values + slot * values_stride + offset, v, mask=mask)
         visible = is_own[None, :] & is_row[:, None]
         distance = row[:, None] - own[None, :]
         if CAUSAL:
@@ -277,6 +282,7 @@ def draft_attention(
     *,
     window_from: WindowFrom = "query",
     sinks: Tensor | None = None,
+    own_slots: Tensor | None = None,
     tile: AttentionTile | None = None,
 ) -> Tensor:
     """Grouped-query attention of B blocks; every row sees its context and its own block.
@@ -294,6 +300,8 @@ def draft_attention(
         scale: on scores.
         window_from: where a window counts from.
         sinks: float32 [heads], logits that join each softmax without a value, or None.
+        own_slots: int64 [B, T], contiguous, where the block's own keys and values are written on
+            the way, none of them a slot of anyone's context; or None.
         tile: None chooses one by the batch alone, so that a captured graph holds at any length.
 
     Returns:
@@ -302,7 +310,7 @@ def draft_attention(
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
     """
-    batch, rows, heads, kv_heads, head_dim = _check(query, key, value, context, sinks)
+    batch, rows, heads, kv_heads, head_dim = _check(query, key, value, context, sinks, own_slots)
     group = heads // kv_heads
     out = torch.empty(batch, rows, heads, head_dim, dtype=query.dtype, device=query.device)
     if batch == 0:
@@ -327,6 +335,7 @@ def draft_attention(
         context.requests,
         context.starts,
         sinks,
+        own_slots,
         out,
         part_out,
         part_best,
@@ -399,7 +408,12 @@ def _tile(
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, context: PagedContext, sinks: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: PagedContext,
+    sinks: Tensor | None,
+    own_slots: Tensor | None,
 ) -> tuple[int, int, int, int, int]:
     batch, rows, heads, head_dim = query.shape
     kv_heads = key.shape[2]
@@ -434,6 +448,12 @@ def _check(
         raise ValueError("page_table must have contiguous rows")
     if sinks is not None and (sinks.shape != (heads,) or sinks.dtype != torch.float32):
         raise ValueError(f"sinks must be float32 [{heads}]")
+    if own_slots is not None and (
+        own_slots.shape != (batch, rows)
+        or own_slots.dtype != torch.int64
+        or not own_slots.is_contiguous()
+    ):
+        raise ValueError(f"own_slots must be contiguous int64 [{batch}, {rows}]")
     return batch, rows, heads, kv_heads, head_dim
 
 
@@ -447,10 +467,11 @@ def draft_attention_naive(
     *,
     window_from: WindowFrom = "query",
     sinks: Tensor | None = None,
+    own_slots: Tensor | None = None,
     tile: AttentionTile | None = None,
 ) -> Tensor:
     """``draft_attention`` in plain torch, in float32; reads lengths back to the host."""
-    batch, rows, _, _, _ = _check(query, key, value, context, sinks)
+    batch, rows, _, _, _ = _check(query, key, value, context, sinks, own_slots)
     lengths = context.starts.diff().long() if context.starts is not None else context.lengths
     assert lengths is not None
     longest = int(lengths.max()) if batch else 0
@@ -477,6 +498,9 @@ def draft_attention_naive(
         torch.cat([pool[slots].float().masked_fill(unknown, 0), part.float()], dim=1)
         for pool, part in ((context.keys, key), (context.values, value))
     )
+    if own_slots is not None:
+        context.keys[own_slots] = key.to(context.keys.dtype)
+        context.values[own_slots] = value.to(context.values.dtype)
     queries, keys, values = (part.transpose(1, 2) for part in (query.float(), keys, values))
     out = masked_attention(queries, keys, values, mask, scale, sinks)
     return out.transpose(1, 2).to(query.dtype)

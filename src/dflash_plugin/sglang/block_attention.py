@@ -85,8 +85,7 @@ def routed(backend: Any, native: Callable[..., Tensor]) -> Callable[..., Tensor]
             return native(q, k, v, layer, forward_batch, save_kv_cache, sinks=sinks, **more)
         assert k is not None
         assert v is not None
-        backend.token_to_kv_pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
-        return attend(backend, q, k, v, layer, sinks)
+        return attend(backend, q, k, v, layer, forward_batch.out_cache_loc, sinks)
 
     return forward_extend
 
@@ -124,16 +123,23 @@ def _starts(metadata: Any, window: int) -> Tensor | None:
 
 
 def attend(
-    backend: Any, q: Tensor, k: Tensor, v: Tensor, layer: Any, sinks: Tensor | None
+    backend: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: Any,
+    own_slots: Tensor,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Attention [T, heads * head_dim] of every request's block behind its context.
 
     Args:
         backend: its metadata lists each request's slots.
         q: [T, heads * head_dim].
-        k: [T, kv_heads, head_dim].
+        k: [T, kv_heads, head_dim], written to the pool on the way.
         v: likewise.
         layer: SGLang's ``RadixAttention``.
+        own_slots: [T], where they go.
         sinks: [heads], or None.
     """
     from dflash_plugin.kernels.draft_attention import PagedContext, draft_attention
@@ -164,5 +170,6 @@ def attend(
         ),
         layer.scaling,
         sinks=None if sinks is None else sinks.float(),
+        own_slots=own_slots[: len(q)].long().view(-1, rows),
     )
     return out.view(q.shape)
