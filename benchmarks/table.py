@@ -1,7 +1,7 @@
-"""Writes the README's result tables from the JSON files in benchmarks/results.
+"""Writes the result tables of README.md and docs/ from the JSON files in benchmarks/results.
 
-python benchmarks/table.py          rewrite README.md
-python benchmarks/table.py --check  exit 1 if README.md is not up to date
+python benchmarks/table.py          rewrite them
+python benchmarks/table.py --check  exit 1 if one is not up to date
 """
 
 from __future__ import annotations
@@ -147,6 +147,28 @@ def timelines(name: str) -> str:
     return f"{table([*header, 'eager launches'], rows)}\n\n{facts}"
 
 
+def budget(name: str) -> str:
+    """Simulated tokens per second of the adaptive policy, the best fixed one and the oracle."""
+    record = load(name)
+    rows = []
+    for row in record["rows"]:
+        rates = row["tokens_per_second"]
+        rows.append(
+            [
+                str(row["requests"]),
+                f"{rates['fixed 0']:,.0f}",
+                f"{rates[row['best_fixed']]:,.0f} ({row['best_fixed'].removeprefix('fixed ')})",
+                f"{rates['adaptive']:,.0f}",
+                f"{rates['oracle']:,.0f}",
+                f"{row['against_best_fixed']:.2f}",
+                f"{row['against_oracle']:.2f}",
+            ]
+        )
+    header = ["requests", "no drafts", "best fixed (drafts)", "adaptive", "oracle"]
+    facts = f"{record['texts']} texts, τ {record['tau']}, {record['date']}. `{record['command']}`"
+    return f"{table([*header, 'of best fixed', 'of oracle'], rows)}\n\n{facts}"
+
+
 SECTIONS = {
     "vllm-h200": lambda: serving("vllm-h200"),
     "vllm-qwen3-8b": lambda: serving("vllm-h200-qwen3-8b"),
@@ -163,9 +185,13 @@ SECTIONS = {
 }
 
 
-def filled(text: str) -> str:
-    """README text with every section between its markers made anew."""
-    for name, make in SECTIONS.items():
+# Sections of other files.
+ELSEWHERE = {"docs/design.md": {"budget": lambda: budget("budget-simulator")}}
+
+
+def filled(text: str, sections: dict = SECTIONS) -> str:
+    """Text with every section between its markers made anew."""
+    for name, make in sections.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, rest = text.split(start)
         text = before + start + make() + "\n" + end + rest.split(end, 1)[1]
@@ -173,12 +199,13 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if "--check" not in sys.argv:
-        readme.write_text(filled(text))
-    elif filled(text) != text:
-        sys.exit("README.md is not up to date: run python benchmarks/table.py")
+    for name, sections in {"README.md": SECTIONS, **ELSEWHERE}.items():
+        path = ROOT / name
+        text = path.read_text()
+        if "--check" not in sys.argv:
+            path.write_text(filled(text, sections))
+        elif filled(text, sections) != text:
+            sys.exit(f"{name} is not up to date: run python benchmarks/table.py")
 
 
 if __name__ == "__main__":

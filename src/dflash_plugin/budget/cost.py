@@ -1,0 +1,121 @@
+"""What a step takes, by the tokens that are verified and the requests that draft."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from dflash_plugin.errors import DFlashError
+
+# How much one measured step moves what is known of its size.
+SHARE = 0.05
+
+
+@dataclass
+class StepCost:
+    """Seconds of verify passes by their captured size, and of draft passes by requests.
+
+    Between sizes a pass takes the next larger size, as a captured graph does.
+
+    Attributes:
+        verify: seconds by tokens of a pass, sizes rising.
+        draft: seconds by requests, sizes rising; an empty one costs nothing.
+        fixed: seconds of a step beside both.
+    """
+
+    verify: dict[int, float]
+    draft: dict[int, float] = field(default_factory=dict)
+    fixed: float = 0.0
+
+    @classmethod
+    def measured(
+        cls, verify: Mapping[int, float], draft: Mapping[int, float], fixed: float = 0.0
+    ) -> StepCost:
+        """Costs that were measured at some sizes.
+
+        Raises:
+            DFlashError: none of a verify pass, or one that is no positive number.
+        """
+        if not verify:
+            raise DFlashError("no verify pass was measured: give one size at least")
+        for name, table in (("verify", verify), ("draft", draft)):
+            for size, seconds in table.items():
+                if size < 1 or not (math.isfinite(seconds) and seconds > 0):
+                    raise DFlashError(
+                        f"a {name} pass of {size} takes {seconds} s: give positive sizes and times"
+                    )
+        return cls(_rising(verify), _rising(draft), fixed)
+
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest verify pass."""
+        return max(self.verify)
+
+    def verify_seconds(self, tokens: int) -> float:
+        """Of a verify pass; beyond the largest size, in proportion."""
+        return _at(self.verify, tokens)
+
+    def draft_seconds(self, requests: int) -> float:
+        """Of a draft pass, 0 for none."""
+        return _at(self.draft, requests) if self.draft and requests else 0.0
+
+    def step_seconds(self, tokens: int, drafting: int) -> float:
+        """Of a step that verifies so many tokens and drafts for so many requests."""
+        return self.fixed + self.verify_seconds(tokens) + self.draft_seconds(drafting)
+
+    def refine(self, tokens: int, drafting: int, seconds: float) -> None:
+        """Take in a step as it was measured; it moves its own verify size, and larger ones with it.
+
+        Args:
+            tokens: verified in the step.
+            drafting: requests that drafted in it.
+            seconds: of the whole step.
+        """
+        size = _size(self.verify, tokens)
+        found = seconds - self.fixed - self.draft_seconds(drafting)
+        if tokens > size or not math.isfinite(found) or found <= 0:
+            return
+        self.verify[size] += SHARE * (found - self.verify[size])
+        self.verify = _rising(self.verify)
+
+
+def _rising(table: Mapping[int, float]) -> dict[int, float]:
+    """Sorted, and no larger size faster than a smaller one."""
+    found: dict[int, float] = {}
+    most = 0.0
+    for size in sorted(table):
+        most = max(most, table[size])
+        found[size] = most
+    return found
+
+
+def _size(table: Mapping[int, float], wanted: int) -> int:
+    """The smallest size that holds ``wanted``, else the largest."""
+    return min((size for size in table if size >= wanted), default=max(table))
+
+
+def _at(table: Mapping[int, float], wanted: int) -> float:
+    size = _size(table, wanted)
+    return table[size] * max(1.0, wanted / size)
+
+
+def interpolated(points: Mapping[int, float], sizes: Sequence[int]) -> dict[int, float]:
+    """Seconds at ``sizes``, on straight lines through measured ``points``.
+
+    Raises:
+        DFlashError: fewer than two points.
+    """
+    known = sorted(points.items())
+    if len(known) < 2:
+        raise DFlashError(f"{len(known)} measured sizes: give two at least")
+    found = {}
+    for size in sizes:
+        low, high = next(
+            (pair for pair in pairwise(known) if size <= pair[1][0]),
+            (known[-2], known[-1]),
+        )
+        slope = (high[1] - low[1]) / (high[0] - low[0])
+        found[size] = max(known[0][1], low[1] + slope * (size - low[0]))
+    return found
