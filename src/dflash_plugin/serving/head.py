@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from dflash_plugin import kernels
@@ -29,23 +30,31 @@ def best_of_shard(head: Any, hidden: Tensor, rows: int, plain: type) -> HeadChoi
         plain: the engine's method of heads that are not quantised.
     """
     method, count = getattr(head, "quant_method", None), hidden.shape[0]
-    if not kernels.available(hidden.device) or rows == 0:
+    in_fp8 = isinstance(method, Fp8Method)
+    if (
+        not kernels.available(hidden.device)
+        or not (in_fp8 or isinstance(method, plain))
+        or count > (FEW_ROWS_IN_FP8 if in_fp8 else FEW_ROWS)
+    ):
         return None
-    from dflash_plugin.kernels.draft_head import draft_head
+    from dflash_plugin.kernels.draft_head import HeadChoice, draft_head
 
     shard = getattr(head, "shard_indices", None)
     first = 0 if shard is None else int(shard.org_vocab_start_index)
-    if isinstance(method, Fp8Method) and count <= FEW_ROWS_IN_FP8:
-        from dflash_plugin.kernels.quantise_rows import quantise_rows
+    if rows == 0:  # All of a small head lies on other ranks, which ask for this one's best too.
+        nothing = torch.full((count, 1), float("-inf"), device=hidden.device)
+        tokens = torch.full((count, 1), first, device=hidden.device)
+        return HeadChoice(tokens, nothing, nothing, nothing[:, 0])
+    weight = head.weight[:rows]
+    if not isinstance(method, Fp8Method):
+        return draft_head(hidden.to(weight.dtype), weight, first_token=first)
+    from dflash_plugin.kernels.quantise_rows import quantise_rows
 
-        rounded = quantise_rows(hidden)
-        return draft_head(
-            rounded.values,
-            head.weight[:rows],
-            hidden_scale=rounded.scales,
-            weight_scale=method.scales[:rows],
-            first_token=first,
-        )
-    if isinstance(method, plain) and count <= FEW_ROWS:
-        return draft_head(hidden.to(head.weight.dtype), head.weight[:rows], first_token=first)
-    return None
+    rounded = quantise_rows(hidden)
+    return draft_head(
+        rounded.values,
+        weight,
+        hidden_scale=rounded.scales,
+        weight_scale=method.scales[:rows],
+        first_token=first,
+    )

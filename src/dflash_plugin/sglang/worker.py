@@ -332,7 +332,8 @@ class Worker(DFlashWorkerV2):
         if kernels.available(target.device):
             from dflash_plugin.kernels.accept import Sampled, accept
 
-            judged = Sampled(target.contiguous(), step.draft_probs, step.params.seed)
+            draft = None if step.draft_probs is None else step.draft_probs.contiguous()
+            judged = Sampled(target.contiguous(), draft, step.params.seed)
             accepted = accept(candidates[:, 1:], judged, step.anchors)
             return accepted.num_accepted, accepted.next_token
         places = step.anchors[:, None] + torch.arange(1, rows + 1, device=logits.device)
@@ -432,7 +433,7 @@ def _note_graphs(worker: Worker) -> None:
     @wraps(native)
     def forward(*args: Any, **kwargs: Any) -> Any:
         result = native(*args, **kwargs)
-        worker.in_graph = bool(result.can_run_cuda_graph)
+        worker.in_graph = bool(getattr(result, "can_run_cuda_graph", False))
         return result
 
     target.forward_batch_generation = forward
