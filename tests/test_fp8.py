@@ -23,8 +23,8 @@ class Plain:
     """An engine's method of layers that are not quantised."""
 
 
-def hosted_linear() -> nn.Linear:
-    layer = nn.Linear(16, 8, bias=False)
+def hosted_linear(width: int = 16) -> nn.Linear:
+    layer = nn.Linear(width, width // 2, bias=False)
     layer.quant_method = Plain()
     return layer
 
@@ -114,6 +114,22 @@ def test_an_engines_layers_are_rounded_in_place_and_its_head_in_a_copy():
     assert torch.equal(head.weight, before[head])
     assert isinstance(head.quant_method, Plain)
     assert torch.equal(copied.quant_method.apply(copied, x), linear(x, quantise(before[head])))
+
+
+@pytest.mark.usefixtures("kernel_device")
+def test_a_compiled_layer_reads_its_weights_anew(monkeypatch):
+    monkeypatch.setattr(kernels, "available", lambda device: True)
+    layer = hosted_linear(32)
+    drafter = nn.Sequential(layer)
+    drafter.own_head = None
+    quantise_hosted(drafter, Plain)
+    run = torch.compile(
+        lambda x: layer.quant_method.apply(layer, x), fullgraph=True, backend="eager"
+    )
+    x = random(3, 32)
+    before = run(x).clone()
+    layer.fp8_scales.mul_(2.0)
+    assert error(run(x), 2 * before) < 1e-6
 
 
 def test_layers_that_are_quantised_already():

@@ -39,11 +39,11 @@ def test_shards_find_the_best_of_the_whole(fp8):
     best = []
     for start, rows in ((0, 20), (20, 10), (30, 0)):
         part = torch.cat([weight[start : start + rows], 100 * random(2, 32)])
-        method: Any = Plain()
+        head = head_of(part, Plain(), start)
         if fp8:
-            part, scales = quantise(part)
-            method = Fp8Method(scales)
-        best.append(best_of_shard(head_of(part, method, start), hidden, rows, Plain))
+            head.quant_method = Fp8Method()
+            head.weight, head.fp8_scales = quantise(part)
+        best.append(best_of_shard(head, hidden, rows, Plain))
     scores = torch.cat([one.scores for one in best], dim=-1)
     tokens = torch.cat([one.tokens for one in best], dim=-1)
     found = tokens.gather(-1, scores.argmax(dim=-1, keepdim=True))[:, 0]

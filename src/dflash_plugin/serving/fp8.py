@@ -23,16 +23,18 @@ def product(x: Tensor, weight: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
 class Fp8Method:
     """Takes the place of an engine's way to multiply by a layer's weight.
 
-    Args:
-        scales: float32 [N], of the layer's rows.
+    The scales are a buffer of the layer: a compiled model reads it, and would keep anything else as
+    it was.
     """
-
-    def __init__(self, scales: Tensor) -> None:
-        self.scales = scales
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., K] to [..., N], this shard's."""
-        return linear(x, Fp8Rows(layer.weight, self.scales), bias)
+        return linear(x, rows_of(layer), bias)
+
+
+def rows_of(layer: Any) -> Fp8Rows:
+    """The rounded weight of a layer that has an ``Fp8Method``."""
+    return Fp8Rows(layer.weight, layer.fp8_scales)
 
 
 def quantise_hosted(drafter: Drafter, plain: type) -> None:
@@ -68,8 +70,8 @@ def quantised_head(head: nn.Module, plain: type) -> nn.Module:
     if not isinstance(getattr(head, "quant_method", None), plain):
         return head
     copied = copy.copy(head)
-    # A copied module shares its tables of parameters with the first.
-    copied._parameters = dict(head._parameters)
+    # A copied module shares its tables of tensors with the first.
+    copied._parameters, copied._buffers = dict(head._parameters), dict(head._buffers)
     _quantise(copied)
     return copied
 
@@ -77,4 +79,5 @@ def quantised_head(head: nn.Module, plain: type) -> nn.Module:
 def _quantise(module: nn.Module) -> None:
     weight = quantise(cast(Tensor, module.weight).detach())
     module.weight = nn.Parameter(weight.values, requires_grad=False)
-    cast(Any, module).quant_method = Fp8Method(weight.scales)
+    module.register_buffer("fp8_scales", weight.scales, persistent=False)
+    cast(Any, module).quant_method = Fp8Method()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.serving.fp8 import Fp8Method
+from dflash_plugin.serving.fp8 import Fp8Method, rows_of
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.draft_head import HeadChoice
@@ -45,16 +45,16 @@ def best_of_shard(head: Any, hidden: Tensor, rows: int, plain: type) -> HeadChoi
         nothing = torch.full((count, 1), float("-inf"), device=hidden.device)
         tokens = torch.full((count, 1), first, device=hidden.device)
         return HeadChoice(tokens, nothing, nothing, nothing[:, 0])
-    weight = head.weight[:rows]
-    if not isinstance(method, Fp8Method):
+    if not in_fp8:
+        weight = head.weight[:rows]
         return draft_head(hidden.to(weight.dtype), weight, first_token=first)
     from dflash_plugin.kernels.quantise_rows import quantise_rows
 
-    rounded = quantise_rows(hidden)
+    rounded, stored = quantise_rows(hidden), rows_of(head)
     return draft_head(
         rounded.values,
-        weight,
+        stored.values[:rows],
         hidden_scale=rounded.scales,
-        weight_scale=method.scales[:rows],
+        weight_scale=stored.scales[:rows],
         first_token=first,
     )
