@@ -86,7 +86,8 @@ def _fold(query, key, value, visible, best, total, out, scale, PRECISION: tl.con
     return highest, total, out
 
 
-@triton.jit
+# Compiled once for any number of requests: a server meets all of them.
+@triton.jit(do_not_specialize=["batch"])
 def _part_kernel(
     query,
     key,
@@ -218,7 +219,7 @@ def _part_kernel(
         tl.store(part_out + at, out, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "rows"])
 def _join_kernel(
     part_out,
     part_best,

@@ -61,7 +61,8 @@ def _gumbel(seed, place, token, STREAM: tl.constexpr):
     return -tl.log(-tl.log(uniform))
 
 
-@triton.jit
+# Compiled once for any number of rows: a server meets all of them.
+@triton.jit(do_not_specialize=["rows"])
 def _tile_kernel(
     hidden,
     hidden_scale,

@@ -17,7 +17,7 @@ from dflash_plugin.kernels.add_rms_norm import add_rms_norm, add_rms_norm_naive
 from dflash_plugin.kernels.common import DTYPES, ProductTile, dot, dot_precision
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _kernel(
     features,
     rows,
