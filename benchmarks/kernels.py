@@ -184,6 +184,36 @@ def fp8_linear(rows: int) -> Case:
     )
 
 
+def fp8_product(rows: int) -> Case:
+    """The gate and up projection; "engine" is the library's product of the same FP8 rows."""
+    return few_rows(rows, 2 * INTERMEDIATE, HIDDEN)
+
+
+def fp8_product_down(rows: int) -> Case:
+    """The down projection, which is wide and has few rows."""
+    return few_rows(rows, HIDDEN, INTERMEDIATE)
+
+
+def few_rows(rows: int, columns: int, width: int) -> Case:
+    from dflash_plugin.fp8 import quantise
+    from dflash_plugin.kernels.fp8_product import fp8_product, fp8_product_naive
+
+    x, weight = quantise(random(rows, width)), quantise(random(columns, width))
+
+    def library() -> Tensor:
+        return torch._scaled_mm(
+            x.values, weight.values.t(), scale_a=x.scales[:, None], scale_b=weight.scales[None],
+            out_dtype=torch.bfloat16, use_fast_accum=True,
+        )  # fmt: skip
+
+    return Case(
+        lambda: fp8_product(x, weight, torch.bfloat16),
+        lambda: fp8_product_naive(x, weight, torch.bfloat16),
+        weight.values.nbytes,
+        library,
+    )
+
+
 def quantise_rows(rows: int) -> Case:
     from dflash_plugin.kernels.quantise_rows import quantise_rows, quantise_rows_naive
 
@@ -298,6 +328,8 @@ OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     draft_head: DRAFTING,
     draft_head_fp8: DRAFTING,
     fp8_linear: (16, 64, 256, 1024),
+    fp8_product: (16, 32, 64),
+    fp8_product_down: (16, 32, 64),
     fuse_features: (16, 64, 256, 1024),
     accept: (16, 1024),
     block_inputs: (16, 1024),

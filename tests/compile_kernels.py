@@ -102,6 +102,7 @@ def elementwise(rows: int) -> None:
 def products(rows: int) -> None:
     from dflash_plugin.fp8 import quantise
     from dflash_plugin.kernels.draft_head import Drawing, draft_head
+    from dflash_plugin.kernels.fp8_product import fp8_product
     from dflash_plugin.kernels.fuse_features import fuse_features
     from dflash_plugin.kernels.quantise_rows import quantise_rows
 
@@ -115,6 +116,9 @@ def products(rows: int) -> None:
     drawing = Drawing(torch.ones(rows), whole(rows), whole(rows))
     draft_head(hidden, head, drawing=drawing)
     quantise_rows(hidden)
+    if rows <= 64:
+        for columns, width in ((INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)):
+            fp8_product(quantise(of(rows, width)), quantise(of(columns, width)), BF16)
     quantise_rows(of(16, INTERMEDIATE))
     features = [of(rows, HIDDEN) for _ in range(LAYERS)]
     fuse_features(features, of(HIDDEN, LAYERS * HIDDEN), of(HIDDEN), EPS, rows=whole(rows))

@@ -1,0 +1,45 @@
+"""Few FP8 rows times many."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dflash_plugin.fp8 import Fp8Rows, quantise
+from dflash_plugin.kernels.common import ProductTile
+from dflash_plugin.kernels.fp8_product import fp8_product, fp8_product_naive
+from kernel_helpers import BOUND, DEVICE, DTYPES, error, random
+
+pytestmark = pytest.mark.usefixtures("kernel_device")
+SMALL = ProductTile(16, 16, 32, 4, 2)
+# A GPU's sums of FP8 hold fewer bits.
+BITS = 1e-3 if DEVICE.type == "cuda" else 0.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.sampled_from([0, 1, 5, 17, 64]),
+    columns=st.sampled_from([1, 16, 33]),
+    width=st.sampled_from([32, 40, 96, 300]),
+    dtype=st.sampled_from(DTYPES),
+    parts=st.sampled_from([1, 2, 5, None]),
+    tile=st.sampled_from([SMALL, None]),
+)
+def test_fp8_product(rows, columns, width, dtype, parts, tile):
+    x, weight = quantise(random(rows, width)), quantise(random(columns, width, seed=1))
+    out = fp8_product(x, weight, dtype, parts=parts, tile=tile)
+    assert error(out, fp8_product_naive(x, weight, dtype)) < BOUND[dtype] + BITS
+
+
+def test_faulty_arguments():
+    x, weight = quantise(torch.ones(2, 32)), quantise(torch.ones(8, 32))
+    for arguments, message in (
+        ((quantise(torch.ones(2, 31)), weight), "weight's rows are 32 wide, x's 31"),
+        ((x, Fp8Rows(weight.values.float(), weight.scales)), "weight's values must be"),
+        ((Fp8Rows(x.values, x.scales[:1]), weight), r"x's scales must be float32 \[2\]"),
+        ((Fp8Rows(x.values[:, ::2], x.scales), weight), "x's values must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fp8_product(*arguments, torch.float32)
