@@ -164,7 +164,8 @@ def simulate(
         drafts = torch.zeros_like(right) if chosen is None else chosen
         stood = torch.minimum(right, drafts)
         if chosen is not None:
-            policy.observe(confidences, stood, drafts)
+            # What lies behind a text's end is no verdict on a draft.
+            policy.observe(confidences, stood, torch.minimum(drafts, end - place))
         committed = torch.minimum(stood + 1, end - place)
         size = requests + int(drafts.sum())
         seconds += cost.step_seconds(size, 0 if chosen is None else requests)
