@@ -195,22 +195,15 @@ def fp8_product_down(rows: int) -> Case:
 
 
 def few_rows(rows: int, columns: int, width: int) -> Case:
-    from dflash_plugin.fp8 import quantise
+    from dflash_plugin.fp8 import library_product, quantise
     from dflash_plugin.kernels.fp8_product import fp8_product, fp8_product_naive
 
     x, weight = quantise(random(rows, width)), quantise(random(columns, width))
-
-    def library() -> Tensor:
-        return torch._scaled_mm(
-            x.values, weight.values.t(), scale_a=x.scales[:, None], scale_b=weight.scales[None],
-            out_dtype=torch.bfloat16, use_fast_accum=True,
-        )  # fmt: skip
-
     return Case(
         lambda: fp8_product(x, weight, torch.bfloat16),
         lambda: fp8_product_naive(x, weight, torch.bfloat16),
         weight.values.nbytes,
-        library,
+        lambda: library_product(x, weight),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import torch
 import typer
+from serving_common import SETS
 
 from dflash_plugin.budget.traces import record
 from dflash_plugin.fetch import resolve_drafter, resolve_model
@@ -19,8 +20,6 @@ from dflash_plugin.prompts import load_prompts
 from dflash_plugin.train.data import respond
 from dflash_plugin.train.features import OnlineFeatures
 from dflash_plugin.transformers import Engine, load_drafter, load_target
-
-SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
 
 
 def main(
@@ -39,9 +38,7 @@ def main(
     prompts = [one for name in SETS for one in load_prompts(data / f"{name}.jsonl")[:limit]]
     engine = Engine(model, drafting, max_batch=batch, max_length=1024)
     sequences = respond(engine, tokenizer, prompts, new_tokens)
-    # The engine's attention takes masks that a plain pass does not make.
-    plain, _ = load_target(resolve_model(target), torch.float32, device)
-    traces = record(drafting, OnlineFeatures(plain, drafting.config.target_layer_ids), sequences)
+    traces = record(drafting, OnlineFeatures(model, drafting.config.target_layer_ids), sequences)
     traces.save(output)
     print(f"{len(traces.starts) - 1} texts, {len(traces.right)} positions, τ {traces.tau:.3f}")
 

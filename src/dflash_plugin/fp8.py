@@ -92,9 +92,25 @@ def linear(x: Tensor, weight: Fp8Rows, bias: Tensor | None = None) -> Tensor:
 
 def linear_naive(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     """The product of rows x [T, K] in plain torch, summed in float32."""
-    rounded = quantise(x)
-    sums = F.linear(rounded.values.float(), values.float())
-    return (sums * rounded.scales[:, None] * scales).to(x.dtype)
+    return product_naive(quantise(x), Fp8Rows(values, scales), x.dtype)
+
+
+def product_naive(x: Fp8Rows, weight: Fp8Rows, dtype: torch.dtype) -> Tensor:
+    """``x @ weight.T`` [T, N] in plain torch, summed in float32 and rounded to ``dtype``."""
+    sums = F.linear(x.values.float(), weight.values.float())
+    return (sums * x.scales[:, None] * weight.scales).to(dtype)
+
+
+def library_product(x: Fp8Rows, weight: Fp8Rows) -> Tensor:
+    """``x @ weight.T``, bfloat16 [T, N], by the library; sides are multiples of ``STEP``."""
+    return torch._scaled_mm(
+        x.values,
+        weight.values.t(),
+        scale_a=x.scales[:, None],
+        scale_b=weight.scales[None],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
 
 
 # An operator, so that an engine that compiles the drafter sees one call whatever the rows are.
@@ -104,16 +120,7 @@ def _multiply(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
 
     if x.shape[0] == 0:
         return x.new_empty(0, values.shape[0])
-    rounded = quantise_rows(x)
-    out = torch._scaled_mm(
-        rounded.values,
-        values.t(),
-        scale_a=rounded.scales[:, None],
-        scale_b=scales[None],
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
-    return out.to(x.dtype)
+    return library_product(quantise_rows(x), Fp8Rows(values, scales)).to(x.dtype)
 
 
 @_multiply.register_fake

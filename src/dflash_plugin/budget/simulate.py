@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from dflash_plugin.budget.cost import StepCost
 from dflash_plugin.budget.traces import Traces
 
 
-class Policy(Protocol):
+class Policy(ABC):
     """Chooses how many drafts of each request to verify."""
 
+    @abstractmethod
     def choose(self, confidences: Tensor, right: Tensor) -> Tensor | None:
         """Drafts int64 [B] of this step, or None to step without a draft pass.
 
@@ -26,11 +27,11 @@ class Policy(Protocol):
             right: int64 [B], how many drafts would stand, which only an oracle may look at.
         """
 
-    def observe(self, confidences: Tensor, accepted: Tensor, verified: Tensor) -> None:
-        """Learn what came of it; arguments as ``AcceptanceModel.observe``."""
+    def observe(self, confidences: Tensor, accepted: Tensor, verified: Tensor) -> None:  # noqa: B027
+        """Learn what came of it, if there is anything; arguments as ``AcceptanceModel``'s."""
 
 
-class Fixed:
+class Fixed(Policy):
     """The same number of drafts for all; 0 steps without drafting."""
 
     def __init__(self, count: int) -> None:
@@ -42,11 +43,8 @@ class Fixed:
             return None
         return torch.full((len(right),), min(self.count, confidences.shape[1]))
 
-    def observe(self, confidences: Tensor, accepted: Tensor, verified: Tensor) -> None:
-        """Nothing to learn."""
 
-
-class _Allocating:
+class _Allocating(Policy):
     """Allocates by some survival, and steps without drafting where that is faster."""
 
     def __init__(self, cost: StepCost) -> None:
@@ -68,9 +66,6 @@ class Oracle(_Allocating):
         """The drafts that stand, as far as they pay."""
         place = torch.arange(confidences.shape[1])
         return self._allocate((place < right[:, None]).float())
-
-    def observe(self, confidences: Tensor, accepted: Tensor, verified: Tensor) -> None:
-        """Nothing to learn."""
 
 
 class Adaptive(_Allocating):
@@ -179,12 +174,7 @@ def simulate(
     return Run(tokens, seconds, steps, verified, accepted)
 
 
-def compare(
-    traces: Traces,
-    cost: StepCost,
-    requests: Sequence[int],
-    steps: Callable[[int], int] = lambda requests: max(100, 20_000 // requests),
-) -> dict[int, dict[str, Run]]:
+def compare(traces: Traces, cost: StepCost, requests: Sequence[int]) -> dict[int, dict[str, Run]]:
     """Every fixed number of drafts, the adaptive policy and the oracle, by requests at once."""
     found: dict[int, dict[str, Run]] = {}
     for level in requests:
@@ -194,7 +184,7 @@ def compare(
             "oracle": Oracle(cost),
         }
         found[level] = {
-            name: simulate(traces, policy, cost, level, steps(level))
+            name: simulate(traces, policy, cost, level, max(100, 20_000 // level))
             for name, policy in policies.items()
         }
     return found

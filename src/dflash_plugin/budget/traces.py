@@ -19,6 +19,7 @@ from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.train.blocks import choose_anchors, make_blocks
 from dflash_plugin.train.features import FeatureSource
+from dflash_plugin.train.losses import accepted_run
 from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet, collate
 
@@ -114,6 +115,6 @@ def record(drafter: Drafter, features: FeatureSource, sequences: SequenceSet) ->
             drafts = drafter.token_ids(logits.argmax(dim=-1))
             stands = (drafts == blocks.labels[0]) & blocks.label_valid[0]
             confidences.append(confidence(logits).half().cpu())
-            rights.append(stands.long().cumprod(dim=-1).sum(dim=-1).cpu())
+            rights.append(accepted_run(stands).cpu())
         starts.append(starts[-1] + anchors.shape[1])
     return Traces(torch.cat(confidences), torch.cat(rights), torch.tensor(starts))

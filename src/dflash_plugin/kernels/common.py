@@ -17,6 +17,8 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+# Programs that keep an H200's 132 multiprocessors at work.
+PROGRAMS = 264
 # Programs beyond which more of them hide no more waiting.
 ENOUGH_PROGRAMS = 4096
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from dflash_plugin.attention import masked_attention
 from dflash_plugin.config import LayerAttention
-from dflash_plugin.kernels.common import DTYPES, dot, dot_precision, stages_that_fit
+from dflash_plugin.kernels.common import DTYPES, PROGRAMS, dot, dot_precision, stages_that_fit
 from dflash_plugin.visibility import WindowFrom, sees_block, sees_context
 
-# Programs that keep an H200's 132 multiprocessors at work.
-PROGRAMS = 264
+# Query rows that share a key head, which one program holds.
+MOST_ROWS = 256
 
 
 class PagedContext(NamedTuple):
@@ -420,10 +420,10 @@ def _check(
     kv_heads = key.shape[2]
     if key.shape != (batch, rows, kv_heads, head_dim) or value.shape != key.shape:
         raise ValueError(f"key and value must be [{batch}, {rows}, kv_heads, {head_dim}]")
-    if heads % kv_heads or rows * (heads // kv_heads) > 256:
+    if heads % kv_heads or rows * (heads // kv_heads) > MOST_ROWS:
         raise ValueError(
             f"{heads} query heads on {kv_heads} key heads with {rows} rows: give whole groups of "
-            "at most 256 rows"
+            f"at most {MOST_ROWS} rows"
         )
     for name, part in (("query", query), ("key", key), ("value", value)):
         rows_apart = part.stride(0) == rows * part.stride(1) or batch == 1

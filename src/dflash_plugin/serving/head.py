@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
 # Rows beyond which a library's product and an argmax are faster than draft_head.
 FEW_ROWS = 128
 FEW_ROWS_IN_FP8 = 512
+
+
+def best_of_ranks(scores: Tensor, tokens: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """The best token int64 [T] over all ranks, of each rank's best.
+
+    Args:
+        scores: float32 [T, 1], of this rank's.
+        tokens: int64 [T, 1], ids in the whole vocabulary.
+        gather: puts every rank's [T, 1] side by side.
+    """
+    best = gather(scores).argmax(dim=-1, keepdim=True)
+    return gather(tokens).gather(-1, best).squeeze(-1)
 
 
 def best_of_shard(head: Any, hidden: Tensor, rows: int, plain: type) -> HeadChoice | None:

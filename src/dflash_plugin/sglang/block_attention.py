@@ -18,8 +18,7 @@ from dflash_plugin.config import LayerAttention
 
 BACKEND = "TritonAttnBackend"
 POOL = "MHATokenToKVPool"
-# Query rows that share a key head, which one program holds.
-MOST_ROWS = 256
+CAUSAL, FREE = "decoder", "encoder_only"
 
 
 def is_plain(pool: Any) -> bool:
@@ -92,10 +91,11 @@ def routed(backend: Any, native: Callable[..., Tensor]) -> Callable[..., Tensor]
 
 def _takes(backend: Any, layer: Any, forward_batch: Any, q: Tensor) -> bool:
     """Whether ``attend`` gives what the back end would."""
+    from dflash_plugin.kernels.draft_attention import MOST_ROWS
+
     metadata, heads, kv_heads = backend.forward_metadata, layer.tp_q_head_num, layer.tp_k_head_num
-    rows, window = metadata.max_extend_len, layer.sliding_window_size
-    kind = getattr(layer.attn_type, "value", layer.attn_type)
-    starts = _starts(metadata, window)
+    rows, window, kind = metadata.max_extend_len, layer.sliding_window_size, _kind(layer)
+    starts, _ = _listed(metadata, window)
     return (
         metadata.custom_mask is None
         and getattr(forward_batch, "_attn_output", None) is None
@@ -110,16 +110,22 @@ def _takes(backend: Any, layer: Any, forward_batch: Any, q: Tensor) -> bool:
         and getattr(layer, "xai_temperature_len", -1) <= 0
         and layer.k_scale is None
         and not layer.is_cross_attention
-        and kind in ("decoder", "encoder_only")
+        and kind in (CAUSAL, FREE)
         # A window looks back only, which in a block this narrow would have to be told.
-        and (window <= -1 or kind == "decoder" or rows <= window)
+        and (window <= -1 or kind == CAUSAL or rows <= window)
         and q.dtype == backend.token_to_kv_pool.dtype
     )
 
 
-def _starts(metadata: Any, window: int) -> Tensor | None:
-    starts: Tensor | None = metadata.kv_indptr if window <= -1 else metadata.window_kv_indptr
-    return starts
+def _kind(layer: Any) -> str:
+    return str(getattr(layer.attn_type, "value", layer.attn_type))
+
+
+def _listed(metadata: Any, window: int) -> tuple[Any, Any]:
+    """Where each request's slots begin in a list, and the list, which a window shortens."""
+    if window <= -1:
+        return metadata.kv_indptr, metadata.kv_indices
+    return metadata.window_kv_indptr, metadata.window_kv_indices
 
 
 def attend(
@@ -146,8 +152,7 @@ def attend(
 
     metadata, pool = backend.forward_metadata, backend.token_to_kv_pool
     window, rows = layer.sliding_window_size, metadata.max_extend_len
-    slots = metadata.kv_indices if window <= -1 else metadata.window_kv_indices
-    starts = _starts(metadata, window)
+    starts, slots = _listed(metadata, window)
     query, key, value = (
         part.view(-1, rows, heads, layer.qk_head_dim)
         for part, heads in ((q, layer.tp_q_head_num), *((x, layer.tp_k_head_num) for x in (k, v)))
@@ -164,7 +169,7 @@ def attend(
             starts=starts,
         ),
         LayerAttention(
-            causal=getattr(layer.attn_type, "value", layer.attn_type) == "decoder",
+            causal=_kind(layer) == CAUSAL,
             # SGLang does not count the row itself.
             sliding_window=None if window <= -1 else window + 1,
         ),

@@ -25,7 +25,7 @@ from dflash_plugin.drafter import Attend, Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.fp8 import Fp8Rows, quantise
 from dflash_plugin.serving.fp8 import product
-from dflash_plugin.serving.head import best_of_shard
+from dflash_plugin.serving.head import best_of_ranks, best_of_shard
 from dflash_plugin.serving.hosted import KEY
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.sglang.block_attention import is_plain
@@ -289,10 +289,9 @@ class HostedDrafter(DFlashDraftModel):
             return self.drafter.token_ids(index.squeeze(-1))
         if choice is None:
             index = index + head.shard_indices.org_vocab_start_index
-        values = tensor_model_parallel_all_gather(value.float().contiguous(), dim=-1)
-        indices = tensor_model_parallel_all_gather(index.contiguous(), dim=-1)
-        best = values.argmax(dim=-1, keepdim=True)
-        return self.drafter.token_ids(indices.gather(-1, best).squeeze(-1))
+        gather = partial(tensor_model_parallel_all_gather, dim=-1)
+        best = best_of_ranks(value.float().contiguous(), index.contiguous(), gather)
+        return self.drafter.token_ids(best)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits float32 [T, draft vocabulary] of hidden states [T, hidden]."""

@@ -20,13 +20,12 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.sampling import SamplingTensors, Stream, uniforms
+from dflash_plugin.sampling import SamplingTensors, Stream
 from dflash_plugin.sglang import block_attention, penalties, sampling
 from dflash_plugin.sglang.arguments import draft_model_path
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.model import HostedDrafter
 from dflash_plugin.sglang.options import require_hosted
-from dflash_plugin.verify import verify_sampled
 
 # No batch that is captured is larger, unless the server runs more requests.
 MAX_CAPTURED = 1024
@@ -324,27 +323,18 @@ class Worker(DFlashWorkerV2):
         Returns:
             Accepted drafts int32 [B], and the token after them int64 [B].
         """
+        from dflash_plugin.kernels.accept import Sampled, accept, accept_naive
+
         step = self.step
         assert step is not None
         assert step.params is not None
         batch, rows = candidates.shape
         target = sampling.distribution(logits.view(batch, rows, -1), step.params, info)
-        if kernels.available(target.device):
-            from dflash_plugin.kernels.accept import Sampled, accept
-
-            draft = None if step.draft_probs is None else step.draft_probs.contiguous()
-            judged = Sampled(target.contiguous(), draft, step.params.seed)
-            accepted = accept(candidates[:, 1:], judged, step.anchors)
-            return accepted.num_accepted, accepted.next_token
-        places = step.anchors[:, None] + torch.arange(1, rows + 1, device=logits.device)
-        verdict = verify_sampled(
-            candidates[:, 1:],
-            target,
-            step.draft_probs,
-            uniforms(step.params.seed, places[:, :-1], Stream.ACCEPT),
-            uniforms(step.params.seed, places, Stream.NEXT),
-        )
-        return verdict.num_accepted.int(), verdict.next_token
+        draft = None if step.draft_probs is None else step.draft_probs.contiguous()
+        judged = Sampled(target.contiguous(), draft, step.params.seed)
+        run = accept if kernels.available(target.device) else accept_naive
+        accepted = run(candidates[:, 1:], judged, step.anchors)
+        return accepted.num_accepted, accepted.next_token
 
 
 class _routing_to:

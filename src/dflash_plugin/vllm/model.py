@@ -29,7 +29,7 @@ from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.fp8 import Fp8Rows, quantise
 from dflash_plugin.serving.fp8 import product
-from dflash_plugin.serving.head import best_of_shard
+from dflash_plugin.serving.head import best_of_ranks, best_of_shard
 from dflash_plugin.serving.hosted import Hosted
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.vllm.host import HostedQKV, VllmHost, head_in_fp8, round_to_fp8
@@ -272,12 +272,10 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         if choice is None:
             draft_ids = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
             return self.drafter.token_ids(draft_ids)
-        tokens = choice.tokens
-        if get_tensor_model_parallel_world_size() > 1:
-            scores = tensor_model_parallel_all_gather(choice.scores, dim=-1)
-            tokens = tensor_model_parallel_all_gather(tokens, dim=-1)
-            tokens = tokens.gather(-1, scores.argmax(dim=-1, keepdim=True))
-        return self.drafter.token_ids(tokens.squeeze(-1))
+        if get_tensor_model_parallel_world_size() == 1:
+            return self.drafter.token_ids(choice.tokens.squeeze(-1))
+        best = best_of_ranks(choice.scores, choice.tokens, tensor_model_parallel_all_gather)
+        return self.drafter.token_ids(best)
 
     def get_draft_kv_cache_layer_names(self) -> list[str]:
         """Names of the attention layers, in the drafter's order."""
