@@ -282,9 +282,9 @@ def attention(batch: int, context: int) -> Case:
 
     count = batch * context
     keys, values = (random(count + 1, KV_HEADS, HEAD_DIM) for _ in "kv")
-    slots = torch.randperm(count, device="cuda")
-    starts = torch.arange(0, count + 1, context, dtype=torch.int32, device="cuda")
-    paged = PagedContext(keys, values, slots, lengths=None, starts=starts)
+    slots = torch.randperm(count, device="cuda").view(batch, context)
+    lengths = torch.full((batch,), context, device="cuda")
+    paged = PagedContext(keys, values, slots.int(), lengths)
     block = [random(batch, BLOCK, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     arguments = (*block, paged, LayerAttention(causal=True), HEAD_DIM**-0.5)
     return Case(
@@ -296,7 +296,7 @@ def attention(batch: int, context: int) -> Case:
 
 
 def sglang_attention(block: list[Tensor], paged: Any) -> Run | None:
-    """SGLang's Triton back end, of a verify pass."""
+    """SGLang's Triton back end, of a verify pass, its lists of slots not counted."""
     try:
         from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
     except ImportError:
@@ -304,9 +304,12 @@ def sglang_attention(block: list[Tensor], paged: Any) -> Run | None:
     query, key, value = (part.flatten(0, 1) for part in block)
     out = torch.empty_like(query)
     rows = torch.arange(0, len(query) + 1, BLOCK, dtype=torch.int32, device="cuda")
+    batch, context = paged.page_table.shape
+    starts = torch.arange(0, batch * context + 1, context, dtype=torch.int32, device="cuda")
+    slots = paged.page_table.flatten().long()
     return lambda: extend_attention_fwd(
-        query, key, value, out, paged.keys, paged.values, rows, paged.starts, paged.page_table,
-        None, True, None, BLOCK, 1.0, 1.0, HEAD_DIM**-0.5,
+        query, key, value, out, paged.keys, paged.values, rows, starts, slots, None, True,
+        None, BLOCK, 1.0, 1.0, HEAD_DIM**-0.5,
     )  # fmt: skip
 
 

@@ -142,12 +142,11 @@ def step(batch: int, block: int) -> None:
         context = PagedContext(pool, pool, whole(batch, 64), place, page_size=16)
         draft_attention(query, key, key, context, layer, HEAD_DIM**-0.5)
     # Requests enough that no context is cut, and widths that take most shared memory.
-    starts = torch.zeros(65, dtype=torch.int32)
     for width in (HEAD_DIM, 256):
         pool = of(64, 2, width)
         for requests in (1, 64):
             query, key = of(requests, block, 8, width), of(requests, block, 2, width)
-            context = PagedContext(pool, pool, whole(64), None, starts=starts[: requests + 1])
+            context = PagedContext(pool, pool, whole(requests, 64), whole(requests))
             draft_attention(
                 query, key, key, context, LayerAttention(causal=True), 0.1,
                 own_slots=whole(requests, block),

@@ -44,17 +44,6 @@ def context_of(
     )
 
 
-def behind_each_other(context: PagedContext) -> PagedContext:
-    """The same slots in one list, with junk behind it."""
-    place = torch.arange(context.page_table.shape[1] * context.page_size)
-    pages = context.page_table.repeat_interleave(context.page_size, dim=1)
-    slots = pages * context.page_size + place % context.page_size
-    known = place < context.lengths[:, None]
-    starts = torch.cat([torch.zeros(1), context.lengths.cumsum(0)]).int()
-    listed = torch.cat([slots[known], torch.full((5,), 1 << 30)]).long()
-    return context._replace(page_table=listed, starts=starts, lengths=None, page_size=1)
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.sampled_from([0, 1, 15, 64, 65, 200]), max_size=4),
@@ -68,18 +57,19 @@ def behind_each_other(context: PagedContext) -> PagedContext:
     window_from=st.sampled_from(["query", "anchor"]),
     sinks=st.booleans(),
     parts=st.sampled_from([1, 3, None]),
-    listed=st.sampled_from(["by row", "by request", "behind each other"]),
+    by_request=st.booleans(),
+    narrow=st.booleans(),
     writes=st.booleans(),
 )
 def test_draft_attention(
     lengths, rows, heads, head_dim, page_size, dtype, causal, window, window_from, sinks, parts,
-    listed, writes,
+    by_request, narrow, writes,
 ):  # fmt: skip
     query_heads, kv_heads = heads
     context = context_of(lengths, kv_heads, head_dim, page_size, dtype)
-    if listed == "behind each other":
-        context = behind_each_other(context)
-    if listed == "by request":
+    if narrow:
+        context = context._replace(lengths=context.lengths.int())
+    if by_request:
         back = torch.arange(len(lengths)).flip(0)
         context = context._replace(requests=back, page_table=context.page_table.flip(0))
     width = (query_heads + 2 * kv_heads) * head_dim
@@ -123,9 +113,9 @@ def test_faulty_arguments():
         ((torch.zeros(2, 4, 3, 16), k, k, context), "3 query heads on 2 key heads"),
         ((q.double(), k, k, context), "query is torch.float64"),
         ((q.transpose(1, 2).contiguous().transpose(1, 2), k, k, context), "evenly spaced"),
-        ((q, k, k, context._replace(lengths=context.lengths.int())), "lengths are torch.int32"),
-        ((q, k, k, context._replace(lengths=None)), "lengths must be int64"),
-        ((q, k, k, context._replace(starts=context.lengths)), r"starts must be \[3\]"),
+        ((q, k, k, context._replace(lengths=context.lengths[:1])), "lengths must be int32 or"),
+        ((q, k, k, context._replace(lengths=context.lengths.float())), "lengths must be int32 or"),
+        ((q, k, k, context._replace(page_table=context.lengths)), "page_table must be"),
         ((q, k, k, context._replace(keys=context.keys[:, :1])), "keys must be"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -22,7 +22,7 @@ from dflash_plugin.kernels.draft_head import (
 from kernel_helpers import DEVICE, DTYPES, error, integers, random
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
-SMALL = ProductTile(16, 32, 16, 4, 2)
+SMALL = ProductTile(16, 32, 32, 4, 2)
 
 
 def drawing_of(rows: int, seed: int = 0) -> Drawing:

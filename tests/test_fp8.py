@@ -10,7 +10,7 @@ from torch import nn
 
 from dflash_plugin import kernels
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.fp8 import Fp8Linear, Fp8QKV, linear, linear_naive, quantise
+from dflash_plugin.fp8 import FEW_ROWS, Fp8Linear, Fp8QKV, linear, linear_naive, quantise
 from dflash_plugin.serving.fp8 import Fp8Method, quantise_hosted, quantised_head
 from dflash_plugin.transformers import Engine, Request, load_drafter
 from kernel_helpers import DEVICE, error, random
@@ -55,10 +55,11 @@ def test_text_is_the_targets_own_and_drafts_are_close(tmp_path, changes):
 @pytest.mark.usefixtures("kernel_device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_what_a_gpu_multiplies_is_the_twins(monkeypatch, dtype, compiled):
-    """The library's product of rows that the kernel rounds, in a compiled model too."""
+@pytest.mark.parametrize("rows", [5, FEW_ROWS])
+def test_what_a_gpu_multiplies_is_the_twins(monkeypatch, dtype, compiled, rows):
+    """Rows that a kernel rounds, by our product or the library's, in a compiled model too."""
     weight = quantise(random(48, 64))
-    x, bias = random(3, 5, 64, dtype=dtype, padding=8), random(48, dtype=dtype)
+    x, bias = random(3, rows, 64, dtype=dtype, padding=8), random(48, dtype=dtype)
     expected = linear(x, weight, bias) if DEVICE.type == "cpu" else None
     monkeypatch.setattr(kernels, "available", lambda device: True)
 
@@ -68,7 +69,7 @@ def test_what_a_gpu_multiplies_is_the_twins(monkeypatch, dtype, compiled):
     run = torch.compile(product, fullgraph=True, backend="eager") if compiled else product
     out = run(x)
     if expected is None:
-        expected = linear_naive(x.view(15, 64), *weight).view(3, 5, 48) + bias
+        expected = linear_naive(x.view(-1, 64), *weight).view(3, rows, 48) + bias
     assert out.dtype == dtype
     assert error(out, expected) < 5e-3
     assert run(x[:, :0]).shape == (3, 0, 48)

@@ -17,6 +17,8 @@ from kernel_helpers import DEVICE, error, integers, random
 pytestmark = pytest.mark.usefixtures("kernel_device")
 LENGTHS, ROWS, HEADS, KV_HEADS, DIM = (0, 5, 90), 4, 6, 2, 16
 TOKENS = ROWS * len(LENGTHS)
+# Their rows of the table.
+REQUESTS = (4, 0, 3)
 
 
 class MHATokenToKVPool:
@@ -41,26 +43,25 @@ class MHATokenToKVPool:
 class TritonAttnBackend:
     """A back end in a verify pass; its own attention only says that it was asked."""
 
-    def __init__(self, window: int = -1, **changes: Any) -> None:
+    def __init__(self, **changes: Any) -> None:
         self.token_to_kv_pool = MHATokenToKVPool()
         self.slots = torch.randperm(255, generator=torch.Generator().manual_seed(0), device="cpu")
         self.slots = (self.slots + 1).to(DEVICE)
-        listed = self.contexts(10_000), self.contexts(window)
-        lists: dict[str, Any] = {}
-        for name, contexts in zip(("kv", "window_kv"), listed, strict=True):
-            counts = torch.tensor([0, *map(len, contexts)])
-            lists[f"{name}_indptr"] = counts.cumsum(0).int()
-            lists[f"{name}_indices"] = torch.cat([*contexts, integers(0, 9, 3)])
+        self.req_to_token = integers(0, 256, 6, 100).int()
+        for row, slots in zip(REQUESTS, self.contexts(), strict=True):
+            self.req_to_token[row, : len(slots)] = slots
         self.forward_metadata = SimpleNamespace(
-            **{"custom_mask": None, "max_extend_len": ROWS, **lists, **changes}
+            **{"custom_mask": None, "max_extend_len": ROWS, **changes}
         )
-        self.natively = 0
+        self.natively, self.filled = 0, 0
 
-    def contexts(self, most: int) -> list[Tensor]:
-        """The last slots of every request's context."""
+    def contexts(self) -> list[Tensor]:
+        """The slots of every request's context."""
         ends = torch.tensor(LENGTHS, device="cpu").cumsum(0).tolist()
-        whole = [self.slots[end - length : end] for end, length in zip(ends, LENGTHS, strict=True)]
-        return [slots[max(0, len(slots) - most) :] for slots in whole]
+        return [self.slots[end - length : end] for end, length in zip(ends, LENGTHS, strict=True)]
+
+    def init_forward_metadata_out_graph(self, batch: Any, in_capture: bool = False) -> None:
+        self.filled += 1
 
     def forward_extend(self, *_: Any, **__: Any) -> Tensor:
         self.natively += 1
@@ -80,6 +81,8 @@ def batch_of(backend: TritonAttnBackend, verifies: bool = True) -> SimpleNamespa
     return SimpleNamespace(
         forward_mode=SimpleNamespace(is_target_verify=lambda: verifies),
         out_cache_loc=backend.slots[200 : 200 + TOKENS],
+        seq_lens=torch.tensor(LENGTHS),
+        req_pool_indices=torch.tensor(REQUESTS),
     )
 
 
@@ -94,7 +97,7 @@ def reference(backend: TritonAttnBackend, layer: SimpleNamespace, sinks: Tensor 
     """What SGLang's kernel gives, request by request."""
     query, key, value = block()
     pool, outs = backend.token_to_kv_pool, []
-    for number, slots in enumerate(backend.contexts(10_000)):
+    for number, slots in enumerate(backend.contexts()):
         own = slice(number * ROWS, (number + 1) * ROWS)
         keys = torch.cat([pool.k_buffer[0][slots], key[own]])
         values = torch.cat([pool.v_buffer[0][slots], value[own]])
@@ -121,7 +124,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("window", [-1, 4, 40])
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_attention_is_the_back_ends(kind, window, with_sinks):
-    backend = TritonAttnBackend(window)
+    backend = TritonAttnBackend()
     assert block_attention.install(backend, DEVICE)
     layer = layer_of(attn_type=kind, sliding_window_size=window)
     sinks = random(HEADS) if with_sinks else None
@@ -151,7 +154,7 @@ def test_attention_is_the_back_ends(kind, window, with_sinks):
     ],
 )
 def test_what_is_more_than_plain_stays_the_back_ends(changes, layer, options):
-    backend = TritonAttnBackend(2, **changes)
+    backend = TritonAttnBackend(**changes)
     assert block_attention.install(backend, DEVICE)
     backend.forward_extend(*block(), layer_of(**layer), batch_of(backend), **options)
     assert backend.natively == 1
@@ -164,7 +167,27 @@ def test_prompts_stay_the_back_ends():
     assert backend.natively == 1
 
 
-@pytest.mark.parametrize("attribute", ["enable_deterministic", "dcp_size"])
+def test_what_nobody_reads_is_not_listed_before_a_captured_pass():
+    backend = TritonAttnBackend()
+    assert block_attention.install(backend, DEVICE)
+    batch, prompt = batch_of(backend), batch_of(backend, verifies=False)
+    fill = backend.init_forward_metadata_out_graph
+    fill(batch, in_capture=True)
+    fill(batch)
+    assert backend.filled == 2, "nothing is captured yet"
+    backend.forward_extend(*block(), layer_of(), batch)
+    fill(batch)
+    assert backend.filled == 2
+    fill(prompt)
+    fill(batch, in_capture=True)
+    fill(batch, True)
+    assert backend.filled == 5
+    backend.forward_extend(*block(), layer_of(logit_cap=30.0), batch)
+    fill(batch)
+    assert backend.filled == 6, "one layer of the pass reads the lists"
+
+
+@pytest.mark.parametrize("attribute", ["enable_deterministic", "dcp_size", "_translate_kv_loc"])
 def test_back_ends_that_are_left_alone(attribute):
     backend = TritonAttnBackend()
     setattr(backend, attribute, 2)

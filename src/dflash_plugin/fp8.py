@@ -20,6 +20,8 @@ from dflash_plugin.errors import DFlashError
 FP8 = torch.float8_e4m3fn
 # The library's product takes multiples of this.
 STEP = 16
+# Rows up to which our product is the faster one.
+FEW_ROWS = 64
 
 
 class Fp8Rows(NamedTuple):
@@ -79,7 +81,7 @@ def linear(x: Tensor, weight: Fp8Rows, bias: Tensor | None = None) -> Tensor:
         bias: [N], or None.
 
     Returns:
-        [..., N] in x's dtype, which a GPU's product reaches through bfloat16.
+        [..., N] in x's dtype, which a GPU's product of many rows reaches through bfloat16.
     """
     flat = x.reshape(-1, x.shape[-1])
     fits = all(size % STEP == 0 for size in weight.values.shape)
@@ -116,11 +118,15 @@ def library_product(x: Fp8Rows, weight: Fp8Rows) -> Tensor:
 # An operator, so that an engine that compiles the drafter sees one call whatever the rows are.
 @torch.library.custom_op("dflash_plugin::fp8_linear", mutates_args=())
 def _multiply(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+    from dflash_plugin.kernels.fp8_product import fp8_product
     from dflash_plugin.kernels.quantise_rows import quantise_rows
 
-    if x.shape[0] == 0:
+    count, weight = x.shape[0], Fp8Rows(values, scales)
+    if count == 0:
         return x.new_empty(0, values.shape[0])
-    return library_product(quantise_rows(x), Fp8Rows(values, scales)).to(x.dtype)
+    if count <= FEW_ROWS:
+        return fp8_product(quantise_rows(x), weight, x.dtype)
+    return library_product(quantise_rows(x), weight).to(x.dtype)
 
 
 @_multiply.register_fake

@@ -1,9 +1,9 @@
 """Attention of blocks, drafted or verified, over a paged context and each block's own rows.
 
 One program takes all query heads that share a key head, so that keys and values are read once. With
-few requests the context is cut into parts that run as programs of their own, so that a long one
-does not leave most of a GPU idle; a second launch joins the parts (Dao et al., "Flash-Decoding for
-long-context inference", 2023).
+few requests the context is cut into parts that run as programs of their own beside the block's own
+rows, so that a long one does not leave most of a GPU idle; a second launch joins them all (Dao et
+al., "Flash-Decoding for long-context inference", 2023).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dflash_plugin.config import LayerAttention
 from dflash_plugin.kernels.common import DTYPES, PROGRAMS, dot, dot_precision, stages_that_fit
 from dflash_plugin.visibility import WindowFrom, sees_block, sees_context
 
+INTEGERS = (torch.int32, torch.int64)
 # Query rows that share a key head, which one program holds.
 MOST_ROWS = 256
 
@@ -30,26 +31,26 @@ class PagedContext(NamedTuple):
     Attributes:
         keys: [num_slots, kv_heads, head_dim], last two dimensions contiguous.
         values: likewise.
-        page_table: int32 or int64 [R, pages], each request's pages in order of position; or all
-            requests' pages behind each other, [N] or longer, with ``starts``.
-        lengths: int64 [B], context positions of each request, which is its anchor's position; None
-            with ``starts``.
-        requests: int64 [B], rows of ``page_table``, or None for the first B.
-        page_size: slots of a page, 1 with ``starts``.
-        starts: int32 or int64 [B + 1], where each request's pages begin, and where the last ends.
+        page_table: int32 or int64 [R, pages], each request's pages in order of position.
+        lengths: int32 or int64 [B], context positions of each request, which is its anchor's
+            position.
+        requests: int32 or int64 [B], rows of ``page_table``, or None for the first B.
+        page_size: slots of a page.
     """
 
     keys: Tensor
     values: Tensor
     page_table: Tensor
-    lengths: Tensor | None
+    lengths: Tensor
     requests: Tensor | None = None
     page_size: int = 1
-    starts: Tensor | None = None
 
 
 class AttentionTile(NamedTuple):
-    """How a context is worked on: keys of a step, warps, loads in flight and parts."""
+    """How a context is worked on: keys of a step, warps, loads in flight and parts.
+
+    With one part, its program takes the block's own rows too.
+    """
 
     keys: int
     warps: int
@@ -58,12 +59,9 @@ class AttentionTile(NamedTuple):
 
 
 @triton.jit
-def _extent(request, lengths, starts, window, parts, BLOCK_KEYS: tl.constexpr):
+def _extent(request, lengths, window, parts, BLOCK_KEYS: tl.constexpr):
     """Of a request's context: its length, the first position seen, and steps a part takes."""
-    if starts is not None:
-        length = (tl.load(starts + request + 1) - tl.load(starts + request)).to(tl.int64)
-    else:
-        length = tl.load(lengths + request)
+    length = tl.load(lengths + request).to(tl.int64)
     first = length * 0
     if window is not None:
         # The anchor's own row sees furthest back, and no further than this.
@@ -97,7 +95,6 @@ def _part_kernel(
     page_table,
     lengths,
     requests,
-    starts,
     sinks,
     own_slots,
     out_values,
@@ -130,10 +127,17 @@ def _part_kernel(
     request = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
-    length, first, share = _extent(request, lengths, starts, window, tl.num_programs(2), BLOCK_KEYS)
+    # Of several programs, the first takes the block's own rows and the others parts of the context.
+    others = tl.maximum(1, tl.num_programs(2) - 1)
+    length, first, share = _extent(request, lengths, window, others, BLOCK_KEYS)
     tiles = tl.cdiv(length - first, BLOCK_KEYS)
-    if part > 0 and part * share >= tiles:
-        return
+    if WHOLE:
+        tile_from, tile_to = tiles * 0, tiles
+    else:
+        tile_from = tl.maximum(0, part - 1) * share
+        tile_to = tl.where(part == 0, 0, tl.minimum(tiles, tile_from + share))
+        if part > 0 and tile_from >= tiles:
+            return
     # Rows of all query heads that share a key head, head by head.
     folded = tl.arange(0, BLOCK_ROWS)
     row = folded % ROWS
@@ -153,14 +157,11 @@ def _part_kernel(
     total = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
     out = tl.zeros((BLOCK_ROWS, BLOCK_DIM), dtype=tl.float32)
 
-    if starts is not None:
-        table = page_table + tl.load(starts + request).to(tl.int64)
-    else:
-        table_row = request
-        if requests is not None:
-            table_row = tl.load(requests + request).to(tl.int64)
-        table = page_table + table_row * table_stride
-    for tile in range(part * share, tl.minimum(tiles, (part + 1) * share)):
+    table_row = request
+    if requests is not None:
+        table_row = tl.load(requests + request).to(tl.int64)
+    table = page_table + table_row * table_stride
+    for tile in range(tile_from, tile_to):
         at = first + tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         inside = at < length
         page = tl.load(table + at // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
@@ -226,7 +227,6 @@ def _join_kernel(
     part_total,
     sinks,
     lengths,
-    starts,
     out,
     parts,
     rows,
@@ -242,9 +242,9 @@ def _join_kernel(
     # One row of one head.
     place = tl.program_id(0).to(tl.int64)
     request = place // (ROWS * HEADS)
-    length, first, share = _extent(request, lengths, starts, window, parts, BLOCK_KEYS)
-    # The first part holds the block itself; of the others, those without context wrote nothing.
-    live = tl.maximum(1, tl.cdiv(length - first, tl.maximum(share, 1) * BLOCK_KEYS))
+    length, first, share = _extent(request, lengths, window, parts - 1, BLOCK_KEYS)
+    # The first holds the block itself; of the others, those without context wrote nothing.
+    live = 1 + tl.cdiv(length - first, tl.maximum(share, 1) * BLOCK_KEYS)
     part = tl.arange(0, BLOCK_PARTS)
     best = tl.load(part_best + part * (rows * HEADS) + place, mask=part < live, other=float("-inf"))
     highest = tl.max(best, axis=0)
@@ -319,7 +319,7 @@ def draft_attention(
     block_dim = max(16, triton.next_power_of_2(head_dim))
     block_rows = max(16, triton.next_power_of_2(rows * group))
     tile = tile or _tile(batch * kv_heads, block_rows, block_dim, query.dtype, query.device)
-    count = tile.parts
+    count = 1 if tile.parts == 1 else tile.parts + 1
     part_out, part_best, part_total = None, None, None
     if count > 1:
         places = (count, batch, rows, heads)
@@ -334,7 +334,6 @@ def draft_attention(
         context.page_table,
         context.lengths,
         context.requests,
-        context.starts,
         sinks,
         own_slots,
         out,
@@ -373,7 +372,6 @@ def draft_attention(
             part_total,
             sinks,
             context.lengths,
-            context.starts,
             out,
             count,
             batch * rows,
@@ -434,16 +432,9 @@ def _check(
     for name, pool in (("keys", context.keys), ("values", context.values)):
         if pool.shape[1:] != (kv_heads, head_dim) or not pool[:1].is_contiguous():
             raise ValueError(f"{name} must be [num_slots, {kv_heads}, {head_dim}]")
-    if context.starts is not None:
-        if context.starts.shape != (batch + 1,) or context.page_table.dim() != 1:
-            raise ValueError(f"starts must be [{batch + 1}], and page_table [N]")
-        if context.page_size != 1 or context.lengths is not None or context.requests is not None:
-            raise ValueError("with starts, page_size is 1, and lengths and requests are None")
-    elif context.lengths is None or context.lengths.shape != (batch,):
-        raise ValueError(f"lengths must be int64 [{batch}]")
-    elif context.lengths.dtype != torch.int64:
-        raise ValueError(f"lengths are {context.lengths.dtype}, not int64")
-    elif context.page_table.dim() != 2:
+    if context.lengths.shape != (batch,) or context.lengths.dtype not in INTEGERS:
+        raise ValueError(f"lengths must be int32 or int64 [{batch}]")
+    if context.page_table.dim() != 2:
         raise ValueError("page_table must be [R, pages]")
     if context.page_table.stride(-1) != 1:
         raise ValueError("page_table must have contiguous rows")
@@ -473,19 +464,15 @@ def draft_attention_naive(
 ) -> Tensor:
     """``draft_attention`` in plain torch, in float32; reads lengths back to the host."""
     batch, rows, _, _, _ = _check(query, key, value, context, sinks, own_slots)
-    lengths = context.starts.diff().long() if context.starts is not None else context.lengths
-    assert lengths is not None
+    lengths = context.lengths.long()
     longest = int(lengths.max()) if batch else 0
     place = torch.arange(longest, device=query.device)
     known = place < lengths[:, None]
-    if context.starts is not None:
-        slots = context.page_table[(context.starts[:-1, None] + place).where(known, 0)].long()
-    else:
-        index = torch.arange(batch, device=query.device)
-        if context.requests is not None:
-            index = context.requests.long()
-        pages = context.page_table[index[:, None], place // context.page_size].long()
-        slots = pages * context.page_size + place % context.page_size
+    index = torch.arange(batch, device=query.device)
+    if context.requests is not None:
+        index = context.requests.long()
+    pages = context.page_table[index[:, None], place // context.page_size].long()
+    slots = pages * context.page_size + place % context.page_size
     slots = slots.where(known, 0)
     anchor = lengths[:, None, None]
     own = torch.arange(rows, device=query.device)

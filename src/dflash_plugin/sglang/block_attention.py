@@ -1,12 +1,13 @@
 """Attention of draft and verify passes under SGLang's Triton back end.
 
-That one reads a context serially, and once for every query head. What it does beyond plain
-attention over a plain pool stays its own.
+That one reads a context serially, and once for every query head, and lists every request's slots
+before each pass. What it does beyond plain attention over a plain pool stays its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -19,6 +20,14 @@ from dflash_plugin.config import LayerAttention
 BACKEND = "TritonAttnBackend"
 POOL = "MHATokenToKVPool"
 CAUSAL, FREE = "decoder", "encoder_only"
+
+
+@dataclass
+class Passes:
+    """Which attention the verify passes of a back end have used so far."""
+
+    ours: bool = False
+    its_own: bool = False
 
 
 def is_plain(pool: Any) -> bool:
@@ -52,18 +61,49 @@ def install(backend: Any, device: torch.device) -> bool:
         or not is_plain(backend.token_to_kv_pool)
         or getattr(backend, "dcp_size", 1) > 1
         or getattr(backend, "enable_deterministic", False)
+        or _translates(backend)
     ):
         return False
-    backend.forward_extend = routed(backend, backend.forward_extend)
+    passes = Passes()
+    backend.forward_extend = routed(backend, backend.forward_extend, passes)
+    fill = getattr(backend, "init_forward_metadata_out_graph", None)
+    if fill is not None:
+        backend.init_forward_metadata_out_graph = without_lists(fill, passes)
     return True
 
 
-def routed(backend: Any, native: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _translates(backend: Any) -> bool:
+    """Whether the slots in the request table are not those of the pool."""
+    translator = getattr(backend, "kv_index_translator", None)
+    own = getattr(backend, "_translate_kv_loc", None) is not None
+    return own or bool(getattr(translator, "is_translating", False))
+
+
+def without_lists(native: Callable[..., None], passes: Passes) -> Callable[..., None]:
+    """What fills a captured pass's metadata, except where only our attention was captured.
+
+    Args:
+        native: the back end's own.
+        passes: of the same back end.
+    """
+
+    @wraps(native)
+    def fill(forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+        captures = bool(kwargs.get("in_capture", args[0] if args else False))
+        verifies = forward_batch.forward_mode.is_target_verify()
+        if captures or not verifies or passes.its_own or not passes.ours:
+            native(forward_batch, *args, **kwargs)
+
+    return fill
+
+
+def routed(backend: Any, native: Callable[..., Tensor], passes: Passes) -> Callable[..., Tensor]:
     """``forward_extend`` of a back end, ours where it can be.
 
     Args:
         backend: holds the metadata of the pass.
         native: its own.
+        passes: takes which of them ran.
     """
 
     @wraps(native)
@@ -80,11 +120,14 @@ def routed(backend: Any, native: Callable[..., Tensor]) -> Callable[..., Tensor]
         verifies = forward_batch.forward_mode.is_target_verify()
         usual = k is not None and v is not None and save_kv_cache
         usual = usual and all(value is None for value in more.values())
-        if not (verifies and usual and _takes(backend, layer, forward_batch, q)):
+        ours = verifies and usual and _takes(backend, layer, forward_batch, q)
+        passes.ours |= ours
+        passes.its_own |= verifies and not ours
+        if not ours:
             return native(q, k, v, layer, forward_batch, save_kv_cache, sinks=sinks, **more)
         assert k is not None
         assert v is not None
-        return attend(backend, q, k, v, layer, forward_batch.out_cache_loc, sinks)
+        return attend(backend, q, k, v, layer, forward_batch, sinks)
 
     return forward_extend
 
@@ -95,14 +138,12 @@ def _takes(backend: Any, layer: Any, forward_batch: Any, q: Tensor) -> bool:
 
     metadata, heads, kv_heads = backend.forward_metadata, layer.tp_q_head_num, layer.tp_k_head_num
     rows, window, kind = metadata.max_extend_len, layer.sliding_window_size, _kind(layer)
-    starts, _ = _listed(metadata, window)
     return (
         metadata.custom_mask is None
         and getattr(forward_batch, "_attn_output", None) is None
         and rows is not None
-        and starts is not None
         # Every request has a whole block.
-        and q.shape[0] == rows * (starts.shape[0] - 1)
+        and q.shape[0] == rows * forward_batch.seq_lens.shape[0]
         and heads % kv_heads == 0
         and rows * (heads // kv_heads) <= MOST_ROWS
         and layer.qk_head_dim == layer.v_head_dim
@@ -121,38 +162,30 @@ def _kind(layer: Any) -> str:
     return str(getattr(layer.attn_type, "value", layer.attn_type))
 
 
-def _listed(metadata: Any, window: int) -> tuple[Any, Any]:
-    """Where each request's slots begin in a list, and the list, which a window shortens."""
-    if window <= -1:
-        return metadata.kv_indptr, metadata.kv_indices
-    return metadata.window_kv_indptr, metadata.window_kv_indices
-
-
 def attend(
     backend: Any,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     layer: Any,
-    own_slots: Tensor,
+    forward_batch: Any,
     sinks: Tensor | None,
 ) -> Tensor:
     """Attention [T, heads * head_dim] of every request's block behind its context.
 
     Args:
-        backend: its metadata lists each request's slots.
+        backend: holds the table of requests' slots, and the pool.
         q: [T, heads * head_dim].
         k: [T, kv_heads, head_dim], written to the pool on the way.
         v: likewise.
         layer: SGLang's ``RadixAttention``.
-        own_slots: [T], where they go.
+        forward_batch: of the pass; its tensors stay where they are in a captured one.
         sinks: [heads], or None.
     """
     from dflash_plugin.kernels.draft_attention import PagedContext, draft_attention
 
     metadata, pool = backend.forward_metadata, backend.token_to_kv_pool
     window, rows = layer.sliding_window_size, metadata.max_extend_len
-    starts, slots = _listed(metadata, window)
     query, key, value = (
         part.view(-1, rows, heads, layer.qk_head_dim)
         for part, heads in ((q, layer.tp_q_head_num), *((x, layer.tp_k_head_num) for x in (k, v)))
@@ -164,9 +197,9 @@ def attend(
         PagedContext(
             pool.get_key_buffer(layer.layer_id),
             pool.get_value_buffer(layer.layer_id),
-            slots,
-            lengths=None,
-            starts=starts,
+            backend.req_to_token,
+            forward_batch.seq_lens,
+            forward_batch.req_pool_indices,
         ),
         LayerAttention(
             causal=_kind(layer) == CAUSAL,
@@ -175,6 +208,6 @@ def attend(
         ),
         layer.scaling,
         sinks=None if sinks is None else sinks.float(),
-        own_slots=own_slots[: len(q)].long().view(-1, rows),
+        own_slots=forward_batch.out_cache_loc[: len(q)].long().view(-1, rows),
     )
     return out.view(q.shape)
