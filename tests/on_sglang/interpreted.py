@@ -37,12 +37,15 @@ def turn_on() -> None:
     native_head = draft_head.draft_head
 
     def install(backend: Any, device: torch.device) -> bool:
+        backend.req_to_token = backend.req_to_token_pool.req_to_token
         assert native_install(backend, device)
         ours = backend.forward_extend
 
         def forward_extend(q: Any, k: Any, v: Any, layer: Any, batch: Any, **kwargs: Any) -> Tensor:
             if batch.forward_mode.is_target_verify():
-                backend.forward_metadata = metadata(backend, batch, layer.sliding_window_size)
+                backend.forward_metadata = SimpleNamespace(
+                    custom_mask=None, max_extend_len=int(batch.spec_info.draft_token_num)
+                )
             return ours(q, k, v, layer, batch, **kwargs)
 
         backend.forward_extend = forward_extend
@@ -59,22 +62,3 @@ def turn_on() -> None:
     block_attention.install, block_attention.attend = install, attend
     draft_head.draft_head = head
     assert cpu.BACKEND in ATTENTION_BACKENDS
-
-
-def metadata(backend: Any, batch: Any, window: int) -> SimpleNamespace:
-    """What SGLang's Triton back end lists for a verify pass, in a layer with such a window."""
-    table = backend.req_to_token_pool.req_to_token
-    lists: dict[str, Any] = {}
-    for name, most in (("kv", 1 << 30), ("window_kv", window)):
-        slots = [
-            table[request, max(0, length - most) : length]
-            for request, length in zip(
-                batch.req_pool_indices.tolist(), batch.seq_lens.tolist(), strict=True
-            )
-        ]
-        counts = torch.tensor([0, *map(len, slots)])
-        lists[f"{name}_indptr"] = counts.cumsum(0).int()
-        lists[f"{name}_indices"] = torch.cat(slots).long()
-    return SimpleNamespace(
-        custom_mask=None, max_extend_len=int(batch.spec_info.draft_token_num), **lists
-    )
