@@ -66,6 +66,8 @@ def served(
     if settings["dtype"] == "float32":
         paths = [str(FLOAT32), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        # SGLang's Triton attention would round to TF32.
+        environment["TRITON_F32_DEFAULT"] = "ieee"
     return Served(mode, __file__, settings, environment, log)
 
 

@@ -20,11 +20,12 @@ from torch.nn import functional as F
 from dflash_plugin import kernels
 from dflash_plugin.config import RopeConfig
 from dflash_plugin.drafter import DraftAttention, RMSNorm, TorchHost
+from dflash_plugin.fp8 import quantise_drafter, takes_rounded
 from dflash_plugin.rope import RotaryEmbedding
 from kernel_helpers import BOUND, DEVICE, DTYPES, error, integers, random
-from tiny import tiny_config, tiny_drafter
+from tiny import tiny_config, tiny_drafter, tiny_target
 
-OPS = ("add_rms_norm", "gated_act", "inject_kv", "qk_norm_rope")
+OPS = ("add_rms_norm", "gated_act", "inject_kv", "qk_norm_rope", "quantise_rows")
 # The core rounds cosines, sines and products too.
 CORE_BOUND = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 EPS = 1e-6
@@ -67,6 +68,31 @@ def test_add_rms_norm(
     assert torch.equal(total, twin_total)
     assert error(normed, twin_normed) < BOUND[dtype]
     assert (total is x) == (other is None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 17])
+@pytest.mark.parametrize("op", ["norm", "plain norm", "act"])
+def test_rows_are_rounded_where_they_are_made(op: str, rows: int, dtype: torch.dtype) -> None:
+    """As they are by a launch of their own, but for values that fall to the neighbour."""
+    x = 4 * random(rows, 246, dtype=dtype, padding=5)
+    if op == "act":
+        given, twin = (f(x, rounds=True) for f in (
+            ops.gated_act.gated_act, ops.gated_act.gated_act_naive))  # fmt: skip
+        plain = ops.gated_act.gated_act(x)
+    else:
+        other = random(rows, 246, dtype=dtype, padding=11) if op == "norm" else None
+        arguments = (x, other, 1 + 0.2 * random(246).to(dtype), EPS)
+        (given, total), (twin, _) = (f(*arguments, rounds=True) for f in (
+            ops.add_rms_norm.add_rms_norm, ops.add_rms_norm.add_rms_norm_naive))  # fmt: skip
+        plain, expected = ops.add_rms_norm.add_rms_norm(*arguments)
+        assert torch.equal(total, expected)
+    separately = ops.quantise_rows.quantise_rows(plain)
+    assert torch.equal(given.values.float(), separately.values.float())
+    assert torch.equal(given.scales, separately.scales)
+    assert given.dtype == twin.dtype == dtype
+    wide = [one.values.float() * one.scales[:, None] for one in (given, twin)]
+    assert error(*wide) < 0.02
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -404,10 +430,14 @@ BLOCKS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("weights", ["checkpoint", "fp8"])
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_run_block_is_the_cores(kind: str) -> None:
+def test_run_block_is_the_cores(kind: str, weights: str) -> None:
     """Attention that only looks at its own row keeps this about the kernels."""
-    drafter = tiny_drafter(**BLOCKS[kind]).to(DEVICE)
+    drafter = tiny_drafter(tiny_target(), intermediate_size=48, **BLOCKS[kind]).to(DEVICE)
+    if weights == "fp8":
+        quantise_drafter(drafter)
+        assert all(takes_rounded(layer.mlp.down_proj) for layer in drafter.layers)
     embedded = random(9, 32)
     positions = torch.arange(9) * 13
 
@@ -418,7 +448,16 @@ def test_run_block_is_the_cores(kind: str) -> None:
     with torch.no_grad():
         expected = drafter.run_block(embedded, positions, attend)
         out = ops.block.run_block(drafter, embedded.clone(), positions, attend)
-    assert error(out, expected) < BOUND[torch.float32]
+        features = random(9, 64)
+        context = drafter.fuse(features)
+        fused = ops.block.fuse(drafter, features, rounds=weights == "fp8")
+    if weights == "fp8":  # A value that falls to its neighbour moves by a sixteenth.
+        fused = fused.values.float() * fused.scales[:, None]
+        assert error(out, expected) < 0.05
+        assert error(fused, context) < 0.05
+    else:
+        assert error(out, expected) < BOUND[torch.float32]
+        assert error(fused, context) < BOUND[torch.float32]
 
 
 def test_the_package_imports_without_triton() -> None:

@@ -40,6 +40,35 @@ class Fp8Rows(NamedTuple):
         return Fp8Rows(self.values[start:], self.scales[start:])
 
 
+class RoundedRows(NamedTuple):
+    """FP8 rows that stand for a linear's input.
+
+    Attributes:
+        values: float8_e4m3fn [T, K].
+        scales: float32 [T].
+        dtype: of what was rounded, and of the product.
+    """
+
+    values: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+
+def round_rows(x: Tensor) -> RoundedRows:
+    """Rows x [T, K] rounded, in plain torch."""
+    return RoundedRows(*quantise(x), x.dtype)
+
+
+def takes_rounded(module: nn.Module) -> bool:
+    """Whether a linear takes ``RoundedRows`` in place of its input, on a GPU."""
+    return bool(getattr(module, "takes_rounded_rows", False))
+
+
+def fits(values: Tensor) -> bool:
+    """Whether a GPU multiplies by an FP8 weight [N, K] of such sizes."""
+    return all(size % STEP == 0 for size in values.shape)
+
+
 def quantise(weight: Tensor) -> Fp8Rows:
     """FP8 rows of a matrix [N, K], each scaled so that its largest value is FP8's largest."""
     limit = torch.finfo(FP8).max
@@ -72,21 +101,23 @@ def require_fp8(device: torch.device) -> None:
         )
 
 
-def linear(x: Tensor, weight: Fp8Rows, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor | RoundedRows, weight: Fp8Rows, bias: Tensor | None = None) -> Tensor:
     """``x @ (values * scales).T + bias`` with x's rows rounded like the weight's.
 
     Args:
-        x: float32, bfloat16 or float16 [..., K].
+        x: float32, bfloat16 or float16 [..., K], or [T, K] already rounded, on a GPU.
         weight: of N rows.
         bias: [N], or None.
 
     Returns:
         [..., N] in x's dtype, which a GPU's product of many rows reaches through bfloat16.
     """
+    if isinstance(x, RoundedRows):
+        out = _product(Fp8Rows(x.values, x.scales), weight, x.dtype)
+        return out if bias is None else out + bias
     flat = x.reshape(-1, x.shape[-1])
-    fits = all(size % STEP == 0 for size in weight.values.shape)
-    product = _multiply if kernels.available(x.device) and fits else linear_naive
-    out: Tensor = product(flat, weight.values, weight.scales)
+    product = _multiply if kernels.available(x.device) and fits(weight.values) else linear_naive
+    out = cast(Tensor, product(flat, weight.values, weight.scales))
     if bias is not None:
         out = out + bias
     return out.view(*x.shape[:-1], weight.values.shape[0])
@@ -115,18 +146,24 @@ def library_product(x: Fp8Rows, weight: Fp8Rows) -> Tensor:
     )
 
 
+def _product(x: Fp8Rows, weight: Fp8Rows, dtype: torch.dtype) -> Tensor:
+    """``x @ weight.T`` [T, N] on a GPU."""
+    from dflash_plugin.kernels.fp8_product import fp8_product
+
+    count = x.values.shape[0]
+    if count == 0:
+        return x.scales.new_empty(0, weight.values.shape[0], dtype=dtype)
+    if count <= FEW_ROWS:
+        return fp8_product(x, weight, dtype)
+    return library_product(x, weight).to(dtype)
+
+
 # An operator, so that an engine that compiles the drafter sees one call whatever the rows are.
 @torch.library.custom_op("dflash_plugin::fp8_linear", mutates_args=())
 def _multiply(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-    from dflash_plugin.kernels.fp8_product import fp8_product
     from dflash_plugin.kernels.quantise_rows import quantise_rows
 
-    count, weight = x.shape[0], Fp8Rows(values, scales)
-    if count == 0:
-        return x.new_empty(0, values.shape[0])
-    if count <= FEW_ROWS:
-        return fp8_product(quantise_rows(x), weight, x.dtype)
-    return library_product(quantise_rows(x), weight).to(x.dtype)
+    return _product(quantise_rows(x), Fp8Rows(values, scales), x.dtype)
 
 
 @_multiply.register_fake
@@ -140,6 +177,7 @@ class Fp8Linear(nn.Module):
     def __init__(self, source: nn.Linear) -> None:
         super().__init__()
         quantised = quantise(source.weight.detach())
+        self.takes_rounded_rows = fits(quantised.values)
         self.register_buffer("values", quantised.values)
         self.register_buffer("scales", quantised.scales)
         bias = None if source.bias is None else source.bias.detach()
@@ -150,7 +188,7 @@ class Fp8Linear(nn.Module):
         """Its rows."""
         return Fp8Rows(cast(Tensor, self.values), cast(Tensor, self.scales))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | RoundedRows) -> Tensor:
         """[..., in] to [..., out]."""
         return linear(x, self.weight, cast("Tensor | None", self.bias))
 

@@ -1,4 +1,4 @@
-"""Residual addition and RMS norm of rows in one launch."""
+"""Residual addition and RMS norm of rows in one launch, rounded to FP8 where that is wanted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from dflash_plugin.kernels.common import norm_weight, scaled_weight
+from dflash_plugin.fp8 import FP8, RoundedRows, round_rows
+from dflash_plugin.kernels.common import norm_weight, rounded, scaled_weight
 
 
 @triton.jit
@@ -17,6 +18,7 @@ def _kernel(
     residual,
     weight,
     normed,
+    scales,
     total_out,
     x_stride,
     residual_stride,
@@ -24,6 +26,7 @@ def _kernel(
     eps,
     BLOCK: tl.constexpr,
     GEMMA: tl.constexpr,
+    LIMIT: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -36,12 +39,20 @@ def _kernel(
         tl.store(total_out + row * width + column, total, mask=inside)
     scale = tl.rsqrt(tl.sum(total * total, axis=0) / width + eps)
     out = total * scale * norm_weight(weight + column, inside, DTYPE, GEMMA)
+    if scales is not None:
+        out, divisor = rounded(out.to(DTYPE).to(tl.float32), LIMIT)
+        tl.store(scales + row, divisor)
     tl.store(normed + row * width + column, out, mask=inside)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, gemma: bool = False
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    gemma: bool = False,
+    rounds: bool = False,
+) -> tuple[Tensor | RoundedRows, Tensor]:
     """RMS norm of ``x + residual``, and the sum itself.
 
     Args:
@@ -50,6 +61,7 @@ def add_rms_norm(
         weight: [H].
         eps: added to the mean square.
         gemma: multiply by ``1 + weight``.
+        rounds: give the norm as FP8 rows, rounded from x's dtype.
 
     Returns:
         The norm, computed in float32, and the sum, both [T, H] in x's dtype. The sum is x itself
@@ -65,16 +77,19 @@ def add_rms_norm(
         raise ValueError("residual must have x's shape and dtype")
     if x.stride(1) != 1 or (residual is not None and residual.stride(1) != 1):
         raise ValueError("the last dimension must be contiguous")
-    normed = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    total = x if residual is None else torch.empty_like(normed)
+    normed = torch.empty(rows, width, dtype=FP8 if rounds else x.dtype, device=x.device)
+    scales = torch.empty(rows, device=x.device) if rounds else None
+    total = x if residual is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    out = normed if scales is None else RoundedRows(normed, scales, x.dtype)
     if rows == 0:
-        return normed, total
+        return out, total
     block = triton.next_power_of_2(width)
     _kernel[(rows,)](
         x,
         residual,
         weight,
         normed,
+        scales,
         total,
         x.stride(0),
         0 if residual is None else residual.stride(0),
@@ -82,15 +97,22 @@ def add_rms_norm(
         eps,
         BLOCK=block,
         GEMMA=gemma,
+        LIMIT=torch.finfo(FP8).max,
         num_warps=max(1, min(16, block // 512)),
     )
-    return normed, total
+    return out, total
 
 
 def add_rms_norm_naive(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, gemma: bool = False
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    gemma: bool = False,
+    rounds: bool = False,
+) -> tuple[Tensor | RoundedRows, Tensor]:
     """``add_rms_norm`` in plain torch."""
     total = x if residual is None else x + residual
     scale = scaled_weight(weight, x.dtype, gemma)
-    return F.rms_norm(total, weight.shape, scale, eps), total
+    normed = F.rms_norm(total, weight.shape, scale, eps)
+    return round_rows(normed) if rounds else normed, total

@@ -15,6 +15,7 @@ from dflash_plugin.drafter import (
     DraftMLP,
     RMSNorm,
 )
+from dflash_plugin.fp8 import RoundedRows, takes_rounded
 from dflash_plugin.kernels.add_rms_norm import add_rms_norm
 from dflash_plugin.kernels.gated_act import gated_act
 from dflash_plugin.kernels.qk_norm_rope import qk_norm_rope
@@ -22,6 +23,8 @@ from dflash_plugin.kernels.qk_norm_rope import qk_norm_rope
 
 def run_block(drafter: Drafter, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
     """Hidden states [T, hidden] of block rows, normed.
+
+    What goes into a linear with an FP8 weight is rounded where it is made.
 
     Args:
         drafter: its linears may be an engine's.
@@ -32,19 +35,39 @@ def run_block(drafter: Drafter, embedded: Tensor, positions: Tensor, attend: Att
     hidden, residual = embedded, None
     for module in drafter.layers:
         layer = cast(DraftLayer, module)
-        hidden, residual = _norm(layer.attention_norm, hidden, residual)
-        hidden = _attention(drafter, layer.attention, hidden, positions, attend)
-        hidden, residual = _norm(layer.mlp_norm, hidden, residual)
-        hidden = _mlp(layer.mlp, hidden)
-    return _norm(drafter.norm, hidden, residual)[0]
+        rounds = takes_rounded(layer.attention.qkv_proj)
+        rows, residual = _norm(layer.attention_norm, hidden, residual, rounds)
+        hidden = _attention(drafter, layer.attention, rows, positions, attend)
+        rounds = takes_rounded(layer.mlp.gate_up_proj)
+        rows, residual = _norm(layer.mlp_norm, hidden, residual, rounds)
+        hidden = _mlp(layer.mlp, rows)
+    return cast(Tensor, _norm(drafter.norm, hidden, residual, rounds=False)[0])
 
 
-def _norm(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    return add_rms_norm(x, residual, norm.weight, norm.eps, norm.gemma)
+def fuse(drafter: Drafter, features: Tensor, rounds: bool) -> Tensor | RoundedRows:
+    """Context rows [T, hidden], as ``Drafter.fuse`` makes them.
+
+    Args:
+        drafter: its linears may be an engine's.
+        features: [T, n * target_hidden].
+        rounds: give FP8 rows.
+    """
+    rows = drafter.fc(features.to(drafter.norm.weight.dtype))
+    return _norm(drafter.context_norm, rows, None, rounds)[0]
+
+
+def _norm(
+    norm: RMSNorm, x: Tensor, residual: Tensor | None, rounds: bool
+) -> tuple[Tensor | RoundedRows, Tensor]:
+    return add_rms_norm(x, residual, norm.weight, norm.eps, norm.gemma, rounds)
 
 
 def _attention(
-    drafter: Drafter, attention: DraftAttention, x: Tensor, positions: Tensor, attend: Attend
+    drafter: Drafter,
+    attention: DraftAttention,
+    x: Tensor | RoundedRows,
+    positions: Tensor,
+    attend: Attend,
 ) -> Tensor:
     config, rotary = drafter.config, drafter.rotary
     heads, kv_heads, dim = attention.heads, attention.kv_heads, attention.head_dim
@@ -73,10 +96,10 @@ def _attention(
     return out
 
 
-def _mlp(mlp: DraftMLP, x: Tensor) -> Tensor:
+def _mlp(mlp: DraftMLP, x: Tensor | RoundedRows) -> Tensor:
     gate_up = mlp.gate_up_proj(x)
     if isinstance(mlp.activation, SiLUActivation):
-        inner = gated_act(gate_up)
+        inner = gated_act(gate_up, takes_rounded(mlp.down_proj))
     else:
         gate, up = gate_up.chunk(2, dim=-1)
         inner = mlp.activation(gate) * up

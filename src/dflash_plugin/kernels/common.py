@@ -116,6 +116,14 @@ def fitted(value, divisor, LIMIT: tl.constexpr):
     return value
 
 
+@triton.jit
+def rounded(row, LIMIT: tl.constexpr):
+    """A row scaled so that its largest value is ``LIMIT``, and what it is multiplied by."""
+    largest = tl.max(tl.abs(row), axis=0)
+    scale = tl.where(largest > 0, largest / LIMIT, 1.0)
+    return tl.minimum(tl.maximum(row / scale, -LIMIT), LIMIT), scale
+
+
 def tiles_each(rows: int, tiles: int) -> int:
     """Tiles of a row that one program takes: with many rows, all, for the sake of their cosines."""
     return max(1, min(tiles, rows * tiles // ENOUGH_PROGRAMS))

@@ -6,6 +6,7 @@ This is the fusion of arXiv 2602.06036, section 4: one linear over all layers' f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import triton
@@ -129,7 +130,7 @@ def fuse_features(
             num_warps=tile.warps,
             num_stages=tile.stages_that_fit(first, weight),
         )
-    return add_rms_norm(out, None, norm_weight, eps, gemma)[0]
+    return cast(Tensor, add_rms_norm(out, None, norm_weight, eps, gemma)[0])
 
 
 def _check(features: Sequence[Tensor], weight: Tensor, rows: Tensor | None) -> tuple[int, int]:
@@ -179,4 +180,4 @@ def fuse_features_naive(
         taken = joined[rows.clamp(min=0)]
         joined = taken.masked_fill((rows < 0)[:, None], 0.0)
     fused = F.linear(joined.float(), weight.float()).to(joined.dtype)
-    return add_rms_norm_naive(fused, None, norm_weight, eps, gemma)[0]
+    return cast(Tensor, add_rms_norm_naive(fused, None, norm_weight, eps, gemma)[0])

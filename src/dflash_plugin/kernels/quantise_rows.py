@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dflash_plugin.fp8 import FP8, Fp8Rows, quantise
+from dflash_plugin.kernels.common import rounded
 
 
 @triton.jit
@@ -16,10 +17,8 @@ def _kernel(x, values, scales, x_stride, width, LIMIT: tl.constexpr, BLOCK: tl.c
     column = tl.arange(0, BLOCK)
     inside = column < width
     value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(value), axis=0)
-    scale = tl.where(largest > 0, largest / LIMIT, 1.0)
+    value, scale = rounded(value, LIMIT)
     tl.store(scales + row, scale)
-    value = tl.minimum(tl.maximum(value / scale, -LIMIT), LIMIT)
     tl.store(values + row * width + column, value, mask=inside)
 
 

@@ -10,13 +10,14 @@ from torch.nn import functional as F
 
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.fp8 import Fp8Rows, linear, quantise, require_fp8
+from dflash_plugin.fp8 import Fp8Rows, RoundedRows, fits, linear, quantise, require_fp8
 
 
-def product(x: Tensor, weight: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` with a weight that is rounded or not."""
+def product(x: Tensor | RoundedRows, weight: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``, where rounded rows want a rounded weight."""
     if isinstance(weight, Fp8Rows):
         return linear(x, weight, bias)
+    assert isinstance(x, Tensor)
     return F.linear(x, weight, bias)
 
 
@@ -27,7 +28,7 @@ class Fp8Method:
     it was.
     """
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor | RoundedRows, bias: Tensor | None = None) -> Tensor:
         """[..., K] to [..., N], this shard's."""
         return linear(x, rows_of(layer), bias)
 
@@ -81,3 +82,4 @@ def _quantise(module: nn.Module) -> None:
     module.weight = nn.Parameter(weight.values, requires_grad=False)
     module.register_buffer("fp8_scales", weight.scales, persistent=False)
     cast(Any, module).quant_method = Fp8Method()
+    cast(Any, module).takes_rounded_rows = fits(weight.values)

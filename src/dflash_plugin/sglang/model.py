@@ -23,7 +23,7 @@ from dflash_plugin import kernels
 from dflash_plugin.config import DrafterConfig, LayerAttention
 from dflash_plugin.drafter import Attend, Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.fp8 import Fp8Rows, quantise
+from dflash_plugin.fp8 import Fp8Rows, RoundedRows, fits, quantise
 from dflash_plugin.serving.fp8 import product
 from dflash_plugin.serving.head import best_of_ranks, best_of_shard
 from dflash_plugin.serving.hosted import KEY
@@ -205,16 +205,16 @@ class HostedDrafter(DFlashDraftModel):
             DFlashError: the target gave features of another width.
         """
         check_features(features.shape[-1], self.info)
-        context = self.drafter.fuse(features)
         pools = self._plain_pools(pool)
         if pools is None:
+            context = self.drafter.fuse(features)
             self._inject_by_layer(context, positions, slots, pool, committed)
             return
         from dflash_plugin.kernels.inject_kv import inject_kv, inject_kv_naive
 
         config = self.info.config
         (inject_kv if self._fused else inject_kv_naive)(
-            self._keys_values(context),
+            self._keys_values(self._context(features)),
             positions,
             slots,
             pools,
@@ -228,12 +228,22 @@ class HostedDrafter(DFlashDraftModel):
             value_scale=config.attention_value_scale,
         )
 
-    def _keys_values(self, context: Tensor) -> Tensor:
+    def _context(self, features: Tensor) -> Tensor | RoundedRows:
+        """Context rows [T, hidden], rounded where their projection multiplies FP8."""
+        if not self._fused:
+            return self.drafter.fuse(features)
+        from dflash_plugin.kernels.block import fuse
+
+        weight = self._kv_weight
+        return fuse(self.drafter, features, isinstance(weight, Fp8Rows) and fits(weight.values))
+
+    def _keys_values(self, context: Tensor | RoundedRows) -> Tensor:
         """Projections [T, layers, 2, kv_heads, head_dim] of context rows, not normed."""
         attentions = self.drafter.attentions()
         if self._kv_weight is not None:
             kv = product(context, self._kv_weight, self._kv_bias)
         else:
+            assert isinstance(context, Tensor)
             linears = [cast(HostedQKV, attention.qkv_proj) for attention in attentions]
             kv = torch.cat([linear.keys_values(context) for linear in linears], dim=-1)
         first = attentions[0]
