@@ -20,7 +20,13 @@ COUNTS = {"blocks": 0, "blocks_natively": 0, "heads": 0}
 
 def turn_on() -> None:
     """Let this process run the kernels wherever a GPU would."""
+    import triton.runtime.interpreter
+
     from dflash_plugin.kernels import draft_head
+    from kernel_helpers import rounded
+
+    # As a GPU rounds.
+    triton.runtime.interpreter._convert_float = rounded
 
     class TritonAttnBackend(attention.CpuAttention):
         """By its name one of those whose blocks attend through the kernel."""

@@ -112,15 +112,17 @@ def test_drafts_and_text_equal_the_core(pair, schedulers, tmp_path, kind):
         assert blocks[0] == [expected.anchor, *drafts]
 
 
-def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path):
+@pytest.mark.parametrize("weights", ["checkpoint", "fp8"])
+def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path, weights):
     """All that runs on a GPU: injection, block pass, head, and the attention of both models."""
     target, directory = pair
     kinds = {**KINDS["reduced vocabulary"], **KINDS["mixed windows and causality"]}
-    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **kinds})
-    drafter = load_drafter(checkpoint, target)
+    sizes = {**SIZES, "target_hidden_size": 64, "intermediate_size": 48}
+    checkpoint = write_tiny(tmp_path, **{**sizes, **kinds})
+    drafter = load_drafter(checkpoint, target, weights=weights)
     made = interpreted.run(
         directory, checkpoint, PROMPTS[:1], copies=2, temperature=0.0, max_new_tokens=6,
-        ignore_eos=True,
+        ignore_eos=True, environment={"DFLASH_PLUGIN_DRAFT_WEIGHTS": weights},
     )  # fmt: skip
     assert made["texts"][0] == 2 * [alone(target, PROMPTS[0], 6)]
     expected = answer(drafter, target, PROMPTS[0])
