@@ -64,6 +64,7 @@ def measure(
     repeats: int,
     record: dict[str, Any],
     output: Path,
+    seconds: float = 0.0,
 ) -> None:
     """Time the engines in turns and add rows to the record, which is written after each level.
 
@@ -71,9 +72,11 @@ def measure(
         engines: all up; each runs every level once before it is timed.
         work: prompts by requests in flight.
         sampling: the engine's own names.
-        repeats: timed runs of each.
+        repeats: timed runs of each, at least.
         record: holds the circumstances.
         output: a JSON file.
+        seconds: for which every level is repeated, at least: few requests at once take less time,
+            and their speeds lie further apart.
     """
     record["rows"] = []
     for level, prompts in work.items():
@@ -81,7 +84,9 @@ def measure(
         for engine in engines:
             engine.ask(**request)
         timed: dict[str, list[dict[str, Any]]] = {engine.mode: [] for engine in engines}
-        for _ in range(repeats):
+        started, done = time.monotonic(), 0
+        while done < repeats or time.monotonic() - started < seconds:
+            done += 1
             for engine in engines:
                 timed[engine.mode].append(engine.ask(**request))
         for mode, results in timed.items():
@@ -92,7 +97,7 @@ def measure(
                 "requests": len(prompts),
                 "tokens_per_second": round(median(speeds), 1),
                 "all": [round(speed, 1) for speed in speeds],
-                "tau": round(results[-1]["tau"], 3),
+                "tau": round(median(r["tau"] for r in results), 3),
             }
             record["rows"].append(row)
             print({key: value for key, value in row.items() if key != "all"}, flush=True)

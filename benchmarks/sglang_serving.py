@@ -51,6 +51,7 @@ def main(
     concurrency: str = "1,8,32,64",
     new_tokens: int = 256,
     repeats: int = 5,
+    seconds: float = 0.0,
     per_slot: int = 2,
     dtype: str = "bfloat16",
     drafts: int | None = None,
@@ -110,7 +111,7 @@ def main(
         for mode in modes.split(",")
     )
     engines = start(list(starting) if together else starting, record)
-    measure(engines, work, sampling, repeats, record, output)
+    measure(engines, work, sampling, repeats, record, output, seconds)
     if timelines:
         add_timelines(engines, work, sampling, record, output)
     if check:

@@ -45,6 +45,7 @@ def main(
     concurrency: str = "1,8,32,64",
     new_tokens: int = 256,
     repeats: int = 5,
+    seconds: float = 0.0,
     per_slot: int = 2,
     dtype: str = "bfloat16",
     memory: float = 0.2,
@@ -98,7 +99,7 @@ def main(
     logs = {mode: output.with_suffix(f".{mode}.log") for mode in modes.split(",")}
     engines = start([served(mode, common, log) for mode, log in logs.items()], record)
     work = prompts_by_level(levels, per_slot, shape, directory, data)
-    measure(engines, work, sampling, repeats, record, output)
+    measure(engines, work, sampling, repeats, record, output, seconds)
     if timelines:
         add_timelines(engines, work, sampling, record, output)
     if check:

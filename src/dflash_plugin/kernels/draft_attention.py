@@ -23,6 +23,8 @@ from dflash_plugin.visibility import WindowFrom, sees_block, sees_context
 INTEGERS = (torch.int32, torch.int64)
 # Query rows that share a key head, which one program holds.
 MOST_ROWS = 256
+# Parts that the second launch loads at a time, and its warps.
+JOINED_AT_ONCE, JOIN_WARPS = 8, 1
 
 
 class PagedContext(NamedTuple):
@@ -381,9 +383,9 @@ def draft_attention(
             HEAD_DIM=head_dim,
             BLOCK_KEYS=tile.keys,
             BLOCK_PARTS=triton.next_power_of_2(count),
-            STEP=8,
+            STEP=JOINED_AT_ONCE,
             BLOCK_DIM=block_dim,
-            num_warps=1,
+            num_warps=JOIN_WARPS,
         )
     return out
 
