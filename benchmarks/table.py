@@ -87,22 +87,29 @@ NAMES = {
 def serving(name: str) -> str:
     """Output tokens per second by engine and requests in flight: median (lowest-highest), τ."""
     record = load(name)
-    cells = {(row["engine"], row["concurrency"]): row for row in record["rows"]}
-    engines = list(dict.fromkeys(row["engine"] for row in record["rows"]))
+    runs = record.get("runs", [record])
+    record, every = runs[0], [row for run in runs for row in run["rows"]]
+    cells = {(row["engine"], row["concurrency"]): row for row in every}
+    engines = list(dict.fromkeys(row["engine"] for row in every))
     rows = []
-    for level in dict.fromkeys(row["concurrency"] for row in record["rows"]):
+    for level in dict.fromkeys(row["concurrency"] for row in every):
         line = [str(level)]
         for one in engines:
-            cell = cells[one, level]
+            cell = cells.get((one, level))
+            if cell is None:
+                line.append("")
+                continue
             low, high = min(cell["all"]), max(cell["all"])
             tau = f", τ {cell['tau']:.2f}" if one != "none" else ""
             line.append(f"{cell['tokens_per_second']:,.0f} ({low:,.0f}-{high:,.0f}){tau}")
         rows.append(line)
     versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
     facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}; "
-    facts += f"{record['repeats']} runs in turns. "
+    counts = sorted({len(row["all"]) for row in every})
+    facts += f"{'-'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs in turns. "
     header = ["requests", *(NAMES[one] for one in engines)]
-    return f"{table(header, rows)}\n\n{facts}`{record['command']}`"
+    commands = "; ".join(f"`{run['command']}`" for run in runs)
+    return f"{table(header, rows)}\n\n{facts}{commands}"
 
 
 def soak(name: str, engine: str, paused: str) -> str:
@@ -147,6 +154,31 @@ def timelines(name: str) -> str:
     return f"{table([*header, 'eager launches'], rows)}\n\n{facts}"
 
 
+SHOWN = (
+    "inject_kv", "draft_head", "draft_head_fp8", "fp8_product", "fp8_product_down",
+    "draft_attention", "draft_attention_batch",
+)  # fmt: skip
+
+
+def kernels(name: str) -> str:
+    """Microseconds of the kernels that replace something of an engine's."""
+    record = load(name)
+    rows = [
+        [
+            row["op"],
+            f"{row['rows']:,}",
+            *(f"{row[key]:,.1f}" for key in ("kernel_us", "engine_us", "copy_us", "twin_us")),
+            f"{row['engine_us'] / row['kernel_us']:.2f}",
+        ]
+        for row in record["rows"]
+        if row["op"] in SHOWN
+    ]
+    header = ["operation", "size", "kernel", "instead", "copy of as many bytes", "twin"]
+    versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}. "
+    return f"{table([*header, 'times as fast'], rows)}\n\n{facts}`{record['command']}`"
+
+
 def budget(name: str) -> str:
     """Simulated tokens per second of the adaptive policy, the best fixed one and the oracle."""
     record = load(name)
@@ -171,12 +203,12 @@ def budget(name: str) -> str:
 
 SECTIONS = {
     "vllm-h200": lambda: serving("vllm-h200"),
-    "vllm-qwen3-8b": lambda: serving("vllm-h200-qwen3-8b"),
+    "vllm-qwen3-8b": lambda: serving("vllm-h100-qwen3-8b"),
     "vllm-cpu": lambda: serving("vllm-cpu"),
     "vllm-soak": lambda: soak("vllm-soak-cpu", "vLLM", "preempted"),
     "sglang-qwen3-8b": lambda: serving("sglang-h100-qwen3-8b"),
     "sglang-timelines": lambda: timelines("sglang-h100-timelines"),
-    "sglang-h200": lambda: serving("sglang-h200"),
+    "sglang-h100": lambda: serving("sglang-h100"),
     "sglang-soak": lambda: soak("sglang-soak-cpu", "SGLang", "retracted"),
     "acceptance": acceptance,
     "draft-weights": draft_weights,
@@ -186,7 +218,12 @@ SECTIONS = {
 
 
 # Sections of other files.
-ELSEWHERE = {"docs/design.md": {"budget": lambda: budget("budget-simulator")}}
+ELSEWHERE = {
+    "docs/design.md": {
+        "kernels": lambda: kernels("kernels-h100"),
+        "budget": lambda: budget("budget-simulator"),
+    }
+}
 
 
 def filled(text: str, sections: dict = SECTIONS) -> str:

@@ -397,11 +397,11 @@ def _tile(
 
     The fastest of those tried on an H100 (``benchmarks/kernels.py``).
     """
-    parts = max(1, min(64, PROGRAMS // shares))
+    parts = max(1, min(24, 3 * PROGRAMS // 4 // shares))
     if dtype == torch.float32:  # Multiplied without matrix units, out of registers.
         return AttentionTile(16, 8, 1, parts)
     row_bytes = block_dim * dtype.itemsize
-    keys = 32 if parts == 1 else 64
+    keys = 32 if parts > 1 or shares > PROGRAMS else 64 if shares > PROGRAMS // 2 else 128
     # Queries lie beside the keys and values, and the weights between the two products.
     beside = block_rows * (row_bytes + 4 * keys) + (8 << 10)
     stages = stages_that_fit(3, 2 * keys * row_bytes, beside, device)

@@ -204,14 +204,15 @@ def _tile(rows: int, hidden: Tensor, top_k: int, draws: bool) -> ProductTile:
     The fastest of those tried on an H100 (``benchmarks/kernels.py``).
     """
     wide = 256 // hidden.itemsize  # A row of a tile is 256 bytes.
-    depth = min(wide if rows > 16 else 256, max(16, triton.next_power_of_2(hidden.shape[1])))
+    least = max(16, 32 // hidden.itemsize)  # That a matrix unit takes.
+    depth = min(wide if rows > 16 else 256, max(least, triton.next_power_of_2(hidden.shape[1])))
     if draws:  # Noise takes registers.
         return ProductTile(16 if rows <= 16 else 32, 128, min(128, depth), 8, 4)
     if rows <= 16:
         return ProductTile(16, 64, depth, 4, 5)
     if rows <= 64:
         return ProductTile(32 if rows <= 32 else 64, 128, depth, 4, 4)
-    return ProductTile(128, 256 if top_k == 1 else 128, max(16, depth // 2), 8, 4)
+    return ProductTile(128, 256 if top_k == 1 else 128, max(least, depth // 2), 8, 4)
 
 
 def draft_head(
