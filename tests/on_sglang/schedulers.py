@@ -5,6 +5,7 @@ Imports of SGLang take longer than a tiny model's engine. Reads lines of JSON, a
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -61,6 +62,7 @@ class Schedulers:
         copies: int = 1,
         environment: dict[str, str] | None = None,
         settings: dict[str, Any] | None = None,
+        widths: list[int] | None = None,
         **params: Any,
     ) -> dict[str, Any]:
         """Start a scheduler, run each prompt ``copies`` times and end it.
@@ -71,11 +73,13 @@ class Schedulers:
             copies: of each.
             environment: of the scheduler.
             settings: of ``ServerArgs``.
+            widths: rows that the passes verify, in turns; whole blocks where there are none.
             params: of ``SamplingParams``.
 
         Returns:
             Per prompt, "texts" of its copies and the "blocks" of its first; "counts" of what ran
-            through kernels.
+            through kernels; with ``widths``, drafts that were "cut" to them in each pass, of its
+            first request, and what was "learnt" of them.
         """
         job = {
             "settings": {
@@ -84,7 +88,11 @@ class Schedulers:
                 "speculative_draft_model_path": str(drafter),
                 **(settings or {}),
             },
-            "environment": environment or {},
+            "environment": {
+                **({"DFLASH_PLUGIN_ADAPTIVE_VERIFICATION": "1"} if widths else {}),
+                **(environment or {}),
+            },
+            "widths": widths,
             "prompts": prompts,
             "copies": copies,
             "params": params,
@@ -120,12 +128,27 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     ports = PortArgs.init_new(args)
     publish(args, role="scheduler")
     scheduler = Scheduler(args, ports, 0, 0, 0, 0, 0, 0, None)
+    widths, cut = scheduler.draft_worker.widths, []
+    if job["widths"]:
+        cycle = itertools.cycle(job["widths"])
+        widths.policy.choose = lambda *_: next(cycle)
+        narrow = widths.narrow
+
+        def noted(worker: Any, drafts: Any, requests: int) -> Any:
+            drafts = narrow(worker, drafts, requests)
+            cut.append(drafts[: widths.chosen - 1].tolist())
+            return drafts
+
+        widths.narrow = noted
     texts, blocks = [], []
     for prompt in job["prompts"]:
         requests = [make_request(scheduler, prompt, **job["params"]) for _ in range(job["copies"])]
-        blocks.append(run(scheduler, requests))
+        blocks.append(run(scheduler, requests, whole=not job["widths"]))
         texts.append([list(request.output_ids_through_stop) for request in requests])
-    return {"texts": texts, "blocks": blocks, "counts": counts}
+    learnt = None if widths is None else widths.policy.summary()
+    return {
+        "texts": texts, "blocks": blocks, "counts": counts, "cut": cut, "learnt": learnt
+    }  # fmt: skip
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +133,37 @@ def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path
     assert made["counts"] == {"blocks": 6 * passes, "blocks_natively": 0, "heads": passes}
 
 
+TURNS = [[4, 3, 1, 2], [1], [1, 1, 1, 4]]
+
+
+@pytest.mark.parametrize("turns", TURNS, ids=str)
+@pytest.mark.parametrize("kind", ["reduced vocabulary", "anchor drafts, layers unsorted"])
+def test_passes_of_fewer_rows_write_and_draft_the_same(pair, schedulers, tmp_path, kind, turns):
+    """Every pass's drafts are the first of the core's, also behind passes that did not draft."""
+    target, directory = pair
+    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **KINDS[kind]})
+    drafter = load_drafter(checkpoint, target)
+    made = schedulers.run(
+        directory, checkpoint, PROMPTS[:1], copies=3, widths=turns, temperature=0.0,
+        max_new_tokens=16, ignore_eos=True,
+    )  # fmt: skip
+    text = alone(target, PROMPTS[0], 16)
+    assert made["texts"] == [3 * [text]]
+    place, verified = 0, []
+    for width, drafts in zip(itertools.cycle(turns), made["cut"], strict=False):
+        if place < len(text) - 4:
+            expected = answer(drafter, target, PROMPTS[0] + text[:place])
+            assert min(expected.margins) > 1e-4
+            assert drafts == expected.drafts[: width - 1]
+            verified.append(width)
+        stood = [a == b for a, b in zip(drafts, text[place + 1 :], strict=False)]
+        place += 1 + len(list(itertools.takewhile(bool, stood)))
+    assert place >= len(text) - 1
+    assert set(verified) == set(turns)
+    # What was accepted was told to the policy: a drafter with no idea is not believed in.
+    assert max(turns) == 1 or made["learnt"]["expected_tokens"][1] < 1.65
+
+
 def test_kernels_draw_what_the_core_does(pair, schedulers, interpreted, tmp_path):
     """The same seeds give the same text, accepted by the kernel and by torch."""
     target, directory = pair
@@ -163,8 +195,13 @@ def test_fp8_weights_draft_what_the_core_does_with_them(pair, schedulers, tmp_pa
         assert blocks[0] == [expected.anchor, *expected.drafts]
 
 
-@pytest.mark.parametrize("draft_sampling", ["greedy", "probabilistic"])
-def test_sampled_text_has_the_targets_distribution(pair, schedulers, tmp_path, draft_sampling):
+@pytest.mark.parametrize(
+    ("draft_sampling", "turns"),
+    [("greedy", None), ("probabilistic", None), ("probabilistic", [3, 1, 4, 2])],
+)
+def test_sampled_text_has_the_targets_distribution(
+    pair, schedulers, tmp_path, draft_sampling, turns
+):
     """χ² at temperature 1 over the whole vocabulary; a drafter with no idea still loses nothing."""
     target, directory = pair
     checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
@@ -176,6 +213,7 @@ def test_sampled_text_has_the_targets_distribution(pair, schedulers, tmp_path, d
         PROMPTS[:1],
         copies=samples,
         environment={"DFLASH_PLUGIN_DRAFT_SAMPLING": draft_sampling},
+        widths=turns,
         temperature=1.0,
         max_new_tokens=3,
         ignore_eos=True,

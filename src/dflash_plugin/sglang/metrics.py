@@ -13,6 +13,7 @@ from dflash_plugin.serving.acceptance import AcceptanceWatch
 from dflash_plugin.serving.prometheus import collectors, introduce, position_counters
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.options import Hosted
+from dflash_plugin.sglang.width import Widths
 
 logger = logging.getLogger("sglang.dflash_plugin")
 
@@ -101,6 +102,13 @@ def shares(histogram: Sequence[int]) -> list[float]:
 
 
 _acceptance: Acceptance | None = None
+_widths: Widths | None = None
+
+
+def listen(widths: Widths) -> None:
+    """Let the choice of this process's widths learn from what is accepted."""
+    global _widths
+    _widths = widths
 
 
 def start(info: Hosted, server_args: Any, num_drafts: int) -> None:
@@ -120,14 +128,18 @@ def start(info: Hosted, server_args: Any, num_drafts: int) -> None:
 def count_accepted(native: Callable[..., Any], processor: Any, result: Any, batch: Any) -> Any:
     """Where SGLang takes over the tokens that a pass committed."""
     tokens = native(processor, result, batch)
+    if _acceptance is None and _widths is None:
+        return tokens
+    numbers = result.num_correct_drafts_per_req_cpu
+    accepted = [
+        number
+        for request, number in zip(batch.reqs, numbers, strict=True)
+        if not (request.finished() or request.is_retracted)
+    ]
     if _acceptance is not None:
-        _acceptance.observe(
-            accepted
-            for request, accepted in zip(
-                batch.reqs, result.num_correct_drafts_per_req_cpu, strict=True
-            )
-            if not (request.finished() or request.is_retracted)
-        )
+        _acceptance.observe(accepted)
+    if _widths is not None:
+        _widths.policy.observe(int(result.speculative_num_draft_tokens), accepted)
     return tokens
 
 
@@ -150,4 +162,6 @@ def describe_internal_state(native: Callable[..., Any], scheduler: Any, request:
     output = native(scheduler, request)
     if _acceptance is not None:
         output.internal_state["dflash_plugin"] = _acceptance.summary()
+        if _widths is not None:
+            output.internal_state["dflash_plugin"]["adaptive"] = _widths.policy.summary()
     return output

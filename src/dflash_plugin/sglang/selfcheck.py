@@ -114,8 +114,13 @@ def make_request(scheduler: Any, prompt: list[int], **params: Any) -> Any:
     return request
 
 
-def run(scheduler: Any, requests: list[Any]) -> list[list[int]]:
+def run(scheduler: Any, requests: list[Any], *, whole: bool = True) -> list[list[int]]:
     """Run requests through a scheduler that is not serving yet, and empty its cache again.
+
+    Args:
+        scheduler: SGLang's.
+        requests: of ``make_request``.
+        whole: verify whole blocks, whatever the policy says.
 
     Returns:
         The blocks [anchor, drafts] that were verified for the batch's first request.
@@ -129,6 +134,8 @@ def run(scheduler: Any, requests: list[Any]) -> list[list[int]]:
     scheduler.result_queue = deque()
     native = streamer.stream_output
     streamer.stream_output = lambda *_, **__: None
+    if worker.widths is not None:
+        worker.widths.held = whole
     try:
         for request in requests:
             scheduler._add_request_to_queue(request)
@@ -154,6 +161,8 @@ def run(scheduler: Any, requests: list[Any]) -> list[list[int]]:
             pass
     finally:
         streamer.stream_output = native
+        if worker.widths is not None:
+            worker.widths.held = False
     scheduler.flush_cache()
     return blocks
 

@@ -2,12 +2,14 @@
 
 Scheduling, block preparation, verify passes, CUDA graphs and publishing are inherited. What is
 replaced: the drafter, injection, drafting from the head, acceptance of requests that sample,
-penalties, and the attention of blocks where the back end is Triton's.
+penalties, how many rows of a block are verified, and the attention of blocks where the back end is
+Triton's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from types import ModuleType
@@ -20,12 +22,14 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
 
 from dflash_plugin import kernels
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.sampling import SamplingTensors, Stream
-from dflash_plugin.sglang import block_attention, penalties, sampling
+from dflash_plugin.sglang import block_attention, metrics, penalties, sampling
 from dflash_plugin.sglang.arguments import draft_model_path
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.model import HostedDrafter
 from dflash_plugin.sglang.options import require_hosted
+from dflash_plugin.sglang.width import Widths, route_inputs, skipping, widths_of
 
 # No batch that is captured is larger, unless the server runs more requests.
 MAX_CAPTURED = 1024
@@ -74,11 +78,15 @@ class DraftGraphHead:
     def out(self) -> Tensor:
         """Drafts of the pass that was replayed, int64 [at least B * K]."""
         step = self.worker.step
-        if step is None or not self.worker.draws_drafts(step):
+        if step is None:
             return self.tokens
-        size = len(step.batch.reqs)
-        captured = min(batch for batch in self.hidden if batch >= size)
-        return self.worker.draw_drafts(self.hidden[captured][: size * self.worker.num_drafts], step)
+        tokens = self.tokens
+        if self.worker.draws_drafts(step) and not self.worker.skips_draft:
+            size = len(step.batch.reqs)
+            captured = min(batch for batch in self.hidden if batch >= size)
+            hidden = self.hidden[captured][: size * self.worker.num_drafts]
+            tokens = self.worker.draw_drafts(hidden, step)
+        return self.worker.narrowed(tokens, step)
 
 
 class Worker(DFlashWorkerV2):
@@ -86,6 +94,7 @@ class Worker(DFlashWorkerV2):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.step: Step | None = None
+        self.widths: Widths | None = None
         server_args = kwargs.get("server_args", args[0] if args else None)
         self.info = require_hosted(draft_model_path(server_args))
         if argument(server_args, "device") == "cpu":
@@ -100,23 +109,53 @@ class Worker(DFlashWorkerV2):
         )
         self.vocab_size = int(self.target_worker.model_runner.model_config.vocab_size)
         self.graph_injects, self.in_graph = False, False
+        self.widths = widths_of(self.info, server_args, self._block)
+        if self.widths is not None:
+            if getattr(self, "_need_mamba_verify_commit", False):
+                raise DFlashError(
+                    "adaptive_verification is on, but the target keeps state that a shorter pass "
+                    "would leave behind: turn it off"
+                )
+            runner = self.draft_model_runner
+            runner.forward = skipping(runner.forward, self)
+            metrics.listen(self.widths)
         _note_graphs(self)
         _seed_first_tokens(self.target_worker.model_runner, self.noise)
         _route(dflash_worker_v2)
 
     @property
+    def block_size(self) -> int:
+        """Rows of a block; once a pass has drafted, those that it verifies."""
+        return self._block if self.widths is None else self.widths.rows
+
+    @block_size.setter
+    def block_size(self, rows: int) -> None:
+        self._block = int(rows)
+
+    @property
     def num_drafts(self) -> int:
-        """Drafts of a block, the anchor not counted."""
-        return int(self.block_size) - 1
+        """Drafts of a block, the anchor not counted, whether they are verified or not."""
+        return self._block - 1
+
+    @property
+    def skips_draft(self) -> bool:
+        """Whether the pass that runs verifies no draft."""
+        return self.widths is not None and self.widths.skips_draft
 
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """One pass over a batch: a prefill, or draft, verify and inject."""
-        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+        decodes = not (batch.forward_mode.is_extend() or batch.is_extend_in_batch)
+        if self.widths is not None and (not decodes or batch.forward_mode.is_idle()):
+            self.widths.policy.interrupt()
+        if not decodes:
             return self._prefill(batch, *args, **kwargs)
         if batch.forward_mode.is_idle() or batch.spec_info is None:
             return super().forward_batch_generation(batch, *args, **kwargs)
         self.step = self._begin(batch)
-        with _routing_to(self):
+        verifying: Any = nullcontext()
+        if self.widths is not None:
+            verifying = self.widths.verifying(self, len(batch.reqs))
+        with _routing_to(self), verifying:
             try:
                 result = super().forward_batch_generation(batch, *args, **kwargs)
             finally:
@@ -174,11 +213,17 @@ class Worker(DFlashWorkerV2):
             self.graph_injects = True
             target.capture_tail_hooks.append(self.capture_injection)
 
+    def init_cuda_graphs(self) -> None:
+        """Graphs of the draft pass, and of the target's passes of fewer rows."""
+        super().init_cuda_graphs()
+        if self.widths is not None:
+            self.widths.capture(self.target_worker.model_runner, torch.device(self.device))
+
     # Drafting.
 
     def drafting_rows(self, hidden: Tensor) -> Tensor:
         """Rows [B * K, hidden] that draft, of block rows [B * block, hidden]."""
-        rows = hidden.view(-1, int(self.block_size), hidden.shape[-1])[:, 1:]
+        rows = hidden.view(-1, self._block, hidden.shape[-1])[:, 1:]
         return rows.reshape(-1, hidden.shape[-1])
 
     def draws_drafts(self, step: Step) -> bool:
@@ -205,10 +250,30 @@ class Worker(DFlashWorkerV2):
     def _greedy_sample_from_vocab_parallel_head(
         self, *, hidden_states: Tensor, lm_head: Any, chunk_size: int = 256
     ) -> Tensor:
-        """Drafts int64 [B * K] of a pass that ran outside a graph."""
-        if self.step is not None and self.draws_drafts(self.step):
-            return self.draw_drafts(hidden_states, self.step)
-        return self.draft_model.top_tokens(hidden_states)
+        """Drafts int64 [B * K] of a pass that ran outside a graph, or those that are verified."""
+        step = self.step
+        if self.skips_draft:
+            tokens = hidden_states.new_zeros(len(hidden_states), dtype=torch.int64)
+        elif step is not None and self.draws_drafts(step):
+            tokens = self.draw_drafts(hidden_states, step)
+        else:
+            tokens = self.draft_model.top_tokens(hidden_states)
+        return tokens if step is None else self.narrowed(tokens, step)
+
+    def narrowed(self, drafts: Tensor, step: Step) -> Tensor:
+        """The drafts that are verified, of those of whole blocks; from here on a block has no more.
+
+        Args:
+            drafts: int64 [at least B * K].
+            step: its draft probabilities are cut too.
+        """
+        widths = self.widths
+        if widths is None:
+            return drafts
+        drafts = widths.narrow(self, drafts, len(step.batch.reqs))
+        if step.draft_probs is not None:
+            step.draft_probs = step.draft_probs[:, : self.block_size - 1]
+        return drafts
 
     def _maybe_build_draft_sampler(self) -> DraftGraphHead:
         """The head at the end of the captured draft pass."""
@@ -263,13 +328,29 @@ class Worker(DFlashWorkerV2):
         **_: Any,
     ) -> None:
         """KV injection of a prompt's rows, or of a verify pass's committed rows."""
-        rows = cache_loc.numel()
         injected = commit_lens is not None and self.in_graph and self.graph_injects
+        if self.widths is not None and commit_lens is not None:
+            cache_loc, positions = self.widths.cut(cache_loc), self.widths.cut(positions)
+        rows = cache_loc.numel()
         if rows > 0 and not injected:
             # Rows beyond are padding of the target's pass.
             self.inject(target_hidden[:rows], positions, cache_loc, commit_lens)
 
     # Verification.
+
+    def _next_accept_bonus_buffers(self, bs: int) -> Any:
+        """SGLang's buffers of accepted tokens, of the rows that are verified."""
+        widths = self.widths
+        if widths is None or not widths.narrowed:
+            return super()._next_accept_bonus_buffers(bs)
+        with widths.whole():
+            buffers = super()._next_accept_bonus_buffers(bs)
+        return tuple(
+            buffer.new_empty(bs, widths.rows)
+            if isinstance(buffer, Tensor) and buffer.shape == (bs, widths.block)
+            else buffer
+            for buffer in buffers
+        )
 
     def _validate_phase1_sampling_support(self, batch: Any) -> None:
         """Every device samples."""
@@ -383,6 +464,7 @@ def _route(module: ModuleType) -> None:
     native = cast(Any, module)
     if hasattr(native.apply_dflash_verify_logits_adjustments, "__wrapped__"):
         return
+    route_inputs(native, lambda: _routing_to.current)
 
     def routed(function: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)

@@ -1,0 +1,211 @@
+"""How many drafts of every request to verify, one number for a whole step, learnt while serving.
+
+For engines whose verify passes give all requests as many rows. The parts are the chance of each
+draft, from the outcomes of passes, and the seconds of a step of each width, from the clock. Neither
+looks at the drafts of the step, so that the number never depends on a drawn token.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from dflash_plugin.errors import DFlashError
+
+# Rows that passes can have, beside the limits.
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+# Steps of one width before another is chosen, so that some of them can be timed.
+RUN = 6
+# Steps in a row of one kind before the time between two of them is that kind's: an engine that
+# prepares a step while the last one runs is one step ahead of the clock.
+SETTLED = 3
+# Times of a kind before it is known.
+TIMES = 3
+# How much one more time moves what is known.
+SHARE = 0.1
+# Passes of requests whose outcomes count; older ones fade.
+MEMORY = 4000.0
+# What a position's first belief, the one before it, is worth in outcomes.
+PRIOR = 8.0
+FIRST = 0.7
+# A width has to promise so much more than the one in use.
+GAIN = 1.02
+# Steps between two looks at another width than the best.
+PROBE = 512
+
+
+def choose_widths(block: int, least: int, most: int | None) -> tuple[int, ...]:
+    """Rows that passes can have, rising: the limits, and some of ``ROWS`` between them.
+
+    Args:
+        block: rows of a whole block.
+        least: drafts that are verified at least.
+        most: drafts that are verified at most, None for all.
+
+    Raises:
+        DFlashError: the limits leave none.
+    """
+    drafts = block - 1
+    most = drafts if most is None else min(most, drafts)
+    if not 0 <= least <= most:
+        raise DFlashError(
+            f"min_draft_tokens is {least} and max_draft_tokens {most}, of {drafts} drafts: give "
+            "0 <= min_draft_tokens <= max_draft_tokens"
+        )
+    between = (rows for rows in ROWS if least + 1 < rows < most + 1)
+    return tuple(sorted({least + 1, *between, most + 1}))
+
+
+class Acceptance:
+    """The chance of each draft to stand if those before it do.
+
+    Args:
+        drafts: of a block.
+    """
+
+    def __init__(self, drafts: int) -> None:
+        self.judged = [0.0] * drafts
+        self.stood = [0.0] * drafts
+
+    def observe(self, verified: int, accepted: Iterable[int]) -> None:
+        """Learn from a pass.
+
+        Args:
+            verified: drafts of each request.
+            accepted: of those, by request.
+        """
+        numbers = list(accepted)
+        keep = max(0.0, 1.0 - len(numbers) / MEMORY)
+        for place in range(verified):
+            # The first that fell was judged, those behind it were not.
+            judged = sum(number >= place for number in numbers)
+            stood = sum(number > place for number in numbers)
+            self.judged[place] = keep * self.judged[place] + judged
+            self.stood[place] = keep * self.stood[place] + stood
+
+    def expected(self) -> list[float]:
+        """Tokens that a request commits in a pass of 1, 2, … rows."""
+        chance, survival, tokens, found = FIRST, 1.0, 1.0, [1.0]
+        for judged, stood in zip(self.judged, self.stood, strict=True):
+            chance = (stood + PRIOR * chance) / (judged + PRIOR)
+            survival *= chance
+            tokens += survival
+            found.append(tokens)
+        return found
+
+
+class WidthPolicy:
+    """Chooses the rows of the next verify pass.
+
+    Args:
+        widths: rows that passes can have, rising; 1 verifies no draft.
+        sizes: requests that passes are captured for, rising; others cost what the next larger does.
+        latency_vs_throughput: 1 commits most tokens a second; less weighs a step's seconds less, 0
+            not at all, so that each step verifies as much as it may.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        sizes: Sequence[int] = (),
+        latency_vs_throughput: float = 1.0,
+    ) -> None:
+        self.widths = tuple(widths)
+        self.sizes = tuple(sizes)
+        self.weight = latency_vs_throughput
+        self.acceptance = Acceptance(max(widths) - 1)
+        self.seconds: dict[tuple[int, int], float] = {}
+        self.steps = dict.fromkeys(self.widths, 0)
+        self.verified = self.saved = 0
+        self._times: dict[tuple[int, int], list[float]] = {}
+        self._recent: deque[tuple[int, int]] = deque(maxlen=SETTLED)
+        self._last: float | None = None
+        self._width, self._size, self._left, self._since_probe = self.widths[-1], 0, 0, 0
+
+    def interrupt(self) -> None:
+        """Something else ran, or nothing: the clock says nothing of the last step."""
+        self._recent.clear()
+        self._last = None
+
+    def choose(self, requests: int, now: float) -> int:
+        """Rows of each request in the step that begins now.
+
+        Args:
+            requests: of the step.
+            now: seconds of a clock that only rises.
+        """
+        size = self._captured(requests)
+        self._time(now)
+        if size != self._size:
+            self._size, self._left = size, 0
+        if self._left == 0:
+            self._width, self._left = self._next(requests, size), RUN
+        self._left -= 1
+        self._since_probe += 1
+        self.steps[self._width] += 1
+        self.verified += requests * (self._width - 1)
+        self.saved += requests * (self.widths[-1] - self._width)
+        self._recent.append((size, self._width))
+        self._last = now
+        return self._width
+
+    def observe(self, width: int, accepted: Iterable[int]) -> None:
+        """Learn what came of a step's drafts; arguments as ``Acceptance``'s, with rows."""
+        self.acceptance.observe(width - 1, accepted)
+
+    def summary(self) -> dict[str, object]:
+        """What has been learnt and chosen so far.
+
+        Returns:
+            ``steps`` by rows, ``drafts_verified`` and ``drafts_saved`` of all requests, and the
+            ``expected_tokens`` of a pass by rows.
+        """
+        return {
+            "steps": dict(self.steps),
+            "drafts_verified": self.verified,
+            "drafts_saved": self.saved,
+            "expected_tokens": [round(tokens, 3) for tokens in self.acceptance.expected()],
+        }
+
+    def _captured(self, requests: int) -> int:
+        index = bisect_left(self.sizes, requests)
+        return self.sizes[index] if index < len(self.sizes) else requests
+
+    def _time(self, now: float) -> None:
+        """Take the time since the last step, where it is that step's."""
+        recent = self._recent
+        if self._last is None or len(recent) < SETTLED or len(set(recent)) > 1:
+            return
+        kind, seconds = recent[-1], now - self._last
+        if seconds <= 0 or not math.isfinite(seconds):
+            return
+        known = self.seconds.get(kind)
+        if known is not None:
+            # A pause of the host is no step's.
+            self.seconds[kind] = known + SHARE * (min(seconds, 2 * known) - known)
+            return
+        times = self._times.setdefault(kind, [])
+        times.append(seconds)
+        if len(times) == TIMES:
+            self.seconds[kind] = sorted(self._times.pop(kind))[TIMES // 2]
+
+    def _next(self, requests: int, size: int) -> int:
+        unknown = [width for width in self.widths if (size, width) not in self.seconds]
+        if unknown:
+            return unknown[-1]
+        expected = self.acceptance.expected()
+        rates = {
+            width: expected[width - 1] / self.seconds[size, width] ** self.weight
+            for width in self.widths
+        }
+        best = max(self.widths, key=rates.__getitem__)
+        if self._since_probe >= PROBE and len(self.widths) > 1:
+            # The next wider one tells of drafts that are not verified, and what it takes by now.
+            self._since_probe = 0
+            index = self.widths.index(best)
+            return self.widths[index + 1 if best < self.widths[-1] else index - 1]
+        if rates[best] <= GAIN * rates.get(self._width, 0.0):
+            return self._width
+        return best
