@@ -313,6 +313,24 @@ def test_acceptance_is_counted_by_position(tmp_path, caplog):
     assert "hardly any first draft is accepted" in caplog.text
 
 
+def test_passes_that_verify_a_part_count_but_do_not_judge_the_drafter(tmp_path):
+    options = Options(expected_acceptance_length=3.0, acceptance_window=metrics.STRIDE)
+    info = Hosted(
+        checkpoint=tmp_path,
+        config=tiny_config(),
+        options=options,
+        expected_acceptance_length=3.0,
+    )
+    counted = metrics.Acceptance(info, 3, None)
+    for _ in range(4):
+        counted.observe([0] * metrics.STRIDE, whole=False)
+    summary = counted.summary()
+    assert summary["verify_passes"] == 4 * metrics.STRIDE
+    assert summary["acceptance_warnings"] == 0
+    counted.observe([0] * metrics.STRIDE)
+    assert counted.summary()["acceptance_warnings"] == 1
+
+
 def test_meta_info_gets_the_share_by_position():
     def native(manager: Any, meta_info: dict[str, Any], *_: Any) -> None:
         meta_info.update(

@@ -109,6 +109,27 @@ def test_greedy_text_equals_the_target_alone(server, reference, alone):
 
 
 @pytest.mark.versions
+def test_greedy_text_with_as_many_drafts_as_pay(
+    smollm2, shipped, reference, alone, server, tmp_path
+):
+    """The policy's own choices, by this machine's clock."""
+    prompts = reference["prompts"]
+    flags = [*dflash(shipped), CHUNKED]
+    long = {"max_new_tokens": 96, "ignore_eos": True}
+    with serving(
+        tmp_path / "log", smollm2, *flags, DFLASH_PLUGIN_ADAPTIVE_VERIFICATION="1"
+    ) as ours:
+        assert tokens(ours.batch(prompts[:8], max_new_tokens=TOKENS)) == alone[:8]
+        assert tokens(ours.batch(prompts[:2], **long)) == tokens(server.batch(prompts[:2], **long))
+        learnt = ours.info()["adaptive"]
+    used = [int(rows) for rows, steps in learnt["steps"].items() if steps]
+    assert len(used) > 2
+    assert min(used) < max(used) == DRAFTS + 1
+    assert learnt["drafts_saved"] > 0
+    assert learnt["expected_tokens"][1] > 1.4
+
+
+@pytest.mark.versions
 def test_greedy_text_without_overlap_and_with_retraction(synchronous, reference, alone):
     answers = synchronous.batch(reference["prompts"], max_new_tokens=TOKENS)
     assert tokens(answers) == alone

@@ -36,6 +36,8 @@ class Acceptance:
         # How many passes accepted exactly so many drafts; all, and those not yet looked at.
         self.histogram = [0] * (num_drafts + 1)
         self.recent = [0] * (num_drafts + 1)
+        # Of passes that verified a part of a block, by which the drafter is not judged.
+        self.cut = [0] * (num_drafts + 1)
         self.unseen = 0
         self.metrics: dict[str, Any] | None = None
         self.labels: list[object] = [model_name]
@@ -44,23 +46,26 @@ class Acceptance:
             self.metrics = {**collectors(names), **position_counters(names)}
             introduce(self.metrics, info, self.labels)
 
-    def observe(self, accepted: Iterable[int]) -> None:
-        """Count drafts that requests accepted in one verify pass each."""
+    def observe(self, accepted: Iterable[int], *, whole: bool = True) -> None:
+        """Count drafts that requests accepted in one verify pass each, of whole blocks or less."""
+        counts = self.recent if whole else self.cut
         for number in accepted:
-            self.recent[number] += 1
+            counts[number] += 1
             self.unseen += 1
         if self.unseen >= STRIDE:
             self.look()
 
     def look(self) -> None:
         """Judge and export what came since the last look."""
-        passes, by_position = self.unseen, at_least(self.recent)
-        self.histogram = [a + b for a, b in zip(self.histogram, self.recent, strict=True)]
-        self.recent = [0] * len(self.recent)
+        passes, judged = self.unseen, sum(self.recent)
+        every = [a + b for a, b in zip(self.recent, self.cut, strict=True)]
+        by_position, judged_by_position = at_least(every), at_least(self.recent)
+        self.histogram = [a + b for a, b in zip(self.histogram, every, strict=True)]
+        self.recent, self.cut = [0] * len(self.recent), [0] * len(self.cut)
         self.unseen = 0
         if not passes:
             return
-        warning = self.watch.observe(passes, by_position)
+        warning = self.watch.observe(judged, judged_by_position) if judged else None
         if warning is not None and (self.watch.warnings == 1 or self.watch.warnings % 10 == 0):
             logger.warning("%s", warning)
         if self.metrics is None:
@@ -136,10 +141,11 @@ def count_accepted(native: Callable[..., Any], processor: Any, result: Any, batc
         for request, number in zip(batch.reqs, numbers, strict=True)
         if not (request.finished() or request.is_retracted)
     ]
+    rows = int(result.speculative_num_draft_tokens)
     if _acceptance is not None:
-        _acceptance.observe(accepted)
+        _acceptance.observe(accepted, whole=_widths is None or rows == _widths.block)
     if _widths is not None:
-        _widths.policy.observe(int(result.speculative_num_draft_tokens), accepted)
+        _widths.policy.observe(rows, accepted)
     return tokens
 
 

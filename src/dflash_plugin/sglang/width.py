@@ -89,16 +89,19 @@ class Widths:
             runner.init_new_workspace = kept
 
     @contextmanager
-    def verifying(self, worker: Any, requests: int) -> Iterator[None]:
-        """A decode pass of so many requests.
+    def verifying(self, worker: Any, batch: Any) -> Iterator[None]:
+        """A decode pass.
 
         Args:
             worker: SGLang's; its buffer of block tokens is put back afterwards.
-            requests: of the batch.
+            batch: SGLang's; one that wants log-probabilities gets whole blocks, by which SGLang
+                finds them.
         """
         self.chosen = self.block
-        if not self.held:
-            self.chosen = self.policy.choose(requests, time.monotonic())
+        if self.held or batch.return_logprob:
+            self.policy.interrupt()
+        else:
+            self.chosen = self.policy.choose(len(batch.reqs), time.monotonic())
         runner = worker.target_worker.model_runner
         own = self.passes.get(self.chosen)
         kept = runner.attn_backend, runner.decode_cuda_graph_runner
@@ -201,11 +204,23 @@ def route_inputs(module: Any, current: Any) -> None:
                 kwargs["positions"] = cutting.cut(kwargs["positions"])
             super().__init__(*args, **kwargs)
 
-        def prepare_for_verify(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        def prepare_for_verify(
+            self, batch: Any, target_worker: Any, *args: Any, **kwargs: Any
+        ) -> Any:
             cutting = widths()
             if cutting is not None and cutting.narrowed:
                 batch.out_cache_loc = cutting.cut(batch.out_cache_loc)
-            return super().prepare_for_verify(batch, *args, **kwargs)
+                whole = getattr(self, "kv_loc_plan", None)
+                if whole is not None:  # From 0.5.23 on, what the pass writes is planned ahead.
+                    translator = target_worker.model_runner.kv_index_translator
+                    self.kv_loc_plan = translator.plan(
+                        req_pool_indices=whole.req_pool_indices,
+                        seq_lens=whole.seq_lens,
+                        seq_lens_cpu=whole.seq_lens_cpu,
+                        write_virtual=batch.out_cache_loc,
+                        read_extent=cutting.rows,
+                    )
+            return super().prepare_for_verify(batch, target_worker, *args, **kwargs)
 
     CutInput.__name__ = CutInput.__qualname__ = native.__name__
     module.DFlashVerifyInput = CutInput

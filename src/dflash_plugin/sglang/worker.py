@@ -154,7 +154,7 @@ class Worker(DFlashWorkerV2):
         self.step = self._begin(batch)
         verifying: Any = nullcontext()
         if self.widths is not None:
-            verifying = self.widths.verifying(self, len(batch.reqs))
+            verifying = self.widths.verifying(self, batch)
         with _routing_to(self), verifying:
             try:
                 result = super().forward_batch_generation(batch, *args, **kwargs)
