@@ -47,6 +47,7 @@ def main(
     draft: str = "1:0.9,64:3.1",
     fixed: float = 0.5,
     requests: str = "1,4,8,16,32,64,128,256",
+    seeds: int = 4,
 ) -> None:
     """Write one JSON file and print a table."""
     recorded = Traces.load(traces)
@@ -58,7 +59,7 @@ def main(
         fixed / 1e3,
     )
     torch.set_num_threads(1)
-    found = compare(recorded, cost, levels)
+    found = compare(recorded, cost, levels, seeds)
     rows = []
     for level, runs in found.items():
         fixed_runs = {name: run for name, run in runs.items() if name.startswith("fixed")}

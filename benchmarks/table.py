@@ -190,13 +190,14 @@ def budget(name: str) -> str:
                 str(row["requests"]),
                 f"{rates['fixed 0']:,.0f}",
                 f"{rates[row['best_fixed']]:,.0f} ({row['best_fixed'].removeprefix('fixed ')})",
+                f"{rates['by step']:,.0f}",
                 f"{rates['adaptive']:,.0f}",
                 f"{rates['oracle']:,.0f}",
                 f"{row['against_best_fixed']:.2f}",
                 f"{row['against_oracle']:.2f}",
             ]
         )
-    header = ["requests", "no drafts", "best fixed (drafts)", "adaptive", "oracle"]
+    header = ["requests", "no drafts", "best fixed (drafts)", "by step", "adaptive", "oracle"]
     facts = f"{record['texts']} texts, τ {record['tau']}, {record['date']}. `{record['command']}`"
     return f"{table([*header, 'of best fixed', 'of oracle'], rows)}\n\n{facts}"
 

@@ -100,9 +100,9 @@ def test_drafts_that_were_never_verified_are_believed_like_the_one_before():
 def test_old_outcomes_fade():
     acceptance = Acceptance(1)
     for _ in range(2000):
-        acceptance.observe(1, [1] * 8)
+        acceptance.observe(1, [1] * 64)
     for _ in range(2000):
-        acceptance.observe(1, [0] * 8)
+        acceptance.observe(1, [0] * 64)
     assert acceptance.expected()[1] < 1.02
 
 

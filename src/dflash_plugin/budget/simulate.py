@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dflash_plugin.budget.acceptance import AcceptanceModel
-from dflash_plugin.budget.allocate import allocate
+from dflash_plugin.budget.allocate import Allocation, allocate
 from dflash_plugin.budget.cost import StepCost
 from dflash_plugin.budget.traces import Traces
+from dflash_plugin.budget.width import WidthPolicy, choose_widths
 
 
 class Policy(ABC):
@@ -30,6 +32,9 @@ class Policy(ABC):
     def observe(self, confidences: Tensor, accepted: Tensor, verified: Tensor) -> None:  # noqa: B027
         """Learn what came of it, if there is anything; arguments as ``AcceptanceModel``'s."""
 
+    def elapsed(self, seconds: float) -> None:  # noqa: B027
+        """Learn what the step took."""
+
 
 class Fixed(Policy):
     """The same number of drafts for all; 0 steps without drafting."""
@@ -44,32 +49,63 @@ class Fixed(Policy):
         return torch.full((len(right),), min(self.count, confidences.shape[1]))
 
 
+class ByStep(Policy):
+    """The same number of drafts for all, chosen for each step by outcomes and the clock.
+
+    Args:
+        num_drafts: K.
+    """
+
+    def __init__(self, num_drafts: int) -> None:
+        self.policy = WidthPolicy(choose_widths(num_drafts + 1, 0, None))
+        self.now, self.rows = 0.0, 0
+
+    def choose(self, confidences: Tensor, right: Tensor) -> Tensor | None:
+        """What the policy says of so many requests."""
+        self.rows = self.policy.choose(len(right), self.now)
+        return None if self.rows == 1 else torch.full((len(right),), self.rows - 1)
+
+    def observe(self, confidences: Tensor, accepted: Tensor, verified: Tensor) -> None:
+        """Learn from requests that are not at their end."""
+        self.policy.observe(self.rows, accepted[verified == self.rows - 1].tolist())
+
+    def elapsed(self, seconds: float) -> None:
+        """Move the clock."""
+        self.now += seconds
+
+
 class _Allocating(Policy):
-    """Allocates by some survival, and steps without drafting where that is faster."""
+    """Allocates by some survival."""
 
     def __init__(self, cost: StepCost) -> None:
         self.cost = cost
 
-    def _allocate(self, survival: Tensor) -> Tensor | None:
+    def _allocate(self, survival: Tensor) -> Allocation:
         batch = survival.shape[0]
         sizes = [size for size in sorted(self.cost.verify) if size >= batch]
         seconds = [self.cost.step_seconds(size, batch) for size in sizes]
-        made = allocate(survival, torch.tensor(sizes), torch.tensor(seconds))
-        plain = batch / self.cost.step_seconds(batch, 0)
-        return None if float(made.rate) < plain else made.num_drafts
+        return allocate(survival, torch.tensor(sizes), torch.tensor(seconds))
+
+    def _plain(self, requests: int) -> float:
+        """Tokens a second without drafting."""
+        return requests / self.cost.step_seconds(requests, 0)
 
 
 class Oracle(_Allocating):
-    """Knows what would stand, and verifies the best of it."""
+    """Knows what would stand, and verifies the best of it, or steps without drafting."""
 
     def choose(self, confidences: Tensor, right: Tensor) -> Tensor | None:
         """The drafts that stand, as far as they pay."""
         place = torch.arange(confidences.shape[1])
-        return self._allocate((place < right[:, None]).float())
+        made = self._allocate((place < right[:, None]).float())
+        return None if float(made.rate) < self._plain(len(right)) else made.num_drafts
 
 
 class Adaptive(_Allocating):
     """Allocates by the acceptance model, and probes now and then while it does not draft.
+
+    A step's draft pass is spent by the time its drafts are known, so that one bad block is no
+    reason to stop: what steps commit a second on average is.
 
     Args:
         cost: of steps.
@@ -85,20 +121,26 @@ class Adaptive(_Allocating):
         self.model = AcceptanceModel(num_drafts)
         self.first_pause, self.longest_pause = first_pause, longest_pause
         self.pause, self.waiting = first_pause, 0
+        self.rate: float | None = None
 
     def choose(self, confidences: Tensor, right: Tensor) -> Tensor | None:
         """What pays; while nothing does, mostly no draft pass."""
         if self.waiting > 0:
             self.waiting -= 1
             return None
-        chosen = self._allocate(self.model.survival(confidences))
-        if chosen is not None:
+        requests = len(right)
+        made = self._allocate(self.model.survival(confidences))
+        now, plain = float(made.rate), self._plain(requests)
+        # The more requests, the less one step differs from the next.
+        share = 0.02 + 0.5 * min(1.0, requests / 256)
+        self.rate = now if self.rate is None else self.rate + share * (now - self.rate)
+        if max(self.rate, now) >= plain:
             self.pause = self.first_pause
-            return chosen
-        self.waiting = self.pause
+            return made.num_drafts
+        self.waiting, self.rate = self.pause, None
         self.pause = min(2 * self.pause, self.longest_pause)
-        # The draft pass of this step is spent: one draft each tells what it was worth.
-        return torch.ones(len(right), dtype=torch.int64)
+        # One draft each tells at least what it was worth.
+        return made.num_drafts.clamp(min=1)
 
     def observe(self, confidences: Tensor, accepted: Tensor, verified: Tensor) -> None:
         """Calibrate."""
@@ -163,7 +205,9 @@ def simulate(
             policy.observe(confidences, stood, torch.minimum(drafts, end - place))
         committed = torch.minimum(stood + 1, end - place)
         size = requests + int(drafts.sum())
-        seconds += cost.step_seconds(size, 0 if chosen is None else requests)
+        took = cost.step_seconds(size, 0 if chosen is None else requests)
+        seconds += took
+        policy.elapsed(took)
         tokens += int(committed.sum())
         verified, accepted = verified + int(drafts.sum()), accepted + int(stood.sum())
         place = place + committed
@@ -174,17 +218,34 @@ def simulate(
     return Run(tokens, seconds, steps, verified, accepted)
 
 
-def compare(traces: Traces, cost: StepCost, requests: Sequence[int]) -> dict[int, dict[str, Run]]:
-    """Every fixed number of drafts, the adaptive policy and the oracle, by requests at once."""
+def compare(
+    traces: Traces, cost: StepCost, requests: Sequence[int], seeds: int = 1
+) -> dict[int, dict[str, Run]]:
+    """Every fixed number of drafts, the policies and the oracle, by requests at once.
+
+    Args:
+        traces: to replay.
+        cost: of steps.
+        requests: levels.
+        seeds: replays of each policy, which begins anew in each; their sums are what is told.
+    """
+    count = traces.num_drafts
+    makers: dict[str, Callable[[], Policy]] = {
+        **{f"fixed {k}": partial(Fixed, k) for k in range(count + 1)},
+        "by step": partial(ByStep, count),
+        "adaptive": partial(Adaptive, cost, count),
+        "oracle": partial(Oracle, cost),
+    }
     found: dict[int, dict[str, Run]] = {}
     for level in requests:
-        policies: dict[str, Policy] = {
-            **{f"fixed {k}": Fixed(k) for k in range(traces.num_drafts + 1)},
-            "adaptive": Adaptive(cost, traces.num_drafts),
-            "oracle": Oracle(cost),
-        }
+        steps = max(600, 20_000 // level)
         found[level] = {
-            name: simulate(traces, policy, cost, level, max(100, 20_000 // level))
-            for name, policy in policies.items()
+            name: _sum(simulate(traces, make(), cost, level, steps, seed) for seed in range(seeds))
+            for name, make in makers.items()
         }
     return found
+
+
+def _sum(runs: Iterable[Run]) -> Run:
+    columns = zip(*(astuple(run) for run in runs), strict=True)
+    return Run(*(sum(column) for column in columns))

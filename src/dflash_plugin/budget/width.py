@@ -26,12 +26,12 @@ TIMES = 3
 # How much one more time moves what is known.
 SHARE = 0.1
 # Passes of requests whose outcomes count; older ones fade.
-MEMORY = 4000.0
+MEMORY = 20000.0
 # What a position's first belief, the one before it, is worth in outcomes.
 PRIOR = 8.0
 FIRST = 0.7
 # A width has to promise so much more than the one in use.
-GAIN = 1.02
+GAIN = 1.01
 # Steps between two looks at another width than the best.
 PROBE = 512
 
