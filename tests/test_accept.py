@@ -13,7 +13,7 @@ from kernel_helpers import DEVICE, integers, random
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 BATCHES = st.sampled_from([0, 1, 5, 64])
-COUNTS = st.sampled_from([1, 3, 7, 15])
+COUNTS = st.sampled_from([0, 1, 3, 7, 15])
 
 
 def equal(out: Accepted, reference: Accepted) -> None:

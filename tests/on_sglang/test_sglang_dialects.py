@@ -168,18 +168,18 @@ def test_passes_of_fewer_rows_write_and_draft_the_same(pair, schedulers, tmp_pat
 
 
 def test_kernels_draw_what_the_core_does(pair, schedulers, interpreted, tmp_path):
-    """The same seeds give the same text, accepted by the kernel and by torch."""
+    """The same seeds give the same text, accepted by the kernel and by torch, in parts of blocks."""
     target, directory = pair
     checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
     texts = [
         running.run(
-            directory, checkpoint, PROMPTS[:1], copies=2, temperature=1.3, max_new_tokens=5,
-            ignore_eos=True, sampling_seed=11,
+            directory, checkpoint, PROMPTS[:1], copies=2, temperature=1.3, max_new_tokens=6,
+            ignore_eos=True, sampling_seed=11, widths=[3, 1, 4],
         )["texts"]
         for running in (schedulers, interpreted)
     ]  # fmt: skip
     assert texts[0] == texts[1]
-    assert texts[0][0][0] != alone(target, PROMPTS[0], 5)
+    assert texts[0][0][0] != alone(target, PROMPTS[0], 6)
 
 
 @pytest.mark.parametrize("changes", FP8, ids=["borrowed head", "own head"])

@@ -225,6 +225,8 @@ def accept(
     if batch == 0:
         return made
     sampled = target if isinstance(target, Sampled) else None
+    if sampled is not None and count == 0:  # What is empty lies nowhere.
+        sampled = sampled._replace(draft_probs=None)
     tokens = target if isinstance(target, Tensor) else None
     vocabulary = 0 if sampled is None else sampled.target_probs.shape[-1]
     _kernel[(batch,)](

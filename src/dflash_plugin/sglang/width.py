@@ -113,6 +113,7 @@ class Widths:
             if self.narrowed:
                 worker._draft_block_tokens_buf = self._whole_tokens
                 self.rows = self.block
+            self.chosen = self.block
             if own is not None:
                 runner.attn_backend, runner.decode_cuda_graph_runner = kept
 
