@@ -97,6 +97,17 @@ def test_draft_attention(
         assert torch.equal(pool.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+def test_blocks_of_one_row_out_of_a_merged_projection():
+    context = context_of([5, 90, 0], 2, 16, 1, torch.float32)
+    merged = random(3, (4 + 2 + 2) * 16)
+    query, key, value = (
+        part.view(-1, 1, part.shape[1] // 16, 16) for part in merged.split([64, 32, 32], dim=-1)
+    )
+    assert query.stride(0) != query.stride(1)
+    arguments = (query, key, value, context, LayerAttention(), 0.25)
+    assert error(draft_attention(*arguments), draft_attention_naive(*arguments)) < 1e-5
+
+
 def test_large_scores_do_not_overflow():
     context = context_of([150], 1, 16, 1, torch.float32)
     q, k, v = (100 * random(1, 4, 1, 16, seed=seed) for seed in range(3))

@@ -98,6 +98,7 @@ def test_a_pass_is_cut_once_it_has_drafted_and_whole_again_afterwards(fails):
             assert widths.narrow(worker, drafts, BATCH).tolist() == [0, 3, 6]
             assert worker._draft_block_tokens_buf.shape == (8, 2)
             assert widths.cut(rows).tolist() == [0, 1, 4, 5, 8, 9]
+            assert widths.cut(rows).is_contiguous()
             with widths.whole():
                 assert widths.rows == BLOCK
             assert widths.rows == 2
@@ -108,6 +109,17 @@ def test_a_pass_is_cut_once_it_has_drafted_and_whole_again_afterwards(fails):
     assert (runner.attn_backend, runner.decode_cuda_graph_runner) == before
     assert worker._draft_block_tokens_buf is whole
     assert widths.rows == BLOCK
+
+
+def test_a_pass_of_anchors_alone():
+    widths = widths_choosing(1)
+    worker = worker_of(widths)
+    with widths.verifying(worker, batch_of()):
+        assert widths.narrow(worker, torch.arange(9, device=CPU), BATCH).tolist() == []
+        cut = widths.cut(torch.arange(BATCH * BLOCK, device=CPU))
+        assert cut.tolist() == [0, 4, 8]
+        assert cut.is_contiguous()
+    assert not widths.skips_draft
 
 
 @pytest.mark.parametrize("reason", ["logprobs", "held"])

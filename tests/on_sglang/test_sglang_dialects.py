@@ -168,7 +168,7 @@ def test_passes_of_fewer_rows_write_and_draft_the_same(pair, schedulers, tmp_pat
 
 
 def test_kernels_draw_what_the_core_does(pair, schedulers, interpreted, tmp_path):
-    """The same seeds give the same text, accepted by the kernel and by torch, in parts of blocks."""
+    """The same seeds give the same text, by the kernels and by torch, in parts of blocks."""
     target, directory = pair
     checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
     texts = [

@@ -343,9 +343,9 @@ def draft_attention(
         part_best,
         part_total,
         batch,
-        query.stride(1),
-        key.stride(1),
-        value.stride(1),
+        _row_stride(query),
+        _row_stride(key),
+        _row_stride(value),
         context.keys.stride(0),
         context.values.stride(0),
         context.page_table.stride(0),
@@ -390,6 +390,11 @@ def draft_attention(
     return out
 
 
+def _row_stride(part: Tensor) -> int:
+    """Between rows of all blocks; the stride of a dimension of one says nothing."""
+    return part.stride(0 if part.shape[1] == 1 else 1)
+
+
 def _tile(
     shares: int, block_rows: int, block_dim: int, dtype: torch.dtype, device: torch.device
 ) -> AttentionTile:
@@ -426,7 +431,7 @@ def _check(
             f"at most {MOST_ROWS} rows"
         )
     for name, part in (("query", query), ("key", key), ("value", value)):
-        rows_apart = part.stride(0) == rows * part.stride(1) or batch == 1
+        rows_apart = part.stride(0) == rows * part.stride(1) or 1 in (batch, rows)
         if part.dtype != query.dtype or part.dtype not in DTYPES:
             raise ValueError(f"{name} is {part.dtype}: give one of float32, bfloat16, float16")
         if part.stride(3) != 1 or part.stride(2) != head_dim or not rows_apart:

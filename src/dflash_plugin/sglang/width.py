@@ -148,14 +148,15 @@ class Widths:
         self.rows = self.chosen
         count = self.block - 1
         by_request = drafts[: requests * count].view(requests, count)
-        return by_request[:, : self.rows - 1].reshape(-1)
+        return by_request[:, : self.rows - 1].flatten().contiguous()
 
     def cut(self, values: Tensor) -> Tensor:
         """The rows that are verified, of values [B * block, ...] of whole blocks."""
         if not self.narrowed:
             return values
         by_request: Tensor = values.view(-1, self.block, *values.shape[1:])
-        return by_request[:, : self.rows].flatten(0, 1)
+        # A view of one row each would keep the others' places between.
+        return by_request[:, : self.rows].flatten(0, 1).contiguous()
 
 
 def widths_of(info: Hosted, server_args: Any, block: int) -> Widths | None:
