@@ -407,6 +407,7 @@ def _tile(
         return AttentionTile(16, 8, 1, parts)
     row_bytes = block_dim * dtype.itemsize
     keys = 32 if parts > 1 or shares > PROGRAMS else 64 if shares > PROGRAMS // 2 else 128
+    keys = min(keys, 16_384 // block_dim)  # More would not stay in registers.
     # Queries lie beside the keys and values, and the weights between the two products.
     beside = block_rows * (row_bytes + 4 * keys) + (8 << 10)
     stages = stages_that_fit(3, 2 * keys * row_bytes, beside, device)
