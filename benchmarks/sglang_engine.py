@@ -52,7 +52,7 @@ def served(
     """A child process with one engine.
 
     Args:
-        mode: "none", "native", "plugin" or "plugin-fp8".
+        mode: "none", "native" or "plugin", the latter also with "-fp8", "-adaptive" or both behind.
         settings: of ``Engine``.
         speculative: more of them, for all modes but "none".
         log: takes what the child prints.
@@ -61,8 +61,10 @@ def served(
     if mode != "none":
         settings = {**settings, **speculative}
     environment["DFLASH_PLUGIN"] = "on" if mode.startswith("plugin") else "off"
-    if mode == "plugin-fp8":
+    if "-fp8" in mode:
         environment["DFLASH_PLUGIN_DRAFT_WEIGHTS"] = "fp8"
+    if "-adaptive" in mode:
+        environment["DFLASH_PLUGIN_ADAPTIVE_VERIFICATION"] = "1"
     if settings["dtype"] == "float32":
         paths = [str(FLOAT32), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

@@ -81,6 +81,7 @@ NAMES = {
     "plugin": "plugin",
     "plugin-fp8": "plugin, FP8 drafter",
     "plugin-adaptive": "plugin, adaptive",
+    "plugin-fp8-adaptive": "plugin, FP8 drafter, adaptive",
 }
 
 
