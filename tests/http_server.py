@@ -29,12 +29,12 @@ class HttpServer:
         self.log = log
 
     def metrics(self) -> dict[str, float]:
-        """Every sample by its name; those that differ in labels are listed by position."""
+        """Every sample by its name; those that differ in labels are listed by position or rows."""
         found: dict[str, float] = {}
         for line in self.client.get("/metrics").text.splitlines():
             sample = re.fullmatch(r"([a-z_:]+)(\{.*\})? ([-+.\deinfa]+)", line)
             if sample:
-                position = re.search(r'position="(\d+)"', sample[2] or "")
+                position = re.search(r'(?:position|rows)="(\d+)"', sample[2] or "")
                 name = sample[1] + (f"[{position[1]}]" if position else "")
                 found[name] = found.get(name, 0.0) + float(sample[3])
         return found

@@ -172,6 +172,17 @@ def test_latency_verifies_more_than_throughput():
     assert counts[0] >= 12
 
 
+def test_drafts_are_counted():
+    policy = WidthPolicy((1, 4, 8))
+    machine = Machine(0.7, row=1e-4, free=0)
+    widths = machine.run(policy, 16, 100)
+    summary = policy.summary()
+    assert summary["steps"] == {width: widths.count(width) for width in (1, 4, 8)}
+    assert summary["drafts_verified"] == 16 * sum(width - 1 for width in widths)
+    assert summary["drafts_saved"] == 16 * sum(8 - width for width in widths)
+    assert summary["drafts_proposed"] == 16 * 7 * (100 - widths.count(1))
+
+
 def test_limits_are_kept():
     policy = WidthPolicy(choose_widths(16, 2, 5))
     machine = Machine(0.99, row=0.0)

@@ -114,7 +114,7 @@ def test_greedy_text_with_as_many_drafts_as_pay(
 ):
     """The policy's own choices, by this machine's clock."""
     prompts = reference["prompts"]
-    flags = [*dflash(shipped), CHUNKED]
+    flags = [*dflash(shipped), CHUNKED, "--enable-metrics"]
     long = {"max_new_tokens": 96, "ignore_eos": True}
     with serving(
         tmp_path / "log", smollm2, *flags, DFLASH_PLUGIN_ADAPTIVE_VERIFICATION="1"
@@ -122,11 +122,17 @@ def test_greedy_text_with_as_many_drafts_as_pay(
         assert tokens(ours.batch(prompts[:8], max_new_tokens=TOKENS)) == alone[:8]
         assert tokens(ours.batch(prompts[:2], **long)) == tokens(server.batch(prompts[:2], **long))
         learnt = ours.info()["adaptive"]
+        counted = ours.metrics()
     used = [int(rows) for rows, steps in learnt["steps"].items() if steps]
     assert len(used) > 2
     assert min(used) < max(used) == DRAFTS + 1
     assert learnt["drafts_saved"] > 0
     assert learnt["expected_tokens"][1] > 1.4
+    for rows in used:
+        steps = counted[f"dflash:adaptive_steps_total[{rows}]"]
+        assert 0 < steps <= learnt["steps"][str(rows)]
+    assert 0 < counted["dflash:saved_drafts_total"] <= learnt["drafts_saved"]
+    assert counted["dflash:verified_drafts_total"] < counted["dflash:proposed_drafts_total"]
 
 
 @pytest.mark.versions

@@ -118,7 +118,7 @@ class WidthPolicy:
         self.acceptance = Acceptance(max(widths) - 1)
         self.seconds: dict[tuple[int, int], float] = {}
         self.steps = dict.fromkeys(self.widths, 0)
-        self.verified = self.saved = 0
+        self.proposed = self.verified = self.saved = 0
         self._times: dict[tuple[int, int], list[float]] = {}
         self._recent: deque[tuple[int, int]] = deque(maxlen=SETTLED)
         self._last: float | None = None
@@ -145,6 +145,8 @@ class WidthPolicy:
         self._left -= 1
         self._since_probe += 1
         self.steps[self._width] += 1
+        # A pass that verifies none does not draft.
+        self.proposed += requests * (self.widths[-1] - 1) * (self._width > 1)
         self.verified += requests * (self._width - 1)
         self.saved += requests * (self.widths[-1] - self._width)
         self._recent.append((size, self._width))
@@ -159,11 +161,12 @@ class WidthPolicy:
         """What has been learnt and chosen so far.
 
         Returns:
-            ``steps`` by rows, ``drafts_verified`` and ``drafts_saved`` of all requests, and the
-            ``expected_tokens`` of a pass by rows.
+            ``steps`` by rows; ``drafts_proposed``, ``drafts_verified`` and ``drafts_saved`` of all
+            requests; and the ``expected_tokens`` of a pass by rows.
         """
         return {
             "steps": dict(self.steps),
+            "drafts_proposed": self.proposed,
             "drafts_verified": self.verified,
             "drafts_saved": self.saved,
             "expected_tokens": [round(tokens, 3) for tokens in self.acceptance.expected()],

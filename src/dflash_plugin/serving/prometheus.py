@@ -51,6 +51,22 @@ def position_counters(labels: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
+@cache
+def budget_counters(labels: tuple[str, ...]) -> dict[str, Any]:
+    """Counters of how many drafts an adaptive policy lets an engine verify."""
+    from prometheus_client import Counter
+
+    return {
+        "steps": Counter(
+            "dflash:adaptive_steps", "Decode steps by rows of a block that they verified.",
+            [*labels, "rows"],
+        ),
+        "proposed": Counter("dflash:proposed_drafts", "Drafts that were made.", labels),
+        "verified": Counter("dflash:verified_drafts", "Drafts that were verified.", labels),
+        "saved": Counter("dflash:saved_drafts", "Drafts that were left unverified.", labels),
+    }  # fmt: skip
+
+
 def introduce(made: dict[str, Any], info: Hosted, values: list[object]) -> None:
     """Set what does not change while an engine serves.
 

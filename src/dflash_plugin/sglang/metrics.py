@@ -9,8 +9,14 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from dflash_plugin.budget.width import WidthPolicy
 from dflash_plugin.serving.acceptance import AcceptanceWatch
-from dflash_plugin.serving.prometheus import collectors, introduce, position_counters
+from dflash_plugin.serving.prometheus import (
+    budget_counters,
+    collectors,
+    introduce,
+    position_counters,
+)
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.options import Hosted
 from dflash_plugin.sglang.width import Widths
@@ -41,6 +47,7 @@ class Acceptance:
         self.unseen = 0
         self.metrics: dict[str, Any] | None = None
         self.labels: list[object] = [model_name]
+        self.exported: dict[tuple[str, ...], int] = {}
         if model_name is not None:
             names = ("model_name",)
             self.metrics = {**collectors(names), **position_counters(names)}
@@ -77,6 +84,22 @@ class Acceptance:
             self.metrics["length"].labels(*self.labels).set(self.watch.acceptance_length)
         if warning is not None:
             self.metrics["warnings"].labels(*self.labels).inc()
+        if _widths is not None:
+            self.export(_widths.policy)
+
+    def export(self, policy: WidthPolicy) -> None:
+        """Add what a policy of widths has chosen since the last time."""
+        counters = budget_counters(("model_name",))
+        now: dict[tuple[str, ...], int] = {
+            ("proposed",): policy.proposed,
+            ("verified",): policy.verified,
+            ("saved",): policy.saved,
+            **{("steps", str(rows)): steps for rows, steps in policy.steps.items()},
+        }
+        for (name, *label), count in now.items():
+            before = self.exported.get((name, *label), 0)
+            counters[name].labels(*self.labels, *label).inc(count - before)
+        self.exported = now
 
     def summary(self) -> dict[str, Any]:
         """What ``/server_info`` shows."""
