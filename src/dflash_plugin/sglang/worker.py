@@ -92,9 +92,10 @@ class DraftGraphHead:
 class Worker(DFlashWorkerV2):
     """Drives the hosted drafter; takes whatever constructor arguments its version passes."""
 
+    widths: Widths | None = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.step: Step | None = None
-        self.widths: Widths | None = None
         server_args = kwargs.get("server_args", args[0] if args else None)
         self.info = require_hosted(draft_model_path(server_args))
         if argument(server_args, "device") == "cpu":
