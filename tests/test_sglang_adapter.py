@@ -293,15 +293,20 @@ def test_given_seeds_are_kept_and_the_others_new():
     assert sampling.given_seeds(requests[1:], device) is None
 
 
-def test_acceptance_is_counted_by_position(tmp_path, caplog):
+def counting(checkpoint: Path) -> metrics.Acceptance:
+    """Counts of a drafter with 3 drafts, judged every ``STRIDE`` passes by an expected τ of 3."""
     options = Options(expected_acceptance_length=3.0, acceptance_window=metrics.STRIDE)
     info = Hosted(
-        checkpoint=tmp_path,
+        checkpoint=checkpoint,
         config=tiny_config(),
         options=options,
         expected_acceptance_length=3.0,
     )
-    counted = metrics.Acceptance(info, 3, None)
+    return metrics.Acceptance(info, 3, None)
+
+
+def test_acceptance_is_counted_by_position(tmp_path, caplog):
+    counted = counting(tmp_path)
     for _ in range(metrics.STRIDE // 2):
         counted.observe([0, 2])
     summary = counted.summary()
@@ -314,14 +319,7 @@ def test_acceptance_is_counted_by_position(tmp_path, caplog):
 
 
 def test_passes_that_verify_a_part_count_but_do_not_judge_the_drafter(tmp_path):
-    options = Options(expected_acceptance_length=3.0, acceptance_window=metrics.STRIDE)
-    info = Hosted(
-        checkpoint=tmp_path,
-        config=tiny_config(),
-        options=options,
-        expected_acceptance_length=3.0,
-    )
-    counted = metrics.Acceptance(info, 3, None)
+    counted = counting(tmp_path)
     for _ in range(4):
         counted.observe([0] * metrics.STRIDE, whole=False)
     summary = counted.summary()

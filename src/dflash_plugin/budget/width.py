@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 from dflash_plugin.errors import DFlashError
@@ -76,14 +76,14 @@ class Acceptance:
             verified: drafts of each request.
             accepted: of those, by request.
         """
-        numbers = list(accepted)
-        keep = max(0.0, 1.0 - len(numbers) / MEMORY)
+        counts = Counter(accepted)
+        left = counts.total()
+        keep = max(0.0, 1.0 - left / MEMORY)
         for place in range(verified):
             # The first that fell was judged, those behind it were not.
-            judged = sum(number >= place for number in numbers)
-            stood = sum(number > place for number in numbers)
-            self.judged[place] = keep * self.judged[place] + judged
-            self.stood[place] = keep * self.stood[place] + stood
+            self.judged[place] = keep * self.judged[place] + left
+            left -= counts[place]
+            self.stood[place] = keep * self.stood[place] + left
 
     def expected(self) -> list[float]:
         """Tokens that a request commits in a pass of 1, 2, … rows."""

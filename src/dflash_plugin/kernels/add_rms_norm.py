@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflash_plugin.fp8 import FP8, RoundedRows, round_rows
-from dflash_plugin.kernels.common import norm_weight, rounded, scaled_weight
+from dflash_plugin.kernels.common import norm_weight, rounded, row_warps, scaled_weight
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def add_rms_norm(
         BLOCK=block,
         GEMMA=gemma,
         LIMIT=torch.finfo(FP8).max,
-        num_warps=max(1, min(16, block // 512)),
+        num_warps=row_warps(block),
     )
     return out, total
 

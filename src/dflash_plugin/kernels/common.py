@@ -116,6 +116,11 @@ def fitted(value, divisor, LIMIT: tl.constexpr):
     return value
 
 
+def row_warps(block: int) -> int:
+    """Warps of a program that holds a row padded to ``block``."""
+    return max(1, min(16, block // 512))
+
+
 @triton.jit
 def rounded(row, LIMIT: tl.constexpr):
     """A row scaled so that its largest value is ``LIMIT``, and what it is multiplied by."""

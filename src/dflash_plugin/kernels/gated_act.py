@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflash_plugin.fp8 import FP8, RoundedRows, round_rows
-from dflash_plugin.kernels.common import rounded
+from dflash_plugin.kernels.common import rounded, row_warps
 
 BLOCK = 1024
 
@@ -63,7 +63,7 @@ def gated_act(gate_up: Tensor, rounds: bool = False) -> Tensor | RoundedRows:
             width,
             LIMIT=torch.finfo(FP8).max,
             BLOCK=block,
-            num_warps=max(1, min(16, block // 512)) if rounds else 4,
+            num_warps=row_warps(block) if rounds else 4,
         )
     return out if scales is None else RoundedRows(out, scales, gate_up.dtype)
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dflash_plugin.fp8 import FP8, Fp8Rows, quantise
-from dflash_plugin.kernels.common import rounded
+from dflash_plugin.kernels.common import rounded, row_warps
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def quantise_rows(x: Tensor) -> Fp8Rows:
             width,
             LIMIT=torch.finfo(FP8).max,
             BLOCK=block,
-            num_warps=max(1, min(16, block // 512)),
+            num_warps=row_warps(block),
         )
     return Fp8Rows(values, scales)
 

@@ -77,10 +77,9 @@ class DraftGraphHead:
     @property
     def out(self) -> Tensor:
         """Drafts of the pass that was replayed, int64 [at least B * K]."""
-        step = self.worker.step
+        step, tokens = self.worker.step, self.tokens
         if step is None:
-            return self.tokens
-        tokens = self.tokens
+            return tokens
         if self.worker.draws_drafts(step) and not self.worker.skips_draft:
             size = len(step.batch.reqs)
             captured = min(batch for batch in self.hidden if batch >= size)
@@ -329,11 +328,13 @@ class Worker(DFlashWorkerV2):
         **_: Any,
     ) -> None:
         """KV injection of a prompt's rows, or of a verify pass's committed rows."""
-        injected = commit_lens is not None and self.in_graph and self.graph_injects
-        if self.widths is not None and commit_lens is not None:
+        verified = commit_lens is not None
+        if verified and self.in_graph and self.graph_injects:
+            return
+        if verified and self.widths is not None:
             cache_loc, positions = self.widths.cut(cache_loc), self.widths.cut(positions)
         rows = cache_loc.numel()
-        if rows > 0 and not injected:
+        if rows > 0:
             # Rows beyond are padding of the target's pass.
             self.inject(target_hidden[:rows], positions, cache_loc, commit_lens)
 
