@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -65,6 +66,12 @@ class Served:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(60)
+
+
+def fixed_drafts(mode: str) -> int | None:
+    """How many drafts a mode's name asks for: 5 of "native-k5"."""
+    found = re.search(r"-k(\d+)", mode)
+    return None if found is None else int(found[1])
 
 
 def claim_stdout() -> TextIO:

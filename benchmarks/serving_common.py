@@ -22,6 +22,7 @@ from timeline import load, timeline
 from dflash_plugin.config import DrafterConfig, LayerAttention
 from dflash_plugin.prompts import encode, load_prompts
 
+TRACES = Path(__file__).parent / "results" / "traces-smollm2-250.safetensors"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -99,8 +100,11 @@ def measure(
                 "all": [round(speed, 1) for speed in speeds],
                 "tau": round(median(r["tau"] for r in results), 3),
             }
+            if "adaptive" in results[-1]:
+                row["adaptive"] = results[-1]["adaptive"]
             record["rows"].append(row)
-            print({key: value for key, value in row.items() if key != "all"}, flush=True)
+            shown = {key: row[key] for key in row if key not in ("all", "adaptive")}
+            print(shown, flush=True)
         output.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine_process import Served, answer, claim_stdout
+from engine_process import Served, answer, claim_stdout, fixed_drafts
 
 FLOAT32 = Path(__file__).parent / "sglang_float32"
 
@@ -52,7 +52,8 @@ def served(
     """A child process with one engine.
 
     Args:
-        mode: "none", "native" or "plugin", the latter also with "-fp8", "-adaptive" or both behind.
+        mode: "none", "native" or "plugin", the latter also with "-fp8", "-adaptive" or both behind;
+            "-k5" behind drafts 5 tokens, whatever the settings say.
         settings: of ``Engine``.
         speculative: more of them, for all modes but "none".
         log: takes what the child prints.
@@ -60,6 +61,8 @@ def served(
     """
     if mode != "none":
         settings = {**settings, **speculative}
+    if (drafts := fixed_drafts(mode)) is not None:
+        settings["speculative_num_draft_tokens"] = drafts + 1
     environment["DFLASH_PLUGIN"] = "on" if mode.startswith("plugin") else "off"
     if "-fp8" in mode:
         environment["DFLASH_PLUGIN_DRAFT_WEIGHTS"] = "fp8"
@@ -129,6 +132,9 @@ def run(
         "tokens": [one["output_ids"] for one in answers],
         "tau": acceptance_length(metas),
     }
+    if "DFLASH_PLUGIN_ADAPTIVE_VERIFICATION" in os.environ:
+        state = engine.get_server_info()["internal_states"][0]
+        found["adaptive"] = state["dflash_plugin"].get("adaptive")
     if top is not None:
         found["margins"] = [
             [round(best[0] - second[0], 6) for best, second in meta["output_top_logprobs"]]

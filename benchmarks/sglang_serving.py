@@ -5,9 +5,11 @@ With a real pair, texts are compared too:
     python benchmarks/sglang_serving.py --output FILE.json --check
 
 With ``--shape qwen3-8b``, target and drafter are made up (dummy weights) and acceptance is forced,
-which compares the engines' overhead only:
+which compares the engines' overhead only, or, for what adapts to it, replayed from recorded traces
+(``benchmarks/acceptance_replay``):
 
     python benchmarks/sglang_serving.py --output FILE.json --shape qwen3-8b --acceptance 6.4
+    python benchmarks/sglang_serving.py --output FILE.json --shape qwen3-8b --replay 6.4
 
 SGLang's own DFLASH does not run on a CPU: give ``--modes none,plugin`` there.
 """
@@ -21,7 +23,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from acceptance_replay.acceptance_replay import settings as replaying
 from serving_common import (
+    TRACES,
     add_timelines,
     check_text,
     circumstances,
@@ -47,6 +51,8 @@ def main(
     data: Path = Path("tests/data"),
     shape: str | None = None,
     acceptance: float | None = None,
+    replay: float | None = None,
+    traces: Path = TRACES,
     modes: str = "none,native,plugin",
     concurrency: str = "1,8,32,64",
     new_tokens: int = 256,
@@ -95,13 +101,17 @@ def main(
         "speculative_num_draft_tokens": drafts + 1 if drafts else block,
     }
     environment = {} if acceptance is None else {"SGLANG_SIMULATE_ACC_LEN": str(acceptance)}
-    sampling = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    if replay is not None:
+        environment = replaying(traces, block - 1, replay)
+    # Real texts end where they do: requests that all end at once read their prompts at once.
+    sampling = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": shape is not None}
     record = {
         **circumstances("sglang", installed()),
         "dtype": dtype,
         "repeats": repeats,
         "max_new_tokens": new_tokens,
         "acceptance_forced": acceptance,
+        "acceptance_replayed": replay,
         "num_speculative_tokens": speculative["speculative_num_draft_tokens"] - 1,
         "engine_arguments": {key: common[key] for key in common if key != "model_path"},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import deque
@@ -10,28 +11,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine_process import Served, answer, claim_stdout
+from engine_process import Served, answer, claim_stdout, fixed_drafts
 
 ADAPTIVE = {"enable_adaptive_verification": True}
 
 
-def served(mode: str, settings: dict[str, Any], log: Path) -> Served:
+def served(mode: str, settings: dict[str, Any], log: Path, **environment: str) -> Served:
     """A child process with one engine.
 
     Args:
-        mode: "none", "native" or "plugin", the latter two also with "-adaptive" behind, and
-            "plugin-fp8".
+        mode: "none", "native" or "plugin", the latter two also with "-adaptive" or "-fp8" behind;
+            "-k5" behind drafts 5 tokens, whatever the settings say.
         settings: of ``LLM``; ``speculative_config`` goes to all modes but "none".
         log: takes what the child prints.
+        environment: added to the child's.
     """
     settings = json.loads(json.dumps(settings))
     if mode == "none":
         settings.pop("speculative_config", None)
-    elif mode.endswith("-adaptive"):
+    elif (drafts := fixed_drafts(mode)) is not None:
+        settings["speculative_config"]["num_speculative_tokens"] = drafts
+    if "-adaptive" in mode:
         settings["speculative_config"].update(ADAPTIVE)
-    elif mode.endswith("-fp8"):
+    if "-fp8" in mode:
         settings["additional_config"] = {"dflash_plugin": {"draft_weights": "fp8"}}
-    environment = {
+    environment |= {
         "DFLASH_PLUGIN": "on" if mode.startswith("plugin") else "off",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
@@ -119,6 +123,11 @@ def run(
         "tokens": [list(output.token_ids) for output in ordered],
         "tau": 1 + (after["accepted"] - before["accepted"]) / passes if passes else 1.0,
     }
+    if os.environ["DFLASH_PLUGIN"] == "on":
+        from dflash_plugin.vllm.adaptive import latest
+
+        if (budget := latest()) is not None:
+            found["adaptive"] = budget.summary()
     if sampling.get("logprobs"):
         found["margins"] = [[margin(step) for step in output.logprobs] for output in ordered]
     return found

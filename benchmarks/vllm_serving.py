@@ -5,9 +5,11 @@ With a real pair, texts are compared too:
     python benchmarks/vllm_serving.py --output FILE.json --check
 
 With ``--shape qwen3-8b``, target and drafter are made up (dummy weights) and acceptance is forced,
-which compares the engines' overhead only:
+which compares the engines' overhead only, or, for what adapts to it, replayed from recorded traces
+(``benchmarks/acceptance_replay``):
 
     python benchmarks/vllm_serving.py --output FILE.json --shape qwen3-8b --acceptance 6.4
+    python benchmarks/vllm_serving.py --output FILE.json --shape qwen3-8b --replay 6.4
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from acceptance_replay.acceptance_replay import settings as replaying
 from serving_common import (
+    TRACES,
     add_timelines,
     check_text,
     circumstances,
@@ -41,6 +45,8 @@ def main(
     data: Path = Path("tests/data"),
     shape: str | None = None,
     acceptance: float | None = None,
+    replay: float | None = None,
+    traces: Path = TRACES,
     modes: str = "none,native,native-adaptive,plugin",
     concurrency: str = "1,8,32,64",
     new_tokens: int = 256,
@@ -72,6 +78,7 @@ def main(
             "rejection_sample_method": "synthetic",
             "synthetic_acceptance_length": acceptance,
         }
+    environment = {} if replay is None else replaying(traces, block - 1, replay)
     common: dict[str, Any] = {
         "model": str(directory),
         "dtype": dtype,
@@ -93,11 +100,13 @@ def main(
         "repeats": repeats,
         "max_new_tokens": new_tokens,
         "acceptance_forced": acceptance,
+        "acceptance_replayed": replay,
         "num_speculative_tokens": speculative["num_speculative_tokens"],
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     logs = {mode: output.with_suffix(f".{mode}.log") for mode in modes.split(",")}
-    engines = start([served(mode, common, log) for mode, log in logs.items()], record)
+    starting = [served(mode, common, log, **environment) for mode, log in logs.items()]
+    engines = start(starting, record)
     work = prompts_by_level(levels, per_slot, shape, directory, data)
     measure(engines, work, sampling, repeats, record, output, seconds)
     if timelines:

@@ -22,11 +22,19 @@ class Machine:
         row: seconds of each row beyond what a step takes anyway.
         free: rows that cost nothing.
         lag: steps that the engine is ahead of the clock.
+        noise: share by which steps differ; one of twenty takes five times as long.
     """
 
     def __init__(
-        self, chance: float, fixed: float = 0.007, row: float = 3e-5, free: int = 64, lag: int = 1
+        self,
+        chance: float,
+        fixed: float = 0.007,
+        row: float = 3e-5,
+        free: int = 64,
+        lag: int = 1,
+        noise: float = 0.0,
     ) -> None:
+        self.noise = noise
         self.chance, self.fixed, self.row, self.free, self.lag = chance, fixed, row, free, lag
         self.random, self.now, self.tokens = random.Random(0), 0.0, 0
         self.pending: list[float] = []
@@ -49,7 +57,11 @@ class Machine:
             accepted.append(count)
         policy.observe(width, accepted)
         self.tokens += requests + sum(accepted)
-        self.pending.append(self.seconds(requests, width))
+        seconds = self.seconds(requests, width)
+        if self.noise:
+            seconds *= self.random.uniform(1 - self.noise, 1 + self.noise)
+            seconds *= 5 if self.random.random() < 0.05 else 1
+        self.pending.append(seconds)
         if len(self.pending) > self.lag:
             self.now += self.pending.pop(0)
         return width
@@ -117,6 +129,31 @@ def test_the_best_width_is_found_and_kept(requests, chance, lag):
     widths = machine.run(policy, requests, 2000)
     mean = sum(rates[width] for width in widths) / len(widths)
     assert mean > 0.95 * max(rates.values())
+
+
+@pytest.mark.parametrize("requests", [1, 8, 64, 256])
+@pytest.mark.parametrize("row", [0.0, 3e-5, 3e-4])
+def test_times_that_scatter_mislead_little(requests, row):
+    machine = Machine(0.7, row=row, free=0, noise=0.4)
+    policy = WidthPolicy(WIDTHS)
+    machine.run(policy, requests, 600)
+    rates = {width: machine.rate(requests, width) for width in WIDTHS}
+    widths = machine.run(policy, requests, 4000)
+    mean = sum(rates[width] for width in widths) / len(widths)
+    assert mean > 0.95 * max(rates.values())
+
+
+def test_a_time_that_was_wrong_is_found_out():
+    """The first times of the best width are five times too long."""
+    machine = Machine(0.9)
+    policy = WidthPolicy(WIDTHS)
+    right = machine.seconds
+    machine.seconds = lambda requests, width: right(requests, width) * (5 if width == 16 else 1)
+    while (8, 16) not in policy.seconds:
+        machine.step(policy, 8)
+    machine.seconds = right
+    machine.run(policy, 8, 1500)
+    assert machine.run(policy, 8, 500).count(16) > 400
 
 
 def test_speculation_is_left_off_where_it_does_not_pay_and_comes_back():

@@ -1,8 +1,8 @@
-"""How many drafts of every request to verify, one number for a whole step, learnt while serving.
+"""How many rows a request gets in a verify pass, one number for a whole step, learnt while serving.
 
-For engines whose verify passes give all requests as many rows. The parts are the chance of each
-draft, from the outcomes of passes, and the seconds of a step of each width, from the clock. Neither
-looks at the drafts of the step, so that the number never depends on a drawn token.
+The parts are the tokens that a pass of each width commits, from the outcomes of passes or as an
+engine that shares the rows out by confidence expects them, and the seconds of a step of each width,
+from the clock. Neither looks at a drawn token, so that the number never depends on one.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from statistics import median
 
 from dflash_plugin.errors import DFlashError
 
 # Rows that passes can have, beside the limits.
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 # Steps of one width before another is chosen, so that some of them can be timed.
-RUN = 6
+RUN = 8
 # Steps in a row of one kind before the time between two of them is that kind's: an engine that
 # prepares a step while the last one runs is one step ahead of the clock.
 SETTLED = 3
 # Times of a kind before it is known.
 TIMES = 3
-# How much one more time moves what is known.
-SHARE = 0.1
+# Times of a kind that count, the last ones; their median does.
+KEPT = 32
 # Passes of requests whose outcomes count; older ones fade.
 MEMORY = 20000.0
 # What a position's first belief, the one before it, is worth in outcomes.
@@ -32,8 +33,8 @@ PRIOR = 8.0
 FIRST = 0.7
 # A width has to promise so much more than the one in use.
 GAIN = 1.01
-# Steps between two looks at another width than the best.
-PROBE = 512
+# Steps between two looks at another width than the best, at first and later.
+FIRST_PROBE, PROBE = 64, 512
 
 
 def choose_widths(block: int, least: int, most: int | None) -> tuple[int, ...]:
@@ -104,6 +105,8 @@ class WidthPolicy:
         sizes: requests that passes are captured for, rising; others cost what the next larger does.
         latency_vs_throughput: 1 commits most tokens a second; less weighs a step's seconds less, 0
             not at all, so that each step verifies as much as it may.
+        expected: tokens that a request commits in a pass of 1, 2, … rows; None learns them from
+            outcomes.
     """
 
     def __init__(
@@ -111,18 +114,26 @@ class WidthPolicy:
         widths: Sequence[int],
         sizes: Sequence[int] = (),
         latency_vs_throughput: float = 1.0,
+        expected: Callable[[], Sequence[float]] | None = None,
     ) -> None:
         self.widths = tuple(widths)
         self.sizes = tuple(sizes)
         self.weight = latency_vs_throughput
         self.acceptance = Acceptance(max(widths) - 1)
-        self.seconds: dict[tuple[int, int], float] = {}
+        self.expected = expected or self.acceptance.expected
         self.steps = dict.fromkeys(self.widths, 0)
         self.proposed = self.verified = self.saved = 0
-        self._times: dict[tuple[int, int], list[float]] = {}
+        self._times: dict[tuple[int, int], deque[float]] = {}
+        self._medians: dict[tuple[int, int], float] = {}
         self._recent: deque[tuple[int, int]] = deque(maxlen=SETTLED)
         self._last: float | None = None
-        self._width, self._size, self._left, self._since_probe = self.widths[-1], 0, 0, 0
+        self._width, self._size, self._left = self.widths[-1], 0, 0
+        self._until_probe, self._pause, self._probes = FIRST_PROBE, FIRST_PROBE, 0
+
+    @property
+    def seconds(self) -> dict[tuple[int, int], float]:
+        """Of a step, by captured requests and rows, as far as known."""
+        return dict(self._medians)
 
     def interrupt(self) -> None:
         """Something else ran, or nothing: the clock says nothing of the last step."""
@@ -143,7 +154,7 @@ class WidthPolicy:
         if self._left == 0:
             self._width, self._left = self._next(requests, size), RUN
         self._left -= 1
-        self._since_probe += 1
+        self._until_probe -= 1
         self.steps[self._width] += 1
         # A pass that verifies none does not draft.
         self.proposed += requests * (self.widths[-1] - 1) * (self._width > 1)
@@ -162,14 +173,19 @@ class WidthPolicy:
 
         Returns:
             ``steps`` by rows; ``drafts_proposed``, ``drafts_verified`` and ``drafts_saved`` of all
-            requests; and the ``expected_tokens`` of a pass by rows.
+            requests; the ``expected_tokens`` of a pass by rows; and ``step_milliseconds`` by
+            requests and rows, of those that have been timed.
         """
+        times: dict[int, dict[int, float]] = {}
+        for (size, width), seconds in sorted(self._medians.items()):
+            times.setdefault(size, {})[width] = round(1e3 * seconds, 3)
         return {
             "steps": dict(self.steps),
             "drafts_proposed": self.proposed,
             "drafts_verified": self.verified,
             "drafts_saved": self.saved,
-            "expected_tokens": [round(tokens, 3) for tokens in self.acceptance.expected()],
+            "expected_tokens": [round(tokens, 3) for tokens in self.expected()],
+            "step_milliseconds": times,
         }
 
     def _captured(self, requests: int) -> int:
@@ -184,31 +200,40 @@ class WidthPolicy:
         kind, seconds = recent[-1], now - self._last
         if seconds <= 0 or not math.isfinite(seconds):
             return
-        known = self.seconds.get(kind)
-        if known is not None:
-            # A pause of the host is no step's.
-            self.seconds[kind] = known + SHARE * (min(seconds, 2 * known) - known)
-            return
-        times = self._times.setdefault(kind, [])
+        times = self._times.setdefault(kind, deque(maxlen=KEPT))
         times.append(seconds)
-        if len(times) == TIMES:
-            self.seconds[kind] = sorted(self._times.pop(kind))[TIMES // 2]
+        if len(times) >= TIMES:
+            self._medians[kind] = median(times)
 
     def _next(self, requests: int, size: int) -> int:
-        unknown = [width for width in self.widths if (size, width) not in self.seconds]
+        unknown = [width for width in self.widths if (size, width) not in self._medians]
         if unknown:
             return unknown[-1]
-        expected = self.acceptance.expected()
-        rates = {
-            width: expected[width - 1] / self.seconds[size, width] ** self.weight
-            for width in self.widths
-        }
+        expected = self.expected()
+
+        def rate(width: int, seconds: float) -> float:
+            return expected[width - 1] / seconds**self.weight
+
+        rates = {width: rate(width, self._at_most(size, width)) for width in self.widths}
         best = max(self.widths, key=rates.__getitem__)
-        if self._since_probe >= PROBE and len(self.widths) > 1:
-            # The next wider one tells of drafts that are not verified, and what it takes by now.
-            self._since_probe = 0
+        if self._until_probe <= 0 and len(self.widths) > 1:
+            self._pause = min(2 * self._pause, PROBE)
+            self._until_probe, self._probes = self._pause, self._probes + 1
             index = self.widths.index(best)
-            return self.widths[index + 1 if best < self.widths[-1] else index - 1]
+            if self._probes % 2:
+                # The next wider one tells of drafts that are not verified.
+                return self.widths[index + 1 if best < self.widths[-1] else index - 1]
+            # That which is best if its shortest time is right.
+            others = [width for width in self.widths if width != best]
+            return max(others, key=lambda width: rate(width, min(self._times[size, width])))
         if rates[best] <= GAIN * rates.get(self._width, 0.0):
             return self._width
         return best
+
+    def _at_most(self, size: int, width: int) -> float:
+        """Seconds of a step: more requests or more rows never take less."""
+        return min(
+            seconds
+            for (requests, rows), seconds in self._medians.items()
+            if requests >= size and rows >= width
+        )

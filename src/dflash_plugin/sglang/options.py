@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
-
 from dflash_plugin.checkpoint import CONFIG
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.serving import hosted as shared
@@ -25,19 +23,9 @@ class Options(shared.Options):
     Attributes:
         draft_sampling: how drafts of requests with a temperature are made; "probabilistic" draws
             them from the drafter's distribution, "greedy" takes its likeliest token.
-        adaptive_verification: verify as many drafts of every request as commit most tokens a
-            second, by what was accepted so far and by the clock; none where none pays.
-        min_draft_tokens: drafts of a request that are verified at least.
-        max_draft_tokens: drafts of a request that are verified at most; all of a block when None.
-        latency_vs_throughput: with 1 a step's seconds count in full, with 0 not at all, so that
-            each step verifies all it may.
     """
 
     draft_sampling: Literal["probabilistic", "greedy"] = "probabilistic"
-    adaptive_verification: bool = False
-    min_draft_tokens: int = Field(default=0, ge=0)
-    max_draft_tokens: int | None = Field(default=None, ge=0)
-    latency_vs_throughput: float = Field(default=1.0, ge=0, le=1)
 
 
 class Hosted(shared.Hosted):

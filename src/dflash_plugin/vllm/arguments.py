@@ -101,6 +101,8 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     settings["num_speculative_tokens"] = number_of_drafts(
         config, settings.get("num_speculative_tokens")
     )
+    if options.adaptive_verification:
+        settings.setdefault("enable_adaptive_verification", True)
     dummy = str(getattr(arguments.load_format, "value", arguments.load_format)) == "dummy"
     if dummy:
         options = without_checks(options)

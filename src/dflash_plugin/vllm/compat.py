@@ -22,17 +22,34 @@ class Version:
             so that sampling reads uninitialised memory.
         top_k_needs_drafts: the V1 rejection sampler fails where no request of a batch has a draft
             left, as at the last token of a top-k sampled output.
+        skips_drafts: the speculator can inject without drafting.
+        admits_on_host: adaptive verification may be asked for the number of drafts on the host.
     """
 
     drops_cached_block: bool
     cpu_expands_into_copy: bool
     top_k_needs_drafts: bool
+    skips_drafts: bool
+    admits_on_host: bool
 
 
+_BEFORE_0_33 = Version(
+    drops_cached_block=True,
+    cpu_expands_into_copy=True,
+    top_k_needs_drafts=True,
+    skips_drafts=False,
+    admits_on_host=False,
+)
 SUPPORTED: dict[tuple[int, int], Version] = {
-    (0, 31): Version(drops_cached_block=True, cpu_expands_into_copy=True, top_k_needs_drafts=True),
-    (0, 32): Version(drops_cached_block=True, cpu_expands_into_copy=True, top_k_needs_drafts=True),
-    (0, 33): Version(drops_cached_block=False, cpu_expands_into_copy=True, top_k_needs_drafts=True),
+    (0, 31): _BEFORE_0_33,
+    (0, 32): _BEFORE_0_33,
+    (0, 33): Version(
+        drops_cached_block=False,
+        cpu_expands_into_copy=True,
+        top_k_needs_drafts=True,
+        skips_drafts=True,
+        admits_on_host=True,
+    ),
 }
 
 

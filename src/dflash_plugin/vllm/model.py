@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from dflash_plugin.serving.hosted import Hosted
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.vllm.host import HostedQKV, VllmHost, head_in_fp8, round_to_fp8
 from dflash_plugin.vllm.options import hosted
+
+if TYPE_CHECKING:
+    from dflash_plugin.kernels.draft_head import HeadChoice
 
 Slots = Tensor | Sequence[Tensor | None] | None
 
@@ -266,9 +269,7 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
 
         The drafter's scale and soft-cap keep the order of logits.
         """
-        head = cast(Any, self.lm_head)
-        rows = int(head.shard_indices.num_org_elements)
-        choice = best_of_shard(head, hidden_states, rows, UnquantizedEmbeddingMethod)
+        choice = self._shard_choice(hidden_states)
         if choice is None:
             draft_ids = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
             return self.drafter.token_ids(draft_ids)
@@ -276,6 +277,21 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
             return self.drafter.token_ids(choice.tokens.squeeze(-1))
         best = best_of_ranks(choice.scores, choice.tokens, tensor_model_parallel_all_gather)
         return self.drafter.token_ids(best)
+
+    def best_choice(self, hidden_states: Tensor) -> HeadChoice | None:
+        """The likeliest draft of each row with its normaliser, or None where it takes logits.
+
+        Args:
+            hidden_states: [T, hidden].
+        """
+        if get_tensor_model_parallel_world_size() > 1:
+            return None
+        return self._shard_choice(hidden_states)
+
+    def _shard_choice(self, hidden_states: Tensor) -> HeadChoice | None:
+        head = cast(Any, self.lm_head)
+        rows = int(head.shard_indices.num_org_elements)
+        return best_of_shard(head, hidden_states, rows, UnquantizedEmbeddingMethod)
 
     def get_draft_kv_cache_layer_names(self) -> list[str]:
         """Names of the attention layers, in the drafter's order."""

@@ -28,6 +28,7 @@ def activate() -> None:
     after_import("vllm.model_executor.model_loader", _register_loader)
     after_import("vllm.v1.worker.gpu.spec_decode.dflash.speculator", _substitute_speculator)
     after_import("vllm.v1.spec_decode.dflash", _substitute_proposer)
+    after_import("vllm.v1.worker.gpu.model_runner", _replace_budget)
     after_import("vllm.v1.worker.gpu_worker", _check_after_warm_up)
     after_import("vllm.v1.worker.cpu_worker", _check_after_warm_up)
     after_import("vllm.v1.spec_decode.metrics", _add_metrics)
@@ -77,6 +78,12 @@ def _substitute(native: Any, ours: Any) -> None:
         return object.__new__(ours if is_ours else cls)
 
     native.__new__ = new
+
+
+def _replace_budget(module: ModuleType) -> None:
+    from dflash_plugin.vllm.adaptive import patch
+
+    patch(module)
 
 
 def _check_after_warm_up(module: ModuleType) -> None:

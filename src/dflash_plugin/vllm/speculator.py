@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.vllm import adaptive, compat
 from dflash_plugin.vllm.model import HostedDrafter, required
 
 
@@ -24,6 +25,8 @@ class Speculator(DFlashSpeculator):
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.info = required(vllm_config)
+        self.budget: adaptive.Budget | None = None
+        self.skips_drafts = compat.current().skips_drafts
         config = self.info.config
         self.sample_from_anchor = config.sample_from_anchor
         self.num_query_per_req = self.num_speculative_steps + (not config.sample_from_anchor)
@@ -46,6 +49,9 @@ class Speculator(DFlashSpeculator):
             DFlashError: layers that share a cache group differ in causality.
         """
         super().set_attn(model_state, kv_cache_config, *args, **kwargs)
+        self.budget = adaptive.latest()
+        if self.budget is not None:
+            self.budget.chances = self.acceptance_estimator.predictions
         causal = dict(
             zip(
                 self.model.get_draft_kv_cache_layer_names(),
@@ -60,3 +66,66 @@ class Speculator(DFlashSpeculator):
                     "the drafter has causal and non-causal layers with the same window, which "
                     "vLLM keeps in one cache group and runs alike: use the Transformers engine"
                 )
+
+    def propose(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Inject, and draft unless the step that comes verifies nothing."""
+        budget = self.budget
+        if budget is not None and budget.width == 1 and self.skips_drafts:
+            kwargs["num_speculative_tokens"] = 0
+        return super().propose(input_batch, *args, **kwargs)
+
+    def sample_draft(
+        self,
+        hidden_states: Tensor,
+        sample_src_positions: Tensor,
+        idx_mapping: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        draft_step: Tensor,
+        draft_logits: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Draft tokens int64 [T]; where the head makes no logits, their chances come out of it.
+
+        Args:
+            hidden_states: [T, hidden], of the rows that draft.
+            sample_src_positions: int64 [T], the places before the drafts.
+            idx_mapping: int64 [T], slots of the rows' requests; -1 for padding.
+            temperature: float32 [R].
+            seeds: int64 [R].
+            draft_step: int32 [T], places of the drafts in their blocks.
+            draft_logits: takes logits where drafts are drawn from them.
+            args: what versions add.
+            kwargs: the same.
+        """
+        if self.budget is not None and draft_logits is None:
+            estimator = self.acceptance_estimator
+            choice = self.model.best_choice(hidden_states)
+            if choice is not None:
+                from dflash_plugin.kernels.predict_acceptance import predict_acceptance
+
+                predict_acceptance(
+                    choice.logits[:, 0].contiguous(),
+                    choice.log_sum_exp,
+                    idx_mapping,
+                    draft_step,
+                    estimator.slope,
+                    estimator.intercepts,
+                    estimator.features,
+                    estimator.predictions,
+                )
+                tokens: Tensor = self.model.drafter.token_ids(choice.tokens[:, 0])
+                return tokens
+        drawn: Tensor = super().sample_draft(
+            hidden_states,
+            sample_src_positions,
+            idx_mapping,
+            temperature,
+            seeds,
+            draft_step,
+            draft_logits,
+            *args,
+            **kwargs,
+        )
+        return drawn

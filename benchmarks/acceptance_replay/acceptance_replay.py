@@ -1,0 +1,245 @@
+"""A plugin for engines with made-up weights: acceptance and confidences come from recorded traces.
+
+A trace (``benchmarks/record_traces.py``) knows of every position of real texts how sure the drafter
+was of each draft and how many stood. Each request slot of an engine walks through such a text: a
+pass commits as many tokens as the trace says, or as were verified, and the draft pass is as sure as
+the trace was there, so that confidence and outcome belong together. Tokens mean nothing.
+
+Traces of short blocks are put together to longer ones: the block at a position, and behind its last
+draft the block that begins there. Texts are drawn so that whole blocks commit ``REPLAY_TAU`` tokens
+a pass, the easier a text the more often (weights exp(c · τ) of each text's own τ).
+
+Environment: ``REPLAY_TRACES``, a file of traces; ``REPLAY_DRAFTS``, of the drafter's whole block,
+whatever an engine makes of it; ``REPLAY_TAU``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Requests that a replay keeps apart, at most; a last row takes what padding writes.
+SLOTS = 1024
+# Texts are drawn ahead, which a captured pass cannot do.
+DRAWN = 1 << 16
+ANY_TOKEN = 1000
+
+
+class Replay:
+    """Where each request is in its text, on the device.
+
+    Args:
+        path: traces.
+        drafts: K, of the engine's blocks.
+        tau: tokens that a pass of whole blocks commits, over the texts as they are drawn.
+        device: of the state.
+    """
+
+    def __init__(self, path: Path, drafts: int, tau: float, device: torch.device) -> None:
+        from dflash_plugin.budget.traces import Traces
+
+        traces = longer(Traces.load(path), drafts)
+        chance = weights(traces, tau)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.multinomial(chance, DRAWN, replacement=True, generator=generator)
+        self.confidence = traces.confidence.float().to(device)
+        self.right = traces.right.to(device)
+        self.starts, self.ends = (
+            part[drawn].to(device) for part in (traces.starts[:-1], traces.starts[1:])
+        )
+        # Texts do not begin together.
+        first, end = self.starts[: SLOTS + 1], self.ends[: SLOTS + 1]
+        share = torch.rand(SLOTS + 1, generator=generator).to(device)
+        self.place = first + (share * (end - first)).long()
+        self.end = end.clone()
+        self.next = torch.arange(SLOTS + 1, device=device)
+
+    def commit(self, slots: Tensor, verified: Tensor) -> Tensor:
+        """Drafts int64 [B] that stand, of those verified, and step on.
+
+        Args:
+            slots: int64 [B], of requests.
+            verified: int64 [B].
+        """
+        place, end = self.place[slots], self.end[slots]
+        stood = torch.minimum(self.right[place], verified)
+        place = place + stood + 1
+        done = place >= end
+        following = (self.next[slots] + done * (SLOTS + 1)) % DRAWN
+        self.next[slots] = following
+        self.place[slots] = torch.where(done, self.starts[following], place)
+        self.end[slots] = torch.where(done, self.ends[following], end)
+        return stood
+
+    def confidences(self, slots: Tensor, places: Tensor) -> Tensor:
+        """Log-odds float32 [T] of drafts at places [T] of the blocks of slots [T]."""
+        return self.confidence[self.place[slots], places]
+
+
+def longer(traces: Any, drafts: int) -> Any:
+    """Traces of blocks of ``drafts`` drafts, made of shorter ones behind each other."""
+    count, size = traces.num_drafts, len(traces.right)
+    lengths = traces.starts[1:] - traces.starts[:-1]
+    end = torch.repeat_interleave(traces.starts[1:], lengths)
+    confidence = torch.full((size, drafts), -8.0)
+    right, stands = torch.zeros(size, dtype=torch.int64), torch.ones(size, dtype=torch.bool)
+    for first in range(0, drafts, count):
+        place = torch.arange(size) + first
+        inside = place < end
+        place, part = place.clamp(max=size - 1), min(count, drafts - first)
+        sure = traces.confidence[place, :part].float()
+        confidence[:, first : first + part] = torch.where(inside[:, None], sure, -8.0)
+        here = torch.where(inside & stands, traces.right[place], 0).clamp(max=part)
+        right, stands = right + here, stands & (here == part)
+    return type(traces)(confidence, right, traces.starts)
+
+
+def weights(traces: Any, tau: float) -> Tensor:
+    """How often each text is drawn [R], so that all of them together commit ``tau`` a pass.
+
+    Raises:
+        ValueError: no weights do.
+    """
+    tokens, passes = [], []
+    for start, end in zip(traces.starts.tolist(), traces.starts[1:].tolist(), strict=False):
+        place, count = start, 0
+        while place < end:
+            place, count = place + int(traces.right[place]) + 1, count + 1
+        tokens.append(end - start)
+        passes.append(count)
+    length, steps = torch.tensor(tokens).double(), torch.tensor(passes).double()
+
+    def drawn(c: float) -> Tensor:
+        return torch.softmax(c * length / steps, dim=0)
+
+    low, high = -20.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        chance = drawn(middle)
+        found = float((chance * length).sum() / (chance * steps).sum())
+        low, high = (middle, high) if found < tau else (low, middle)
+    if abs(found - tau) > 0.01:
+        raise ValueError(
+            f"REPLAY_TAU is {tau}, which these texts do not reach: the most is {found}"
+        )
+    return drawn((low + high) / 2)
+
+
+def settings(traces: Path, drafts: int, tau: float) -> dict[str, str]:
+    """Environment of an engine's process."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "REPLAY_TRACES": str(traces.resolve()),
+        "REPLAY_DRAFTS": str(drafts),
+        "REPLAY_TAU": str(tau),
+        # That it is above zero lets SGLang ask.
+        "SGLANG_SIMULATE_ACC_LEN": str(tau),
+    }
+
+
+_replays: list[Replay] = []
+
+
+def replay_on(device: torch.device) -> Replay:
+    """This process's, made once, as the environment asks."""
+    if not _replays:
+        path, tau = Path(os.environ["REPLAY_TRACES"]), float(os.environ["REPLAY_TAU"])
+        _replays.append(Replay(path, int(os.environ["REPLAY_DRAFTS"]), tau, device))
+    return _replays[0]
+
+
+def into_vllm() -> None:
+    """Acceptance after the rejection sampler, confidences after the estimator's own work."""
+    from dflash_plugin.serving.after_import import after_import
+
+    def sampler(module: Any) -> None:
+        native = module.rejection_sample
+
+        def rejection_sample(logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            starts, slots = args[2], args[4]
+            sampled, count = native(logits, *args, **kwargs)
+            verified = (starts[1:] - starts[:-1] - 1).long()
+            count.copy_(replay_on(logits.device).commit(slots, verified) + 1)
+            return sampled.fill_(ANY_TOKEN), count
+
+        module.rejection_sample = rejection_sample
+
+    def sure(estimator: Any, slots: Tensor, places: Tensor) -> Tensor:
+        feature = replay_on(slots.device).confidences(slots, places)
+        chance = torch.sigmoid(estimator.slope * feature + estimator.intercepts[places])
+        estimator.features[slots, places] = feature
+        estimator.predictions[slots, places] = chance
+        return chance
+
+    def estimating(module: Any) -> None:
+        native = module.OnlineAcceptanceEstimator
+
+        class Estimator(native):
+            """Padding's slot is -1, the last row, which here is no request's."""
+
+            def __init__(self, size: int, *args: Any, **kwargs: Any) -> None:
+                super().__init__(size + 1, *args, **kwargs)
+                replay_on(self.device)
+                Estimator.latest = self
+
+            def predict(
+                self, logits: Tensor, slots: Tensor, places: Tensor, chances: Tensor, heat: Tensor
+            ) -> None:
+                super().predict(logits, slots, places, chances, heat)
+                chance = sure(self, slots, places.long())
+                chances[: len(slots) // chances.shape[1]] = chance.view(-1, chances.shape[1])
+
+        module.OnlineAcceptanceEstimator = Estimator
+        from dflash_plugin.kernels import predict_acceptance as ours
+
+        own = ours.predict_acceptance
+
+        def predict_acceptance(*args: Any) -> None:
+            own(*args)
+            sure(Estimator.latest, args[2], args[3].long())
+
+        ours.predict_acceptance = predict_acceptance
+
+    place = "vllm.v1.worker.gpu.spec_decode."
+    after_import(f"{place}rejection_sampler", sampler)
+    after_import(f"{place}acceptance_estimator", estimating)
+
+
+def into_sglang() -> None:
+    """In the place of SGLang's forced acceptance; set ``SGLANG_SIMULATE_ACC_LEN`` beside."""
+    from dflash_plugin.serving.after_import import after_import
+
+    def worker(module: Any) -> None:
+        state: dict[str, Any] = {}
+        native = module.DFlashWorkerV2.forward_batch_generation
+
+        def forward(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            state["slots"] = batch.req_pool_indices
+            return native(self, batch, *args, **kwargs)
+
+        def accept(
+            *,
+            candidates: Tensor,
+            accept_len: Tensor,
+            commit_lens: Tensor,
+            bonus: Tensor,
+            out_tokens: Tensor,
+            **_: Any,
+        ) -> None:
+            slots = state["slots"].long()
+            verified = torch.full_like(slots, candidates.shape[1] - 1)
+            stood = replay_on(candidates.device).commit(slots, verified)
+            accept_len.copy_(stood)
+            commit_lens.copy_(stood + 1)
+            bonus.fill_(ANY_TOKEN)
+            out_tokens.fill_(ANY_TOKEN)
+
+        module.DFlashWorkerV2.forward_batch_generation = forward
+        module.apply_dflash_simulated_acceptance = accept
+
+    after_import("sglang.srt.speculative.dflash_worker_v2", worker)

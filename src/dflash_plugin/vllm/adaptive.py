@@ -1,0 +1,364 @@
+"""Adaptive verification in vLLM's V2 runner, in the place of vLLM's own.
+
+How many drafts a step verifies is this project's choice (``budget.width``): by the drafts' chances
+and by the time between steps, so that what the host takes counts too. Which drafts they are, the
+device decides in one launch; vLLM's estimator gives the chances. A step that verifies all drafts,
+or none, is not touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dflash_plugin import kernels
+from dflash_plugin.budget.width import RUN, Acceptance, WidthPolicy, choose_widths
+from dflash_plugin.serving.hosted import Options
+from dflash_plugin.vllm import compat
+from dflash_plugin.vllm.options import hosted
+
+logger = logging.getLogger("vllm.dflash_plugin")
+
+Counts = NDArray[np.int32]
+# Steps between two lines in the log.
+REPORT = 20000
+
+
+class Promise:
+    """What the drafts of a batch are expected to commit, by how many are verified.
+
+    The device adds up the best chances; the host takes the sums once they have arrived, and goes by
+    the last ones until then.
+
+    Args:
+        drafts: K, of a block.
+        size: requests of a batch, at most.
+        device: of the chances.
+    """
+
+    def __init__(self, drafts: int, size: int, device: torch.device) -> None:
+        self.drafts = drafts
+        on_gpu = device.type == "cuda"
+        self._sums = torch.empty(size * drafts, pin_memory=on_gpu)
+        self._event = torch.cuda.Event() if on_gpu else None
+        self._requests, self._gained = 1, np.array(Acceptance(drafts).expected()[1:]) - 1.0
+        self._asked = 0
+
+    def ask(self, chances: Tensor) -> None:
+        """Begin to add up, unless that is under way.
+
+        Args:
+            chances: float32 [B, K], that a draft stands if those before it do.
+        """
+        if self._asked:
+            return
+        sums = chances.cumprod(dim=1).flatten().sort(descending=True).values.cumsum(dim=0)
+        self._sums[: sums.shape[0]].copy_(sums, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+        self._asked = chances.shape[0]
+
+    def tokens(self, drafts_each: float) -> float:
+        """That a request commits in a pass, where so many drafts of each are verified on average.
+
+        Those with the best chances are.
+        """
+        if self._asked and (self._event is None or self._event.query()):
+            self._requests, self._asked = self._asked, 0
+            self._gained = self._sums[: self._requests * self.drafts].numpy().copy()
+        taken = min(len(self._gained), round(drafts_each * self._requests))
+        return 1.0 + (float(self._gained[taken - 1]) / self._requests if taken else 0.0)
+
+
+class Budget:
+    """What vLLM's runner asks, as it asks its own ``AdaptiveVerificationManager``.
+
+    Args:
+        options: limits of the number of drafts.
+        req_states: the runner's requests.
+        query_start_loc: int32 [R + 1], where the tokens of each request begin in the batch.
+        most_logits: of a step, at most.
+        admits_on_host: the version asks for a fourth part of ``reallocate_drafts``.
+
+    Attributes:
+        width: rows of a request in the step that comes, on average; 1 verifies no draft.
+        chances: float32 [R, K], that a draft stands if those before it do, by request's slot; set
+            when the drafter is there.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        req_states: Any,
+        query_start_loc: Tensor,
+        most_logits: int,
+        admits_on_host: bool,
+    ) -> None:
+        self.options, self.query_start_loc = options, query_start_loc
+        self.most_logits, self.admits_on_host = most_logits, admits_on_host
+        self.drafts = int(req_states.num_speculative_steps)
+        self.device = torch.device(req_states.device)
+        size = int(req_states.max_num_reqs)
+        self.chances = torch.zeros(size, self.drafts, device=self.device)
+        self.promise = Promise(self.drafts, size, self.device)
+        widths = choose_widths(self.drafts + 1, options.min_draft_tokens, options.max_draft_tokens)
+        self.policy = WidthPolicy(
+            widths, (), options.latency_vs_throughput, expected=self._expected
+        )
+        self.width = widths[-1]
+        self._sizes: list[int] = []
+        self._even: dict[tuple[int, int], Tensor] = {}
+        self._steps = 0
+        # Of the step that is being prepared.
+        self._budget, self._requests = 0, 0
+        self._drafts, self._starts = np.zeros(0, np.int32), np.zeros(1, np.int32)
+        self._others = self._drafts
+
+    # At start.
+
+    def batches_to_profile(self, capture_sizes: Sequence[int]) -> Iterator[dict[str, int]]:
+        """Nothing: steps are timed while they serve.
+
+        Args:
+            capture_sizes: tokens of the captured passes.
+        """
+        self._sizes = sorted(capture_sizes)
+        per_request = self.drafts + 1
+        self.policy.sizes = tuple(sorted({max(1, size // per_request) for size in self._sizes}))
+        return iter(())
+
+    def set_initial_cost_curves(self, samples: object) -> None:
+        """Compile the launch, for there is nothing else to prepare."""
+        one = torch.ones(2, dtype=torch.int32, device=self.device)
+        starts = torch.zeros(3, dtype=torch.int32, device=self.device)
+        slots = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self._admit(slots, one, one, 1, one.clone(), starts, starts.clone())
+
+    # While serving.
+
+    def add_request(self, req_idx: int) -> None:
+        """A new request: the step that reads its prompt is not one to be timed."""
+        self.policy.interrupt()
+
+    def get_num_tokens(
+        self, num_tokens_per_req: Mapping[str, int], draft_tokens: Mapping[str, Sequence[int]]
+    ) -> int:
+        """Tokens of the step, with as many drafts as it shall verify.
+
+        Args:
+            num_tokens_per_req: scheduled, drafts among them.
+            draft_tokens: the drafts of those that have some.
+        """
+        requests = len(num_tokens_per_req)
+        drafts = sum(map(len, draft_tokens.values()))
+        others = sum(num_tokens_per_req.values()) - drafts
+        width = self.width
+        if others == requests and drafts == requests * self.drafts:
+            # A step drafts for the next one, and so has to know whether that verifies any.
+            self.width = self.policy.choose(requests, time.monotonic())
+            self._report()
+        else:
+            self.policy.interrupt()
+        self._requests = requests
+        self._budget = min(
+            drafts,
+            self._budget_of(width, others, len(draft_tokens)),
+            max(0, self.most_logits - requests),
+        )
+        return others + self._budget
+
+    def compact_batch(
+        self, num_draft_tokens_per_req: Counts, num_scheduled_tokens: Counts, starts: Counts
+    ) -> tuple[Counts, Counts]:
+        """The host's view of the batch: its tokens by request, and where their logits begin.
+
+        Exact where all drafts are verified or none; otherwise the device decides, and the drafts
+        are spread evenly here.
+
+        Args:
+            num_draft_tokens_per_req: int32 [B].
+            num_scheduled_tokens: int32 [B], drafts among them.
+            starts: int32 [B + 1], where each request's logits begin if all drafts are verified.
+        """
+        self._drafts = num_draft_tokens_per_req
+        self._others = num_scheduled_tokens - num_draft_tokens_per_req
+        self._starts = starts
+        if self._is_whole:
+            return num_scheduled_tokens, starts
+        if self._budget == 0:
+            self._starts = np.arange(len(starts), dtype=starts.dtype)
+            return self._others, self._starts
+        # Requests that verify stand in front.
+        verifying = int((num_draft_tokens_per_req > 0).sum())
+        spread = np.zeros_like(self._others)
+        spread[:verifying] = self._budget // verifying
+        spread[: self._budget % verifying] += 1
+        return self._others + spread, starts
+
+    def reallocate_drafts(self, req_ids: Sequence[str], idx_mapping: Tensor) -> tuple[Any, ...]:
+        """The device's view of the batch.
+
+        Args:
+            req_ids: of the batch, in its order.
+            idx_mapping: int64 [B], their slots.
+
+        Returns:
+            Where each request's logits begin, int32 [B + 1]; where its tokens begin, the runner's
+            own tensor; the number of drafts; and, where the version asks for it, None.
+        """
+        from vllm.utils.torch_utils import async_tensor_h2d
+
+        if self._is_whole or self._budget == 0:
+            # What the runner has sent already is exact.
+            logit_starts = self._starts_on_device(len(req_ids), async_tensor_h2d)
+        else:
+            batch = len(req_ids)
+            counts = np.stack([self._drafts, self._others]).astype(np.int32, copy=False)
+            drafts, others = async_tensor_h2d(counts, device=self.device)
+            logit_starts = torch.empty(batch + 1, dtype=torch.int32, device=self.device)
+            self._admit(
+                idx_mapping,
+                drafts,
+                others,
+                self._budget,
+                torch.empty_like(drafts),
+                logit_starts,
+                self.query_start_loc,
+            )
+        found = (logit_starts, self.query_start_loc, self._budget)
+        return (*found, None) if self.admits_on_host else found
+
+    def record_confidences(self, confidence_probs: Tensor, input_batch: Any) -> None:
+        """The step has drafted: see now and then what its drafts promise.
+
+        Args:
+            confidence_probs: vLLM's copy of the chances, which is not used.
+            input_batch: the runner's.
+        """
+        self._steps += 1
+        if self._steps % RUN == 0 and self.width > 1:
+            self.promise.ask(self.chances[input_batch.idx_mapping])
+
+    def summary(self) -> dict[str, object]:
+        """What has been learnt and chosen so far, as ``WidthPolicy.summary`` has it."""
+        return self.policy.summary()
+
+    def _starts_on_device(self, batch: int, send: Callable[..., Tensor]) -> Tensor:
+        """Where each request's logits begin; sent once where all have as many."""
+        if self._budget not in (0, batch * self.drafts):
+            return send(self._starts, device=self.device)
+        kind = batch, self._budget
+        if kind not in self._even:
+            self._even[kind] = send(self._starts, device=self.device)
+        return self._even[kind]
+
+    @property
+    def _is_whole(self) -> bool:
+        return self._budget == int(self._drafts.sum())
+
+    def _budget_of(self, width: int, others: int, verifying: int) -> int:
+        """Drafts of a step in which requests have so many rows on average.
+
+        What a captured pass holds beyond that is used too.
+
+        Args:
+            width: rows.
+            others: tokens of the step beside drafts.
+            verifying: requests that have drafts.
+        """
+        most = verifying * (self.policy.widths[-1] - 1)
+        wanted = verifying * (width - 1)
+        if not 0 < wanted < most:
+            return wanted
+        index = bisect_left(self._sizes, others + wanted)
+        if index < len(self._sizes):
+            wanted = self._sizes[index] - others
+        return min(wanted, most)
+
+    def _expected(self) -> list[float]:
+        """Tokens that a request commits in a step of 1, 2, … rows."""
+        requests = max(1, self._requests)
+        return [
+            self.promise.tokens(self._budget_of(rows, requests, requests) / requests)
+            for rows in range(1, self.drafts + 2)
+        ]
+
+    def _admit(
+        self,
+        slots: Tensor,
+        drafts: Tensor,
+        others: Tensor,
+        budget: int,
+        admitted: Tensor,
+        logit_starts: Tensor,
+        query_starts: Tensor,
+    ) -> None:
+        from dflash_plugin.kernels.admit_drafts import admit_drafts, admit_drafts_naive
+
+        run = admit_drafts if kernels.available(self.device) else admit_drafts_naive
+        run(
+            self.chances,
+            slots,
+            drafts,
+            others,
+            budget,
+            admitted,
+            logit_starts,
+            query_starts,
+            least=self.options.min_draft_tokens,
+            most=self.options.max_draft_tokens,
+        )
+
+    def _report(self) -> None:
+        steps = sum(self.policy.steps.values())
+        if steps % REPORT == 0:
+            logger.info("adaptive verification after %d steps: %s", steps, self.summary())
+
+
+_latest: Budget | None = None
+
+
+def latest() -> Budget | None:
+    """That of the runner that is being set up in this process."""
+    return _latest
+
+
+def patch(module: ModuleType) -> None:
+    """Give vLLM's runner ours, where the drafter is and nothing but this process decides.
+
+    Args:
+        module: vLLM's V2 runner.
+    """
+    runner: Any = module
+    native: Callable[..., Any] = runner.maybe_create_adaptive_verification_manager
+
+    @wraps(native)
+    def create(*, vllm_config: Any, **given: Any) -> Any:
+        global _latest
+        _latest = None
+        made = native(vllm_config=vllm_config, **given)
+        info = hosted(vllm_config.speculative_config)
+        parallel = vllm_config.parallel_config
+        ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+        if made is None or info is None or ranks > 1 or given["num_bonus_tokens"] != 1:
+            return made
+        _latest = Budget(
+            info.options,
+            given["req_states"],
+            given["query_start_loc"],
+            given["max_total_logits"],
+            compat.current().admits_on_host,
+        )
+        return _latest
+
+    runner.maybe_create_adaptive_verification_manager = create
