@@ -236,11 +236,23 @@ def real_prompts(directory: Path, data: Path, count: int) -> list[list[int]]:
 
 
 def prompts_by_level(
-    levels: Iterable[int], per_slot: int, shape: str | None, directory: Path, data: Path
+    levels: Iterable[int],
+    per_slot: int,
+    shape: str | None,
+    directory: Path,
+    data: Path,
+    together: bool = True,
 ) -> dict[int, list[list[int]]]:
-    """Prompts for each number of requests in flight: 128 random tokens each, or real ones."""
+    """Prompts for each number of requests in flight: 128 random tokens each, or real ones.
+
+    Random ones begin and end ``together``, so that one for each place is enough; otherwise
+    ``per_slot`` follow one another.
+    """
     if shape is not None:
-        return {level: torch.randint(1000, 150000, (level, 128)).tolist() for level in levels}
+        waves = 1 if together else per_slot
+        return {
+            level: torch.randint(1000, 150000, (waves * level, 128)).tolist() for level in levels
+        }
     counts = {level: max(per_slot * level, 5) for level in levels}
     prompts = real_prompts(directory, data, max(counts.values()))
     return {level: prompts[:count] for level, count in counts.items()}

@@ -82,7 +82,7 @@ def main(
     else:
         directory, weights = resolve_model(target), resolve_drafter(drafter, target)
     block = json.loads((weights / "config.json").read_text())["block_size"]
-    work = prompts_by_level(levels, per_slot, shape, directory, data)
+    work = prompts_by_level(levels, per_slot, shape, directory, data, replay is None)
     checked = real_prompts(directory, data, 25) if check else []
     longest = max(len(prompt) for prompts in [*work.values(), checked] for prompt in prompts)
     common: dict[str, Any] = {

@@ -107,7 +107,7 @@ def main(
     logs = {mode: output.with_suffix(f".{mode}.log") for mode in modes.split(",")}
     starting = [served(mode, common, log, **environment) for mode, log in logs.items()]
     engines = start(starting, record)
-    work = prompts_by_level(levels, per_slot, shape, directory, data)
+    work = prompts_by_level(levels, per_slot, shape, directory, data, replay is None)
     measure(engines, work, sampling, repeats, record, output, seconds)
     if timelines:
         add_timelines(engines, work, sampling, record, output)

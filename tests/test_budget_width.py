@@ -156,6 +156,33 @@ def test_a_time_that_was_wrong_is_found_out():
     assert machine.run(policy, 8, 500).count(16) > 400
 
 
+@pytest.mark.parametrize("overhead", [0.0, 0.004])
+def test_a_profile_spares_trying(overhead):
+    machine = Machine(0.7, fixed=0.002, row=1e-4, free=0)
+    policy = WidthPolicy(WIDTHS)
+    policy.prior = {
+        (size, width): machine.seconds(size, width) for size in (32, 64) for width in WIDTHS
+    }
+    machine.fixed += overhead
+    tried = machine.run(policy, 64, 60)
+    best = max(WIDTHS, key=lambda width: machine.rate(64, width))
+    assert tried[:8] == [16] * 8
+    assert tried.count(best) >= 44
+    # Another number of requests needs no try at all.
+    best = max(WIDTHS, key=lambda width: machine.rate(32, width))
+    assert machine.run(policy, 32, 24)[8:].count(best) >= 8
+
+
+def test_a_profile_that_misleads_is_corrected():
+    """The host takes as long whatever the width, which no pass by itself shows."""
+    machine = Machine(0.9, fixed=0.002, row=1e-4, free=0)
+    policy = WidthPolicy(WIDTHS)
+    policy.prior = {(8, width): machine.seconds(8, width) for width in WIDTHS}
+    machine.seconds = lambda requests, width: 0.03
+    machine.run(policy, 8, 300)
+    assert machine.run(policy, 8, 400).count(16) > 300
+
+
 def test_speculation_is_left_off_where_it_does_not_pay_and_comes_back():
     machine = Machine(0.05, fixed=0.001, row=1e-4, free=0)
     policy = WidthPolicy(WIDTHS)

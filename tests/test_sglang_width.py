@@ -64,7 +64,7 @@ def widths_choosing(rows: int) -> Widths:
 
 def test_every_width_has_a_back_end_and_graphs_of_its_own():
     widths, runner = Widths(WidthPolicy((1, 2, BLOCK)), BLOCK), Runner()
-    widths.capture(runner, CPU)
+    widths.capture(runner, Runner(), CPU)
     assert set(widths.passes) == {1, 2}
     for width, (backend, graphs) in widths.passes.items():
         assert graphs.made == (runner, backend, width)
@@ -76,7 +76,7 @@ def test_every_width_has_a_back_end_and_graphs_of_its_own():
 def test_nothing_is_captured_where_graphs_are_off():
     widths, runner = Widths(WidthPolicy((1, BLOCK)), BLOCK), Runner()
     runner.decode_cuda_graph_runner = None
-    widths.capture(runner, CPU)
+    widths.capture(runner, Runner(), CPU)
     assert not widths.passes
     assert runner.backends == 0
 
@@ -86,7 +86,7 @@ def test_a_pass_is_cut_once_it_has_drafted_and_whole_again_afterwards(fails):
     widths = widths_choosing(2)
     worker = worker_of(widths)
     runner, whole = worker.target_worker.model_runner, worker._draft_block_tokens_buf
-    widths.capture(runner, CPU)
+    widths.capture(runner, Runner(), CPU)
     before = runner.attn_backend, runner.decode_cuda_graph_runner
     drafts = torch.arange(20, device=CPU)
     rows = torch.arange(BATCH * BLOCK, device=CPU)

@@ -31,8 +31,9 @@ def budget(monkeypatch) -> Budget:
 def made(**options: Any) -> Budget:
     states = SimpleNamespace(num_speculative_steps=DRAFTS, max_num_reqs=SLOTS, device=CPU)
     starts = torch.full((SLOTS + 1,), -7, dtype=torch.int32)
-    found = Budget(Options(**options), states, starts, MOST, admits_on_host=True)
-    list(found.batches_to_profile([64, 16, 32]))
+    native = SimpleNamespace(batches_to_profile=lambda sizes: iter([{"num_tokens": sizes[0]}]))
+    found = Budget(native, Options(**options), states, starts, MOST, admits_on_host=True)
+    assert list(found.batches_to_profile([64, 16, 32])) == [{"num_tokens": 64}]
     found.set_initial_cost_curves([])
     return found
 
@@ -125,6 +126,27 @@ def test_limits_of_a_request():
     names = ["a", "b"]
     budget.get_num_tokens(dict.fromkeys(names, 8), dict.fromkeys(names, [0] * 7))
     assert budget._budget == 6
+
+
+def test_profiled_passes_say_what_steps_take(budget):
+    def sample(tokens, forward, requests, drafter, captured=True):
+        return SimpleNamespace(
+            num_target_tokens=tokens, forward_ms=forward, num_reqs=requests, drafter_ms=drafter,
+            full_cudagraph=captured,
+        )  # fmt: skip
+
+    budget.set_initial_cost_curves(
+        [
+            sample(16, 2.0, 2, 1.0), sample(16, 9.0, 2, 1.0), sample(16, 2.0, 2, 1.0),
+            sample(32, 3.0, 4, 1.5), sample(64, 5.0, 8, 2.0), sample(128, 50.0, 8, 90.0, False),
+        ]
+    )  # fmt: skip
+    assert budget.policy.sizes == (2, 4, 8)
+    prior = budget.policy.prior
+    assert prior[8, 8] == pytest.approx(7e-3)
+    assert prior[8, 1] == pytest.approx(2e-3)
+    assert prior[4, 4] == pytest.approx(2e-3 + 1.5e-3)
+    assert prior[4, 6] == pytest.approx(3e-3 + 1.5e-3)
 
 
 def test_what_a_batch_promises():

@@ -107,6 +107,10 @@ class WidthPolicy:
             not at all, so that each step verifies as much as it may.
         expected: tokens that a request commits in a pass of 1, 2, … rows; None learns them from
             outcomes.
+
+    Attributes:
+        prior: seconds by captured requests and rows, as profiled at start; what they leave out is
+            taken to be the same for all. Empty where every width is tried instead.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class WidthPolicy:
         self.weight = latency_vs_throughput
         self.acceptance = Acceptance(max(widths) - 1)
         self.expected = expected or self.acceptance.expected
+        self.prior: dict[tuple[int, int], float] = {}
         self.steps = dict.fromkeys(self.widths, 0)
         self.proposed = self.verified = self.saved = 0
         self._times: dict[tuple[int, int], deque[float]] = {}
@@ -206,15 +211,18 @@ class WidthPolicy:
             self._medians[kind] = median(times)
 
     def _next(self, requests: int, size: int) -> int:
-        unknown = [width for width in self.widths if (size, width) not in self._medians]
+        seconds = {width: self._of_step(size, width) for width in self.widths}
+        unknown = [width for width in self.widths if seconds[width] is None]
         if unknown:
             return unknown[-1]
         expected = self.expected()
 
-        def rate(width: int, seconds: float) -> float:
-            return expected[width - 1] / seconds**self.weight
+        def rate(width: int, took: float | None) -> float:
+            assert took is not None
+            tokens: float = expected[width - 1] / took**self.weight
+            return tokens
 
-        rates = {width: rate(width, self._at_most(size, width)) for width in self.widths}
+        rates = {width: rate(width, seconds[width]) for width in self.widths}
         best = max(self.widths, key=rates.__getitem__)
         if self._until_probe <= 0 and len(self.widths) > 1:
             self._pause = min(2 * self._pause, PROBE)
@@ -225,15 +233,39 @@ class WidthPolicy:
                 return self.widths[index + 1 if best < self.widths[-1] else index - 1]
             # That which is best if its shortest time is right.
             others = [width for width in self.widths if width != best]
-            return max(others, key=lambda width: rate(width, min(self._times[size, width])))
+            return max(others, key=lambda width: rate(width, self._shortest(size, width)))
         if rates[best] <= GAIN * rates.get(self._width, 0.0):
             return self._width
         return best
 
-    def _at_most(self, size: int, width: int) -> float:
-        """Seconds of a step: more requests or more rows never take less."""
-        return min(
+    def _of_step(self, size: int, width: int) -> float | None:
+        """Seconds of a step; more requests or more rows never take less."""
+        found = [
             seconds
             for (requests, rows), seconds in self._medians.items()
             if requests >= size and rows >= width
+        ]
+        if (size, width) not in self._medians:
+            guess = self._from_prior(size, width)
+            if guess is None:
+                return None
+            found.append(guess)
+        return min(found)
+
+    def _from_prior(self, size: int, width: int) -> float | None:
+        """The profiled time and what it leaves out, by the nearest steps that have been timed."""
+        profiled = self.prior.get((size, width))
+        timed = [kind for kind in self._medians if kind in self.prior]
+        if profiled is None or not timed:
+            return None
+        nearest = min(abs(requests - size) for requests, _ in timed)
+        left_out: float = median(
+            max(0.0, self._medians[kind] - self.prior[kind])
+            for kind in timed
+            if abs(kind[0] - size) == nearest
         )
+        return profiled + left_out
+
+    def _shortest(self, size: int, width: int) -> float | None:
+        times = self._times.get((size, width))
+        return min(times) if times else self._of_step(size, width)

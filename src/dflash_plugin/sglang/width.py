@@ -29,6 +29,8 @@ LIMITS = (
     ("dp_size", 1),
     ("enable_two_batch_overlap", False),
 )
+# Of a captured pass, to time it.
+REPLAYS = 3
 
 
 class Widths:
@@ -64,12 +66,13 @@ class Widths:
         """Whether the pass that runs verifies no draft, so that it needs none."""
         return self.chosen == 1
 
-    def capture(self, runner: Any, device: torch.device) -> None:
-        """Graphs of the target's verify passes of every width.
+    def capture(self, runner: Any, drafting: Any, device: torch.device) -> None:
+        """Graphs of the target's verify passes of every width, and what each takes.
 
         Args:
             runner: SGLang's of the target, whose graphs of whole blocks are captured.
-            device: where it runs.
+            drafting: SGLang's of the drafter, likewise.
+            device: where they run.
         """
         whole = getattr(runner, "decode_cuda_graph_runner", None)
         if whole is None:
@@ -87,6 +90,13 @@ class Widths:
                     self.passes[width] = backend, graphs
         finally:
             runner.init_new_workspace = kept
+        draft = graph_seconds(getattr(drafting, "decode_cuda_graph_runner", None), device)
+        for width in self.policy.widths:
+            graphs = self.passes[width][1] if width in self.passes else whole
+            for size, seconds in graph_seconds(graphs, device).items():
+                if width == 1 or size in draft:
+                    drafts = draft[size] if width > 1 else 0.0
+                    self.policy.prior[size, width] = seconds + drafts
 
     @contextmanager
     def verifying(self, worker: Any, batch: Any) -> Iterator[None]:
@@ -157,6 +167,30 @@ class Widths:
         by_request: Tensor = values.view(-1, self.block, *values.shape[1:])
         # A view of one row each would keep the others' places between.
         return by_request[:, : self.rows].flatten(0, 1).contiguous()
+
+
+def graph_seconds(runner: Any, device: torch.device) -> dict[int, float]:
+    """What captured passes take, by requests; nothing where they cannot be replayed by themselves.
+
+    Args:
+        runner: SGLang's of captured passes, whose inputs are still those of the capture.
+        device: where it runs.
+    """
+    kept = getattr(getattr(runner, "backend", None), "_graphs", None)
+    if device.type != "cuda" or not isinstance(kept, dict):
+        return {}
+    found = {}
+    for key, graph in kept.items():
+        if hasattr(graph, "replay") and hasattr(key, "size"):
+            graph.replay()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(REPLAYS):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            found[int(key.size)] = begin.elapsed_time(end) / REPLAYS / 1e3
+    return found
 
 
 def widths_of(info: Hosted, server_args: Any, block: int) -> Widths | None:

@@ -217,7 +217,8 @@ class Worker(DFlashWorkerV2):
         """Graphs of the draft pass, and of the target's passes of fewer rows."""
         super().init_cuda_graphs()
         if self.widths is not None:
-            self.widths.capture(self.target_worker.model_runner, torch.device(self.device))
+            target = self.target_worker.model_runner
+            self.widths.capture(target, self.draft_model_runner, torch.device(self.device))
 
     # Drafting.
 

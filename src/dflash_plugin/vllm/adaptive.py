@@ -11,8 +11,11 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
+from itertools import product
+from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_plugin import kernels
+from dflash_plugin.budget.cost import StepCost
 from dflash_plugin.budget.width import RUN, Acceptance, WidthPolicy, choose_widths
 from dflash_plugin.serving.hosted import Options
 from dflash_plugin.vllm import compat
@@ -84,6 +88,7 @@ class Budget:
     """What vLLM's runner asks, as it asks its own ``AdaptiveVerificationManager``.
 
     Args:
+        native: that one, which knows what to profile at start.
         options: limits of the number of drafts.
         req_states: the runner's requests.
         query_start_loc: int32 [R + 1], where the tokens of each request begin in the batch.
@@ -98,13 +103,14 @@ class Budget:
 
     def __init__(
         self,
+        native: Any,
         options: Options,
         req_states: Any,
         query_start_loc: Tensor,
         most_logits: int,
         admits_on_host: bool,
     ) -> None:
-        self.options, self.query_start_loc = options, query_start_loc
+        self.native, self.options, self.query_start_loc = native, options, query_start_loc
         self.most_logits, self.admits_on_host = most_logits, admits_on_host
         self.drafts = int(req_states.num_speculative_steps)
         self.device = torch.device(req_states.device)
@@ -126,19 +132,38 @@ class Budget:
 
     # At start.
 
-    def batches_to_profile(self, capture_sizes: Sequence[int]) -> Iterator[dict[str, int]]:
-        """Nothing: steps are timed while they serve.
+    def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
+        """What vLLM would profile.
 
         Args:
             capture_sizes: tokens of the captured passes.
         """
         self._sizes = sorted(capture_sizes)
-        per_request = self.drafts + 1
-        self.policy.sizes = tuple(sorted({max(1, size // per_request) for size in self._sizes}))
-        return iter(())
+        batches: Iterator[dict[str, int]] = self.native.batches_to_profile(capture_sizes)
+        return batches
 
-    def set_initial_cost_curves(self, samples: object) -> None:
-        """Compile the launch, for there is nothing else to prepare."""
+    def set_initial_cost_curves(self, samples: Sequence[Any]) -> None:
+        """Take what passes took, and compile the launch.
+
+        Args:
+            samples: vLLM's ``StepTimingSample``.
+        """
+        verify, draft = defaultdict(list), defaultdict(list)
+        for sample in samples:
+            verify[sample.num_target_tokens].append(sample.forward_ms)
+            if sample.full_cudagraph:  # Others draft eagerly.
+                draft[sample.num_reqs].append(sample.drafter_ms)
+        if verify and draft:
+            verifying, drafting = (
+                {size: median(times) / 1e3 for size, times in table.items()}
+                for table in (verify, draft)
+            )
+            self.policy.sizes = tuple(sorted(drafting))
+            cost = StepCost.measured(verifying, drafting)
+            for size, width in product(self.policy.sizes, self.policy.widths):
+                tokens = size + self._budget_of(width, size, size)
+                drafts = size if width > 1 else 0
+                self.policy.prior[size, width] = cost.step_seconds(tokens, drafts)
         one = torch.ones(2, dtype=torch.int32, device=self.device)
         starts = torch.zeros(3, dtype=torch.int32, device=self.device)
         slots = torch.zeros(2, dtype=torch.int64, device=self.device)
@@ -353,6 +378,7 @@ def patch(module: ModuleType) -> None:
         if made is None or info is None or ranks > 1 or given["num_bonus_tokens"] != 1:
             return made
         _latest = Budget(
+            made,
             info.options,
             given["req_states"],
             given["query_start_loc"],
