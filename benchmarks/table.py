@@ -77,6 +77,8 @@ def engine(name: str) -> str:
 NAMES = {
     "none": "no drafter",
     "native": "native",
+    "native-k3": "native, 3 drafts",
+    "native-k5": "native, 5 drafts",
     "native-adaptive": "native, adaptive",
     "plugin": "plugin",
     "plugin-fp8": "plugin, FP8 drafter",
@@ -85,15 +87,20 @@ NAMES = {
 }
 
 
-def serving(name: str) -> str:
-    """Output tokens per second by engine and requests in flight: median (lowest-highest), τ."""
+def serving(name: str, shown: tuple[str, ...] = tuple(NAMES)) -> str:
+    """Output tokens per second by engine and requests in flight: median (lowest-highest), τ.
+
+    Args:
+        name: of the file.
+        shown: the engines.
+    """
     record = load(name)
     runs = record.get("runs", [record])
     record, every = runs[0], [row for run in runs for row in run["rows"]]
     cells = {(row["engine"], row["concurrency"]): row for row in every}
-    engines = list(dict.fromkeys(row["engine"] for row in every))
+    engines = [one for one in dict.fromkeys(row["engine"] for row in every) if one in shown]
     rows = []
-    for level in dict.fromkeys(row["concurrency"] for row in every):
+    for level in sorted({row["concurrency"] for row in every}):
         line = [str(level)]
         for one in engines:
             cell = cells.get((one, level))
@@ -203,8 +210,11 @@ def budget(name: str) -> str:
     return f"{table([*header, 'of best fixed', 'of oracle'], rows)}\n\n{facts}"
 
 
+ALONE_AND_TWO = ("none", "native", "plugin")
 SECTIONS = {
-    "vllm-h200": lambda: serving("vllm-h200"),
+    "vllm-h100": lambda: serving("vllm-h100-smollm2", ALONE_AND_TWO),
+    "vllm-replay": lambda: serving("vllm-h200-qwen3-8b-replay"),
+    "sglang-replay": lambda: serving("sglang-h200-qwen3-8b-replay"),
     "vllm-qwen3-8b": lambda: serving("vllm-h100-qwen3-8b"),
     "vllm-cpu": lambda: serving("vllm-cpu"),
     "vllm-soak": lambda: soak("vllm-soak-cpu", "vLLM", "preempted"),
@@ -224,7 +234,11 @@ ELSEWHERE = {
     "docs/design.md": {
         "kernels": lambda: kernels("kernels-h100"),
         "budget": lambda: budget("budget-simulator"),
-    }
+    },
+    "docs/adaptive.md": {
+        "vllm-adaptive": lambda: serving("vllm-h100-smollm2"),
+        "sglang-adaptive": lambda: serving("sglang-h100-smollm2"),
+    },
 }
 
 

@@ -70,8 +70,9 @@ def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path, Path]:
     return target, directory, write_tiny(drafter, **SIZES, target_hidden_size=64, block_size=8)
 
 
-@pytest.mark.parametrize("turns", [None, (1,), (3, 1, 8, 2), (5, 5, 8, 1, 1, 4)])
-@pytest.mark.parametrize("interpreted", [False, True])
+@pytest.mark.parametrize(
+    ("turns", "interpreted"), [(None, False), ((5, 5, 8, 1, 1, 4), False), ((3, 1, 8, 2), True)]
+)
 def test_greedy_text_is_the_targets(pair, monkeypatch, turns, interpreted):
     target, directory, drafter = pair
     admitted = []
@@ -84,31 +85,30 @@ def test_greedy_text_is_the_targets(pair, monkeypatch, turns, interpreted):
             lambda *args, **options: (native(*args, **options), admitted.append(args[4])),
         )
     with adapting(monkeypatch, directory, drafter, turns, max_model_len=256) as (engine, budget):
-        params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
         outputs = engine.generate(
             [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
         )
         steps = budget.summary()["steps"]
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         alone = target.generate(
-            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None,
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None,
             pad_token_id=0,
         )  # fmt: skip
         assert list(output.outputs[0].token_ids) == alone[0, len(prompt) :].tolist()
     assert sum(steps.values()) > 5
-    if turns is not None and len(turns) > 1 and interpreted:
-        assert admitted
+    assert bool(admitted) == interpreted
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 def test_sampled_text_has_the_targets_distribution(pair, monkeypatch, method):
     """χ² at temperature 1: which drafts are verified must not depend on the drafts."""
     target, directory, drafter = pair
-    length, samples = 3, 400
+    length, samples = 2, 150
     expected = continuations(target, PROMPTS[0], length, best=5, cut=False)
     params = SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True, n=samples)
     settings = {"speculative": {"draft_sample_method": method}, "max_model_len": 256}
-    with adapting(monkeypatch, directory, drafter, (2, 1, 3, 8), max_num_seqs=64, **settings) as (
+    with adapting(monkeypatch, directory, drafter, (2, 1, 8, 3), max_num_seqs=64, **settings) as (
         engine,
         _,
     ):
