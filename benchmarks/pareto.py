@@ -2,8 +2,8 @@
 
     python benchmarks/pareto.py --output docs/pareto-qwen3-8b.svg RESULT.json ...
 
-Each result is one of ``vllm_serving.py`` or ``sglang_serving.py``; a line joins an engine's numbers of
-requests at once. Needs matplotlib: ``pip install -e '.[bench]'``.
+Each result is one of ``vllm_serving.py`` or ``sglang_serving.py``; a line joins an engine's numbers
+of requests at once. Needs matplotlib: ``pip install -e '.[bench]'``.
 """
 
 from __future__ import annotations
