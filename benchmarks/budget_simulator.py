@@ -75,6 +75,21 @@ def main(
             }
         )
         print({key: value for key, value in rows[-1].items() if key != "adaptive"}, flush=True)
+    mixed = [
+        {
+            "requests": level,
+            "policy": name,
+            **{
+                half: round(2 * tokens / run.seconds / level, 1)
+                for half, tokens in (
+                    ("easy", run.easy_tokens),
+                    ("hard", run.tokens - run.easy_tokens),
+                )
+            },
+        }
+        for level, runs in compare(recorded, cost, [8, 32, 64, 128], seeds, mixed=True).items()
+        for name, run in runs.items()
+    ]
     record = {
         "command": shlex.join(["python", *sys.argv]),
         "texts": len(recorded.starts) - 1,
@@ -82,6 +97,7 @@ def main(
         "tau": round(recorded.tau, 3),
         "date": datetime.date.today().isoformat(),
         "rows": rows,
+        "mixed": mixed,
     }
     output.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -124,6 +124,19 @@ def products(rows: int) -> None:
     fuse_features(features, of(HIDDEN, LAYERS * HIDDEN), of(HIDDEN), EPS, rows=whole(rows))
 
 
+def adaptive(batch: int, drafts: int) -> None:
+    from dflash_plugin.kernels.admit_drafts import admit_drafts
+    from dflash_plugin.kernels.predict_acceptance import predict_acceptance
+
+    chances = of(batch, drafts, dtype=torch.float32)
+    counts = [of(size, dtype=torch.int32) for size in (batch, batch, batch, batch + 1, batch + 9)]
+    admit_drafts(chances, whole(batch), *counts[:2], batch, *counts[2:])
+    rows = batch * drafts
+    row, slots = of(rows, dtype=torch.float32), whole(rows)
+    offsets = of(drafts, dtype=torch.float32)
+    predict_acceptance(row, row, slots, slots, offsets[:1], offsets, chances, chances)
+
+
 def step(batch: int, block: int) -> None:
     from dflash_plugin.config import LayerAttention
     from dflash_plugin.kernels.accept import Sampled, accept
@@ -162,6 +175,8 @@ def main() -> None:
     for rows in (15, 60, 960):
         products(rows)
     step(4, 16)
+    for batch in (1, 64, 1024):
+        adaptive(batch, 15)
 
 
 if __name__ == "__main__":

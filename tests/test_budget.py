@@ -300,3 +300,17 @@ def test_traces_are_kept_and_their_faults_named(tmp_path: Path):
     Traces(traces.confidence[:5], traces.right, traces.starts).save(tmp_path / "cut")
     with pytest.raises(DFlashError, match="is not whole"):
         Traces.load(tmp_path / "cut")
+
+
+def test_easy_requests_keep_their_speed_beside_hard_ones():
+    """Half of the texts stand nearly whole, half hardly at all, where every draft costs."""
+    easy, hard = texts(4.0), texts(-3.0)
+    both = Traces(
+        torch.cat([easy.confidence, hard.confidence]),
+        torch.cat([easy.right, hard.right]),
+        torch.cat([easy.starts, hard.starts[1:] + easy.starts[-1]]),
+    )
+    whole = simulate(both, Fixed(7), DEAR, 16, 600, mixed=True)
+    found = simulate(both, Adaptive(DEAR, 7), DEAR, 16, 600, mixed=True)
+    assert whole.easy_tokens > 4 * (whole.tokens - whole.easy_tokens)
+    assert found.easy_tokens / found.seconds > 1.2 * whole.easy_tokens / whole.seconds

@@ -61,6 +61,10 @@ def test_generate_compares_with_the_target_alone(target, drafter):
     assert found["equal"] is True
     assert found["tokens_per_second"] > 0 < found["plain_tokens_per_second"]
     assert 1 + sum(found["committed"]) == len(found["tokens"])
+    adaptive = json.loads(
+        run("generate", *arguments, "--adaptive", "--compare", "--repeats", 1, "--json")
+    )
+    assert adaptive["text"] == found["text"]
     streamed = run("generate", *arguments)
     assert streamed.strip() == found["text"].strip()
     shown = run("generate", *arguments, "--compare", "--repeats", 1)

@@ -97,15 +97,15 @@ def test_the_best_drafts_fill_a_captured_pass(budget, monkeypatch):
     assert found["tokens"] == [8, 1, 2, 5]
 
 
-def test_prompts_beside_are_no_step_to_learn_from(budget, monkeypatch):
-    step(budget, [7, 7], [1, 1])
-    monkeypatch.setattr(budget.policy, "choose", lambda *_: pytest.fail("was asked"))
-    budget.width = 4
-    found = step(budget, [7, 7, 0], [1, 1, 90])
-    # Beyond the captured passes nothing is filled up.
-    assert found["total"] == 92 + 2 * 3
-    assert found["tokens"][2] == 90
-    assert budget.width == 4
+def test_prompts_beside_are_no_step_to_learn_from(budget):
+    for _ in range(20):
+        budget.width = 4
+        found = step(budget, [7, 7, 0], [1, 1, 90])
+        # Beyond the captured passes nothing is filled up.
+        assert found["total"] == 92 + 2 * 3
+        assert found["tokens"][2] == 90
+    assert not budget.policy.seconds
+    assert sum(budget.policy.steps.values()) == 20
 
 
 def test_fewer_drafts_than_a_block_are_taken_as_they_are(budget):

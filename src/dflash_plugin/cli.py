@@ -406,6 +406,9 @@ def generate(
     raw: Annotated[bool, typer.Option(help="Leave the chat template out.")] = False,
     dtype: Dtype | None = None,
     draft_weights: DraftWeightsOption = Weights.checkpoint,
+    adaptive: Annotated[
+        bool, typer.Option(help="Verify as many drafts as pay, none where none does.")
+    ] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -422,7 +425,7 @@ def generate(
     tokens = tokenizer.encode(prompt) if raw else encode(tokenizer, Prompt.user(prompt))
     request = Request(tokens, max_new_tokens, sampling=sampling)
     length = len(tokens) + max_new_tokens
-    engine = Engine(model, loaded, max_length=length)
+    engine = Engine(model, loaded, max_length=length, adaptive=adaptive)
     if not compare:
         stream = None if as_json else _TextStream(tokenizer)
         result = engine.generate([request], stream)[0]

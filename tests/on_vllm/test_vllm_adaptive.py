@@ -84,12 +84,13 @@ def test_greedy_text_is_the_targets(pair, monkeypatch, turns, interpreted):
             "admit_drafts",
             lambda *args, **options: (native(*args, **options), admitted.append(args[4])),
         )
-    with adapting(monkeypatch, directory, drafter, turns, max_model_len=256) as (engine, budget):
+    with adapting(monkeypatch, directory, drafter, turns, max_model_len=256) as (engine, _):
         params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
         outputs = engine.generate(
             [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
         )
-        steps = budget.summary()["steps"]
+        (summary,) = engine.collective_rpc("dflash_adaptive")
+        steps = summary["steps"]
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         alone = target.generate(
             torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None,

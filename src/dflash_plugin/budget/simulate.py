@@ -156,6 +156,7 @@ class Run:
         seconds: of all steps.
         steps: how many.
         verified, accepted: drafts.
+        easy_tokens: of those tokens, the easy half's in a mixed run.
     """
 
     tokens: int
@@ -163,6 +164,7 @@ class Run:
     steps: int
     verified: int
     accepted: int
+    easy_tokens: int = 0
 
     @property
     def rate(self) -> float:
@@ -171,7 +173,13 @@ class Run:
 
 
 def simulate(
-    traces: Traces, policy: Policy, cost: StepCost, requests: int, steps: int, seed: int = 0
+    traces: Traces,
+    policy: Policy,
+    cost: StepCost,
+    requests: int,
+    steps: int,
+    seed: int = 0,
+    mixed: bool = False,
 ) -> Run:
     """Keep ``requests`` texts running for so many steps; one that ends makes place for another.
 
@@ -182,18 +190,25 @@ def simulate(
         requests: at the same time.
         steps: to run.
         seed: of the choice of texts and of where the first of them begin.
+        mixed: the first half of the requests takes its texts from the half whose drafts stand most
+            often, the second half from the others.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(traces.starts) - 1
+    order = torch.tensor(_by_ease(traces)) if mixed else torch.arange(count)
+    half = requests // 2
 
-    def draw(size: int) -> tuple[Tensor, Tensor]:
-        text = torch.randint(count, (size,), generator=generator)
+    def draw(slots: Tensor) -> tuple[Tensor, Tensor]:
+        number = torch.randint(count, (len(slots),), generator=generator)
+        if mixed:
+            number = number // 2 + (slots >= half) * (count // 2)
+        text = order[number.clamp(max=count - 1)]
         return traces.starts[text].clone(), traces.starts[text + 1]
 
-    place, end = draw(requests)
+    place, end = draw(torch.arange(requests))
     # Texts do not begin together.
     place = place + (torch.rand(requests, generator=generator) * (end - place)).long()
-    tokens = verified = accepted = 0
+    tokens = verified = accepted = easy = 0
     seconds = 0.0
     for _ in range(steps):
         confidences, right = traces.confidence[place].float(), traces.right[place]
@@ -209,17 +224,24 @@ def simulate(
         seconds += took
         policy.elapsed(took)
         tokens += int(committed.sum())
+        easy += int(committed[:half].sum()) if mixed else 0
         verified, accepted = verified + int(drafts.sum()), accepted + int(stood.sum())
         place = place + committed
         done = place >= end
         if bool(done.any()):
-            fresh, last = draw(int(done.sum()))
-            place[done], end[done] = fresh, last
-    return Run(tokens, seconds, steps, verified, accepted)
+            place[done], end[done] = draw(done.nonzero()[:, 0])
+    return Run(tokens, seconds, steps, verified, accepted, easy)
+
+
+def _by_ease(traces: Traces) -> list[int]:
+    """Texts, those whose drafts stand most often first."""
+    bounds = zip(traces.starts.tolist(), traces.starts[1:].tolist(), strict=False)
+    stood = [float(traces.right[start:end].float().mean()) for start, end in bounds]
+    return sorted(range(len(stood)), key=stood.__getitem__, reverse=True)
 
 
 def compare(
-    traces: Traces, cost: StepCost, requests: Sequence[int], seeds: int = 1
+    traces: Traces, cost: StepCost, requests: Sequence[int], seeds: int = 1, mixed: bool = False
 ) -> dict[int, dict[str, Run]]:
     """Every fixed number of drafts, the policies and the oracle, by requests at once.
 
@@ -228,6 +250,7 @@ def compare(
         cost: of steps.
         requests: levels.
         seeds: replays of each policy, which begins anew in each; their sums are what is told.
+        mixed: half the requests are easy, half hard (``simulate``).
     """
     count = traces.num_drafts
     makers: dict[str, Callable[[], Policy]] = {
@@ -240,7 +263,9 @@ def compare(
     for level in requests:
         steps = max(600, 20_000 // level)
         found[level] = {
-            name: _sum(simulate(traces, make(), cost, level, steps, seed) for seed in range(seeds))
+            name: _sum(
+                simulate(traces, make(), cost, level, steps, seed, mixed) for seed in range(seeds)
+            )
             for name, make in makers.items()
         }
     return found

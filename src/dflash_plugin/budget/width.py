@@ -253,11 +253,14 @@ class WidthPolicy:
         return min(found)
 
     def _from_prior(self, size: int, width: int) -> float | None:
-        """The profiled time and what it leaves out, by the nearest steps that have been timed."""
+        """The profiled time and what it leaves out, by the nearest steps that have been timed.
+
+        Where prompts come so often that no step is timed, the profile has to do.
+        """
         profiled = self.prior.get((size, width))
         timed = [kind for kind in self._medians if kind in self.prior]
         if profiled is None or not timed:
-            return None
+            return profiled
         nearest = min(abs(requests - size) for requests, _ in timed)
         left_out: float = median(
             max(0.0, self._medians[kind] - self.prior[kind])

@@ -13,7 +13,12 @@ LEVELS = 4096
 BITS = 13
 
 
-@triton.jit
+# Compiled once for every power of two of requests: a server meets all numbers and places of them.
+SIZES = ["budget", "requests", "padded"]
+PLACES = ["drafts", "others", "admitted", "logit_starts", "query_starts"]
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PLACES)
 def _kernel(
     chances,
     slots,

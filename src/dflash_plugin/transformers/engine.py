@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dflash_plugin.budget.width import WidthPolicy, choose_widths
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.sampling import (
@@ -100,6 +101,11 @@ class Engine:
         sampled_drafts: at temperature > 0, draw drafts from the drafter's distribution and verify
             against it; otherwise draft its most likely tokens. Lossless either way.
         cuda_graphs: run draft and verify from CUDA graphs on a GPU.
+        adaptive: verify as many drafts of every request as commit most tokens a second, none where
+            none pays; text stays the same.
+
+    Attributes:
+        policy: chooses how many, or None; its ``summary`` tells what it has learnt.
 
     Raises:
         DFlashError: target and drafter do not fit each other, or the target cannot be run.
@@ -114,6 +120,7 @@ class Engine:
         max_length: int = 2048,
         sampled_drafts: bool = True,
         cuda_graphs: bool = True,
+        adaptive: bool = False,
     ) -> None:
         if max_batch < 1:
             raise DFlashError(f"max_batch is {max_batch}: give at least 1")
@@ -140,6 +147,10 @@ class Engine:
         self.graphs = Graphs(self.device, cuda_graphs)
         self.vocabulary = self.target.embedding.shape[0]
         self.stop_ids = _default_stop_ids(model)
+        self.policy: WidthPolicy | None = None
+        if adaptive and drafter is not None:
+            sizes = {min(1 << n, max_batch) for n in range(max_batch.bit_length() + 1)}
+            self.policy = WidthPolicy(choose_widths(rows, 0, None), sorted(sizes))
         self._allocate(rows, len(self.layer_ids) * self.target.config.hidden_size)
 
     def _allocate(self, rows: int, feature_width: int) -> None:
@@ -232,6 +243,8 @@ class Engine:
         free += range(len(rows), self.max_batch)
         if len(free) < min(len(waiting), self.max_batch // 16):
             return
+        if waiting and self.policy is not None:
+            self.policy.interrupt()
         joining = [waiting.popleft() for _ in range(min(len(waiting), len(free)))]
         joining.sort(key=lambda slot: slot.length)
         while joining:
@@ -324,14 +337,24 @@ class Engine:
         longest = max(slot.length for slot in running)
         num_keys = self._num_keys(longest + self.num_drafts + 2)
         greedy = _all_greedy(running)
-        if self.drafter is not None:
+        width = self.num_drafts + 1
+        if self.policy is not None:
+            width = self.policy.choose(len(running), time.monotonic())
+        if self.drafter is not None and width > 1:
             self.graphs.run(
                 ("draft", batch, num_keys, greedy), lambda: self._draft(batch, num_keys, greedy)
             )
+        elif self.drafter is not None:
+            self.graphs.run(("inject", batch, num_keys), lambda: self._inject(batch, num_keys))
         self.graphs.run(
-            ("verify", batch, num_keys, greedy), lambda: self._verify(batch, num_keys, greedy)
+            ("verify", batch, num_keys, greedy, width),
+            lambda: self._verify(batch, num_keys, greedy, width),
         )
-        for row, outcome in enumerate(self._outcome[: len(rows)].tolist()):
+        outcomes = self._outcome[: len(rows)].tolist()
+        if self.policy is not None:
+            passed = [row[2] for row, slot in zip(outcomes, rows, strict=True) if slot is not None]
+            self.policy.observe(width, passed)
+        for row, outcome in enumerate(outcomes):
             slot = rows[row]
             if slot is None:
                 continue
@@ -343,11 +366,16 @@ class Engine:
             if slot.result.finish_reason:
                 rows[row] = None
 
-    def _draft(self, batch: int, num_keys: int, greedy: bool) -> None:
-        """Inject the features that the last verification committed, then draft a block."""
+    def _inject(self, batch: int, num_keys: int) -> None:
+        """Inject the features that the last verification committed."""
         assert self.drafter is not None
         self.store.rows, self.store.num_keys = None, num_keys
         self.drafter.inject(self._features[:batch], self._feature_positions[:batch])
+
+    def _draft(self, batch: int, num_keys: int, greedy: bool) -> None:
+        """Inject the features that the last verification committed, then draft a block."""
+        assert self.drafter is not None
+        self._inject(batch, num_keys)
         logits = self.drafter.logits(
             self.drafter.draft(self._anchors[:batch], self._lengths[:batch])
         )
@@ -365,17 +393,26 @@ class Engine:
             self._draft_probs = probs.new_zeros(self.max_batch, self.num_drafts, self.vocabulary)
         self._draft_probs[:batch] = self.drafter.target_probabilities(probs, self.vocabulary)
 
-    def _verify(self, batch: int, num_keys: int, greedy: bool) -> None:
-        """Run the target over anchors and drafts, accept, and advance every row."""
-        rows = self.num_drafts + 1
-        tokens = torch.cat([self._anchors[:batch, None], self._drafts[:batch]], dim=1)
+    def _verify(self, batch: int, num_keys: int, greedy: bool, rows: int) -> None:
+        """Run the target over anchors and the first drafts, accept, and advance every row.
+
+        Args:
+            batch: B.
+            num_keys: slots that the pass looks at.
+            greedy: no request samples.
+            rows: of each request, the anchor's among them.
+        """
+        drafts = self._drafts[:batch, : rows - 1]
+        tokens = torch.cat([self._anchors[:batch, None], drafts], dim=1)
         offsets = torch.arange(rows, device=self.device)
         positions = self._lengths[:batch, None] + offsets
         target_pass = TargetPass(self.target.kv, positions, num_keys)
         logits, features = self.target.forward(tokens, target_pass, self.layer_ids)
-        draft_probs = None if greedy or self._draft_probs is None else self._draft_probs[:batch]
+        draft_probs = None
+        if not greedy and self._draft_probs is not None and rows > 1:
+            draft_probs = self._draft_probs[:batch, : rows - 1]
         verdict = verify(
-            self._drafts[:batch],
+            drafts,
             logits,
             draft_probs,
             _rows_of(self._sampling, 0, batch),
@@ -387,14 +424,15 @@ class Engine:
             verdict.tokens, advance, self._stops[:batch], self._remaining[:batch]
         )
         if features is not None:
-            self._features[:batch] = features
+            self._features[:batch, :rows] = features
             kept = (offsets < advance[:, None]) & ~finished[:, None]
-            self._feature_positions[:batch] = torch.where(kept, positions, -1)
+            self._feature_positions[:batch] = -1
+            self._feature_positions[:batch, :rows] = torch.where(kept, positions, -1)
         self._anchors[:batch] = verdict.next_token
         # A finished row idles at position 0 until another request takes it.
         self._lengths[:batch] = torch.where(finished, 0, self._lengths[:batch] + advance)
         self._remaining[:batch] -= committed
-        self._outcome[:batch] = torch.cat(
+        self._outcome[:batch, : rows + 3] = torch.cat(
             [
                 torch.stack([committed, reason.long(), verdict.num_accepted], dim=1),
                 verdict.tokens,

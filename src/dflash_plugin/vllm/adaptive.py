@@ -164,10 +164,13 @@ class Budget:
                 tokens = size + self._budget_of(width, size, size)
                 drafts = size if width > 1 else 0
                 self.policy.prior[size, width] = cost.step_seconds(tokens, drafts)
-        one = torch.ones(2, dtype=torch.int32, device=self.device)
-        starts = torch.zeros(3, dtype=torch.int32, device=self.device)
-        slots = torch.zeros(2, dtype=torch.int64, device=self.device)
-        self._admit(slots, one, one, 1, one.clone(), starts, starts.clone())
+        batch = 1
+        while batch < 2 * len(self.chances):  # It is compiled for every power of two.
+            one = torch.ones(batch, dtype=torch.int32, device=self.device)
+            starts = torch.zeros(batch + 1, dtype=torch.int32, device=self.device)
+            slots = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            self._admit(slots, one, one, 1, one.clone(), starts, starts.clone())
+            batch *= 2
 
     # While serving.
 
@@ -187,17 +190,19 @@ class Budget:
         requests = len(num_tokens_per_req)
         drafts = sum(map(len, draft_tokens.values()))
         others = sum(num_tokens_per_req.values()) - drafts
-        width = self.width
-        if others == requests and drafts == requests * self.drafts:
-            # A step drafts for the next one, and so has to know whether that verifies any.
-            self.width = self.policy.choose(requests, time.monotonic())
-            self._report()
-        else:
+        width, verifying = self.width, len(draft_tokens)
+        decoding = others == requests and drafts == requests * self.drafts
+        if not decoding:
             self.policy.interrupt()
-        self._requests = requests
+        # A step drafts for the next one, and so has to know whether that verifies any.
+        self.width = self.policy.choose(verifying, time.monotonic())
+        if not decoding:  # Nor does this step's time tell of steps without prompts.
+            self.policy.interrupt()
+        self._report()
+        self._requests = verifying
         self._budget = min(
             drafts,
-            self._budget_of(width, others, len(draft_tokens)),
+            self._budget_of(width, others, verifying),
             max(0, self.most_logits - requests),
         )
         return others + self._budget
@@ -356,6 +361,15 @@ _latest: Budget | None = None
 def latest() -> Budget | None:
     """That of the runner that is being set up in this process."""
     return _latest
+
+
+def of_worker(worker: Any) -> dict[str, object] | None:
+    """``Budget.summary``, by ``collective_rpc("dflash_adaptive")``; None where vLLM's own decides.
+
+    Args:
+        worker: vLLM's, of this process.
+    """
+    return None if _latest is None else _latest.summary()
 
 
 def patch(module: ModuleType) -> None:

@@ -29,8 +29,8 @@ def activate() -> None:
     after_import("vllm.v1.worker.gpu.spec_decode.dflash.speculator", _substitute_speculator)
     after_import("vllm.v1.spec_decode.dflash", _substitute_proposer)
     after_import("vllm.v1.worker.gpu.model_runner", _replace_budget)
-    after_import("vllm.v1.worker.gpu_worker", _check_after_warm_up)
-    after_import("vllm.v1.worker.cpu_worker", _check_after_warm_up)
+    after_import("vllm.v1.worker.gpu_worker", _extend_worker)
+    after_import("vllm.v1.worker.cpu_worker", _extend_worker)
     after_import("vllm.v1.spec_decode.metrics", _add_metrics)
     if version.cpu_expands_into_copy:
         after_import("vllm.utils.cpu_triton_utils", _mend_cpu_kernels)
@@ -86,10 +86,12 @@ def _replace_budget(module: ModuleType) -> None:
     patch(module)
 
 
-def _check_after_warm_up(module: ModuleType) -> None:
-    from dflash_plugin.vllm.selfcheck import patch
+def _extend_worker(module: ModuleType) -> None:
+    from dflash_plugin.vllm import adaptive, selfcheck
 
-    patch(getattr(module, "CPUWorker", None) or module.Worker)
+    worker: Any = getattr(module, "CPUWorker", None) or module.Worker
+    selfcheck.patch(worker)
+    worker.dflash_adaptive = adaptive.of_worker
 
 
 def _add_metrics(module: ModuleType) -> None:
