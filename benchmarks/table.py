@@ -162,6 +162,29 @@ def timelines(name: str) -> str:
     return f"{table([*header, 'eager launches'], rows)}\n\n{facts}"
 
 
+MIXED = ("fixed 0", "fixed 7", "fixed 3", "by step", "adaptive")
+
+
+def mixed(name: str) -> str:
+    """Simulated tokens per second of one request, where half of them are easy and half hard."""
+    record = load(name)
+    levels = sorted({row["requests"] for row in record["mixed"]})
+    cells = {(row["policy"], row["requests"]): row for row in record["mixed"]}
+    rows = [
+        [
+            policy.replace("fixed", "always").replace("always 0", "no drafts"),
+            *(
+                f"{cells[policy, level]['easy']} / {cells[policy, level]['hard']}"
+                for level in levels
+            ),
+        ]
+        for policy in MIXED
+    ]
+    header = ["policy", *(f"{level} requests" for level in levels)]
+    facts = f"{record['texts']} texts, {record['date']}. `{record['command']}`"
+    return f"{table(header, rows)}\n\n{facts}"
+
+
 SHOWN = (
     "inject_kv", "draft_head", "draft_head_fp8", "fp8_product", "fp8_product_down",
     "draft_attention", "draft_attention_batch",
@@ -238,6 +261,7 @@ ELSEWHERE = {
     "docs/adaptive.md": {
         "vllm-adaptive": lambda: serving("vllm-h100-smollm2"),
         "sglang-adaptive": lambda: serving("sglang-h100-smollm2"),
+        "mixed": lambda: mixed("budget-simulator"),
     },
 }
 

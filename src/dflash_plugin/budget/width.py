@@ -157,7 +157,7 @@ class WidthPolicy:
         if size != self._size:
             self._size, self._left = size, 0
         if self._left == 0:
-            self._width, self._left = self._next(requests, size), RUN
+            self._width, self._left = self._next(size), RUN
         self._left -= 1
         self._until_probe -= 1
         self.steps[self._width] += 1
@@ -210,7 +210,7 @@ class WidthPolicy:
         if len(times) >= TIMES:
             self._medians[kind] = median(times)
 
-    def _next(self, requests: int, size: int) -> int:
+    def _next(self, size: int) -> int:
         seconds = {width: self._of_step(size, width) for width in self.widths}
         unknown = [width for width in self.widths if seconds[width] is None]
         if unknown:
