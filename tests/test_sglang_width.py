@@ -10,7 +10,7 @@ import torch
 
 from dflash_plugin.budget.width import WidthPolicy
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.sglang import compat
+from dflash_plugin.sglang import compat, width
 from dflash_plugin.sglang.width import Widths, route_inputs, skipping, widths_of
 
 BLOCK, BATCH = 4, 3
@@ -66,11 +66,35 @@ def test_every_width_has_a_back_end_and_graphs_of_its_own():
     widths, runner = Widths(WidthPolicy((1, 2, BLOCK)), BLOCK), Runner()
     widths.capture(runner, Runner(), CPU)
     assert set(widths.passes) == {1, 2}
-    for width, (backend, graphs) in widths.passes.items():
-        assert graphs.made == (runner, backend, width)
+    for rows, (backend, graphs) in widths.passes.items():
+        assert graphs.made == (runner, backend, rows)
     assert runner.backends == 2
     assert widths.policy.sizes == (1, 2, 4)
     assert not runner.init_new_workspace
+
+
+def test_captured_passes_are_profiled(monkeypatch):
+    """A verify pass takes 1 ms a row, a draft pass half a millisecond a request."""
+    drafting = Runner()
+
+    def seconds(graphs, device):
+        if graphs is drafting.decode_cuda_graph_runner:
+            return {1: 0.0005, 2: 0.001}
+        return {size: 0.001 * size * graphs.made[2] for size in (1, 2, 4)}
+
+    monkeypatch.setattr(width, "graph_seconds", seconds)
+    widths = Widths(WidthPolicy((1, 2, BLOCK)), BLOCK)
+    widths.capture(Runner(), drafting, CPU)
+    assert widths.policy.prior == pytest.approx(
+        {
+            (1, 1): 0.001, (2, 1): 0.002, (4, 1): 0.004,
+            (1, 2): 0.0025, (2, 2): 0.005,
+            (1, BLOCK): 0.0045, (2, BLOCK): 0.009,
+        }
+    )  # fmt: skip
+    monkeypatch.undo()
+    assert width.graph_seconds(drafting.decode_cuda_graph_runner, CPU) == {}
+    assert width.graph_seconds(None, CPU) == {}
 
 
 def test_nothing_is_captured_where_graphs_are_off():
