@@ -9,6 +9,7 @@ import torch
 from scipy.stats import chisquare
 
 from dflash_plugin.config import LayerAttention
+from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.fetch import resolve_drafter
 from dflash_plugin.prompts import encode, load_prompts
@@ -119,11 +120,8 @@ def test_requests_join_and_leave_at_block_boundaries():
         assert 1 + sum(result.committed) == len(result.tokens)
 
 
-def test_a_perfect_drafter_is_accepted_whole():
-    """A drafter that reads the target's answer from a table commits whole blocks."""
-    target = tiny_target()
-    prompt = prompts_of(1)[0]
-    answer = greedy(target, prompt, 33)
+def perfect_drafter(prompt: list[int], answer: list[int]) -> Drafter:
+    """A drafter that reads the target's answer from a table."""
     drafter = tiny_drafter()
     known = torch.tensor(prompt + answer + [0] * 8)
 
@@ -136,7 +134,15 @@ def test_a_perfect_drafter_is_accepted_whole():
     drafter.logits = lambda hidden: torch.nn.functional.one_hot(
         known[hidden[..., 0].long()], VOCABULARY
     ).float()
-    engine = Engine(target, drafter, max_length=80)
+    return drafter
+
+
+def test_a_perfect_drafter_is_accepted_whole():
+    """It commits whole blocks."""
+    target = tiny_target()
+    prompt = prompts_of(1)[0]
+    answer = greedy(target, prompt, 33)
+    engine = Engine(target, perfect_drafter(prompt, answer), max_length=80)
     result = engine.generate([Request(prompt, 33, stop_ids=[])])[0]
     assert result.tokens == answer
     assert result.committed == [4] * 8
@@ -221,27 +227,19 @@ def test_targets_that_cannot_roll_back_are_refused():
         Engine(tiny_target("mamba", num_hidden_layers=2), None)
 
 
-@pytest.mark.parametrize(
-    ("sampled_drafts", "changes"),
-    [
-        pytest.param(True, {}, id="sampled"),
-        pytest.param(False, {}, id="chosen"),
-        pytest.param(True, {"draft_vocab_size": 4, "own_head": True}, id="reduced-vocabulary"),
-    ],
-)
-def test_sampled_pairs_follow_the_target(sampled_drafts, changes):
-    """χ² of the second and third token of 120,000 requests against exact probabilities."""
-    count, size = 120_000, 8
-    target = tiny_target(vocab_size=size, hidden_size=16, head_dim=4, intermediate_size=24)
-    drafter = tiny_drafter(
-        vocab_size=size,
-        hidden_size=16,
-        target_hidden_size=16,
-        head_dim=4,
-        intermediate_size=24,
-        **changes,
-    )
-    prompt, temperature = [4, 5], 1.3
+# A pair whose every text of three tokens can be told the probability of.
+FEW = {"vocab_size": 8, "hidden_size": 16, "head_dim": 4, "intermediate_size": 24}
+
+
+def check_sampled_pairs(target, engine: Engine, count: int) -> None:
+    """χ² of the second and third token of ``count`` requests against exact probabilities.
+
+    Args:
+        target: of sizes ``FEW``.
+        engine: runs it.
+        count: requests.
+    """
+    size, prompt, temperature = FEW["vocab_size"], [4, 5], 1.3
     with torch.inference_mode():
         triples = torch.tensor([[*prompt, *triple] for triple in product(range(size), repeat=3)])
         logits = target(triples, use_cache=False).logits.double() / temperature
@@ -251,12 +249,26 @@ def test_sampled_pairs_follow_the_target(sampled_drafts, changes):
     for place in (2, 3, 4):
         exact *= probs[rows, place - 1, triples[:, place]]
     expected = exact.view(size, -1).sum(0).numpy() * count
-    engine = Engine(target, drafter, max_batch=2048, max_length=8, sampled_drafts=sampled_drafts)
     params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(count)]
     results = engine.generate([Request(prompt, 3, [], sampling) for sampling in params])
     pairs = [result.tokens[1] * size + result.tokens[2] for result in results]
     counts = np.bincount(pairs, minlength=size**2)
     assert chisquare(counts, expected * (count / expected.sum())).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("sampled_drafts", "changes"),
+    [
+        pytest.param(True, {}, id="sampled"),
+        pytest.param(False, {}, id="chosen"),
+        pytest.param(True, {"draft_vocab_size": 4, "own_head": True}, id="reduced-vocabulary"),
+    ],
+)
+def test_sampled_pairs_follow_the_target(sampled_drafts, changes):
+    target = tiny_target(**FEW)
+    drafter = tiny_drafter(**FEW, target_hidden_size=16, **changes)
+    engine = Engine(target, drafter, max_batch=2048, max_length=8, sampled_drafts=sampled_drafts)
+    check_sampled_pairs(target, engine, 120_000)
 
 
 def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch():

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import cycle, product
+from itertools import cycle
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from scipy.stats import chisquare
 
-from dflash_plugin.sampling import SamplingParams
 from dflash_plugin.transformers import Engine, Request
-from test_engine import greedy, prompts_of
+from test_engine import FEW, check_sampled_pairs, greedy, perfect_drafter, prompts_of
 from tiny import tiny_drafter, tiny_target
 
 TURNS = [None, (1,), (1, 4, 1, 1, 3), (3, 2, 4)]
@@ -62,49 +58,20 @@ def test_the_drafter_sees_every_position_once_behind_passes_that_did_not_draft()
 
 @pytest.mark.parametrize("sampled_drafts", [True, False])
 def test_sampled_pairs_follow_the_target(sampled_drafts):
-    """χ² of the second and third token of 16,000 requests against exact probabilities."""
-    count, size = 16_000, 8
-    sizes = {"vocab_size": size, "hidden_size": 16, "head_dim": 4, "intermediate_size": 24}
-    target, drafter = tiny_target(**sizes), tiny_drafter(**sizes, target_hidden_size=16)
-    prompt, temperature = [4, 5], 1.3
-    with torch.inference_mode():
-        triples = torch.tensor([[*prompt, *triple] for triple in product(range(size), repeat=3)])
-        logits = target(triples, use_cache=False).logits.double() / temperature
-        probs = torch.softmax(logits, dim=-1)
-    rows = torch.arange(len(triples))
-    exact = torch.ones(len(triples), dtype=torch.float64)
-    for place in (2, 3, 4):
-        exact *= probs[rows, place - 1, triples[:, place]]
-    expected = exact.view(size, -1).sum(0).numpy() * count
+    target, drafter = tiny_target(**FEW), tiny_drafter(**FEW, target_hidden_size=16)
     engine = adapting(
         target, drafter, (2, 1, 3), max_batch=2048, max_length=8, sampled_drafts=sampled_drafts
     )
-    params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(count)]
-    results = engine.generate([Request(prompt, 3, [], sampling) for sampling in params])
-    pairs = [result.tokens[1] * size + result.tokens[2] for result in results]
-    counts = np.bincount(pairs, minlength=size**2)
-    assert chisquare(counts, expected * (count / expected.sum())).pvalue > 1e-3
+    check_sampled_pairs(target, engine, 16_000)
 
 
 def test_what_was_accepted_is_learnt():
     target = tiny_target()
     prompt = prompts_of(1)[0]
-    answer = torch.tensor(prompt + greedy(target, prompt, 60) + [0] * 8)
-    drafter = tiny_drafter()
-
-    def oracle(anchors, positions):
-        hidden = torch.zeros(len(anchors), 3, 32)
-        hidden[..., 0] = positions[:, None] + torch.arange(1, 4)
-        return hidden
-
-    def read(hidden):
-        places = hidden[..., 0].long()
-        return torch.nn.functional.one_hot(answer[places], 128).float()
-
-    drafter.draft, drafter.logits = oracle, read
-    engine = Engine(target, drafter, max_length=120, adaptive=True)
+    answer = greedy(target, prompt, 60)
+    engine = Engine(target, perfect_drafter(prompt, answer), max_length=120, adaptive=True)
     result = engine.generate([Request(prompt, 60, stop_ids=[])])[0]
-    assert result.tokens == answer[len(prompt) : len(prompt) + 60].tolist()
+    assert result.tokens == answer
     assert engine.policy is not None
     assert engine.policy.acceptance.expected()[-1] > 3.3
 

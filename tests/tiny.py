@@ -20,6 +20,14 @@ from dflash_plugin.drafter import Drafter
 from dflash_plugin.transformers.loading import bind_drafter
 
 VOCABULARY = 97
+# Heads as wide as the engines' CPU attention takes them.
+ENGINE_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dflash_plugin.budget.acceptance import LEAST
+
 # Requests that a replay keeps apart, at most; a last row takes what padding writes.
 SLOTS = 1024
 # Texts are drawn ahead, which a captured pass cannot do.
@@ -85,14 +87,14 @@ def longer(traces: Any, drafts: int) -> Any:
     count, size = traces.num_drafts, len(traces.right)
     lengths = traces.starts[1:] - traces.starts[:-1]
     end = torch.repeat_interleave(traces.starts[1:], lengths)
-    confidence = torch.full((size, drafts), -8.0)
+    confidence = torch.full((size, drafts), LEAST)
     right, stands = torch.zeros(size, dtype=torch.int64), torch.ones(size, dtype=torch.bool)
     for first in range(0, drafts, count):
         place = torch.arange(size) + first
         inside = place < end
         place, part = place.clamp(max=size - 1), min(count, drafts - first)
         sure = traces.confidence[place, :part].float()
-        confidence[:, first : first + part] = torch.where(inside[:, None], sure, -8.0)
+        confidence[:, first : first + part] = torch.where(inside[:, None], sure, LEAST)
         here = torch.where(inside & stands, traces.right[place], 0).clamp(max=part)
         right, stands = right + here, stands & (here == part)
     return type(traces)(confidence, right, traces.starts)
@@ -104,14 +106,8 @@ def weights(traces: Any, tau: float) -> Tensor:
     Raises:
         ValueError: no weights do.
     """
-    tokens, passes = [], []
-    for start, end in zip(traces.starts.tolist(), traces.starts[1:].tolist(), strict=False):
-        place, count = start, 0
-        while place < end:
-            place, count = place + int(traces.right[place]) + 1, count + 1
-        tokens.append(end - start)
-        passes.append(count)
-    length, steps = torch.tensor(tokens).double(), torch.tensor(passes).double()
+    length = (traces.starts[1:] - traces.starts[:-1]).double()
+    steps = torch.tensor(traces.passes()).double()
 
     def drawn(c: float) -> Tensor:
         return torch.softmax(c * length / steps, dim=0)

@@ -22,17 +22,11 @@ from dflash_plugin.kernels import admit_drafts
 from dflash_plugin.serving import head
 from dflash_plugin.vllm import adaptive
 from distribution import check_distribution, continuations
+from tiny import ENGINE_SIZES as SIZES
 from tiny import tiny_target, write_target, write_tiny
 
 pytestmark = pytest.mark.skipif(not ON_V2, reason="adaptive verification needs the V2 runner")
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53], [7, 8, 9]]
 ADAPTIVE = {"enable_adaptive_verification": True}
 

@@ -16,16 +16,9 @@ from dflash_plugin.serving import head
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
 from distribution import check_distribution, continuations
+from tiny import ENGINE_SIZES as SIZES
 from tiny import tiny_target, write_target, write_tiny
 
-# Heads as wide as vLLM's CPU attention takes them.
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53]]
 WINDOW = {"sliding_window": 8}
 KINDS: dict[str, dict[str, Any]] = {

@@ -202,7 +202,7 @@ def simulate(
         number = torch.randint(count, (len(slots),), generator=generator)
         if mixed:
             number = number // 2 + (slots >= half) * (count // 2)
-        text = order[number.clamp(max=count - 1)]
+        text = order[number]
         return traces.starts[text].clone(), traces.starts[text + 1]
 
     place, end = draw(torch.arange(requests))

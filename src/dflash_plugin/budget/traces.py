@@ -49,13 +49,18 @@ class Traces:
     @property
     def tau(self) -> float:
         """Tokens a step when all drafts are verified, over all texts."""
-        steps = tokens = 0
+        passes = sum(self.passes())
+        return len(self.right) / passes if passes else 0.0
+
+    def passes(self) -> list[int]:
+        """Of each text, when all drafts are verified."""
+        found = []
         for start, end in zip(self.starts.tolist(), self.starts[1:].tolist(), strict=False):
-            place = start
+            place, count = start, 0
             while place < end:
-                committed = min(int(self.right[place]) + 1, end - place)
-                steps, tokens, place = steps + 1, tokens + committed, place + committed
-        return tokens / steps if steps else 0.0
+                place, count = place + int(self.right[place]) + 1, count + 1
+            found.append(count)
+        return found
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""

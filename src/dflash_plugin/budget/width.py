@@ -109,6 +109,7 @@ class WidthPolicy:
             outcomes.
 
     Attributes:
+        seconds: of a step, by captured requests and rows, as far as it has been timed.
         prior: seconds by captured requests and rows, as profiled at start; what they leave out is
             taken to be the same for all. Empty where every width is tried instead.
     """
@@ -126,19 +127,14 @@ class WidthPolicy:
         self.acceptance = Acceptance(max(widths) - 1)
         self.expected = expected or self.acceptance.expected
         self.prior: dict[tuple[int, int], float] = {}
+        self.seconds: dict[tuple[int, int], float] = {}
         self.steps = dict.fromkeys(self.widths, 0)
         self.proposed = self.verified = self.saved = 0
         self._times: dict[tuple[int, int], deque[float]] = {}
-        self._medians: dict[tuple[int, int], float] = {}
         self._recent: deque[tuple[int, int]] = deque(maxlen=SETTLED)
         self._last: float | None = None
         self._width, self._size, self._left = self.widths[-1], 0, 0
         self._until_probe, self._pause, self._probes = FIRST_PROBE, FIRST_PROBE, 0
-
-    @property
-    def seconds(self) -> dict[tuple[int, int], float]:
-        """Of a step, by captured requests and rows, as far as known."""
-        return dict(self._medians)
 
     def interrupt(self) -> None:
         """Something else ran, or nothing: the clock says nothing of the last step."""
@@ -182,7 +178,7 @@ class WidthPolicy:
             requests and rows, of those that have been timed.
         """
         times: dict[int, dict[int, float]] = {}
-        for (size, width), seconds in sorted(self._medians.items()):
+        for (size, width), seconds in sorted(self.seconds.items()):
             times.setdefault(size, {})[width] = round(1e3 * seconds, 3)
         return {
             "steps": dict(self.steps),
@@ -208,17 +204,19 @@ class WidthPolicy:
         times = self._times.setdefault(kind, deque(maxlen=KEPT))
         times.append(seconds)
         if len(times) >= TIMES:
-            self._medians[kind] = median(times)
+            self.seconds[kind] = median(times)
 
     def _next(self, size: int) -> int:
-        seconds = {width: self._of_step(size, width) for width in self.widths}
-        unknown = [width for width in self.widths if seconds[width] is None]
-        if unknown:
-            return unknown[-1]
+        seconds: dict[int, float] = {}
+        # From the widest down, one that is not known at all is tried.
+        for width in reversed(self.widths):
+            took = self._of_step(size, width)
+            if took is None:
+                return width
+            seconds[width] = took
         expected = self.expected()
 
-        def rate(width: int, took: float | None) -> float:
-            assert took is not None
+        def rate(width: int, took: float) -> float:
             tokens: float = expected[width - 1] / took**self.weight
             return tokens
 
@@ -233,7 +231,8 @@ class WidthPolicy:
                 return self.widths[index + 1 if best < self.widths[-1] else index - 1]
             # That which is best if its shortest time is right.
             others = [width for width in self.widths if width != best]
-            return max(others, key=lambda width: rate(width, self._shortest(size, width)))
+            shortest = {w: min(self._times.get((size, w)) or [seconds[w]]) for w in others}
+            return max(others, key=lambda width: rate(width, shortest[width]))
         if rates[best] <= GAIN * rates.get(self._width, 0.0):
             return self._width
         return best
@@ -242,10 +241,10 @@ class WidthPolicy:
         """Seconds of a step; more requests or more rows never take less."""
         found = [
             seconds
-            for (requests, rows), seconds in self._medians.items()
+            for (requests, rows), seconds in self.seconds.items()
             if requests >= size and rows >= width
         ]
-        if (size, width) not in self._medians:
+        if (size, width) not in self.seconds:
             guess = self._from_prior(size, width)
             if guess is None:
                 return None
@@ -258,17 +257,13 @@ class WidthPolicy:
         Where prompts come so often that no step is timed, the profile has to do.
         """
         profiled = self.prior.get((size, width))
-        timed = [kind for kind in self._medians if kind in self.prior]
+        timed = [kind for kind in self.seconds if kind in self.prior]
         if profiled is None or not timed:
             return profiled
         nearest = min(abs(requests - size) for requests, _ in timed)
         left_out: float = median(
-            max(0.0, self._medians[kind] - self.prior[kind])
+            max(0.0, self.seconds[kind] - self.prior[kind])
             for kind in timed
             if abs(kind[0] - size) == nearest
         )
         return profiled + left_out
-
-    def _shortest(self, size: int, width: int) -> float | None:
-        times = self._times.get((size, width))
-        return min(times) if times else self._of_step(size, width)

@@ -409,7 +409,7 @@ class Engine:
         target_pass = TargetPass(self.target.kv, positions, num_keys)
         logits, features = self.target.forward(tokens, target_pass, self.layer_ids)
         draft_probs = None
-        if not greedy and self._draft_probs is not None and rows > 1:
+        if not greedy and self._draft_probs is not None:
             draft_probs = self._draft_probs[:batch, : rows - 1]
         verdict = verify(
             drafts,

@@ -13,7 +13,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from itertools import product
 from statistics import median
 from types import ModuleType
@@ -110,7 +110,9 @@ class Budget:
         most_logits: int,
         admits_on_host: bool,
     ) -> None:
-        self.native, self.options, self.query_start_loc = native, options, query_start_loc
+        from dflash_plugin.kernels.admit_drafts import admit_drafts, admit_drafts_naive
+
+        self.native, self.query_start_loc = native, query_start_loc
         self.most_logits, self.admits_on_host = most_logits, admits_on_host
         self.drafts = int(req_states.num_speculative_steps)
         self.device = torch.device(req_states.device)
@@ -122,6 +124,11 @@ class Budget:
             widths, (), options.latency_vs_throughput, expected=self._expected
         )
         self.width = widths[-1]
+        self._admit = partial(
+            admit_drafts if kernels.available(self.device) else admit_drafts_naive,
+            least=options.min_draft_tokens,
+            most=options.max_draft_tokens,
+        )
         self._sizes: list[int] = []
         self._even: dict[tuple[int, int], Tensor] = {}
         self._steps = 0
@@ -169,7 +176,7 @@ class Budget:
             one = torch.ones(batch, dtype=torch.int32, device=self.device)
             starts = torch.zeros(batch + 1, dtype=torch.int32, device=self.device)
             slots = torch.zeros(batch, dtype=torch.int64, device=self.device)
-            self._admit(slots, one, one, 1, one.clone(), starts, starts.clone())
+            self._admit(self.chances, slots, one, one, 1, one.clone(), starts, starts.clone())
             batch *= 2
 
     # While serving.
@@ -257,6 +264,7 @@ class Budget:
             drafts, others = async_tensor_h2d(counts, device=self.device)
             logit_starts = torch.empty(batch + 1, dtype=torch.int32, device=self.device)
             self._admit(
+                self.chances,
                 idx_mapping,
                 drafts,
                 others,
@@ -322,32 +330,6 @@ class Budget:
             self.promise.tokens(self._budget_of(rows, requests, requests) / requests)
             for rows in range(1, self.drafts + 2)
         ]
-
-    def _admit(
-        self,
-        slots: Tensor,
-        drafts: Tensor,
-        others: Tensor,
-        budget: int,
-        admitted: Tensor,
-        logit_starts: Tensor,
-        query_starts: Tensor,
-    ) -> None:
-        from dflash_plugin.kernels.admit_drafts import admit_drafts, admit_drafts_naive
-
-        run = admit_drafts if kernels.available(self.device) else admit_drafts_naive
-        run(
-            self.chances,
-            slots,
-            drafts,
-            others,
-            budget,
-            admitted,
-            logit_starts,
-            query_starts,
-            least=self.options.min_draft_tokens,
-            most=self.options.max_draft_tokens,
-        )
 
     def _report(self) -> None:
         steps = sum(self.policy.steps.values())
