@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dflash_plugin.cli import app
-from tiny import write_target, write_tiny
+from tiny import DFLASH2, write_target, write_tiny
 
 DATA = Path(__file__).parent / "data"
 
@@ -42,6 +42,12 @@ def test_inspect(target, drafter):
     assert report["config"]["target_layer_ids"] == [0, 2]
     table = run("inspect", drafter, "--target", target, "--num-speculative-tokens", 9, code=1)
     assert "9 speculative tokens are asked for" in " ".join(table.split())
+
+
+def test_inspect_shows_what_makes_a_drafter_dflash2(target, tmp_path):
+    shown = run("inspect", write_tiny(tmp_path / "drafter", **DFLASH2), "--target", target)
+    for line in ("convolution kernel_size 2, group_size 8", "selector rank 6, top_k 5"):
+        assert line in " ".join(shown.replace("│", " ").split())
 
 
 def test_inspect_replays_known_answers(target, tmp_path):

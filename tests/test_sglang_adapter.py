@@ -15,7 +15,7 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.hosted import KEY
 from dflash_plugin.sglang import arguments, compat, metrics, penalties, register, sampling
 from dflash_plugin.sglang.options import Hosted, Options, hosted, read_options
-from tiny import tiny_config, write_tiny
+from tiny import DFLASH2, tiny_config, write_tiny
 
 TARGET = SimpleNamespace(
     hidden_size=32, num_hidden_layers=4, vocab_size=97, max_position_embeddings=512
@@ -106,6 +106,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
         arguments.check_layers(tiny_config(target_layer_ids=(-1, 2)), 4)
     with pytest.raises(DFlashError, match=r"no output of the last one \(3\)"):
         arguments.check_layers(tiny_config(target_layer_ids=(0, 3)), 4)
+
+
+def test_a_dflash2_drafter_is_refused(tmp_path):
+    with pytest.raises(DFlashError, match="not run on SGLang: use the Transformers engine"):
+        arguments.prepare(server_args(write_tiny(tmp_path, **DFLASH2)))
 
 
 def test_dummy_weights_are_not_checked(tmp_path):

@@ -18,7 +18,7 @@ from dflash_plugin.serving.hosted import Hosted, Options
 from dflash_plugin.vllm import arguments, compat, plugin
 from dflash_plugin.vllm.cpu import expand_kernel, without_empty_rows
 from dflash_plugin.vllm.options import hosted, read_options
-from tiny import tiny_config, write_tiny
+from tiny import DFLASH2, tiny_config, write_tiny
 
 TARGET = SimpleNamespace(
     get_hidden_size=lambda: 32,
@@ -100,6 +100,11 @@ def test_position_range_follows_the_target(tmp_path):
 def test_number_of_drafts_is_checked_against_the_block(tmp_path, asked):
     with pytest.raises(DFlashError, match=rf"is {asked} but a block of 4 drafts 3"):
         prepared(tmp_path, spec_tokens=asked)
+
+
+def test_a_dflash2_drafter_is_refused(tmp_path):
+    with pytest.raises(DFlashError, match="not run on vLLM: use the Transformers engine"):
+        prepared(tmp_path, changes=DFLASH2)
 
 
 def test_fewer_drafts_may_be_asked_for(tmp_path):

@@ -337,17 +337,20 @@ def _replay(directory: Path, target: Path | None, fits: bool) -> None:
     replay_record(load_drafter(directory, model), model, record)
 
 
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
 def _print_report(report: Any, replayed: bool) -> None:
     console, config = Console(), report.config
     table = Table("field", "value", title=report.directory)
     for name, value in config.model_dump(exclude={"layers", "rope"}).items():
         if value is not None:
-            table.add_row(name, str(value))
+            table.add_row(name, _listed(value) if isinstance(value, dict) else str(value))
     for index, layer in enumerate(config.layers):
         window = f"window {layer.sliding_window}" if layer.sliding_window else "full"
         table.add_row(f"layer {index}", f"{window}, {'causal' if layer.causal else 'not causal'}")
-    rope = config.rope.model_dump()
-    table.add_row("rope", ", ".join(f"{name} {value}" for name, value in rope.items()))
+    table.add_row("rope", _listed(config.rope.model_dump()))
     table.add_row("parameters", f"{report.parameters:,}")
     table.add_row("speculative tokens", str(report.num_draft_tokens))
     answers = f"{report.known_answers}" + (" (replayed: all equal)" if replayed else "")

@@ -17,6 +17,7 @@ from dflash_plugin.serving.hosted import (
     expected_acceptance,
     is_off,
     is_staged,
+    refuse_dflash2,
     resolve,
     stage,
     without_checks,
@@ -93,6 +94,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
         )
     checkpoint = resolve(str(model), settings.get("revision"), arguments.download_dir)
     config = load_config(checkpoint, options.dialect)
+    refuse_dflash2(config, "vLLM")
     config.require_target(
         target_model_config.get_hidden_size(),
         target_model_config.get_total_num_hidden_layers(),
