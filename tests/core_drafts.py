@@ -27,10 +27,10 @@ def core_drafts(reference: dict[str, Any], text: list[int], anchors: list[int]) 
         for anchor in anchors:
             drafter.store = StaticStore(drafter, 1, 512, torch.float32, torch.device("cpu"))
             drafter.inject(features[:, :anchor], torch.arange(anchor)[None])
-            hidden = drafter.draft(ids[0, anchor : anchor + 1], torch.tensor([anchor]))
-            best = drafter.logits(hidden)[0].topk(2, dim=-1)
-            margins = (best.values[:, 0] - best.values[:, 1]).tolist()
-            found.append((best.indices[:, 0].tolist(), margins))
+            place = ids[0, anchor : anchor + 1], torch.tensor([anchor])
+            proposal = drafter.propose(drafter.draft(*place), *place)
+            best = proposal.scores[0].topk(2, dim=-1).values
+            found.append((proposal.tokens[0].tolist(), (best[:, 0] - best[:, 1]).tolist()))
     finally:
         drafter.store = kept
     return found

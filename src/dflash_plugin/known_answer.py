@@ -28,7 +28,8 @@ class KnownAnswer(BaseModel):
         prompt: token ids whose features are the context.
         anchor: the target's greedy token after the prompt.
         drafts: the drafter's greedy tokens after the anchor, [num_draft_tokens].
-        margins: logit of each draft less the runner-up's, [num_draft_tokens].
+        margins: score of each draft (its logit, or a selector's) less the runner-up's,
+            [num_draft_tokens].
         hidden: the first values of the first and the last drafting row, after the final norm.
     """
 
@@ -74,16 +75,17 @@ def answer(drafter: Drafter, target: PreTrainedModel, prompt: Sequence[int]) -> 
     )
     try:
         drafter.inject(features, torch.arange(length, device=device)[None])
-        hidden = drafter.draft(anchor, torch.full_like(anchor, length))
+        position = torch.full_like(anchor, length)
+        hidden = drafter.draft(anchor, position)
     finally:
         drafter.store = kept
-    logits = drafter.logits(hidden)[0].float()
-    best = logits.topk(2, dim=-1)
+    proposal = drafter.propose(hidden, anchor, position)
+    best = proposal.scores[0].float().topk(2, dim=-1).values
     return KnownAnswer(
         prompt=list(prompt),
         anchor=int(anchor),
-        drafts=drafter.token_ids(best.indices[:, 0]).tolist(),
-        margins=[round(float(m), 4) for m in best.values[:, 0] - best.values[:, 1]],
+        drafts=proposal.tokens[0].tolist(),
+        margins=[round(float(m), 4) for m in best[:, 0] - best[:, 1]],
         hidden=[
             [round(float(value), 4) for value in hidden[0, row, :HIDDEN_VALUES]] for row in (0, -1)
         ],
