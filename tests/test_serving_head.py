@@ -10,6 +10,7 @@ import torch
 
 from dflash_plugin import kernels
 from dflash_plugin.fp8 import quantise
+from dflash_plugin.kernels.draft_head import HeadChoice, draft_head_naive, merge_heads
 from dflash_plugin.serving import head as serving_head
 from dflash_plugin.serving.fp8 import Fp8Method
 from dflash_plugin.serving.head import best_of_shard
@@ -51,6 +52,25 @@ def test_shards_find_the_best_of_the_whole(fp8):
     assert torch.equal(found, logits.argmax(dim=-1)) or fp8
     # Rounding changes places only of near ones.
     assert ((logits.max(dim=-1).values - logits[range(5), found]) < 0.5).all()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_shards_find_the_candidates_of_the_whole(fp8):
+    hidden, weight = random(5, 32), random(40, 32)
+    options = {"top_k": 4, "scale": 0.5, "softcap": 3.0}
+    parts = []
+    for start, rows in ((0, 25), (25, 15), (40, 0)):
+        head = head_of(weight[start : start + rows], Plain(), start)
+        if fp8:
+            head.quant_method = Fp8Method()
+            head.weight, head.fp8_scales = quantise(head.weight)
+        parts.append(best_of_shard(head, hidden, rows, Plain, **options))
+    tokens, scores, logits = (torch.cat([part[i] for part in parts], dim=-1) for i in range(3))
+    totals = torch.stack([part.log_sum_exp for part in parts], dim=-1)
+    found = merge_heads(HeadChoice(tokens, scores, logits, totals), 4)
+    whole = draft_head_naive(hidden, weight, **options)
+    assert torch.equal(found.tokens, whole.tokens) or fp8
+    torch.testing.assert_close(found.logits, whole.logits, atol=0.2 if fp8 else 1e-5, rtol=0)
 
 
 def test_what_is_left_to_logits(monkeypatch):

@@ -63,6 +63,12 @@ class DynamicConvolution(nn.Module):
             name=f"{name}.kernel_projection",
         )
 
+    def kernels(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Dynamic kernels [..., T, taps, groups] of both sides from x [..., T, hidden]."""
+        kernels: Tensor = self.kernel_projection(x)
+        before, after = kernels.unflatten(-1, (2, self.taps, self.groups)).unbind(-3)
+        return before, after
+
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], block_size: int) -> Tensor:
         """``sublayer`` between the two convolutions.
 
@@ -71,7 +77,6 @@ class DynamicConvolution(nn.Module):
             sublayer: takes and gives [..., T, hidden].
             block_size: rows of a block.
         """
-        kernels: Tensor = self.kernel_projection(x)
-        before, after = kernels.unflatten(-1, (2, self.taps, self.groups)).unbind(-3)
+        before, after = self.kernels(x)
         x = grouped_convolution(x, before, self.base_kernel[0], block_size)
         return grouped_convolution(sublayer(x), after, self.base_kernel[1], block_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,16 +32,28 @@ def best_of_ranks(scores: Tensor, tokens: Tensor, gather: Callable[[Tensor], Ten
     return gather(tokens).gather(-1, best).squeeze(-1)
 
 
-def best_of_shard(head: Any, hidden: Tensor, rows: int, plain: type) -> HeadChoice | None:
-    """The best token of each row over this rank's shard, or None where logits are to be made.
+def best_of_shard(
+    head: Any,
+    hidden: Tensor,
+    rows: int,
+    plain: type,
+    *,
+    top_k: int = 1,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> HeadChoice | None:
+    """The best tokens of each row over this rank's shard, or None where logits are to be made.
 
-    A scale or soft-cap on logits keeps their order.
+    A scale or soft-cap on logits keeps their order; a selector adds to what they make of them.
 
     Args:
         head: an engine's, with ``shard_indices`` where it is sharded.
         hidden: [T, hidden].
         rows: of its weight that are tokens.
         plain: the engine's method of heads that are not quantised.
+        top_k: tokens of a row, from 1 to 16.
+        scale: on logits.
+        softcap: bends logits, or None.
     """
     method, count = getattr(head, "quant_method", None), hidden.shape[0]
     in_fp8 = isinstance(method, Fp8Method)
@@ -55,19 +68,19 @@ def best_of_shard(head: Any, hidden: Tensor, rows: int, plain: type) -> HeadChoi
     shard = getattr(head, "shard_indices", None)
     first = 0 if shard is None else int(shard.org_vocab_start_index)
     if rows == 0:  # All of a small head lies on other ranks, which ask for this one's best too.
-        nothing = torch.full((count, 1), float("-inf"), device=hidden.device)
-        tokens = torch.full((count, 1), first, device=hidden.device)
+        nothing = torch.full((count, top_k), float("-inf"), device=hidden.device)
+        tokens = torch.full((count, top_k), first, device=hidden.device)
         return HeadChoice(tokens, nothing, nothing, nothing[:, 0])
+    wanted = partial(draft_head, first_token=first, top_k=top_k, scale=scale, softcap=softcap)
     if not in_fp8:
         weight = head.weight[:rows]
-        return draft_head(hidden.to(weight.dtype), weight, first_token=first)
+        return wanted(hidden.to(weight.dtype), weight)
     from dflash_plugin.kernels.quantise_rows import quantise_rows
 
     rounded, stored = quantise_rows(hidden), rows_of(head)
-    return draft_head(
+    return wanted(
         rounded.values,
         stored.values[:rows],
         hidden_scale=rounded.scales,
         weight_scale=stored.scales[:rows],
-        first_token=first,
     )
