@@ -166,8 +166,10 @@ def test_a_profile_spares_trying(overhead):
     machine.fixed += overhead
     for requests in (64, 32):
         rates = {width: machine.rate(requests, width) for width in WIDTHS}
-        tried = machine.run(policy, requests, 32)[8:]
-        assert min(rates[width] for width in tried) > 0.97 * max(rates.values())
+        tried = machine.run(policy, requests, 64)[8:]
+        mean = sum(rates[width] for width in tried) / len(tried)
+        assert mean > 0.98 * max(rates.values())
+        assert len(set(tried)) <= 2
 
 
 def test_a_profile_does_where_no_step_can_be_timed():
@@ -190,6 +192,17 @@ def test_a_profile_that_misleads_is_corrected():
     machine.seconds = lambda requests, width: 0.03
     machine.run(policy, 8, 300)
     assert machine.run(policy, 8, 400).count(16) > 300
+
+
+def test_rows_that_the_host_hides_are_found_at_once():
+    """By their passes fewer rows would pay, but the host takes longer than any of them."""
+    machine = Machine(0.8, fixed=0.001, row=4e-5, free=0)
+    policy = WidthPolicy(WIDTHS)
+    policy.prior = {(8, width): machine.seconds(8, width) for width in WIDTHS}
+    assert machine.step(policy, 8) < 16
+    passes = machine.seconds
+    machine.seconds = lambda requests, width: max(0.008, passes(requests, width))
+    assert machine.run(policy, 8, 48)[16:].count(16) == 32
 
 
 def test_speculation_is_left_off_where_it_does_not_pay_and_comes_back():

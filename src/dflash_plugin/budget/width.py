@@ -110,8 +110,8 @@ class WidthPolicy:
 
     Attributes:
         seconds: of a step, by captured requests and rows, as far as it has been timed.
-        prior: seconds by captured requests and rows, as profiled at start; what they leave out is
-            taken to be the same for all. Empty where every width is tried instead.
+        prior: seconds by captured requests and rows, as profiled at start, without the host's
+            work. Empty where every width is tried instead.
     """
 
     def __init__(
@@ -254,16 +254,21 @@ class WidthPolicy:
     def _from_prior(self, size: int, width: int) -> float | None:
         """The profiled time and what it leaves out, by the nearest steps that have been timed.
 
-        Where prompts come so often that no step is timed, the profile has to do.
+        An engine hides what it leaves out behind passes, or does not. Of both, what promises more
+        is believed of other widths, since it will be timed if it is chosen. Where prompts come so
+        often that no step is timed, the profile has to do.
         """
         profiled = self.prior.get((size, width))
         timed = [kind for kind in self.seconds if kind in self.prior]
         if profiled is None or not timed:
             return profiled
         nearest = min(abs(requests - size) for requests, _ in timed)
-        left_out: float = median(
-            max(0.0, self.seconds[kind] - self.prior[kind])
-            for kind in timed
-            if abs(kind[0] - size) == nearest
-        )
-        return profiled + left_out
+        guesses, least = [], 0.0
+        for kind in timed:
+            if abs(kind[0] - size) == nearest:
+                took, of_pass = self.seconds[kind], self.prior[kind]
+                guess = profiled + max(0.0, took - of_pass)
+                guesses.append(guess if nearest else min(guess, max(profiled, took)))
+                if nearest == 0 and kind[1] < width:
+                    least = max(least, took)
+        return max(least, float(median(guesses)))
