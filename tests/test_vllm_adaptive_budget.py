@@ -150,26 +150,46 @@ def test_profiled_passes_say_what_steps_take(budget):
 
 
 def test_what_a_batch_promises():
-    promise = Promise(3, 4, CPU)
+    promise = Promise(3, 32, CPU)
     prior = [promise.tokens(k) for k in range(4)]
     assert prior[0] == 1.0
     assert prior == sorted(prior)
     chances = torch.tensor([[0.5, 0.5, 0.5], [1.0, 1.0, 0.0]])
-    promise.ask(chances)
-    # The best of both: 1, 1, 0.5, 0.25, 0.125, 0.
+    promise.ask(chances.repeat(16, 1))
+    # The best of two: 1, 1, 0.5, 0.25, 0.125, 0.
     assert promise.tokens(0) == 1.0
     assert promise.tokens(1) == pytest.approx(1 + 2 / 2)
-    assert promise.tokens(1.5) == pytest.approx(1 + 2.5 / 2)
+    assert promise.tokens(2) == pytest.approx(1 + 2.75 / 2)
     assert promise.tokens(3) == pytest.approx(1 + 2.875 / 2)
 
 
+def test_few_blocks_promise_little():
+    promise = Promise(1, 4, CPU)
+    believed = promise.tokens(1)
+    promise.ask(torch.zeros(1, 1))
+    assert 1 + 0.9 * (believed - 1) < promise.tokens(1) < believed
+    for _ in range(200):
+        promise.ask(torch.tensor([[0.0], [1.0]]))
+        promise.tokens(1)
+    assert promise.tokens(1) == pytest.approx(1.5, abs=1e-3)
+
+
 def test_the_policy_is_told_what_the_drafts_promise(budget):
-    budget.chances[:3] = 0.0
-    for _ in range(12):
-        step(budget, [7] * 3, [1] * 3)
-    assert max(budget._expected()) == pytest.approx(1.0)
-    budget.chances[:3] = 1.0
-    for _ in range(12):
+    budget.chances[:] = 0.0
+    for _ in range(400):
         budget.width = 8
+        step(budget, [7] * SLOTS, [1] * SLOTS)
+    assert max(budget._expected()) == pytest.approx(1.0, abs=1e-3)
+    budget.chances[:] = 1.0
+    for _ in range(400):
+        budget.width = 8
+        step(budget, [7] * SLOTS, [1] * SLOTS)
+    assert budget._expected()[-1] == pytest.approx(8.0, abs=1e-3)
+
+
+def test_the_estimator_learns_now_and_then(budget):
+    learnt = 0
+    for _ in range(40):
+        learnt += budget.learns
         step(budget, [7] * 3, [1] * 3)
-    assert budget._expected()[-1] == pytest.approx(8.0)
+    assert learnt == 10

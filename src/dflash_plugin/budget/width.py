@@ -222,20 +222,20 @@ class WidthPolicy:
 
         rates = {width: rate(width, seconds[width]) for width in self.widths}
         best = max(self.widths, key=rates.__getitem__)
-        if self._until_probe <= 0 and len(self.widths) > 1:
-            self._pause = min(2 * self._pause, PROBE)
-            self._until_probe, self._probes = self._pause, self._probes + 1
-            index = self.widths.index(best)
-            if self._probes % 2:
-                # The next wider one tells of drafts that are not verified.
-                return self.widths[index + 1 if best < self.widths[-1] else index - 1]
-            # That which is best if its shortest time is right.
-            others = [width for width in self.widths if width != best]
-            shortest = {w: min(self._times.get((size, w)) or [seconds[w]]) for w in others}
-            return max(others, key=lambda width: rate(width, shortest[width]))
         if rates[best] <= GAIN * rates.get(self._width, 0.0):
-            return self._width
-        return best
+            best = self._width
+        if self._until_probe > 0 or len(self.widths) == 1:
+            return best
+        self._pause = min(2 * self._pause, PROBE)
+        self._until_probe, self._probes = self._pause, self._probes + 1
+        index = self.widths.index(best)
+        if self._probes % 2:
+            # The next wider one tells of drafts that are not verified.
+            return self.widths[index + 1 if best < self.widths[-1] else index - 1]
+        # That which is best if its shortest time is right.
+        others = [width for width in self.widths if width != best]
+        shortest = {w: min(self._times.get((size, w)) or [seconds[w]]) for w in others}
+        return max(others, key=lambda width: rate(width, shortest[width]))
 
     def _of_step(self, size: int, width: int) -> float | None:
         """Seconds of a step; more requests or more rows never take less."""

@@ -34,6 +34,10 @@ from dflash_plugin.vllm.options import hosted
 logger = logging.getLogger("vllm.dflash_plugin")
 
 Counts = NDArray[np.int32]
+# Blocks that tell what those to come promise.
+BLOCKS = 32
+# One of so many steps teaches the estimator: a launch takes its time, outcomes are many.
+LEARNING = 4
 # Steps between two lines in the log.
 REPORT = 20000
 
@@ -42,7 +46,7 @@ class Promise:
     """What the drafts of a batch are expected to commit, by how many are verified.
 
     The device adds up the best chances; the host takes the sums once they have arrived, and goes by
-    the last ones until then.
+    earlier ones until then. Few blocks say little of those to come, so that older ones count too.
 
     Args:
         drafts: K, of a block.
@@ -55,7 +59,7 @@ class Promise:
         on_gpu = device.type == "cuda"
         self._sums = torch.empty(size * drafts, pin_memory=on_gpu)
         self._event = torch.cuda.Event() if on_gpu else None
-        self._requests, self._gained = 1, np.array(Acceptance(drafts).expected()[1:]) - 1.0
+        self._gained = np.array(Acceptance(drafts).expected()) - 1.0
         self._asked = 0
 
     def ask(self, chances: Tensor) -> None:
@@ -78,10 +82,12 @@ class Promise:
         Those with the best chances are.
         """
         if self._asked and (self._event is None or self._event.query()):
-            self._requests, self._asked = self._asked, 0
-            self._gained = self._sums[: self._requests * self.drafts].numpy().copy()
-        taken = min(len(self._gained), round(drafts_each * self._requests))
-        return 1.0 + (float(self._gained[taken - 1]) / self._requests if taken else 0.0)
+            requests, self._asked = self._asked, 0
+            sums = self._sums[: requests * self.drafts].numpy()
+            found = np.append(0.0, sums[requests - 1 :: requests] / requests)
+            weight = min(1.0, requests / BLOCKS)
+            self._gained = (1 - weight) * self._gained + weight * found
+        return 1.0 + float(np.interp(drafts_each, np.arange(self.drafts + 1), self._gained))
 
 
 class Budget:
@@ -131,6 +137,7 @@ class Budget:
         )
         self._sizes: list[int] = []
         self._even: dict[tuple[int, int], Tensor] = {}
+        self._alike: dict[int, tuple[Tensor, Tensor]] = {}
         self._steps = 0
         # Of the step that is being prepared.
         self._budget, self._requests = 0, 0
@@ -260,8 +267,7 @@ class Budget:
             logit_starts = self._starts_on_device(len(req_ids), async_tensor_h2d)
         else:
             batch = len(req_ids)
-            counts = np.stack([self._drafts, self._others]).astype(np.int32, copy=False)
-            drafts, others = async_tensor_h2d(counts, device=self.device)
+            drafts, others = self._counts_on_device(async_tensor_h2d)
             logit_starts = torch.empty(batch + 1, dtype=torch.int32, device=self.device)
             self._admit(
                 self.chances,
@@ -287,9 +293,26 @@ class Budget:
         if self._steps % RUN == 0 and self.width > 1:
             self.promise.ask(self.chances[input_batch.idx_mapping])
 
+    @property
+    def learns(self) -> bool:
+        """Whether the outcome of this step's drafts is looked at."""
+        return self._steps % LEARNING == 0
+
     def summary(self) -> dict[str, object]:
         """What has been learnt and chosen so far, as ``WidthPolicy.summary`` has it."""
         return self.policy.summary()
+
+    def _counts_on_device(self, send: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        """Drafts and other tokens of each request; sent once where all have as many."""
+        counts = np.stack([self._drafts, self._others]).astype(np.int32, copy=False)
+        if (counts != [[self.drafts], [1]]).any():
+            drafts, others = send(counts, device=self.device)
+            return drafts, others
+        batch = counts.shape[1]
+        if batch not in self._alike:
+            drafts, others = send(counts, device=self.device)
+            self._alike[batch] = drafts, others
+        return self._alike[batch]
 
     def _starts_on_device(self, batch: int, send: Callable[..., Tensor]) -> Tensor:
         """Where each request's logits begin; sent once where all have as many."""
