@@ -98,10 +98,17 @@ class AcceptanceModel:
         curvature = torch.einsum("bk,bki,bkj->kij", p * (1 - p), x, x)
         weights, precision = self.state
         precision = self.prior + self.fade * (precision - self.prior) + curvature
-        weights = weights + torch.linalg.solve(precision, gradient)
+        weights = weights + _solve(precision, gradient)
         # A confidence that counted against its token would be noise.
         slope = weights[:, :1].clamp(min=0.05)
         self.state = Calibration(torch.cat([slope, weights[:, 1:]], dim=-1), precision)
+
+
+def _solve(matrices: Tensor, right: Tensor) -> Tensor:
+    """Solutions [K, 2] of K pairs of equations, which a library would check on the host."""
+    (a, b), (c, d) = (row.unbind(dim=-1) for row in matrices.unbind(dim=-2))
+    x, y = right.unbind(dim=-1)
+    return torch.stack([d * x - b * y, a * y - c * x], dim=-1) / (a * d - b * c)[..., None]
 
 
 def calibration_error(probabilities: Tensor, outcomes: Tensor, bins: int = 10) -> float:

@@ -23,6 +23,8 @@ from dflash_plugin.sglang.width import Widths
 
 logger = logging.getLogger("sglang.dflash_plugin")
 
+# What a pass's result says of the rows that it verified of each request, on average.
+ROWS = "dflash_plugin_rows"
 # Verify passes of requests between two looks at what has been counted.
 STRIDE = 64
 
@@ -164,10 +166,11 @@ def count_accepted(native: Callable[..., Any], processor: Any, result: Any, batc
         for request, number in zip(batch.reqs, numbers, strict=True)
         if not (request.finished() or request.is_retracted)
     ]
-    rows = int(result.speculative_num_draft_tokens)
+    block = int(result.speculative_num_draft_tokens)
+    rows = int(getattr(result, ROWS, block))
     if _acceptance is not None:
-        _acceptance.observe(accepted, whole=_widths is None or rows == _widths.block)
-    if _widths is not None:
+        _acceptance.observe(accepted, whole=rows == block)
+    if _widths is not None and not _widths.by_request:
         _widths.policy.observe(rows, accepted)
     return tokens
 
