@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from dflash_plugin.budget.width import Acceptance, WidthPolicy, choose_widths
+from dflash_plugin.budget.width import Acceptance, WidthPolicy, choose_widths, growth
 from dflash_plugin.errors import DFlashError
 
 WIDTHS = choose_widths(16, 0, None)
@@ -267,6 +267,26 @@ def test_drafts_are_counted():
     assert summary["drafts_verified"] == 16 * sum(width - 1 for width in widths)
     assert summary["drafts_saved"] == 16 * sum(8 - width for width in widths)
     assert summary["drafts_proposed"] == 16 * 7 * (100 - widths.count(1))
+
+
+def test_growth_adds_up_to_what_was_counted():
+    policy, machine = WidthPolicy((1, 4, 8)), Machine(0.7, row=1e-4, free=0)
+    before: dict[str, int] = {}
+    added = dict.fromkeys(policy.counts(), 0)
+    assert growth(policy.counts(), before) == added
+    for steps in (1, 40, 59):
+        machine.run(policy, 16, steps)
+        now = policy.counts()
+        for name, count in growth(now, before).items():
+            added[name] += count
+        before = now
+    summary = policy.summary()
+    assert added == {
+        **{name: summary[f"drafts_{name}"] for name in ("proposed", "verified", "saved")},
+        **{f"steps:{width}": summary["steps"][width] for width in (1, 4, 8)},
+    }
+    assert growth(policy.counts(), before) == {}
+    assert growth({"saved": 2}, {"saved": 3}) == {"saved": 2}  # begun anew
 
 
 def test_limits_are_kept():

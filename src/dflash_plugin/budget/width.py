@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
 from dflash_plugin.errors import DFlashError
@@ -95,6 +95,21 @@ class Acceptance:
             tokens += survival
             found.append(tokens)
         return found
+
+
+def growth(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
+    """By how much ``WidthPolicy.counts`` have grown, of those that have and those that are new.
+
+    One that is less than before began anew, as with an engine that sets up its runner again.
+    """
+    grown = {}
+    for name, count in now.items():
+        last = before.get(name)
+        if last is None or count < last:
+            grown[name] = count
+        elif count > last:
+            grown[name] = count - last
+    return grown
 
 
 class WidthPolicy:
@@ -187,6 +202,15 @@ class WidthPolicy:
             "drafts_saved": self.saved,
             "expected_tokens": [round(tokens, 3) for tokens in self.expected()],
             "step_milliseconds": times,
+        }
+
+    def counts(self) -> dict[str, int]:
+        """Drafts ``proposed``, ``verified`` and ``saved``, and steps of 8 rows as ``steps:8``."""
+        return {
+            "proposed": self.proposed,
+            "verified": self.verified,
+            "saved": self.saved,
+            **{f"steps:{rows}": steps for rows, steps in self.steps.items()},
         }
 
     def _captured(self, requests: int) -> int:
