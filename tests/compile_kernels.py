@@ -125,8 +125,10 @@ def products(rows: int) -> None:
 
 
 def adaptive(batch: int, drafts: int) -> None:
+    from dflash_plugin.budget.acceptance import AcceptanceModel
     from dflash_plugin.kernels.admit_drafts import admit_drafts
     from dflash_plugin.kernels.cut_blocks import cut_blocks
+    from dflash_plugin.kernels.learn_acceptance import Learnt, learn_acceptance
     from dflash_plugin.kernels.predict_acceptance import predict_acceptance
     from dflash_plugin.kernels.row_choice import row_choice
 
@@ -139,6 +141,9 @@ def adaptive(batch: int, drafts: int) -> None:
     for slope in (offsets[:1], offsets):
         predict_acceptance(row, row, slots, slots, slope, offsets, chances, chances)
     row_choice(of(rows, 1024))
+    model = AcceptanceModel(drafts)
+    for starts in (None, counts[3]):
+        learn_acceptance(chances, counts[0], starts, Learnt.of(model), model)
     tokens, starts = whole(batch, drafts + 1), counts[-1]
     share = of(4 * len(starts), dtype=torch.int32)
     cut_blocks(tokens, tokens.flatten(), tokens.flatten(), 4, starts, share, even=False)

@@ -205,6 +205,20 @@ def test_rows_that_the_host_hides_are_found_at_once():
     assert machine.run(policy, 8, 48)[16:].count(16) == 32
 
 
+def test_whole_blocks_need_no_cutting():
+    """What cutting takes is learnt at one number of requests and known at others."""
+    machine = Machine(0.6, fixed=0.001, row=2e-6, free=0)
+    policy = WidthPolicy(WIDTHS)
+    policy.prior = {
+        (size, width): machine.seconds(size, width) for size in (8, 16, 32) for width in WIDTHS
+    }
+    passes = machine.seconds
+    machine.seconds = lambda requests, width: passes(requests, width) + 5e-4 * (width < 16)
+    machine.run(policy, 8, 600)
+    for requests in (16, 32):
+        assert machine.run(policy, requests, 40).count(16) == 40
+
+
 def test_speculation_is_left_off_where_it_does_not_pay_and_comes_back():
     machine = Machine(0.05, fixed=0.001, row=1e-4, free=0)
     policy = WidthPolicy(WIDTHS)

@@ -151,12 +151,12 @@ def test_profiled_passes_say_what_steps_take(budget):
 
 def test_the_policy_is_told_what_the_drafts_promise(budget):
     budget.chances[:] = 0.0
-    for _ in range(400):
+    for _ in range(1600):
         budget.width = 8
         step(budget, [7] * SLOTS, [1] * SLOTS)
     assert max(budget._expected()) == pytest.approx(1.0, abs=1e-3)
     budget.chances[:] = 1.0
-    for _ in range(400):
+    for _ in range(1600):
         budget.width = 8
         step(budget, [7] * SLOTS, [1] * SLOTS)
     assert budget._expected()[-1] == pytest.approx(8.0, abs=1e-3)

@@ -111,6 +111,7 @@ class Schedulers:
 def serve(job: dict[str, Any]) -> dict[str, Any]:
     """In the fork: what a job asks for."""
     os.environ.update(job["environment"])
+    import torch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import PortArgs, ServerArgs
@@ -140,7 +141,14 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
             drafts = [[token for token in block if token >= 0] for block in tokens]
             cut.append([widths.chosen, worker.step.anchors.tolist(), drafts])
 
-        widths.learn = noted
+        narrow, generator = widths.narrow, torch.Generator().manual_seed(0)
+
+        def unlike(*arguments: Any) -> Any:
+            # Copies of a prompt would have as many rows each.
+            widths.chances.predictions.uniform_(generator=generator)
+            return narrow(*arguments)
+
+        widths.learn, widths.narrow = noted, unlike
     texts, blocks = [], []
     for prompt in job["prompts"]:
         requests = [make_request(scheduler, prompt, **job["params"]) for _ in range(job["copies"])]

@@ -17,6 +17,8 @@ from torch import Tensor
 
 # Confidences beyond say nothing more.
 LEAST, MOST = -8.0, 12.0
+# A confidence that counted against its token would be noise.
+LEAST_SLOPE = 0.05
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -62,7 +64,8 @@ class AcceptanceModel:
     ) -> None:
         start = torch.tensor([1.0, 0.0], device=device)
         # A slope is worth more than an offset, since confidences spread wider than one.
-        self.prior = prior * torch.diag(torch.tensor([1.0, 0.25], device=device))
+        self.prior_precision = prior, 0.25 * prior
+        self.prior = torch.diag(torch.tensor(self.prior_precision, device=device))
         self.fade = 1.0 - 1.0 / memory
         self.state = Calibration(
             start.repeat(num_drafts, 1), self.prior.repeat(num_drafts, 1, 1).clone()
@@ -99,8 +102,7 @@ class AcceptanceModel:
         weights, precision = self.state
         precision = self.prior + self.fade * (precision - self.prior) + curvature
         weights = weights + _solve(precision, gradient)
-        # A confidence that counted against its token would be noise.
-        slope = weights[:, :1].clamp(min=0.05)
+        slope = weights[:, :1].clamp(min=LEAST_SLOPE)
         self.state = Calibration(torch.cat([slope, weights[:, 1:]], dim=-1), precision)
 
 

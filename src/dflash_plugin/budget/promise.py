@@ -10,6 +10,8 @@ from dflash_plugin.budget.width import Acceptance
 
 # Blocks that tell what those to come promise.
 BLOCKS = 32
+# One of so many steps is asked: adding up takes some launches.
+ASKED = 32
 
 
 class Promise:
@@ -30,7 +32,12 @@ class Promise:
         self._sums = torch.empty(size * drafts, pin_memory=on_gpu)
         self._event = torch.cuda.Event() if on_gpu else None
         self._gained = np.array(Acceptance(drafts).expected()) - 1.0
-        self._asked = 0
+        self._asked, self._steps = 0, 0
+
+    def is_due(self) -> bool:
+        """Whether a step that has drafted is one to be asked."""
+        self._steps += 1
+        return self._steps % ASKED == 0
 
     def ask(self, chances: Tensor) -> None:
         """Begin to add up, unless that is under way.

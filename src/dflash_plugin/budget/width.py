@@ -262,11 +262,14 @@ class WidthPolicy:
         return max(others, key=lambda width: rate(width, shortest[width]))
 
     def _of_step(self, size: int, width: int) -> float | None:
-        """Seconds of a step; more requests or more rows never take less."""
+        """Seconds of a step; more requests or more rows never take less.
+
+        Whole blocks are not compared with others, which have to be cut first.
+        """
         found = [
             seconds
             for (requests, rows), seconds in self.seconds.items()
-            if requests >= size and rows >= width
+            if requests >= size and rows >= width and self._alike(rows, width)
         ]
         if (size, width) not in self.seconds:
             guess = self._from_prior(size, width)
@@ -274,6 +277,10 @@ class WidthPolicy:
                 return None
             found.append(guess)
         return min(found)
+
+    def _alike(self, rows: int, width: int) -> bool:
+        """Whether neither of both widths is that of whole blocks, or both are."""
+        return (rows == self.widths[-1]) == (width == self.widths[-1])
 
     def _from_prior(self, size: int, width: int) -> float | None:
         """The profiled time and what it leaves out, by the nearest steps that have been timed.
@@ -284,6 +291,7 @@ class WidthPolicy:
         """
         profiled = self.prior.get((size, width))
         timed = [kind for kind in self.seconds if kind in self.prior]
+        timed = [kind for kind in timed if self._alike(kind[1], width)] or timed
         if profiled is None or not timed:
             return profiled
         nearest = min(abs(requests - size) for requests, _ in timed)
@@ -293,6 +301,6 @@ class WidthPolicy:
                 took, of_pass = self.seconds[kind], self.prior[kind]
                 guess = profiled + max(0.0, took - of_pass)
                 guesses.append(guess if nearest else min(guess, max(profiled, took)))
-                if nearest == 0 and kind[1] < width:
+                if nearest == 0 and kind[1] < width < self.widths[-1]:
                     least = max(least, took)
         return max(least, float(median(guesses)))

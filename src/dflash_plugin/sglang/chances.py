@@ -13,8 +13,8 @@ from dflash_plugin.budget.acceptance import AcceptanceModel
 if TYPE_CHECKING:
     from dflash_plugin.kernels.draft_head import HeadChoice
 
-# One of so many passes teaches the model: its launches take their time, outcomes are many.
-LEARNING = 8
+# One of so many passes teaches the model: a launch takes its time, outcomes are many.
+LEARNING = 4
 
 
 class Chances:
@@ -32,9 +32,11 @@ class Chances:
 
     def __init__(self, drafts: int, size: int, device: torch.device) -> None:
         self.drafts = drafts
+        from dflash_plugin.kernels.learn_acceptance import Learnt
+
         self.model = AcceptanceModel(drafts, device)
+        self.learnt = Learnt.of(self.model)
         self.confidences, self.predictions = torch.zeros(2, size, drafts, device=device).unbind()
-        self._slope, self._offsets = (part.contiguous() for part in self.model.state.weights.T)
         self._requests = torch.arange(size, device=device).repeat_interleave(drafts)
         self._places = torch.arange(drafts, device=device).repeat(size)
         self._passes = 0
@@ -59,23 +61,27 @@ class Chances:
             choice.log_sum_exp,
             self._requests[:rows],
             self._places[:rows],
-            self._slope,
-            self._offsets,
+            self.learnt.slope,
+            self.learnt.offsets,
             self.confidences,
             self.predictions,
         )
 
-    def learn(self, accepted: Tensor, verified: Tensor) -> None:
+    def learn(self, committed: Tensor, starts: Tensor | None) -> None:
         """Learn now and then from what came of the drafts.
 
         Args:
-            accepted: int64 [B].
-            verified: int64 [B].
+            committed: int [B], tokens of each request.
+            starts: int32 [B + 1], where the rows begin that were verified of each; None where all
+                drafts were.
         """
+        from dflash_plugin.kernels.learn_acceptance import (
+            learn_acceptance,
+            learn_acceptance_naive,
+        )
+
         self._passes += 1
         if self._passes % LEARNING:
             return
-        self.model.observe(self.confidences[: len(accepted)], accepted, verified)
-        slope, offsets = self.model.state.weights.T
-        self._slope.copy_(slope)
-        self._offsets.copy_(offsets)
+        run = learn_acceptance if kernels.available(committed.device) else learn_acceptance_naive
+        run(self.confidences[: len(committed)], committed, starts, self.learnt, self.model)

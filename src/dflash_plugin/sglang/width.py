@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dflash_plugin import kernels
 from dflash_plugin.budget.promise import Promise
-from dflash_plugin.budget.width import RUN, WidthPolicy, choose_widths
+from dflash_plugin.budget.width import WidthPolicy, choose_widths
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.hosted import Options
 from dflash_plugin.sglang import block_attention
@@ -113,7 +113,6 @@ class Widths:
         )
         self._wanted, self.by_request = by_request, False
         self._starts: Tensor | None = None
-        self._steps = 0
         counts = torch.ones(4, size, dtype=torch.int32, device=device)
         self._drafts, self._others, self._admitted, _ = counts.unbind()
         self._drafts.fill_(block - 1)
@@ -296,12 +295,9 @@ class Widths:
         """Learn from what a pass committed, int [B]."""
         if self.skips_draft or not self.by_request:
             return
-        batch = len(committed)
-        verified = self._drafts[:batch] if self._starts is None else self._starts.diff() - 1
-        self.chances.learn(committed.long() - 1, verified.long())
-        self._steps += 1
-        if self._steps % RUN == 0:
-            self.promise.ask(self.chances.predictions[:batch])
+        self.chances.learn(committed, self._starts)
+        if self.promise.is_due():
+            self.promise.ask(self.chances.predictions[: len(committed)])
 
 
 def graph_seconds(runner: Any, device: torch.device) -> dict[int, float]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from dflash_plugin import kernels
 from dflash_plugin.budget.cost import StepCost
 from dflash_plugin.budget.promise import Promise
-from dflash_plugin.budget.width import RUN, WidthPolicy, choose_widths
+from dflash_plugin.budget.width import WidthPolicy, choose_widths
 from dflash_plugin.serving.hosted import Options
 from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.options import hosted
@@ -241,7 +241,7 @@ class Budget:
             input_batch: the runner's.
         """
         self._steps += 1
-        if self._steps % RUN == 0 and self.width > 1:
+        if self.width > 1 and self.promise.is_due():
             self.promise.ask(self.chances[input_batch.idx_mapping])
 
     @property
