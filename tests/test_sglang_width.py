@@ -226,12 +226,13 @@ def test_the_policy_hears_what_drafts_promise_once_outcomes_are_learnt():
     assert widths.policy.expected()[-1] < 1.2 < believed[-1]
 
 
-@pytest.mark.parametrize("reason", ["logprobs", "held"])
+@pytest.mark.parametrize("reason", ["logprobs", "held", "grammar"])
 def test_passes_that_stay_whole(reason):
     widths = widths_choosing(1)
     worker = worker_of(widths)
     widths.held = reason == "held"
-    with widths.verifying(worker, batch_of(return_logprob=reason == "logprobs")):
+    batch = batch_of(return_logprob=reason == "logprobs", has_grammar=reason == "grammar")
+    with widths.verifying(worker, batch):
         assert not widths.skips_draft
         assert widths.chosen == BLOCK
 

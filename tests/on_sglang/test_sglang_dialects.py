@@ -164,6 +164,20 @@ def test_passes_of_fewer_rows_write_and_draft_the_same(pair, schedulers, tmp_pat
     assert {width for width, _, _ in made["cut"]} == set(turns)
 
 
+def test_penalties_do_not_depend_on_what_is_verified(pair, schedulers, tmp_path):
+    target, directory = pair
+    checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
+    whole, cut = (
+        schedulers.run(
+            directory, checkpoint, PROMPTS[:1], copies=2, widths=widths, temperature=0.0,
+            max_new_tokens=16, ignore_eos=True, frequency_penalty=0.7, repetition_penalty=1.2,
+        )["texts"]
+        for widths in (None, [2, 3, 1, 4])
+    )  # fmt: skip
+    assert whole == cut
+    assert cut[0][0] != alone(target, PROMPTS[0], 16)
+
+
 def test_kernels_draw_what_the_core_does(pair, schedulers, interpreted, tmp_path):
     """The same seeds give the same text, by the kernels and by torch, in parts of blocks."""
     target, directory = pair

@@ -199,7 +199,9 @@ class Widths:
                 finds them.
         """
         self.chosen = self.block
-        if self.held or batch.return_logprob:
+        # A grammar reads the drafts where they are, which on a GPU it has copied by then.
+        reads = self.device.type == "cpu" and getattr(batch, "has_grammar", False)
+        if self.held or batch.return_logprob or reads:
             self.policy.interrupt()
         else:
             self.chosen = self.policy.choose(len(batch.reqs), time.monotonic())
