@@ -87,6 +87,16 @@ def _extent(request, lengths, window, parts, BLOCK_KEYS: tl.constexpr):
 
 
 @triton.jit
+def _rows_of(request, block_starts, ROWS: tl.constexpr):
+    """Where a request's rows begin, and how many they are."""
+    begin, count = request * ROWS, ROWS
+    if block_starts is not None:
+        first = tl.load(block_starts + request)
+        begin, count = first.to(tl.int64), tl.load(block_starts + request + 1) - first
+    return begin, count
+
+
+@triton.jit
 def _fold(query, key, value, visible, best, total, out, scale, PRECISION: tl.constexpr):
     """Take one tile of keys [N, D] into the running softmax of queries [M, D]."""
     scores = dot(query, tl.trans(key), tl.zeros(visible.shape, dtype=tl.float32), PRECISION)
@@ -161,16 +171,12 @@ def _part_kernel(
     row = folded % ROWS
     head = kv_head * GROUP + folded // ROWS
     is_row = folded < ROWS * GROUP
-    begin, count = request * ROWS, ROWS
-    if block_starts is not None:
-        begin = tl.load(block_starts + request).to(tl.int64)
-        count = tl.load(block_starts + request + 1) - begin
-        is_row &= row < count
+    begin, count = _rows_of(request, block_starts, ROWS)
     depth = tl.arange(0, BLOCK_DIM)
     is_depth = depth < HEAD_DIM
     queries = tl.load(
         query + (begin + row)[:, None] * query_stride + head[:, None] * HEAD_DIM + depth[None, :],
-        mask=is_row[:, None] & is_depth[None, :],
+        mask=(is_row & (row < count))[:, None] & is_depth[None, :],
         other=0.0,
     )
     best = tl.full((BLOCK_ROWS,), float("-inf"), dtype=tl.float32)
@@ -223,6 +229,10 @@ def _part_kernel(
         if window is not None and not FROM_ANCHOR:
             visible &= tl.abs(distance) < window
         best, total, out = _fold(queries, k, v, visible, best, total, out, scale, PRECISION)
+    # Until here rows behind a block's last are carried along, which takes fewer registers, as does
+    # looking again.
+    begin, count = _rows_of(request, block_starts, ROWS)
+    is_row &= row < count
     place = (part * total_rows + begin + row) * HEADS + head
     at = place[:, None] * HEAD_DIM + depth[None, :]
     mask = is_row[:, None] & is_depth[None, :]
