@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,6 +45,24 @@ def context_of(
         lengths=torch.tensor(lengths, dtype=torch.int64),
         page_size=page_size,
     )
+
+
+def check(
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    tile: AttentionTile | None,
+    context: PagedContext,
+    dtype: torch.dtype,
+) -> None:
+    """The kernel gives what its twin does, and writes the same to the pools."""
+    kept = context.keys.clone(), context.values.clone()
+    out = draft_attention(*arguments, **options, tile=tile)
+    written = context.keys.clone(), context.values.clone()
+    context.keys.copy_(kept[0])
+    context.values.copy_(kept[1])
+    assert error(out, draft_attention_naive(*arguments, **options)) < BOUND[dtype]
+    for pool, expected in zip(written, (context.keys, context.values), strict=True):
+        assert torch.equal(pool.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,14 +108,7 @@ def test_draft_attention(
     size = len(lengths) * rows
     if writes and len(unused) >= size:
         options["own_slots"] = unused.flip(0)[:size].view(len(lengths), rows)
-    kept = context.keys.clone(), context.values.clone()
-    out = draft_attention(*arguments, **options, tile=tile)
-    written = context.keys.clone(), context.values.clone()
-    context.keys.copy_(kept[0])
-    context.values.copy_(kept[1])
-    assert error(out, draft_attention_naive(*arguments, **options)) < BOUND[dtype]
-    for pool, expected in zip(written, (context.keys, context.values), strict=True):
-        assert torch.equal(pool.nan_to_num(7.0), expected.nan_to_num(7.0))
+    check(arguments, options, tile, context, dtype)
 
 
 @settings(max_examples=40, deadline=None)
@@ -133,14 +146,7 @@ def test_blocks_of_different_lengths(
     if len(unused) >= total:
         options["own_slots"] = unused[:total].contiguous()
     tile = parts and AttentionTile(keys=32, warps=4, stages=2, parts=parts)
-    kept = context.keys.clone(), context.values.clone()
-    out = draft_attention(*arguments, **options, tile=tile)
-    written = context.keys.clone(), context.values.clone()
-    context.keys.copy_(kept[0])
-    context.values.copy_(kept[1])
-    assert error(out, draft_attention_naive(*arguments, **options)) < BOUND[dtype]
-    for pool, expected in zip(written, (context.keys, context.values), strict=True):
-        assert torch.equal(pool.nan_to_num(7.0), expected.nan_to_num(7.0))
+    check(arguments, options, tile, context, dtype)
 
 
 def test_a_cut_block_gives_the_first_rows_of_the_whole_one():

@@ -19,6 +19,8 @@ from torch import Tensor
 LEAST, MOST = -8.0, 12.0
 # A confidence that counted against its token would be noise.
 LEAST_SLOPE = 0.05
+# While serving, one of so many passes teaches: a launch takes its time, outcomes are many.
+LEARNING = 4
 
 
 def confidence(logits: Tensor) -> Tensor:

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.budget.acceptance import AcceptanceModel
+from dflash_plugin.budget.acceptance import LEARNING, AcceptanceModel
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.draft_head import HeadChoice
-
-# One of so many passes teaches the model: a launch takes its time, outcomes are many.
-LEARNING = 4
 
 
 class Chances:

@@ -113,8 +113,8 @@ class Widths:
         )
         self._wanted, self.by_request = by_request, False
         self._starts: Tensor | None = None
-        counts = torch.ones(4, size, dtype=torch.int32, device=device)
-        self._drafts, self._others, self._admitted, _ = counts.unbind()
+        counts = torch.ones(3, size, dtype=torch.int32, device=device)
+        self._drafts, self._others, self._admitted = counts.unbind()
         self._drafts.fill_(block - 1)
         self._slots = torch.arange(size, device=device)
         self._logit_starts = torch.zeros(size + 1, dtype=torch.int32, device=device)
@@ -133,6 +133,8 @@ class Widths:
             runner: SGLang's of the target, whose graphs of whole blocks are captured.
             drafting: SGLang's of the drafter, likewise.
         """
+        from dflash_plugin.kernels.admit_drafts import compile_ahead
+
         whole = getattr(runner, "decode_cuda_graph_runner", None)
         if whole is None:
             return
@@ -147,7 +149,7 @@ class Widths:
         uneven = [made.attention for width, made in self.passes.items() if width > 1]
         self._share_out(self._wanted and all(found is not None and found.alone for found in uneven))
         if self.by_request:
-            self._compile()
+            compile_ahead(self._admit, self.chances.predictions)
         draft = graph_seconds(getattr(drafting, "decode_cuda_graph_runner", None), self.device)
         for width in self.policy.widths:
             graphs = self.passes[width].graphs if width in self.passes else whole
@@ -155,14 +157,6 @@ class Widths:
                 if width == 1 or size in draft:
                     drafts = draft[size] if width > 1 else 0.0
                     self.policy.prior[size, width] = seconds + drafts
-
-    def _compile(self) -> None:
-        """Have the launches of a step compiled, which is done once for every power of two."""
-        batch = 1
-        while batch < 2 * len(self._slots):
-            count = min(batch, len(self._slots))
-            self._share(count, 2, self._logit_starts.clone())
-            batch *= 2
 
     def _capture(self, runner: Any, graphs: Any, width: int) -> Pass:
         from dflash_plugin.kernels.draft_attention import Blocks
@@ -238,7 +232,16 @@ class Widths:
         even = not self.by_request or self.chosen == 1
         self._starts = starts[: batch + 1]
         if not even:
-            self._share(batch, self.chosen, self._starts)
+            self._admit(
+                self.chances.predictions,
+                self._slots[:batch],
+                self._drafts[:batch],
+                self._others[:batch],
+                batch * (self.chosen - 1),
+                self._admitted[:batch],
+                self._logit_starts,
+                self._starts,
+            )
             attention = self.attention if own is None else own.attention
             if attention is not None:
                 attention.blocks = Blocks(starts, requests, self.block)
@@ -253,19 +256,6 @@ class Widths:
             even=even,
         )
         return self.cut
-
-    def _share(self, batch: int, width: int, starts: Tensor) -> None:
-        """Give the drafts that promise most their rows, and write down where they begin."""
-        self._admit(
-            self.chances.predictions,
-            self._slots[:batch],
-            self._drafts[:batch],
-            self._others[:batch],
-            batch * (width - 1),
-            self._admitted[:batch],
-            self._logit_starts,
-            starts,
-        )
 
     def row_counts(self) -> list[int]:
         """Rows of each request in the pass that runs, read back to the host."""

@@ -381,15 +381,12 @@ class Worker(DFlashWorkerV2):
         assert step is not None
         assert step.params is not None
         batch, rows = candidates.shape
-        params, cut = step.params, None if self.widths is None else self.widths.cut
+        cut, places = None if self.widths is None else self.widths.cut, None
         if cut is None:
-            target, places = logits.view(batch, rows, -1), None
+            target = sampling.distribution(logits.view(batch, rows, -1), step.params, info)
         else:  # A distribution of rows that were not verified would be made for nothing.
-            target, places = logits[cut.sources][:, None], cut.places.view(batch, rows)
-            params = params.of_rows(cut.sources // rows)
-        target = sampling.distribution(target, params, info)
-        if places is not None:
-            target = target[:, 0]
+            params, places = step.params.of_rows(cut.sources // rows), cut.places.view(batch, rows)
+            target = sampling.distribution(logits[cut.sources][:, None], params, info)[:, 0]
         draft = None if step.draft_probs is None else step.draft_probs.contiguous()
         judged = Sampled(target.contiguous(), draft, step.params.seed, places)
         run = accept if kernels.available(target.device) else accept_naive

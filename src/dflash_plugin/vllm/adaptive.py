@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_plugin import kernels
+from dflash_plugin.budget.acceptance import LEARNING
 from dflash_plugin.budget.cost import StepCost
 from dflash_plugin.budget.promise import Promise
 from dflash_plugin.budget.width import WidthPolicy, choose_widths
@@ -35,8 +36,6 @@ from dflash_plugin.vllm.options import hosted
 logger = logging.getLogger("vllm.dflash_plugin")
 
 Counts = NDArray[np.int32]
-# One of so many steps teaches the estimator: a launch takes its time, outcomes are many.
-LEARNING = 4
 # Steps between two lines in the log.
 REPORT = 20000
 
@@ -113,6 +112,8 @@ class Budget:
         Args:
             samples: vLLM's ``StepTimingSample``.
         """
+        from dflash_plugin.kernels.admit_drafts import compile_ahead
+
         verify, draft = defaultdict(list), defaultdict(list)
         for sample in samples:
             verify[sample.num_target_tokens].append(sample.forward_ms)
@@ -129,13 +130,7 @@ class Budget:
                 tokens = size + self._budget_of(width, size, size)
                 drafts = size if width > 1 else 0
                 self.policy.prior[size, width] = cost.step_seconds(tokens, drafts)
-        batch = 1
-        while batch < 2 * len(self.chances):  # It is compiled for every power of two.
-            one = torch.ones(batch, dtype=torch.int32, device=self.device)
-            starts = torch.zeros(batch + 1, dtype=torch.int32, device=self.device)
-            slots = torch.zeros(batch, dtype=torch.int64, device=self.device)
-            self._admit(self.chances, slots, one, one, 1, one.clone(), starts, starts.clone())
-            batch *= 2
+        compile_ahead(self._admit, self.chances)
 
     # While serving.
 
