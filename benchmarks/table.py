@@ -259,8 +259,9 @@ ELSEWHERE = {
         "budget": lambda: budget("budget-simulator"),
     },
     "docs/adaptive.md": {
-        "vllm-adaptive": lambda: serving("vllm-h100-smollm2"),
-        "sglang-adaptive": lambda: serving("sglang-h100-smollm2"),
+        "vllm-adaptive": lambda: serving("vllm-h200-smollm2"),
+        "sglang-adaptive": lambda: serving("sglang-h200-smollm2"),
+        "sglang-texts": lambda: serving("sglang-h200-qwen3-8b-replay-texts"),
         "mixed": lambda: mixed("budget-simulator"),
     },
 }

@@ -137,8 +137,12 @@ def products(rows: int) -> None:
 
 
 def adaptive(batch: int, drafts: int) -> None:
+    from dflash_plugin.budget.acceptance import AcceptanceModel
     from dflash_plugin.kernels.admit_drafts import admit_drafts
+    from dflash_plugin.kernels.cut_blocks import cut_blocks
+    from dflash_plugin.kernels.learn_acceptance import Learnt, learn_acceptance
     from dflash_plugin.kernels.predict_acceptance import predict_acceptance
+    from dflash_plugin.kernels.row_choice import row_choice
 
     chances = of(batch, drafts, dtype=torch.float32)
     counts = [of(size, dtype=torch.int32) for size in (batch, batch, batch, batch + 1, batch + 9)]
@@ -146,7 +150,15 @@ def adaptive(batch: int, drafts: int) -> None:
     rows = batch * drafts
     row, slots = of(rows, dtype=torch.float32), whole(rows)
     offsets = of(drafts, dtype=torch.float32)
-    predict_acceptance(row, row, slots, slots, offsets[:1], offsets, chances, chances)
+    for slope in (offsets[:1], offsets):
+        predict_acceptance(row, row, slots, slots, slope, offsets, chances, chances)
+    row_choice(of(rows, 1024))
+    model = AcceptanceModel(drafts)
+    for starts in (None, counts[3]):
+        learn_acceptance(chances, counts[0], starts, Learnt.of(model), model)
+    tokens, starts = whole(batch, drafts + 1), counts[-1]
+    share = of(4 * len(starts), dtype=torch.int32)
+    cut_blocks(tokens, tokens.flatten(), tokens.flatten(), 4, starts, share, even=False)
 
 
 def selector(batch: int, drafts: int) -> None:
@@ -166,13 +178,15 @@ def step(batch: int, block: int) -> None:
     from dflash_plugin.config import LayerAttention
     from dflash_plugin.kernels.accept import Sampled, accept
     from dflash_plugin.kernels.block_inputs import block_inputs
-    from dflash_plugin.kernels.draft_attention import PagedContext, draft_attention
+    from dflash_plugin.kernels.draft_attention import Blocks, PagedContext, draft_attention
 
     drafts, place = whole(batch, block - 1), whole(batch)
     accept(drafts, whole(batch, block), place, slots=whole(batch, block))
     target = of(batch, block, 1024, dtype=torch.float32)
     for draft_probs in (None, target[:, :-1].contiguous()):
         accept(drafts, Sampled(target, draft_probs, place), place)
+        rows = Sampled(target.flatten(0, 1), draft_probs, place, whole(batch, block))
+        accept(drafts, rows, place)
     block_inputs(place, place, whole(batch, 64), block, 3, page_size=16, requests=place)
     query, key = of(batch, block, HEADS, HEAD_DIM), of(batch, block, KV_HEADS, HEAD_DIM)
     pool = of(64, KV_HEADS, HEAD_DIM)
@@ -185,6 +199,12 @@ def step(batch: int, block: int) -> None:
         for requests in (1, 64):
             query, key = of(requests, block, 8, width), of(requests, block, 2, width)
             context = PagedContext(pool, pool, whole(requests, 64), whole(requests))
+            counts = [of(size, dtype=torch.int32) for size in (requests + 1, requests * block)]
+            draft_attention(
+                *(part.flatten(0, 1) for part in (query, key, key)), context,
+                LayerAttention(causal=True), 0.1, own_slots=whole(requests * block),
+                blocks=Blocks(*counts, block),
+            )  # fmt: skip
             draft_attention(
                 query, key, key, context, LayerAttention(causal=True), 0.1,
                 own_slots=whole(requests, block),

@@ -87,6 +87,26 @@ def test_accept_sampled(batch, count, vocabulary, drawn, close, limited, seed):
     equal(out, accept_naive(drafts, sampled, positions, **options))
 
 
+def test_drafts_that_were_not_verified_have_no_row_of_the_target():
+    batch, count, vocabulary = 40, 6, 97
+    target = torch.softmax(3 * random(batch, count + 1, vocabulary), dim=-1)
+    draft_probs = torch.softmax(3 * random(batch, count, vocabulary, seed=1), dim=-1)
+    drafts = draft_probs.argmax(dim=-1)
+    verified = integers(0, count + 1, batch)
+    place = torch.arange(count + 1)
+    kept = place <= verified[:, None]
+    cut = drafts.masked_fill(~kept[:, 1:], -1)
+    rows = torch.minimum(kept.flatten().cumsum(0) - 1, kept.sum() - 1).view(batch, -1)
+    seeds, positions = integers(0, 1 << 62, batch), integers(0, 100, batch)
+    for probs in (draft_probs, None):
+        sampled = Sampled(target[kept].contiguous(), probs, seeds, rows.contiguous())
+        expected = accept_naive(
+            drafts, Sampled(target, probs, seeds), positions, num_drafts=verified
+        )
+        for run in (accept, accept_naive):
+            equal(run(cut, sampled, positions), expected)
+
+
 def test_repeating_changes_nothing():
     target = torch.softmax(3 * random(64, 16, 500), dim=-1)
     drafts = target[:, :-1].argmax(dim=-1)
@@ -108,6 +128,11 @@ def test_faulty_arguments():
             (drafts, Sampled(torch.zeros(2, 3, 9), None, positions), positions),
             {},
             r"target_probs must be contiguous float32 \[2, 4, 9\]",
+        ),
+        (
+            (drafts, Sampled(torch.zeros(5, 9), None, positions, drafts), positions),
+            {},
+            r"rows must be int64 \[2, 4\]",
         ),
     ):
         with pytest.raises(ValueError, match=message):

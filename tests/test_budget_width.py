@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from dflash_plugin.budget.width import Acceptance, WidthPolicy, choose_widths
+from dflash_plugin.budget.width import Acceptance, WidthPolicy, choose_widths, growth
 from dflash_plugin.errors import DFlashError
 
 WIDTHS = choose_widths(16, 0, None)
@@ -166,8 +166,10 @@ def test_a_profile_spares_trying(overhead):
     machine.fixed += overhead
     for requests in (64, 32):
         rates = {width: machine.rate(requests, width) for width in WIDTHS}
-        tried = machine.run(policy, requests, 32)[8:]
-        assert min(rates[width] for width in tried) > 0.97 * max(rates.values())
+        tried = machine.run(policy, requests, 64)[8:]
+        mean = sum(rates[width] for width in tried) / len(tried)
+        assert mean > 0.98 * max(rates.values())
+        assert len(set(tried)) <= 2
 
 
 def test_a_profile_does_where_no_step_can_be_timed():
@@ -190,6 +192,31 @@ def test_a_profile_that_misleads_is_corrected():
     machine.seconds = lambda requests, width: 0.03
     machine.run(policy, 8, 300)
     assert machine.run(policy, 8, 400).count(16) > 300
+
+
+def test_rows_that_the_host_hides_are_found_at_once():
+    """By their passes fewer rows would pay, but the host takes longer than any of them."""
+    machine = Machine(0.8, fixed=0.001, row=4e-5, free=0)
+    policy = WidthPolicy(WIDTHS)
+    policy.prior = {(8, width): machine.seconds(8, width) for width in WIDTHS}
+    assert machine.step(policy, 8) < 16
+    passes = machine.seconds
+    machine.seconds = lambda requests, width: max(0.008, passes(requests, width))
+    assert machine.run(policy, 8, 48)[16:].count(16) == 32
+
+
+def test_whole_blocks_need_no_cutting():
+    """What cutting takes is learnt at one number of requests and known at others."""
+    machine = Machine(0.6, fixed=0.001, row=2e-6, free=0)
+    policy = WidthPolicy(WIDTHS)
+    policy.prior = {
+        (size, width): machine.seconds(size, width) for size in (8, 16, 32) for width in WIDTHS
+    }
+    passes = machine.seconds
+    machine.seconds = lambda requests, width: passes(requests, width) + 5e-4 * (width < 16)
+    machine.run(policy, 8, 600)
+    for requests in (16, 32):
+        assert machine.run(policy, requests, 40).count(16) == 40
 
 
 def test_speculation_is_left_off_where_it_does_not_pay_and_comes_back():
@@ -254,6 +281,26 @@ def test_drafts_are_counted():
     assert summary["drafts_verified"] == 16 * sum(width - 1 for width in widths)
     assert summary["drafts_saved"] == 16 * sum(8 - width for width in widths)
     assert summary["drafts_proposed"] == 16 * 7 * (100 - widths.count(1))
+
+
+def test_growth_adds_up_to_what_was_counted():
+    policy, machine = WidthPolicy((1, 4, 8)), Machine(0.7, row=1e-4, free=0)
+    before: dict[str, int] = {}
+    added = dict.fromkeys(policy.counts(), 0)
+    assert growth(policy.counts(), before) == added
+    for steps in (1, 40, 59):
+        machine.run(policy, 16, steps)
+        now = policy.counts()
+        for name, count in growth(now, before).items():
+            added[name] += count
+        before = now
+    summary = policy.summary()
+    assert added == {
+        **{name: summary[f"drafts_{name}"] for name in ("proposed", "verified", "saved")},
+        **{f"steps:{width}": summary["steps"][width] for width in (1, 4, 8)},
+    }
+    assert growth(policy.counts(), before) == {}
+    assert growth({"saved": 2}, {"saved": 3}) == {"saved": 2}  # begun anew
 
 
 def test_limits_are_kept():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from dflash_plugin.config import LayerAttention
 from dflash_plugin.kernels.draft_attention import (
     AttentionTile,
+    Blocks,
     PagedContext,
     draft_attention,
     draft_attention_naive,
@@ -42,6 +45,24 @@ def context_of(
         lengths=torch.tensor(lengths, dtype=torch.int64),
         page_size=page_size,
     )
+
+
+def check(
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    tile: AttentionTile | None,
+    context: PagedContext,
+    dtype: torch.dtype,
+) -> None:
+    """The kernel gives what its twin does, and writes the same to the pools."""
+    kept = context.keys.clone(), context.values.clone()
+    out = draft_attention(*arguments, **options, tile=tile)
+    written = context.keys.clone(), context.values.clone()
+    context.keys.copy_(kept[0])
+    context.values.copy_(kept[1])
+    assert error(out, draft_attention_naive(*arguments, **options)) < BOUND[dtype]
+    for pool, expected in zip(written, (context.keys, context.values), strict=True):
+        assert torch.equal(pool.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 @settings(max_examples=60, deadline=None)
@@ -87,14 +108,58 @@ def test_draft_attention(
     size = len(lengths) * rows
     if writes and len(unused) >= size:
         options["own_slots"] = unused.flip(0)[:size].view(len(lengths), rows)
-    kept = context.keys.clone(), context.values.clone()
-    out = draft_attention(*arguments, **options, tile=tile)
-    written = context.keys.clone(), context.values.clone()
-    context.keys.copy_(kept[0])
-    context.values.copy_(kept[1])
-    assert error(out, draft_attention_naive(*arguments, **options)) < BOUND[dtype]
-    for pool, expected in zip(written, (context.keys, context.values), strict=True):
-        assert torch.equal(pool.nan_to_num(7.0), expected.nan_to_num(7.0))
+    check(arguments, options, tile, context, dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 15, 65, 200]), min_size=1, max_size=4),
+    counts=st.lists(st.sampled_from([0, 1, 2, 5, 7]), min_size=4, max_size=4),
+    heads=st.sampled_from([(2, 1), (4, 4), (6, 2)]),
+    dtype=st.sampled_from(DTYPES),
+    causal=st.booleans(),
+    window=st.sampled_from([None, 8]),
+    sinks=st.booleans(),
+    parts=st.sampled_from([1, 3, None]),
+)
+def test_blocks_of_different_lengths(
+    lengths, counts, heads, dtype, causal, window, sinks, parts
+):  # fmt: skip
+    query_heads, kv_heads = heads
+    counts = torch.tensor(counts[: len(lengths)])
+    context = context_of(lengths, kv_heads, 16, 1, dtype)
+    total, places = int(counts.sum()), torch.arange(len(lengths))
+    merged = random(total, query_heads + 2 * kv_heads, 16, dtype=dtype)
+    blocks = Blocks(
+        torch.cat([torch.zeros(1), counts.cumsum(0)]).int(),
+        places.repeat_interleave(counts).int(),
+        most=7,
+    )
+    arguments = (
+        *merged.split([query_heads, kv_heads, kv_heads], dim=1),
+        context,
+        LayerAttention(causal=causal, sliding_window=window),
+        0.25,
+    )
+    options = {"sinks": random(query_heads) if sinks else None, "blocks": blocks}
+    unused = context.keys[:, 0, 0].isnan().nonzero().flatten()
+    if len(unused) >= total:
+        options["own_slots"] = unused[:total].contiguous()
+    tile = parts and AttentionTile(keys=32, warps=4, stages=2, parts=parts)
+    check(arguments, options, tile, context, dtype)
+
+
+def test_a_cut_block_gives_the_first_rows_of_the_whole_one():
+    context = context_of([40, 3], 2, 16, 1, torch.float32)
+    whole = random(2, 6, 8, 16)
+    split = [4, 2, 2]
+    expected = draft_attention(*whole.split(split, dim=2), context, LayerAttention(causal=True), 1)
+    cut = torch.cat([whole[0, :4], whole[1, :1]])
+    blocks = Blocks(torch.tensor([0, 4, 5]).int(), torch.tensor([0, 0, 0, 0, 1]).int(), 6)
+    out = draft_attention(
+        *cut.split(split, dim=1), context, LayerAttention(causal=True), 1, blocks=blocks
+    )
+    assert error(out, torch.cat([expected[0, :4], expected[1, :1]])) < 1e-5
 
 
 def test_blocks_of_one_row_out_of_a_merged_projection():
@@ -131,6 +196,13 @@ def test_faulty_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             draft_attention(*arguments, LayerAttention(), 1.0)
+    short = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"requests of blocks must be contiguous int32 \[4\]"):
+        draft_attention(
+            q[0], k[0], k[0], context, LayerAttention(), 1.0, blocks=Blocks(short, short, 4)
+        )
+    with pytest.raises(ValueError, match="of blocks"):
+        draft_attention(q, k, k, context, LayerAttention(), 1.0, blocks=Blocks(short, short, 4))
     for slots in (torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.int32)):
         with pytest.raises(ValueError, match=r"own_slots must be contiguous int64 \[2, 4\]"):
             draft_attention(q, k, k, context, LayerAttention(), 1.0, own_slots=slots)

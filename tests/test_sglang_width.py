@@ -10,10 +10,12 @@ import torch
 
 from dflash_plugin.budget.width import WidthPolicy
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.sglang import compat, width
+from dflash_plugin.serving.hosted import Options
+from dflash_plugin.sglang import block_attention, compat, width
+from dflash_plugin.sglang.block_attention import Passes
 from dflash_plugin.sglang.width import Widths, route_inputs, skipping, widths_of
 
-BLOCK, BATCH = 4, 3
+BLOCK, BATCH, SIZE = 4, 3, 5
 CPU = torch.device("cpu")
 
 
@@ -56,21 +58,49 @@ def batch_of(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{"reqs": [None] * BATCH, "return_logprob": False, **changes})
 
 
-def widths_choosing(rows: int) -> Widths:
-    widths = Widths(WidthPolicy((1, 2, BLOCK)), BLOCK)
+def widths_of_rows(*rows: int, by_request: bool = True, **options: Any) -> Widths:
+    policy = WidthPolicy(rows)
+    return Widths(policy, BLOCK, SIZE, CPU, Options(**options), by_request=by_request)
+
+
+def widths_choosing(rows: int, **options: Any) -> Widths:
+    widths = widths_of_rows(1, 2, BLOCK, **options)
     widths.policy.choose = lambda requests, now: rows
     return widths
 
 
+def rows_of_batch(batch: int = BATCH) -> torch.Tensor:
+    return torch.arange(batch * BLOCK, device=CPU)
+
+
 def test_every_width_has_a_back_end_and_graphs_of_its_own():
-    widths, runner = Widths(WidthPolicy((1, 2, BLOCK)), BLOCK), Runner()
-    widths.capture(runner, Runner(), CPU)
+    widths, runner = widths_of_rows(1, 2, BLOCK), Runner()
+    widths.capture(runner, Runner())
     assert set(widths.passes) == {1, 2}
-    for rows, (backend, graphs) in widths.passes.items():
-        assert graphs.made == (runner, backend, rows)
+    for rows, made in widths.passes.items():
+        assert made.graphs.made == (runner, made.backend, rows)
+        assert made.starts.tolist() == [rows * n for n in range(SIZE + 1)]
+        assert made.requests.tolist() == [n for n in range(SIZE) for _ in range(rows)]
     assert runner.backends == 2
     assert widths.policy.sizes == (1, 2, 4)
     assert not runner.init_new_workspace
+
+
+@pytest.mark.parametrize(
+    ("passes", "wanted", "shared"),
+    [
+        (Passes(ours=True), True, True),
+        (Passes(ours=True), False, False),
+        (Passes(ours=True, its_own=True), True, False),
+        (None, True, False),
+    ],
+)
+def test_rows_are_shared_out_where_all_attention_takes_them(monkeypatch, passes, wanted, shared):
+    monkeypatch.setattr(block_attention, "install", lambda backend, device: passes)
+    widths = widths_of_rows(1, 2, BLOCK, by_request=wanted)
+    widths.capture(Runner(), Runner())
+    assert widths.by_request is shared
+    assert (widths.policy.expected == widths._expected) is shared
 
 
 def test_captured_passes_are_profiled(monkeypatch):
@@ -83,8 +113,8 @@ def test_captured_passes_are_profiled(monkeypatch):
         return {size: 0.001 * size * graphs.made[2] for size in (1, 2, 4)}
 
     monkeypatch.setattr(width, "graph_seconds", seconds)
-    widths = Widths(WidthPolicy((1, 2, BLOCK)), BLOCK)
-    widths.capture(Runner(), drafting, CPU)
+    widths = widths_of_rows(1, 2, BLOCK)
+    widths.capture(Runner(), drafting)
     assert widths.policy.prior == pytest.approx(
         {
             (1, 1): 0.001, (2, 1): 0.002, (4, 1): 0.004,
@@ -98,64 +128,113 @@ def test_captured_passes_are_profiled(monkeypatch):
 
 
 def test_nothing_is_captured_where_graphs_are_off():
-    widths, runner = Widths(WidthPolicy((1, BLOCK)), BLOCK), Runner()
+    widths, runner = widths_of_rows(1, BLOCK), Runner()
     runner.decode_cuda_graph_runner = None
-    widths.capture(runner, Runner(), CPU)
+    widths.capture(runner, Runner())
     assert not widths.passes
     assert runner.backends == 0
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_pass_is_cut_once_it_has_drafted_and_whole_again_afterwards(fails):
+def test_a_pass_is_cut_and_whole_again_afterwards(fails):
+    """Two rows each on average: the drafts that stand most probably, of whatever request."""
     widths = widths_choosing(2)
     worker = worker_of(widths)
-    runner, whole = worker.target_worker.model_runner, worker._draft_block_tokens_buf
-    widths.capture(runner, Runner(), CPU)
+    runner, rows = worker.target_worker.model_runner, rows_of_batch()
+    widths.capture(runner, Runner())
+    widths.by_request = True
     before = runner.attn_backend, runner.decode_cuda_graph_runner
-    drafts = torch.arange(20, device=CPU)
-    rows = torch.arange(BATCH * BLOCK, device=CPU)
+    widths.chances.predictions[:BATCH] = torch.tensor([[0.9, 0.8, 0.2], [0.1] * 3, [0.7, 0.1, 0.9]])
     try:
         with widths.verifying(worker, batch_of()):
-            assert (runner.attn_backend, runner.decode_cuda_graph_runner) == widths.passes[2]
-            assert torch.equal(widths.cut(rows), rows)
+            own = widths.passes[2]
+            assert (runner.attn_backend, runner.decode_cuda_graph_runner) == (
+                own.backend, own.graphs,
+            )  # fmt: skip
             assert not widths.skips_draft
-            assert widths.narrow(worker, drafts, BATCH).tolist() == [0, 3, 6]
-            assert worker._draft_block_tokens_buf.shape == (8, 2)
-            assert widths.cut(rows).tolist() == [0, 1, 4, 5, 8, 9]
-            assert widths.cut(rows).is_contiguous()
-            with widths.whole():
-                assert widths.rows == BLOCK
-            assert widths.rows == 2
+            cut = widths.narrow(rows + 50, rows, rows + 100)
+            assert cut.tokens.tolist() == [50, 51, 52, 54, 58, 59]
+            assert cut.positions.tolist() == [0, 1, 2, 4, 8, 9]
+            assert cut.slots.tolist() == [100, 101, 102, 104, 108, 109]
+            assert widths.row_counts() == [3, 1, 2]
+            # Two requests that pad the captured pass have two rows each.
+            assert own.starts.tolist() == [0, 3, 4, 6, 8, 10]
+            assert own.requests.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4, 4]
             if fails:
                 raise ZeroDivisionError
     except ZeroDivisionError:
         assert fails
     assert (runner.attn_backend, runner.decode_cuda_graph_runner) == before
-    assert worker._draft_block_tokens_buf is whole
-    assert widths.rows == BLOCK
+    assert widths.cut is None
+    assert widths.chosen == BLOCK
+
+
+def test_requests_that_cannot_differ_have_as_many_rows_each():
+    widths = widths_choosing(2)
+    widths.by_request = False
+    widths.chances.predictions[0] = 1.0
+    with widths.verifying(worker_of(widths), batch_of()):
+        cut = widths.narrow(rows_of_batch(), rows_of_batch(), rows_of_batch())
+        assert cut.tokens.tolist() == [0, 1, 4, 5, 8, 9]
+        assert widths.row_counts() == [2, 2, 2]
 
 
 def test_a_pass_of_anchors_alone():
     widths = widths_choosing(1)
-    worker = worker_of(widths)
-    with widths.verifying(worker, batch_of()):
-        assert widths.narrow(worker, torch.arange(9, device=CPU), BATCH).tolist() == []
-        cut = widths.cut(torch.arange(BATCH * BLOCK, device=CPU))
-        assert cut.tolist() == [0, 4, 8]
-        assert cut.is_contiguous()
+    with widths.verifying(worker_of(widths), batch_of()):
+        assert widths.skips_draft
+        cut = widths.narrow(rows_of_batch(), rows_of_batch(), rows_of_batch())
+        assert cut.tokens.tolist() == [0, 4, 8]
+        widths.learn(torch.ones(BATCH, device=CPU))
     assert not widths.skips_draft
 
 
-@pytest.mark.parametrize("reason", ["logprobs", "held"])
+@pytest.mark.parametrize("features", [False, True])
+def test_the_output_is_laid_out_like_whole_blocks(features):
+    widths = widths_choosing(2)
+    widths.chances.predictions[:BATCH] = torch.tensor([[0.9, 0.8, 0.2], [0.1] * 3, [0.7, 0.1, 0.9]])
+    output = SimpleNamespace(
+        next_token_logits=torch.arange(6.0).repeat(9, 1).T, hidden_states=torch.arange(6.0)[:, None]
+    )
+    tokens = rows_of_batch(SIZE).view(SIZE, BLOCK)
+    widths.widen(output, tokens, features=features)
+    assert len(output.next_token_logits) == 6
+    with widths.verifying(worker_of(widths), batch_of()):
+        widths.narrow(tokens[:BATCH].flatten(), rows_of_batch(), rows_of_batch())
+        widths.widen(output, tokens, features=features)
+    places = [0, 1, 2, 2, 3, 3, 3, 3, 4, 5, 5, 5]
+    assert output.next_token_logits[:, 0].tolist() == places
+    assert output.hidden_states.shape == (12, 1)
+    assert not features or output.hidden_states[:, 0].tolist() == places
+    assert tokens.tolist() == [
+        [0, 1, 2, -1], [4, -1, -1, -1], [8, 9, -1, -1], [12, 13, 14, 15], [16, 17, 18, 19]
+    ]  # fmt: skip
+
+
+def test_the_policy_hears_what_drafts_promise_once_outcomes_are_learnt():
+    """A drafter that is sure and wrong is not believed in for long."""
+    widths = widths_choosing(BLOCK)
+    worker = worker_of(widths)
+    chances = widths.chances
+    believed = widths.policy.expected()
+    for _ in range(1500):
+        chances.confidences[:BATCH] = 4.0
+        chances.predictions[:BATCH] = chances.model.probabilities(chances.confidences[:BATCH])
+        with widths.verifying(worker, batch_of()):
+            widths.learn(torch.ones(BATCH, dtype=torch.int32, device=CPU))
+        widths.policy.expected()
+    assert widths.policy.expected()[-1] < 1.2 < believed[-1]
+
+
+@pytest.mark.parametrize("reason", ["logprobs", "held", "grammar"])
 def test_passes_that_stay_whole(reason):
     widths = widths_choosing(1)
     worker = worker_of(widths)
     widths.held = reason == "held"
-    drafts = torch.arange(9, device=CPU)
-    with widths.verifying(worker, batch_of(return_logprob=reason == "logprobs")):
+    batch = batch_of(return_logprob=reason == "logprobs", has_grammar=reason == "grammar")
+    with widths.verifying(worker, batch):
         assert not widths.skips_draft
-        assert torch.equal(widths.narrow(worker, drafts, BATCH), drafts)
-        assert not widths.narrowed
+        assert widths.chosen == BLOCK
 
 
 @pytest.mark.parametrize(("rows", "runs"), [(1, 0), (2, 1)])
@@ -176,8 +255,9 @@ def test_the_draft_pass_is_left_out_where_no_draft_is_verified(rows, runs):
 
 def test_the_input_of_a_pass_is_cut():
     class DFlashVerifyInput:
-        def __init__(self, positions: Any) -> None:
-            self.positions = positions
+        def __init__(self, draft_token: Any, positions: Any, draft_token_num: int) -> None:
+            self.draft_token, self.positions = draft_token, positions
+            self.draft_token_num = draft_token_num
 
         def prepare_for_verify(self, batch: Any, target_worker: Any) -> Any:
             return batch.out_cache_loc
@@ -187,33 +267,38 @@ def test_the_input_of_a_pass_is_cut():
     module = SimpleNamespace(DFlashVerifyInput=DFlashVerifyInput)
     running: list[Any] = [None]
     route_inputs(module, lambda: running[0])
-    rows = torch.arange(BATCH * BLOCK, device=CPU)
+    rows = rows_of_batch()
+    widths.chances.predictions[:BATCH] = torch.tensor([[0.9, 0.8, 0.2], [0.1] * 3, [0.7, 0.1, 0.9]])
 
-    def made() -> tuple[list[int], list[int]]:
-        found = module.DFlashVerifyInput(positions=rows)
+    def made() -> tuple[int, list[int], list[int], Any]:
+        found = module.DFlashVerifyInput(draft_token=rows, positions=rows, draft_token_num=BLOCK)
         assert isinstance(found, DFlashVerifyInput)
         slots = found.prepare_for_verify(SimpleNamespace(out_cache_loc=rows), worker.target_worker)
-        return found.positions.tolist(), slots.tolist()
+        assert torch.equal(found.draft_token, found.positions)
+        counts = getattr(found, "row_counts", None)
+        return found.draft_token_num, found.positions.tolist(), slots.tolist(), counts
 
-    everything, cut = rows.tolist(), [0, 1, 4, 5, 8, 9]
-    assert made() == (everything, everything)
+    everything, cut = rows.tolist(), [0, 1, 2, 4, 8, 9]
+    assert made() == (BLOCK, everything, everything, None)
     running[0] = worker
+    assert made() == (BLOCK, everything, everything, None)
     with widths.verifying(worker, batch_of()):
-        assert made() == (everything, everything)
-        widths.narrow(worker, rows, BATCH)
-        assert made() == (cut, cut)
+        assert made() == (2, cut, cut, [3, 1, 2])
 
 
 def info_of(**options: Any) -> Any:
-    values = {"adaptive_verification": True, "min_draft_tokens": 0, "max_draft_tokens": None}
+    values = {"adaptive_verification": True, "latency_vs_throughput": 0.5}
+    return SimpleNamespace(options=Options(**{**values, **options}))
+
+
+def runner_of(mrope: bool = False, **changes: Any) -> SimpleNamespace:
+    sizes = {"tp_size": 1, "pp_size": 1, "dp_size": 1}
+    values = {**sizes, "enable_two_batch_overlap": False, "enable_lora": False}
     return SimpleNamespace(
-        options=SimpleNamespace(**{**values, "latency_vs_throughput": 0.5, **options})
+        server_args=SimpleNamespace(**{**values, **changes}),
+        model_config=SimpleNamespace(model_is_mrope=mrope),
+        req_to_token_pool=SimpleNamespace(size=SIZE),
     )
-
-
-def server_args(**changes: Any) -> SimpleNamespace:
-    values = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "enable_two_batch_overlap": False}
-    return SimpleNamespace(**{**values, **changes})
 
 
 @pytest.fixture
@@ -223,16 +308,26 @@ def old_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("old_sglang")
 def test_widths_follow_the_options():
-    assert widths_of(info_of(adaptive_verification=False), server_args(), 16) is None
-    found = widths_of(info_of(min_draft_tokens=2, max_draft_tokens=7), server_args(), 16)
+    assert widths_of(info_of(adaptive_verification=False), runner_of(), 16, CPU, None) is None
+    limits = info_of(min_draft_tokens=2, max_draft_tokens=7)
+    found = widths_of(limits, runner_of(), 16, CPU, None)
     assert found is not None
     assert found.block == 16
+    assert found.by_request
     assert found.policy.widths == (3, 4, 6, 8)
     assert found.policy.weight == 0.5
+
+
+@pytest.mark.usefixtures("old_sglang")
+@pytest.mark.parametrize("changes", [{"enable_lora": True}, {"mrope": True}])
+def test_targets_that_lay_out_rows_by_themselves_have_as_many_of_each_request(changes):
+    found = widths_of(info_of(), runner_of(**changes), 16, CPU, None)
+    assert found is not None
+    assert not found.by_request
 
 
 @pytest.mark.usefixtures("old_sglang")
 @pytest.mark.parametrize(("name", "value"), [("tp_size", 2), ("enable_two_batch_overlap", True)])
 def test_servers_that_cannot_agree_on_a_width_are_refused(name, value):
     with pytest.raises(DFlashError, match=f"{name} is {value}: set it to .*, or turn"):
-        widths_of(info_of(), server_args(**{name: value}), 16)
+        widths_of(info_of(), runner_of(**{name: value}), 16, CPU, None)

@@ -15,7 +15,7 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import after_import as hooks
 from dflash_plugin.serving.acceptance import AcceptanceWatch
 from dflash_plugin.serving.hosted import Hosted, Options
-from dflash_plugin.vllm import arguments, compat, plugin
+from dflash_plugin.vllm import arguments, compat, metrics, plugin
 from dflash_plugin.vllm.cpu import expand_kernel, without_empty_rows
 from dflash_plugin.vllm.options import hosted, read_options
 from tiny import DFLASH2, tiny_config, write_tiny
@@ -331,6 +331,48 @@ def test_acceptance_is_judged_over_whole_windows():
 @pytest.mark.parametrize(("expected", "options"), [(None, {}), (3.4, {"acceptance_warning": 0.0})])
 def test_without_an_expectation_nothing_is_warned_of(expected, options):
     assert watch(expected, **options).observe(10, [0, 0, 0]) is None
+
+
+def test_a_budgets_counts_go_where_a_steps_statistics_go(monkeypatch):
+    """Those of steps whose statistics nobody gets go with the next ones."""
+    stats = SimpleNamespace(waiting_lora_adapters={"a": 1})
+    counted, recorded = [], []
+
+    class Runner:
+        adaptive_verification = None
+
+        def sample_tokens(self, grammar_output):
+            return SimpleNamespace(model_runner_output=SimpleNamespace())
+
+    class Scheduler:
+        def update_from_output(self, scheduler_output, model_runner_output):
+            sent = (None, stats) if scheduler_output else (None,)
+            return {client: SimpleNamespace(scheduler_stats=one) for client, one in enumerate(sent)}
+
+    class Logger:
+        def __init__(self, ours):
+            self.spec_decoding_prom = SimpleNamespace(dflash=ours)
+
+        def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0):
+            recorded.append((scheduler_stats, engine_idx))
+
+    metrics.patch_runner(Runner)
+    metrics.patch_scheduler(Scheduler)
+    metrics.patch_logger(Logger)
+    monkeypatch.setattr(metrics, "count_budget", lambda *args: counted.append(args))
+    ours = object.__new__(metrics.Metrics)
+    ours.labels, ours.values = ("engine",), {2: ["2"]}
+    runner, scheduler, logger = Runner(), Scheduler(), Logger(ours)
+    for saved, is_sent in ((None, True), (3, True), (4, False), (9, True), (9, True)):
+        if saved is not None:
+            policy = SimpleNamespace(counts=lambda saved=saved: {"saved": saved})
+            runner.adaptive_verification = SimpleNamespace(policy=policy)
+        scheduler.update_from_output(is_sent, runner.sample_tokens(None).model_runner_output)
+        logger.record(stats if is_sent else None, None, mm_cache_stats=None, engine_idx=2)
+    assert counted == [(("engine",), ["2"], {"saved": n}) for n in (3, 6)]
+    assert recorded == [(stats, 2), (stats, 2), (None, 2), (stats, 2), (stats, 2)]
+    assert stats.waiting_lora_adapters == {"a": 1}
+    Logger(None).record(stats, None)
 
 
 @pytest.mark.parametrize("dialect", ["z-lab", "speculators", "specforge", "modelopt"])

@@ -207,7 +207,10 @@ def into_vllm() -> None:
 
 
 def into_sglang() -> None:
-    """In the place of SGLang's forced acceptance; set ``SGLANG_SIMULATE_ACC_LEN`` beside."""
+    """In the place of SGLang's forced acceptance; set ``SGLANG_SIMULATE_ACC_LEN`` beside.
+
+    Confidences are put in before a pass, and not by its captured draft pass.
+    """
     from dflash_plugin.serving.after_import import after_import
 
     def worker(module: Any) -> None:
@@ -215,7 +218,10 @@ def into_sglang() -> None:
         native = module.DFlashWorkerV2.forward_batch_generation
 
         def forward(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-            state["slots"] = batch.req_pool_indices
+            slots = state["slots"] = batch.req_pool_indices.long()
+            widths = getattr(self, "widths", None)
+            if widths is not None and not batch.forward_mode.is_extend():
+                sure(widths.chances, slots)
             return native(self, batch, *args, **kwargs)
 
         def accept(
@@ -227,8 +233,8 @@ def into_sglang() -> None:
             out_tokens: Tensor,
             **_: Any,
         ) -> None:
-            slots = state["slots"].long()
-            verified = torch.full_like(slots, candidates.shape[1] - 1)
+            slots = state["slots"]
+            verified = (candidates[:, 1:] >= 0).sum(dim=1)
             stood = replay_on(candidates.device).commit(slots, verified)
             accept_len.copy_(stood)
             commit_lens.copy_(stood + 1)
@@ -238,4 +244,14 @@ def into_sglang() -> None:
         module.DFlashWorkerV2.forward_batch_generation = forward
         module.apply_dflash_simulated_acceptance = accept
 
+    def sure(chances: Any, slots: Tensor) -> None:
+        replay, count = replay_on(slots.device), len(slots)
+        confidences = replay.confidence[replay.place[slots]]
+        chances.confidences[:count] = confidences
+        chances.predictions[:count] = chances.model.probabilities(confidences)
+
+    def estimating(module: Any) -> None:
+        module.Chances.predict = lambda self, choice: None
+
     after_import("sglang.srt.speculative.dflash_worker_v2", worker)
+    after_import("dflash_plugin.sglang.chances", estimating)

@@ -77,6 +77,10 @@ class SamplingTensors(NamedTuple):
             torch.tensor(seeds, dtype=torch.int64, device=device),
         )
 
+    def of_rows(self, requests: Tensor) -> SamplingTensors:
+        """Those of rows [N], each one's request given."""
+        return SamplingTensors(*(part[requests] for part in self))
+
 
 def probabilities(logits: Tensor, params: SamplingTensors) -> Tensor:
     """The distribution that tokens are drawn from.

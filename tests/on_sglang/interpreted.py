@@ -42,9 +42,10 @@ def turn_on() -> None:
     native_install, native_attend = block_attention.install, block_attention.attend
     native_head = draft_head.draft_head
 
-    def install(backend: Any, device: torch.device) -> bool:
+    def install(backend: Any, device: torch.device) -> block_attention.Passes:
         backend.req_to_token = backend.req_to_token_pool.req_to_token
-        assert native_install(backend, device)
+        passes = native_install(backend, device)
+        assert passes is not None
         ours = backend.forward_extend
 
         def forward_extend(q: Any, k: Any, v: Any, layer: Any, batch: Any, **kwargs: Any) -> Tensor:
@@ -55,7 +56,7 @@ def turn_on() -> None:
             return ours(q, k, v, layer, batch, **kwargs)
 
         backend.forward_extend = forward_extend
-        return True
+        return passes
 
     def attend(*args: Any, **kwargs: Any) -> Tensor:
         COUNTS["blocks"] += 1

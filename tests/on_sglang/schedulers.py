@@ -78,8 +78,8 @@ class Schedulers:
 
         Returns:
             Per prompt, "texts" of its copies and the "blocks" of its first; "counts" of what ran
-            through kernels; with ``widths``, drafts that were "cut" to them in each pass, of its
-            first request, and what was "learnt" of them.
+            through kernels; with ``widths``, of each pass that was "cut" to them the width, the
+            anchors' positions and the drafts that were verified, and what was "learnt".
         """
         job = {
             "settings": {
@@ -111,6 +111,7 @@ class Schedulers:
 def serve(job: dict[str, Any]) -> dict[str, Any]:
     """In the fork: what a job asks for."""
     os.environ.update(job["environment"])
+    import torch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import PortArgs, ServerArgs
@@ -132,14 +133,22 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     if job["widths"]:
         cycle = itertools.cycle(job["widths"])
         widths.policy.choose = lambda *_: next(cycle)
-        narrow = widths.narrow
+        learn, worker = widths.learn, scheduler.draft_worker
 
-        def noted(worker: Any, drafts: Any, requests: int) -> Any:
-            drafts = narrow(worker, drafts, requests)
-            cut.append(drafts[: widths.chosen - 1].tolist())
-            return drafts
+        def noted(committed: Any) -> None:
+            learn(committed)
+            tokens = worker._draft_block_tokens_buf[: len(committed), 1:].tolist()
+            drafts = [[token for token in block if token >= 0] for block in tokens]
+            cut.append([widths.chosen, worker.step.anchors.tolist(), drafts])
 
-        widths.narrow = noted
+        narrow, generator = widths.narrow, torch.Generator().manual_seed(0)
+
+        def unlike(*arguments: Any) -> Any:
+            # Copies of a prompt would have as many rows each.
+            widths.chances.predictions.uniform_(generator=generator)
+            return narrow(*arguments)
+
+        widths.learn, widths.narrow = noted, unlike
     texts, blocks = [], []
     for prompt in job["prompts"]:
         requests = [make_request(scheduler, prompt, **job["params"]) for _ in range(job["copies"])]

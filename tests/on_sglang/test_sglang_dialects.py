@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,19 +146,36 @@ def test_passes_of_fewer_rows_write_and_draft_the_same(pair, schedulers, tmp_pat
     )  # fmt: skip
     text = alone(target, PROMPTS[0], 16)
     assert made["texts"] == [3 * [text]]
-    place, verified = 0, []
-    for width, drafts in zip(itertools.cycle(turns), made["cut"], strict=False):
-        if place < len(text) - 4:
-            expected = answer(drafter, target, PROMPTS[0] + text[:place])
-            assert min(expected.margins) > 1e-4
-            assert drafts == expected.drafts[: width - 1]
-            verified.append(width)
-        stood = [a == b for a, b in zip(drafts, text[place + 1 :], strict=False)]
-        place += 1 + len(list(itertools.takewhile(bool, stood)))
-    assert place >= len(text) - 1
-    assert set(verified) == set(turns)
-    # What was accepted was told to the policy: a drafter with no idea is not believed in.
-    assert max(turns) == 1 or made["learnt"]["expected_tokens"][1] < 1.65
+    at_place = functools.cache(lambda place: answer(drafter, target, PROMPTS[0] + text[:place]))
+    checked, uneven = 0, False
+    for width, anchors, blocks in made["cut"]:
+        # All of what a step may verify is used, by whichever request.
+        assert sum(map(len, blocks)) == len(blocks) * (width - 1)
+        uneven |= len(set(map(len, blocks))) > 1
+        for anchor, drafts in zip(anchors, blocks, strict=True):
+            place = anchor - len(PROMPTS[0])
+            if place < len(text) - 4:
+                expected = at_place(place)
+                assert min(expected.margins) > 1e-4
+                assert drafts == expected.drafts[: len(drafts)]
+                checked += 1
+    assert checked >= 3
+    assert uneven == bool({2, 3} & set(turns))
+    assert {width for width, _, _ in made["cut"]} == set(turns)
+
+
+def test_penalties_do_not_depend_on_what_is_verified(pair, schedulers, tmp_path):
+    target, directory = pair
+    checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
+    whole, cut = (
+        schedulers.run(
+            directory, checkpoint, PROMPTS[:1], copies=2, widths=widths, temperature=0.0,
+            max_new_tokens=16, ignore_eos=True, frequency_penalty=0.7, repetition_penalty=1.2,
+        )["texts"]
+        for widths in (None, [2, 3, 1, 4])
+    )  # fmt: skip
+    assert whole == cut
+    assert cut[0][0] != alone(target, PROMPTS[0], 16)
 
 
 def test_kernels_draw_what_the_core_does(pair, schedulers, interpreted, tmp_path):

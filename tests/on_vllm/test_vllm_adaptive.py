@@ -1,12 +1,11 @@
-"""Adaptive verification in the V2 runner: whatever number of drafts is chosen, text stays.
-
-vLLM wants full CUDA graphs for it, which a CPU does not have; its checks of that are set aside, and
-the runner takes its batches as they come.
-"""
+"""Adaptive verification in the V2 runner: whatever number of drafts is chosen, text stays."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 from vllm import SamplingParams
-from vllm.config import VllmConfig
-from vllm_helpers import ON_V2, running
+from vllm_helpers import ON_V2, Server, running, serving
 
 from dflash_plugin.kernels import admit_drafts
+from dflash_plugin.known_answer import KnownAnswers, answer, save_record
 from dflash_plugin.serving import head
+from dflash_plugin.transformers import load_drafter
 from dflash_plugin.vllm import adaptive
 from distribution import check_distribution, continuations
 from tiny import ENGINE_SIZES as SIZES
@@ -33,23 +33,14 @@ ADAPTIVE = {"enable_adaptive_verification": True}
 
 @contextmanager
 def adapting(monkeypatch: Any, target: Path, drafter: Path, turns: Any, **settings: Any) -> Any:
-    """An engine, in this process, whose steps have rows by turns; None lets the policy choose."""
-    from vllm.v1.worker.gpu import model_runner
-
+    """An engine, in this process, whose steps have rows by turns."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(VllmConfig, "_validate_adaptive_verification", lambda self: None)
-        monkeypatch.setattr(model_runner, "resolve_adaptive_cudagraph_mode", lambda mode, **_: mode)
-        name = "maybe_create_adaptive_verification_manager"
-        monkeypatch.setattr(model_runner, name, lambda **_: object())
-        adaptive.patch(model_runner)
     speculative = {**ADAPTIVE, **settings.pop("speculative", {})}
     with running(target, drafter, speculative=speculative, **settings) as engine:
         budget = adaptive.latest()
         assert budget is not None
-        if turns is not None:
-            rows, choose = itertools.cycle(turns), budget.policy.choose
-            monkeypatch.setattr(budget.policy, "choose", lambda *args: choose(*args) and next(rows))
+        rows, choose = itertools.cycle(turns), budget.policy.choose
+        monkeypatch.setattr(budget.policy, "choose", lambda *args: choose(*args) and next(rows))
         yield engine, budget
 
 
@@ -61,11 +52,14 @@ def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path, Path]:
         target.lm_head.weight.mul_(3)  # as sure as a trained one, so that few samples tell much
     target.save_pretrained(directory)
     drafter = tmp_path_factory.mktemp("drafter")
-    return target, directory, write_tiny(drafter, **SIZES, target_hidden_size=64, block_size=8)
+    write_tiny(drafter, **SIZES, target_hidden_size=64, block_size=8)
+    known = answer(load_drafter(drafter, target), target, PROMPTS[0])
+    save_record(drafter, KnownAnswers(answers=[known]))
+    return target, directory, drafter
 
 
 @pytest.mark.parametrize(
-    ("turns", "interpreted"), [(None, False), ((5, 5, 8, 1, 1, 4), False), ((3, 1, 8, 2), True)]
+    ("turns", "interpreted"), [((5, 5, 8, 1, 1, 4), False), ((3, 1, 8, 2), True)]
 )
 def test_greedy_text_is_the_targets(pair, monkeypatch, turns, interpreted):
     target, directory, drafter = pair
@@ -84,15 +78,60 @@ def test_greedy_text_is_the_targets(pair, monkeypatch, turns, interpreted):
             [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
         )
         (summary,) = engine.collective_rpc("dflash_adaptive")
-        steps = summary["steps"]
-    for prompt, output in zip(PROMPTS, outputs, strict=True):
-        alone = target.generate(
+    assert [list(output.outputs[0].token_ids) for output in outputs] == of_target(target)
+    assert sum(summary["steps"].values()) > 5
+    assert bool(admitted) == interpreted
+
+
+def test_a_server_answers_like_the_target_and_counts_what_it_chose(pair, tmp_path):
+    """The policy decides, in a process of its own; its counts reach the one that serves HTTP.
+
+    Those of the passes that check the drafter at start are among them.
+    """
+    target, directory, drafter = pair
+    flag = json.dumps({"method": "dflash", "model": str(drafter), **ADAPTIVE})
+    asked = {"max_tokens": 20, "ignore_eos": True, "return_token_ids": True}
+    with (
+        serving(
+            tmp_path / "log",
+            directory,
+            f"--speculative-config={flag}",
+            "--max-model-len=256",
+            VLLM_SERVER_DEV_MODE="1",
+        ) as server,
+        ThreadPoolExecutor(len(PROMPTS)) as pool,
+    ):
+        answers = list(pool.map(lambda prompt: server.complete(prompt, **asked), PROMPTS))
+        assert [answer["choices"][0]["token_ids"] for answer in answers] == of_target(target)
+        chosen = counts(server)
+        deadline = time.monotonic() + 5  # The last step's statistics may still be under way.
+        while (exported := server.metrics()) | chosen != exported and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert exported | chosen == exported
+        assert chosen["dflash:verified_drafts_total"] > 0
+
+
+def counts(server: Server) -> dict[str, float]:
+    """What the worker has chosen, by the names of its counters."""
+    answer = server.client.post("/collective_rpc", json={"method": "dflash_adaptive"})
+    (summary,) = answer.json()["results"]
+    kinds = ("proposed", "verified", "saved")
+    return {
+        **{f"dflash:{kind}_drafts_total": summary[f"drafts_{kind}"] for kind in kinds},
+        **{f"dflash:adaptive_steps_total[{rows}]": n for rows, n in summary["steps"].items()},
+    }
+
+
+def of_target(target: PreTrainedModel) -> list[list[int]]:
+    """20 tokens after each prompt."""
+    found = []
+    for prompt in PROMPTS:
+        tokens = target.generate(
             torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None,
             pad_token_id=0,
         )  # fmt: skip
-        assert list(output.outputs[0].token_ids) == alone[0, len(prompt) :].tolist()
-    assert sum(steps.values()) > 5
-    assert bool(admitted) == interpreted
+        found.append(tokens[0, len(prompt) :].tolist())
+    return found
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])

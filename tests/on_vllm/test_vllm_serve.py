@@ -5,63 +5,21 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from vllm_helpers import BLOCK, TOKENS, Server, command, serving
 
 from dflash_plugin.evaluate import acceptance_by_position
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
-from http_server import HttpServer, free_port, started
 
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
-TOKENS, BLOCK = 32, 32
-FLAGS = [
-    "--dtype=float32",
-    "--enforce-eager",
-    f"--block-size={BLOCK}",
-    "--max-model-len=512",
-    "--max-num-seqs=8",
-    "--max-num-batched-tokens=96",
-    "--enable-prompt-tokens-details",
-]
-
-
-class Server(HttpServer):
-    """A running vLLM."""
-
-    def complete(self, prompt: list[int], **settings: Any) -> dict[str, Any]:
-        body = {"prompt": prompt, "temperature": 0, "max_tokens": TOKENS, **settings}
-        answer = self.client.post("/v1/completions", json=body)
-        answer.raise_for_status()
-        return answer.json()
-
-    def text(self, prompt: list[int], **settings: Any) -> str:
-        return self.complete(prompt, **settings)["choices"][0]["text"]
-
-    def batch(self, prompts: list[list[int]]) -> list[str]:
-        with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(self.text, prompts))
-
-
-def command(target: Path, *flags: str, port: int = 0) -> list[str]:
-    serve = [str(Path(sys.executable).with_name("vllm")), "serve", str(target)]
-    return [*serve, *FLAGS, f"--port={port}", *flags]
-
-
-@contextmanager
-def serving(log: Path, target: Path, *flags: str, **environment: str) -> Iterator[Server]:
-    port = free_port()
-    serve = command(target, *flags, port=port)
-    with started(Server, serve, port, log, environment) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +89,7 @@ def test_metrics(server):
     assert found["dflash:expected_acceptance_length"] == pytest.approx(3.31, abs=0.01)
     assert found["dflash:drafter_info"] == 1
     assert found["dflash:acceptance_warnings_total"] == 0
+    assert "dflash:proposed_drafts_total" not in found  # only with adaptive verification
 
 
 def test_aborted_streams_leave_the_others_alone(server, reference, alone):

@@ -1,16 +1,31 @@
-"""Starting engines and looking into them."""
+"""Starting engines and servers, and looking into them."""
 
 from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from http_server import HttpServer, free_port, started
+
 ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 BLOCK = 32
+# Tokens of an answer.
+TOKENS = 32
+FLAGS = [
+    "--dtype=float32",
+    "--enforce-eager",
+    f"--block-size={BLOCK}",
+    "--max-model-len=512",
+    "--max-num-seqs=8",
+    "--max-num-batched-tokens=96",
+    "--enable-prompt-tokens-details",
+]
 
 
 @contextmanager
@@ -51,3 +66,33 @@ def counter(engine: Any, name: str) -> Any:
     """One of vLLM's metrics."""
     found = {metric.name: metric for metric in engine.get_metrics()}[name]
     return getattr(found, "values", None) or found.value
+
+
+class Server(HttpServer):
+    """A running vLLM."""
+
+    def complete(self, prompt: list[int], **settings: Any) -> dict[str, Any]:
+        body = {"prompt": prompt, "temperature": 0, "max_tokens": TOKENS, **settings}
+        answer = self.client.post("/v1/completions", json=body)
+        answer.raise_for_status()
+        return answer.json()
+
+    def text(self, prompt: list[int], **settings: Any) -> str:
+        return self.complete(prompt, **settings)["choices"][0]["text"]
+
+    def batch(self, prompts: list[list[int]]) -> list[str]:
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(self.text, prompts))
+
+
+def command(target: Path, *flags: str, port: int = 0) -> list[str]:
+    serve = [str(Path(sys.executable).with_name("vllm")), "serve", str(target)]
+    return [*serve, *FLAGS, f"--port={port}", *flags]
+
+
+@contextmanager
+def serving(log: Path, target: Path, *flags: str, **environment: str) -> Iterator[Server]:
+    port = free_port()
+    serve = command(target, *flags, port=port)
+    with started(Server, serve, port, log, environment) as server:
+        yield server

@@ -17,6 +17,10 @@ from torch import Tensor
 
 # Confidences beyond say nothing more.
 LEAST, MOST = -8.0, 12.0
+# A confidence that counted against its token would be noise.
+LEAST_SLOPE = 0.05
+# While serving, one of so many passes teaches: a launch takes its time, outcomes are many.
+LEARNING = 4
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -62,7 +66,8 @@ class AcceptanceModel:
     ) -> None:
         start = torch.tensor([1.0, 0.0], device=device)
         # A slope is worth more than an offset, since confidences spread wider than one.
-        self.prior = prior * torch.diag(torch.tensor([1.0, 0.25], device=device))
+        self.prior_precision = prior, 0.25 * prior
+        self.prior = torch.diag(torch.tensor(self.prior_precision, device=device))
         self.fade = 1.0 - 1.0 / memory
         self.state = Calibration(
             start.repeat(num_drafts, 1), self.prior.repeat(num_drafts, 1, 1).clone()
@@ -98,10 +103,16 @@ class AcceptanceModel:
         curvature = torch.einsum("bk,bki,bkj->kij", p * (1 - p), x, x)
         weights, precision = self.state
         precision = self.prior + self.fade * (precision - self.prior) + curvature
-        weights = weights + torch.linalg.solve(precision, gradient)
-        # A confidence that counted against its token would be noise.
-        slope = weights[:, :1].clamp(min=0.05)
+        weights = weights + _solve(precision, gradient)
+        slope = weights[:, :1].clamp(min=LEAST_SLOPE)
         self.state = Calibration(torch.cat([slope, weights[:, 1:]], dim=-1), precision)
+
+
+def _solve(matrices: Tensor, right: Tensor) -> Tensor:
+    """Solutions [K, 2] of K pairs of equations, which a library would check on the host."""
+    (a, b), (c, d) = (row.unbind(dim=-1) for row in matrices.unbind(dim=-2))
+    x, y = right.unbind(dim=-1)
+    return torch.stack([d * x - b * y, a * y - c * x], dim=-1) / (a * d - b * c)[..., None]
 
 
 def calibration_error(probabilities: Tensor, outcomes: Tensor, bins: int = 10) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
 from dflash_plugin.errors import DFlashError
@@ -97,6 +97,21 @@ class Acceptance:
         return found
 
 
+def growth(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
+    """By how much ``WidthPolicy.counts`` have grown, of those that have and those that are new.
+
+    One that is less than before began anew, as with an engine that sets up its runner again.
+    """
+    grown = {}
+    for name, count in now.items():
+        last = before.get(name)
+        if last is None or count < last:
+            grown[name] = count
+        elif count > last:
+            grown[name] = count - last
+    return grown
+
+
 class WidthPolicy:
     """Chooses the rows of the next verify pass.
 
@@ -110,8 +125,8 @@ class WidthPolicy:
 
     Attributes:
         seconds: of a step, by captured requests and rows, as far as it has been timed.
-        prior: seconds by captured requests and rows, as profiled at start; what they leave out is
-            taken to be the same for all. Empty where every width is tried instead.
+        prior: seconds by captured requests and rows, as profiled at start, without the host's
+            work. Empty where every width is tried instead.
     """
 
     def __init__(
@@ -189,6 +204,15 @@ class WidthPolicy:
             "step_milliseconds": times,
         }
 
+    def counts(self) -> dict[str, int]:
+        """Drafts ``proposed``, ``verified`` and ``saved``, and steps of 8 rows as ``steps:8``."""
+        return {
+            "proposed": self.proposed,
+            "verified": self.verified,
+            "saved": self.saved,
+            **{f"steps:{rows}": steps for rows, steps in self.steps.items()},
+        }
+
     def _captured(self, requests: int) -> int:
         index = bisect_left(self.sizes, requests)
         return self.sizes[index] if index < len(self.sizes) else requests
@@ -222,27 +246,30 @@ class WidthPolicy:
 
         rates = {width: rate(width, seconds[width]) for width in self.widths}
         best = max(self.widths, key=rates.__getitem__)
-        if self._until_probe <= 0 and len(self.widths) > 1:
-            self._pause = min(2 * self._pause, PROBE)
-            self._until_probe, self._probes = self._pause, self._probes + 1
-            index = self.widths.index(best)
-            if self._probes % 2:
-                # The next wider one tells of drafts that are not verified.
-                return self.widths[index + 1 if best < self.widths[-1] else index - 1]
-            # That which is best if its shortest time is right.
-            others = [width for width in self.widths if width != best]
-            shortest = {w: min(self._times.get((size, w)) or [seconds[w]]) for w in others}
-            return max(others, key=lambda width: rate(width, shortest[width]))
         if rates[best] <= GAIN * rates.get(self._width, 0.0):
-            return self._width
-        return best
+            best = self._width
+        if self._until_probe > 0 or len(self.widths) == 1:
+            return best
+        self._pause = min(2 * self._pause, PROBE)
+        self._until_probe, self._probes = self._pause, self._probes + 1
+        index = self.widths.index(best)
+        if self._probes % 2:
+            # The next wider one tells of drafts that are not verified.
+            return self.widths[index + 1 if best < self.widths[-1] else index - 1]
+        # That which is best if its shortest time is right.
+        others = [width for width in self.widths if width != best]
+        shortest = {w: min(self._times.get((size, w)) or [seconds[w]]) for w in others}
+        return max(others, key=lambda width: rate(width, shortest[width]))
 
     def _of_step(self, size: int, width: int) -> float | None:
-        """Seconds of a step; more requests or more rows never take less."""
+        """Seconds of a step; more requests or more rows never take less.
+
+        Whole blocks are not compared with others, which have to be cut first.
+        """
         found = [
             seconds
             for (requests, rows), seconds in self.seconds.items()
-            if requests >= size and rows >= width
+            if requests >= size and rows >= width and self._alike(rows, width)
         ]
         if (size, width) not in self.seconds:
             guess = self._from_prior(size, width)
@@ -251,19 +278,29 @@ class WidthPolicy:
             found.append(guess)
         return min(found)
 
+    def _alike(self, rows: int, width: int) -> bool:
+        """Whether neither of both widths is that of whole blocks, or both are."""
+        return (rows == self.widths[-1]) == (width == self.widths[-1])
+
     def _from_prior(self, size: int, width: int) -> float | None:
         """The profiled time and what it leaves out, by the nearest steps that have been timed.
 
-        Where prompts come so often that no step is timed, the profile has to do.
+        An engine hides what it leaves out behind passes, or does not. Of both, what promises more
+        is believed of other widths, since it will be timed if it is chosen. Where prompts come so
+        often that no step is timed, the profile has to do.
         """
         profiled = self.prior.get((size, width))
         timed = [kind for kind in self.seconds if kind in self.prior]
+        timed = [kind for kind in timed if self._alike(kind[1], width)] or timed
         if profiled is None or not timed:
             return profiled
         nearest = min(abs(requests - size) for requests, _ in timed)
-        left_out: float = median(
-            max(0.0, self.seconds[kind] - self.prior[kind])
-            for kind in timed
-            if abs(kind[0] - size) == nearest
-        )
-        return profiled + left_out
+        guesses, least = [], 0.0
+        for kind in timed:
+            if abs(kind[0] - size) == nearest:
+                took, of_pass = self.seconds[kind], self.prior[kind]
+                guess = profiled + max(0.0, took - of_pass)
+                guesses.append(guess if nearest else min(guess, max(profiled, took)))
+                if nearest == 0 and kind[1] < width < self.widths[-1]:
+                    least = max(least, took)
+        return max(least, float(median(guesses)))

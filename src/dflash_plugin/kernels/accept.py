@@ -44,15 +44,19 @@ class Sampled(NamedTuple):
     """What drawn tokens are judged by.
 
     Attributes:
-        target_probs: float32 [B, K + 1, V], after the anchor and after each draft, contiguous.
+        target_probs: float32 [B, K + 1, V], after the anchor and after each draft, contiguous; or
+            [N, V], with ``rows``.
         draft_probs: float32 [B, K, V] that the drafts were drawn from, contiguous; None where they
             were chosen.
         seed: int64 [B].
+        rows: int64 [B, K + 1], contiguous, which row of ``target_probs`` follows the anchor and
+            each draft; drafts that were not verified are below zero. None for a row for each.
     """
 
     target_probs: Tensor
     draft_probs: Tensor | None
     seed: Tensor
+    rows: Tensor | None = None
 
 
 @triton.jit
@@ -82,6 +86,7 @@ def _kernel(
     target_probs,
     draft_probs,
     seed,
+    target_rows,
     anchor_positions,
     num_drafts,
     slots,
@@ -120,6 +125,8 @@ def _kernel(
         key = tl.load(seed + request)
         index = tl.maximum(draft, 0)
         rows = request * (COUNT + 1) + place
+        if target_rows is not None:
+            rows = tl.load(target_rows + rows, mask=place <= COUNT, other=0)
         p = tl.load(target_probs + rows * vocabulary + index, mask=is_draft, other=0.0).to(
             tl.float64
         )
@@ -136,7 +143,10 @@ def _kernel(
         accepted = tl.minimum(accepted, limit)
         # The draft that was rejected, if one was.
         rejected = tl.max(tl.where(is_draft & (place == accepted), draft, -1), axis=0)
-        target_row = target_probs + (request * (COUNT + 1) + accepted) * vocabulary
+        row = request * (COUNT + 1) + accepted
+        if target_rows is not None:
+            row = tl.load(target_rows + row)
+        target_row = target_probs + row * vocabulary
         draft_row = target_row
         if draft_probs is not None:
             draft_row = (
@@ -232,7 +242,7 @@ def accept(
     _kernel[(batch,)](
         drafts,
         tokens,
-        *(sampled or (None, None, None)),
+        *(sampled or (None,) * len(Sampled._fields)),
         anchor_positions,
         num_drafts,
         slots,
@@ -277,13 +287,18 @@ def _check(
             raise ValueError(f"target must be int64 [{batch}, {count + 1}] with contiguous rows")
         return batch, count
     vocabulary = target.target_probs.shape[-1]
-    wanted = [("target_probs", target.target_probs, count + 1)]
+    places: tuple[int, ...] = (batch, count + 1)
+    wanted = [("target_probs", target.target_probs, places)]
+    if target.rows is not None:
+        wanted = [("target_probs", target.target_probs, tuple(target.target_probs.shape[:1]))]
+        if target.rows.shape != places or target.rows.dtype != torch.int64:
+            raise ValueError(f"rows must be int64 {list(places)}")
     if target.draft_probs is not None:
-        wanted.append(("draft_probs", target.draft_probs, count))
-    for name, probs, rows in wanted:
-        fits = probs.shape == (batch, rows, vocabulary) and probs.dtype == torch.float32
+        wanted.append(("draft_probs", target.draft_probs, (batch, count)))
+    for name, probs, shape in wanted:
+        fits = probs.shape == (*shape, vocabulary) and probs.dtype == torch.float32
         if not fits or not probs.is_contiguous():
-            raise ValueError(f"{name} must be contiguous float32 [{batch}, {rows}, {vocabulary}]")
+            raise ValueError(f"{name} must be contiguous float32 {[*shape, vocabulary]}")
     if target.seed.shape != (batch,) or target.seed.dtype != torch.int64:
         raise ValueError(f"seed must be int64 [{batch}]")
     return batch, count
@@ -305,9 +320,10 @@ def accept_naive(
         verdict = verify_greedy(drafts, target, limits)
     else:
         places = anchor_positions[:, None] + 1 + place
+        probs = target.target_probs
         verdict = verify_sampled(
             drafts,
-            target.target_probs,
+            probs if target.rows is None else probs[target.rows],
             target.draft_probs,
             uniforms(target.seed, places[:, :-1], Stream.ACCEPT),
             uniforms(target.seed, places, Stream.NEXT),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -135,6 +137,22 @@ def admit_drafts(
         BLOCK_PLACES=triton.next_power_of_2(max(2, places)),
         num_warps=4 if batch <= 128 else 16,
     )
+
+
+def compile_ahead(admit: Callable[..., None], chances: Tensor) -> None:
+    """Have ``admit_drafts`` compiled, which is done once for every power of two of requests.
+
+    Args:
+        admit: it, with its options.
+        chances: float32 [R, K], as it will be called with.
+    """
+    batch, device = 1, chances.device
+    while batch < 2 * len(chances):
+        one = torch.ones(batch, dtype=torch.int32, device=device)
+        starts = torch.zeros(batch + 1, dtype=torch.int32, device=device)
+        slots = torch.zeros(batch, dtype=torch.int64, device=device)
+        admit(chances, slots, one, one, 1, one.clone(), starts, starts.clone())
+        batch *= 2
 
 
 def _check(

@@ -8,6 +8,7 @@ al., "Flash-Decoding for long-context inference", 2023).
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,20 @@ class PagedContext(NamedTuple):
     page_size: int = 1
 
 
+class Blocks(NamedTuple):
+    """Blocks of different lengths, one behind the other.
+
+    Attributes:
+        starts: int32 [B + 1], contiguous, where each begins, and the end of the last.
+        requests: int32 [N], contiguous, whose each row is.
+        most: rows that a block has at most.
+    """
+
+    starts: Tensor
+    requests: Tensor
+    most: int
+
+
 class AttentionTile(NamedTuple):
     """How a context is worked on: keys of a step, warps, loads in flight and parts.
 
@@ -72,6 +87,16 @@ def _extent(request, lengths, window, parts, BLOCK_KEYS: tl.constexpr):
 
 
 @triton.jit
+def _rows_of(request, block_starts, ROWS: tl.constexpr):
+    """Where a request's rows begin, and how many they are."""
+    begin, count = request * ROWS, ROWS
+    if block_starts is not None:
+        first = tl.load(block_starts + request)
+        begin, count = first.to(tl.int64), tl.load(block_starts + request + 1) - first
+    return begin, count
+
+
+@triton.jit
 def _fold(query, key, value, visible, best, total, out, scale, PRECISION: tl.constexpr):
     """Take one tile of keys [N, D] into the running softmax of queries [M, D]."""
     scores = dot(query, tl.trans(key), tl.zeros(visible.shape, dtype=tl.float32), PRECISION)
@@ -87,7 +112,7 @@ def _fold(query, key, value, visible, best, total, out, scale, PRECISION: tl.con
 
 
 # Compiled once for any number of requests: a server meets all of them.
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["total_rows"])
 def _part_kernel(
     query,
     key,
@@ -99,11 +124,12 @@ def _part_kernel(
     requests,
     sinks,
     own_slots,
+    block_starts,
     out_values,
     part_out,
     part_best,
     part_total,
-    batch,
+    total_rows,
     query_stride,
     key_stride,
     value_stride,
@@ -145,14 +171,12 @@ def _part_kernel(
     row = folded % ROWS
     head = kv_head * GROUP + folded // ROWS
     is_row = folded < ROWS * GROUP
+    begin, count = _rows_of(request, block_starts, ROWS)
     depth = tl.arange(0, BLOCK_DIM)
     is_depth = depth < HEAD_DIM
     queries = tl.load(
-        query
-        + (request * ROWS + row)[:, None] * query_stride
-        + head[:, None] * HEAD_DIM
-        + depth[None, :],
-        mask=is_row[:, None] & is_depth[None, :],
+        query + (begin + row)[:, None] * query_stride + head[:, None] * HEAD_DIM + depth[None, :],
+        mask=(is_row & (row < count))[:, None] & is_depth[None, :],
         other=0.0,
     )
     best = tl.full((BLOCK_ROWS,), float("-inf"), dtype=tl.float32)
@@ -188,14 +212,14 @@ def _part_kernel(
         )
     if part == 0:
         own = tl.arange(0, BLOCK_OWN)
-        is_own = own < ROWS
+        is_own = own < count
         mask = is_own[:, None] & is_depth[None, :]
         offset = kv_head * HEAD_DIM + depth[None, :]
-        at_row = (request * ROWS + own)[:, None]
+        at_row = (begin + own)[:, None]
         k = tl.load(key + at_row * key_stride + offset, mask=mask, other=0.0)
         v = tl.load(value + at_row * value_stride + offset, mask=mask, other=0.0)
         if own_slots is not None:
-            slot = tl.load(own_slots + request * ROWS + own, mask=is_own, other=0)[:, None]
+            slot = tl.load(own_slots + begin + own, mask=is_own, other=0)[:, None]
             tl.store(keys + slot * keys_stride + offset, k, mask=mask)
             tl.store(values + slot * values_stride + offset, v, mask=mask)
         visible = is_own[None, :] & is_row[:, None]
@@ -205,7 +229,11 @@ def _part_kernel(
         if window is not None and not FROM_ANCHOR:
             visible &= tl.abs(distance) < window
         best, total, out = _fold(queries, k, v, visible, best, total, out, scale, PRECISION)
-    place = ((part * batch + request) * ROWS + row) * HEADS + head
+    # Until here rows behind a block's last are carried along, which takes fewer registers, as does
+    # looking again.
+    begin, count = _rows_of(request, block_starts, ROWS)
+    is_row &= row < count
+    place = (part * total_rows + begin + row) * HEADS + head
     at = place[:, None] * HEAD_DIM + depth[None, :]
     mask = is_row[:, None] & is_depth[None, :]
     if WHOLE:
@@ -229,6 +257,7 @@ def _join_kernel(
     part_total,
     sinks,
     lengths,
+    row_requests,
     out,
     parts,
     rows,
@@ -244,6 +273,8 @@ def _join_kernel(
     # One row of one head.
     place = tl.program_id(0).to(tl.int64)
     request = place // (ROWS * HEADS)
+    if row_requests is not None:
+        request = tl.load(row_requests + place // HEADS).to(tl.int64)
     length, first, share = _extent(request, lengths, window, parts - 1, BLOCK_KEYS)
     # The first holds the block itself; of the others, those without context wrote nothing.
     live = 1 + tl.cdiv(length - first, tl.maximum(share, 1) * BLOCK_KEYS)
@@ -286,6 +317,7 @@ def draft_attention(
     window_from: WindowFrom = "query",
     sinks: Tensor | None = None,
     own_slots: Tensor | None = None,
+    blocks: Blocks | None = None,
     tile: AttentionTile | None = None,
 ) -> Tensor:
     """Grouped-query attention of B blocks; every row sees its context and its own block.
@@ -305,18 +337,23 @@ def draft_attention(
         sinks: float32 [heads], logits that join each softmax without a value, or None.
         own_slots: int64 [B, T], contiguous, where the block's own keys and values are written on
             the way, none of them a slot of anyone's context; or None.
+        blocks: where blocks begin that differ in length. Query, key and value are [N, heads,
+            head_dim] then, and ``own_slots`` is [N]. None for B blocks of T rows each.
         tile: None chooses one by the batch alone, so that a captured graph holds at any length.
 
     Returns:
-        [B, T, heads, head_dim] in query's dtype.
+        In query's shape and dtype.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
     """
-    batch, rows, heads, kv_heads, head_dim = _check(query, key, value, context, sinks, own_slots)
+    batch, rows, heads, kv_heads, head_dim = _check(
+        query, key, value, context, sinks, own_slots, blocks
+    )
     group = heads // kv_heads
-    out = torch.empty(batch, rows, heads, head_dim, dtype=query.dtype, device=query.device)
-    if batch == 0:
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    total_rows = out.numel() // (heads * head_dim)
+    if total_rows == 0:
         return out
     block_dim = max(16, triton.next_power_of_2(head_dim))
     block_rows = max(16, triton.next_power_of_2(rows * group))
@@ -324,7 +361,7 @@ def draft_attention(
     count = 1 if tile.parts == 1 else tile.parts + 1
     part_out, part_best, part_total = None, None, None
     if count > 1:
-        places = (count, batch, rows, heads)
+        places = (count, total_rows, heads)
         part_out = torch.empty(*places, head_dim, device=query.device)
         part_best, part_total = torch.empty(2, *places, device=query.device).unbind()
     _part_kernel[(batch, kv_heads, count)](
@@ -338,11 +375,12 @@ def draft_attention(
         context.requests,
         sinks,
         own_slots,
+        None if blocks is None else blocks.starts,
         out,
         part_out,
         part_best,
         part_total,
-        batch,
+        total_rows,
         _row_stride(query),
         _row_stride(key),
         _row_stride(value),
@@ -368,15 +406,16 @@ def draft_attention(
         num_stages=tile.stages,
     )
     if count > 1:
-        _join_kernel[(batch * rows * heads,)](
+        _join_kernel[(total_rows * heads,)](
             part_out,
             part_best,
             part_total,
             sinks,
             context.lengths,
+            None if blocks is None else blocks.requests,
             out,
             count,
-            batch * rows,
+            total_rows,
             layer.sliding_window,
             ROWS=rows,
             HEADS=heads,
@@ -392,7 +431,7 @@ def draft_attention(
 
 def _row_stride(part: Tensor) -> int:
     """Between rows of all blocks; the stride of a dimension of one says nothing."""
-    return part.stride(0 if part.shape[1] == 1 else 1)
+    return part.stride(0 if part.dim() == 3 or part.shape[1] == 1 else 1)
 
 
 def _tile(
@@ -421,21 +460,36 @@ def _check(
     context: PagedContext,
     sinks: Tensor | None,
     own_slots: Tensor | None,
+    blocks: Blocks | None,
 ) -> tuple[int, int, int, int, int]:
-    batch, rows, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    if key.shape != (batch, rows, kv_heads, head_dim) or value.shape != key.shape:
-        raise ValueError(f"key and value must be [{batch}, {rows}, kv_heads, {head_dim}]")
+    *places, heads, head_dim = query.shape
+    kv_heads = key.shape[-2]
+    if len(places) != (2 if blocks is None else 1):
+        raise ValueError(f"query is {tuple(query.shape)}: give [B, T, ...], or [N, ...] of blocks")
+    if key.shape != (*places, kv_heads, head_dim) or value.shape != key.shape:
+        raise ValueError(f"key and value must be {[*places, 'kv_heads', head_dim]}")
+    if blocks is None:
+        batch, rows = places
+    else:
+        batch, rows = blocks.starts.shape[0] - 1, blocks.most
+        for name, part, size in (
+            ("starts", blocks.starts, batch + 1),
+            ("requests", blocks.requests, places[0]),
+        ):
+            if part.shape != (size,) or part.dtype != torch.int32 or not part.is_contiguous():
+                raise ValueError(f"{name} of blocks must be contiguous int32 [{size}]")
     if heads % kv_heads or rows * (heads // kv_heads) > MOST_ROWS:
         raise ValueError(
             f"{heads} query heads on {kv_heads} key heads with {rows} rows: give whole groups of "
             f"at most {MOST_ROWS} rows"
         )
     for name, part in (("query", query), ("key", key), ("value", value)):
-        rows_apart = part.stride(0) == rows * part.stride(1) or 1 in (batch, rows)
+        rows_apart = (
+            blocks is not None or part.stride(0) == rows * part.stride(1) or 1 in (batch, rows)
+        )
         if part.dtype != query.dtype or part.dtype not in DTYPES:
             raise ValueError(f"{name} is {part.dtype}: give one of float32, bfloat16, float16")
-        if part.stride(3) != 1 or part.stride(2) != head_dim or not rows_apart:
+        if part.stride(-1) != 1 or part.stride(-2) != head_dim or not rows_apart:
             raise ValueError(f"{name} must have contiguous heads and evenly spaced rows")
     for name, pool in (("keys", context.keys), ("values", context.values)):
         if pool.shape[1:] != (kv_heads, head_dim) or not pool[:1].is_contiguous():
@@ -449,11 +503,11 @@ def _check(
     if sinks is not None and (sinks.shape != (heads,) or sinks.dtype != torch.float32):
         raise ValueError(f"sinks must be float32 [{heads}]")
     if own_slots is not None and (
-        own_slots.shape != (batch, rows)
+        own_slots.shape != tuple(places)
         or own_slots.dtype != torch.int64
         or not own_slots.is_contiguous()
     ):
-        raise ValueError(f"own_slots must be contiguous int64 [{batch}, {rows}]")
+        raise ValueError(f"own_slots must be contiguous int64 {places}")
     return batch, rows, heads, kv_heads, head_dim
 
 
@@ -468,10 +522,33 @@ def draft_attention_naive(
     window_from: WindowFrom = "query",
     sinks: Tensor | None = None,
     own_slots: Tensor | None = None,
+    blocks: Blocks | None = None,
     tile: AttentionTile | None = None,
 ) -> Tensor:
     """``draft_attention`` in plain torch, in float32; reads lengths back to the host."""
-    batch, rows, _, _, _ = _check(query, key, value, context, sinks, own_slots)
+    batch, rows, _, _, _ = _check(query, key, value, context, sinks, own_slots, blocks)
+    if blocks is not None:
+        # One after the other, each a batch of one.
+        out, starts = torch.empty_like(query), blocks.starts.tolist()
+        for b, (begin, end) in enumerate(pairwise(starts)):
+            request = b if context.requests is None else int(context.requests[b])
+            one = context._replace(
+                page_table=context.page_table[request][None],
+                lengths=context.lengths[b : b + 1],
+                requests=None,
+            )
+            out[begin:end] = draft_attention_naive(
+                query[None, begin:end],
+                key[None, begin:end],
+                value[None, begin:end],
+                one,
+                layer,
+                scale,
+                window_from=window_from,
+                sinks=sinks,
+                own_slots=None if own_slots is None else own_slots[None, begin:end],
+            )[0]
+        return out
     lengths = context.lengths.long()
     longest = int(lengths.max()) if batch else 0
     place = torch.arange(longest, device=query.device)

@@ -24,6 +24,7 @@ def _kernel(
     rows,
     feature_stride,
     prediction_stride,
+    SLOPE_BY_PLACE: tl.constexpr,
     LEAST_REST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -36,7 +37,8 @@ def _kernel(
         top + row, mask=alive, other=0.0
     )
     feature = -tl.log(tl.maximum(tl.exp(gap) - 1.0, LEAST_REST))
-    value = tl.load(slope) * feature + tl.load(offsets + place, mask=alive, other=0.0)
+    steepness = tl.load(slope + place * SLOPE_BY_PLACE, mask=alive, other=0.0)
+    value = steepness * feature + tl.load(offsets + place, mask=alive, other=0.0)
     chance = 1.0 / (1.0 + tl.exp(-value))
     tl.store(features + slot * feature_stride + place, feature, mask=alive)
     tl.store(predictions + slot * prediction_stride + place, chance, mask=alive)
@@ -62,7 +64,7 @@ def predict_acceptance(
         log_sum_exp: float32 [T], over the row's logits.
         slots: int64 [T], rows of the outputs; those below 0 are padding.
         places: int32 or int64 [T], columns of the outputs: which draft of its block a row makes.
-        slope: float32 [1], of the logistic model.
+        slope: float32 [1] or [K], of the logistic model, the same for all places or by place.
         offsets: float32 [K], of the same, by place.
         features: float32 [R, K], takes the confidences.
         predictions: float32 [R, K], takes the chances.
@@ -86,6 +88,7 @@ def predict_acceptance(
         rows,
         features.stride(0),
         predictions.stride(0),
+        SLOPE_BY_PLACE=slope.numel() > 1,
         LEAST_REST=LEAST_REST,
         BLOCK=block,
         num_warps=1,
@@ -112,8 +115,8 @@ def _check(
         if part.shape != (rows,) or not part.is_contiguous():
             raise ValueError(f"{name} must be contiguous [{rows}]")
     count = offsets.shape[0]
-    if slope.numel() != 1 or offsets.shape != (count,):
-        raise ValueError("slope must be one number and offsets [K]")
+    if offsets.shape != (count,) or slope.shape not in ((1,), (count,)):
+        raise ValueError("offsets must be [K], and slope [1] or [K]")
     for name, part in (("features", features), ("predictions", predictions)):
         if part.dim() != 2 or part.shape[1] != count or part.stride(1) != 1:
             raise ValueError(f"{name} must be [R, {count}] with contiguous rows")
@@ -133,7 +136,8 @@ def predict_acceptance_naive(
     """``predict_acceptance`` in plain torch; reads ``slots`` back to the host."""
     _check(top, log_sum_exp, slots, places, slope, offsets, features, predictions)
     feature = -torch.log(((log_sum_exp - top).exp() - 1.0).clamp(min=LEAST_REST))
-    chance = torch.sigmoid(slope * feature + offsets[places.long()])
+    steepness = slope.expand(offsets.shape)[places.long()]
+    chance = torch.sigmoid(steepness * feature + offsets[places.long()])
     alive = slots >= 0
     at = slots[alive], places[alive].long()
     features[at] = feature[alive]

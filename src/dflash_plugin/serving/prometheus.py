@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -65,6 +66,22 @@ def budget_counters(labels: tuple[str, ...]) -> dict[str, Any]:
         "verified": Counter("dflash:verified_drafts", "Drafts that were verified.", labels),
         "saved": Counter("dflash:saved_drafts", "Drafts that were left unverified.", labels),
     }  # fmt: skip
+
+
+def count_budget(
+    labels: tuple[str, ...], values: Sequence[object], grown: Mapping[str, int]
+) -> None:
+    """Add what an adaptive policy has chosen.
+
+    Args:
+        labels: the engine's own label names.
+        values: of them.
+        grown: ``budget.width.growth``.
+    """
+    counters = budget_counters(labels)
+    for name, count in grown.items():
+        kind, *rows = name.split(":")
+        counters[kind].labels(*values, *rows).inc(count)
 
 
 def introduce(made: dict[str, Any], info: Hosted, values: list[object]) -> None:

@@ -44,7 +44,8 @@ class CpuAttention(TorchNativeAttnBackend):
             pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
         if forward_batch.forward_mode.is_target_verify():
             prefix = forward_batch.seq_lens.tolist()
-            rows = [forward_batch.spec_info.draft_token_num] * len(prefix)
+            info = forward_batch.spec_info
+            rows = getattr(info, "row_counts", None) or [info.draft_token_num] * len(prefix)
         else:
             prefix = forward_batch.extend_prefix_lens.tolist()
             rows = forward_batch.extend_seq_lens.tolist()

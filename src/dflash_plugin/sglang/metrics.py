@@ -9,11 +9,11 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from dflash_plugin.budget.width import WidthPolicy
+from dflash_plugin.budget.width import growth
 from dflash_plugin.serving.acceptance import AcceptanceWatch
 from dflash_plugin.serving.prometheus import (
-    budget_counters,
     collectors,
+    count_budget,
     introduce,
     position_counters,
 )
@@ -23,8 +23,11 @@ from dflash_plugin.sglang.width import Widths
 
 logger = logging.getLogger("sglang.dflash_plugin")
 
+# What a pass's result says of the rows that it verified of each request, on average.
+ROWS = "dflash_plugin_rows"
 # Verify passes of requests between two looks at what has been counted.
 STRIDE = 64
+LABELS = ("model_name",)
 
 
 class Acceptance:
@@ -47,10 +50,9 @@ class Acceptance:
         self.unseen = 0
         self.metrics: dict[str, Any] | None = None
         self.labels: list[object] = [model_name]
-        self.exported: dict[tuple[str, ...], int] = {}
+        self.exported: dict[str, int] = {}
         if model_name is not None:
-            names = ("model_name",)
-            self.metrics = {**collectors(names), **position_counters(names)}
+            self.metrics = {**collectors(LABELS), **position_counters(LABELS)}
             introduce(self.metrics, info, self.labels)
 
     def observe(self, accepted: Iterable[int], *, whole: bool = True) -> None:
@@ -85,21 +87,9 @@ class Acceptance:
         if warning is not None:
             self.metrics["warnings"].labels(*self.labels).inc()
         if _widths is not None:
-            self.export(_widths.policy)
-
-    def export(self, policy: WidthPolicy) -> None:
-        """Add what a policy of widths has chosen since the last time."""
-        counters = budget_counters(("model_name",))
-        now: dict[tuple[str, ...], int] = {
-            ("proposed",): policy.proposed,
-            ("verified",): policy.verified,
-            ("saved",): policy.saved,
-            **{("steps", str(rows)): steps for rows, steps in policy.steps.items()},
-        }
-        for (name, *label), count in now.items():
-            before = self.exported.get((name, *label), 0)
-            counters[name].labels(*self.labels, *label).inc(count - before)
-        self.exported = now
+            now = _widths.policy.counts()
+            count_budget(LABELS, self.labels, growth(now, self.exported))
+            self.exported = now
 
     def summary(self) -> dict[str, Any]:
         """What ``/server_info`` shows."""
@@ -164,10 +154,11 @@ def count_accepted(native: Callable[..., Any], processor: Any, result: Any, batc
         for request, number in zip(batch.reqs, numbers, strict=True)
         if not (request.finished() or request.is_retracted)
     ]
-    rows = int(result.speculative_num_draft_tokens)
+    block = int(result.speculative_num_draft_tokens)
+    rows = int(getattr(result, ROWS, block))
     if _acceptance is not None:
-        _acceptance.observe(accepted, whole=_widths is None or rows == _widths.block)
-    if _widths is not None:
+        _acceptance.observe(accepted, whole=rows == block)
+    if _widths is not None and not _widths.by_request:
         _widths.policy.observe(rows, accepted)
     return tokens
 

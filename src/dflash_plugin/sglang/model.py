@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from sglang.srt.distributed.communication_op import tensor_model_parallel_all_gather
@@ -31,6 +31,9 @@ from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.sglang.block_attention import is_plain
 from dflash_plugin.sglang.host import HostedQKV, SglangHost, round_to_fp8
 from dflash_plugin.sglang.options import Hosted
+
+if TYPE_CHECKING:
+    from dflash_plugin.kernels.draft_head import HeadChoice
 
 
 class HostedDrafter(DFlashDraftModel):
@@ -302,6 +305,22 @@ class HostedDrafter(DFlashDraftModel):
         gather = partial(tensor_model_parallel_all_gather, dim=-1)
         best = best_of_ranks(value.float().contiguous(), index.contiguous(), gather)
         return self.drafter.token_ids(best)
+
+    def best_choice(self, hidden: Tensor) -> HeadChoice:
+        """The likeliest draft of each row with its normaliser, on one rank.
+
+        Args:
+            hidden: [T, hidden].
+        """
+        from dflash_plugin.kernels.row_choice import row_choice, row_choice_naive
+
+        head = self._head()
+        choice = best_of_shard(head, hidden, self._shard_rows(), UnquantizedEmbeddingMethod)
+        if choice is None:
+            logits = self._shard_logits(hidden)
+            fast = kernels.available(logits.device)
+            choice = (row_choice if fast else row_choice_naive)(logits)
+        return choice._replace(tokens=self.drafter.token_ids(choice.tokens))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits float32 [T, draft vocabulary] of hidden states [T, hidden]."""

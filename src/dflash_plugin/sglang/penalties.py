@@ -123,12 +123,12 @@ def count(penalties: Penalties, tokens: Tensor, number: Tensor) -> None:
 
     Args:
         penalties: of the batch; its counts are the requests' own.
-        tokens: int64 [B, T].
+        tokens: int64 [B, T]; what was not committed may be anything.
         number: int64 [B], how many of them were committed.
     """
     places = torch.arange(tokens.shape[1], device=tokens.device)
     committed = (places < number[:, None]).float()
-    penalties.counts.scatter_add_(1, tokens, committed)
+    penalties.counts.scatter_add_(1, tokens.clamp(min=0), committed)
 
 
 def _stop_tokens(request: Any, vocabulary: int) -> list[int]:

@@ -1,8 +1,10 @@
-"""Verify passes of fewer rows than a block has, where a policy says that they commit more a second.
+"""Verify passes of a part of what was drafted, where a policy says that they commit more a second.
 
-SGLang's worker drafts, verifies and commits with one block size. Once a pass has drafted its whole
-block, the worker is told that a block has the rows that are to be verified; what it has at hand for
-a whole block by then is cut. Each number of rows has attention metadata and graphs of its own.
+SGLang's worker drafts and commits whole blocks. Between the two, the input of the target's pass is
+cut to the rows that are verified, and its output laid out like whole blocks again, with drafts that
+no token equals where none was verified. How many rows a request has on average is one number for a
+step, for which there is attention metadata and a graph; which ones they are is decided on the
+device, by how probably each draft stands.
 """
 
 from __future__ import annotations
@@ -10,17 +12,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dflash_plugin import kernels
+from dflash_plugin.budget.promise import Promise
 from dflash_plugin.budget.width import WidthPolicy, choose_widths
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.serving.hosted import Options
 from dflash_plugin.sglang import block_attention
+from dflash_plugin.sglang.chances import Chances
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.options import Hosted
+
+if TYPE_CHECKING:
+    from dflash_plugin.kernels.cut_blocks import CutBlocks
 
 # What has to be decided alike by processes that have no clock in common, or adds rows of its own.
 LIMITS = (
@@ -33,47 +44,97 @@ LIMITS = (
 REPLAYS = 3
 
 
+@dataclass
+class Pass:
+    """The target's verify pass of so many rows a request.
+
+    Attributes:
+        backend: SGLang's of its attention.
+        graphs: of it, by requests.
+        attention: which attention it uses, None where that is the back end's own.
+        starts: int32 [size + 1], where each request's rows begin.
+        requests: int32 [size * rows], whose each row is.
+    """
+
+    backend: Any
+    graphs: Any
+    attention: block_attention.Passes | None
+    starts: Tensor
+    requests: Tensor
+
+
 class Widths:
     """How many rows of a block are verified, now and by policy.
 
     Args:
         policy: chooses.
         block: rows of a whole block.
+        size: requests of a batch, at most.
+        device: of the target.
+        options: limits of the number of drafts.
+        by_request: requests may have different numbers of rows, where the target's attention is
+            this project's.
 
     Attributes:
-        rows: of a block, as the worker is told.
-        chosen: rows that the pass which runs verifies.
+        chosen: rows that a request has on average in the pass that runs.
         held: verify whole blocks, whatever the policy says.
-        passes: attention back end and graphs of the target, by rows.
+        by_request: requests have different numbers of rows.
+        passes: those of fewer rows than a block.
+        attention: which one the target's other passes use, None where that is its back end's own.
+        cut: what the pass that runs verifies, once it has drafted; None for whole blocks.
     """
 
-    def __init__(self, policy: WidthPolicy, block: int) -> None:
-        self.policy, self.block = policy, block
-        self.rows = block
-        self.chosen = block
-        self.held = False
-        self.passes: dict[int, tuple[Any, Any]] = {}
-        self._buffers: dict[int, Tensor] = {}
-        self._whole_tokens: Any = None
+    def __init__(
+        self,
+        policy: WidthPolicy,
+        block: int,
+        size: int,
+        device: torch.device,
+        options: Options,
+        *,
+        by_request: bool = True,
+    ) -> None:
+        from dflash_plugin.kernels.admit_drafts import admit_drafts, admit_drafts_naive
+        from dflash_plugin.kernels.cut_blocks import cut_blocks, cut_blocks_naive
 
-    @property
-    def narrowed(self) -> bool:
-        """Whether the pass that runs has been cut."""
-        return self.rows != self.block
+        self.policy, self.block, self.device = policy, block, device
+        self.chosen, self.held = block, False
+        self.passes: dict[int, Pass] = {}
+        self.attention: block_attention.Passes | None = None
+        self.cut: CutBlocks | None = None
+        self.chances = Chances(block - 1, size, device)
+        self.promise = Promise(block - 1, size, device)
+        fast = kernels.available(device)
+        self._cut_blocks = cut_blocks if fast else cut_blocks_naive
+        self._admit = partial(
+            admit_drafts if fast else admit_drafts_naive,
+            least=options.min_draft_tokens,
+            most=options.max_draft_tokens,
+        )
+        self._wanted, self.by_request = by_request, False
+        self._starts: Tensor | None = None
+        counts = torch.ones(3, size, dtype=torch.int32, device=device)
+        self._drafts, self._others, self._admitted = counts.unbind()
+        self._drafts.fill_(block - 1)
+        self._slots = torch.arange(size, device=device)
+        self._logit_starts = torch.zeros(size + 1, dtype=torch.int32, device=device)
+        if device.type == "cpu":  # Its attention takes blocks of any length.
+            self._share_out(by_request)
 
     @property
     def skips_draft(self) -> bool:
         """Whether the pass that runs verifies no draft, so that it needs none."""
         return self.chosen == 1
 
-    def capture(self, runner: Any, drafting: Any, device: torch.device) -> None:
+    def capture(self, runner: Any, drafting: Any) -> None:
         """Graphs of the target's verify passes of every width, and what each takes.
 
         Args:
             runner: SGLang's of the target, whose graphs of whole blocks are captured.
             drafting: SGLang's of the drafter, likewise.
-            device: where they run.
         """
+        from dflash_plugin.kernels.admit_drafts import compile_ahead
+
         whole = getattr(runner, "decode_cuda_graph_runner", None)
         if whole is None:
             return
@@ -82,33 +143,59 @@ class Widths:
         try:
             for width in self.policy.widths:
                 if width != self.block:
-                    backend = runner._get_attention_backend(init_new_workspace=True)
-                    block_attention.install(backend, device)
-                    graphs = type(whole)(
-                        runner, attn_backend=backend, speculative_num_draft_tokens=width
-                    )
-                    self.passes[width] = backend, graphs
+                    self.passes[width] = self._capture(runner, type(whole), width)
         finally:
             runner.init_new_workspace = kept
-        draft = graph_seconds(getattr(drafting, "decode_cuda_graph_runner", None), device)
+        uneven = [made.attention for width, made in self.passes.items() if width > 1]
+        self._share_out(self._wanted and all(found is not None and found.alone for found in uneven))
+        if self.by_request:
+            compile_ahead(self._admit, self.chances.predictions)
+        draft = graph_seconds(getattr(drafting, "decode_cuda_graph_runner", None), self.device)
         for width in self.policy.widths:
-            graphs = self.passes[width][1] if width in self.passes else whole
-            for size, seconds in graph_seconds(graphs, device).items():
+            graphs = self.passes[width].graphs if width in self.passes else whole
+            for size, seconds in graph_seconds(graphs, self.device).items():
                 if width == 1 or size in draft:
                     drafts = draft[size] if width > 1 else 0.0
                     self.policy.prior[size, width] = seconds + drafts
+
+    def _capture(self, runner: Any, graphs: Any, width: int) -> Pass:
+        from dflash_plugin.kernels.draft_attention import Blocks
+
+        backend = runner._get_attention_backend(init_new_workspace=True)
+        starts, requests = self._evenly(width)
+        attention = block_attention.install(backend, self.device)
+        if attention is not None and self._wanted and width > 1:
+            attention.blocks = Blocks(starts, requests, self.block)
+        made = graphs(runner, attn_backend=backend, speculative_num_draft_tokens=width)
+        return Pass(backend, made, attention, starts, requests)
+
+    def _evenly(self, width: int) -> tuple[Tensor, Tensor]:
+        """``Pass``'s starts and requests, of requests that have as many rows each."""
+        size = len(self._slots)
+        starts = torch.arange(size + 1, dtype=torch.int32, device=self.device) * width
+        rows = torch.arange(size * width, dtype=torch.int32, device=self.device)
+        return starts, rows // width
+
+    def _share_out(self, by_request: bool) -> None:
+        self.by_request = by_request
+        self.policy.expected = self._expected if by_request else self.policy.acceptance.expected
+
+    def _expected(self) -> list[float]:
+        return [self.promise.tokens(drafts) for drafts in range(self.block)]
 
     @contextmanager
     def verifying(self, worker: Any, batch: Any) -> Iterator[None]:
         """A decode pass.
 
         Args:
-            worker: SGLang's; its buffer of block tokens is put back afterwards.
+            worker: SGLang's.
             batch: SGLang's; one that wants log-probabilities gets whole blocks, by which SGLang
                 finds them.
         """
         self.chosen = self.block
-        if self.held or batch.return_logprob:
+        # A grammar reads the drafts where they are, which on a GPU it has copied by then.
+        reads = self.device.type == "cpu" and getattr(batch, "has_grammar", False)
+        if self.held or batch.return_logprob or reads:
             self.policy.interrupt()
         else:
             self.chosen = self.policy.choose(len(batch.reqs), time.monotonic())
@@ -117,56 +204,92 @@ class Widths:
         kept = runner.attn_backend, runner.decode_cuda_graph_runner
         try:
             if own is not None:
-                runner.attn_backend, runner.decode_cuda_graph_runner = own
+                runner.attn_backend, runner.decode_cuda_graph_runner = own.backend, own.graphs
             yield
         finally:
-            if self.narrowed:
-                worker._draft_block_tokens_buf = self._whole_tokens
-                self.rows = self.block
+            self.cut, self._starts = None, None
             self.chosen = self.block
             if own is not None:
                 runner.attn_backend, runner.decode_cuda_graph_runner = kept
+                if own.attention is not None:
+                    own.attention.uneven = False
+            elif self.attention is not None:
+                self.attention.blocks, self.attention.uneven = None, False
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """A part of a pass in which a block has all of its rows."""
-        rows, self.rows = self.rows, self.block
-        try:
-            yield
-        finally:
-            self.rows = rows
-
-    def narrow(self, worker: Any, drafts: Tensor, requests: int) -> Tensor:
-        """From here on, a block has the chosen rows.
+    def narrow(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> CutBlocks:
+        """The rows that the target's pass has.
 
         Args:
-            worker: SGLang's; gets a buffer of block tokens of that width.
-            drafts: int64 [at least B * K], of whole blocks.
-            requests: B.
-
-        Returns:
-            Drafts int64 of the chosen rows, flat.
+            tokens: int64 [B * block], anchors and drafts.
+            positions: [B * block].
+            slots: [B * block], where keys and values are written.
         """
-        if self.chosen == self.block or self.narrowed:
-            return drafts
-        self._whole_tokens = worker._draft_block_tokens_buf
-        buffer = self._buffers.get(self.chosen)
-        if buffer is None or len(buffer) < len(self._whole_tokens):
-            buffer = self._whole_tokens.new_zeros(len(self._whole_tokens), self.chosen)
-            self._buffers[self.chosen] = buffer
-        worker._draft_block_tokens_buf = buffer
-        self.rows = self.chosen
-        count = self.block - 1
-        by_request = drafts[: requests * count].view(requests, count)
-        return by_request[:, : self.rows - 1].flatten().contiguous()
+        from dflash_plugin.kernels.draft_attention import Blocks
 
-    def cut(self, values: Tensor) -> Tensor:
-        """The rows that are verified, of values [B * block, ...] of whole blocks."""
-        if not self.narrowed:
-            return values
-        by_request: Tensor = values.view(-1, self.block, *values.shape[1:])
-        # A view of one row each would keep the others' places between.
-        return by_request[:, : self.rows].flatten(0, 1).contiguous()
+        batch = len(tokens) // self.block
+        own = self.passes.get(self.chosen)
+        starts, requests = self._evenly(self.chosen) if own is None else (own.starts, own.requests)
+        even = not self.by_request or self.chosen == 1
+        self._starts = starts[: batch + 1]
+        if not even:
+            self._admit(
+                self.chances.predictions,
+                self._slots[:batch],
+                self._drafts[:batch],
+                self._others[:batch],
+                batch * (self.chosen - 1),
+                self._admitted[:batch],
+                self._logit_starts,
+                self._starts,
+            )
+            attention = self.attention if own is None else own.attention
+            if attention is not None:
+                attention.blocks = Blocks(starts, requests, self.block)
+                attention.uneven = True
+        self.cut = self._cut_blocks(
+            tokens.view(batch, self.block),
+            positions.contiguous(),
+            slots.contiguous(),
+            self.chosen,
+            starts,
+            requests,
+            even=even,
+        )
+        return self.cut
+
+    def row_counts(self) -> list[int]:
+        """Rows of each request in the pass that runs, read back to the host."""
+        assert self._starts is not None
+        counts: list[int] = self._starts.diff().tolist()
+        return counts
+
+    def widen(self, output: Any, tokens: Tensor, *, features: bool) -> None:
+        """Lay the output of the target's pass out like that of whole blocks.
+
+        Args:
+            output: SGLang's ``LogitsProcessorOutput``.
+            tokens: int64 [at least B, block], the worker's; drafts that were not verified become
+                -1, which nothing equals.
+            features: the hidden states are still to be read.
+        """
+        cut = self.cut
+        if cut is None:
+            return
+        if output.next_token_logits is not None:
+            output.next_token_logits = output.next_token_logits[cut.places]
+        hidden = output.hidden_states
+        if hidden is not None:
+            whole = len(cut.places), *hidden.shape[1:]
+            output.hidden_states = hidden[cut.places] if features else hidden[:1].expand(whole)
+        tokens[: len(cut.kept)].copy_(cut.kept)
+
+    def learn(self, committed: Tensor) -> None:
+        """Learn from what a pass committed, int [B]."""
+        if self.skips_draft or not self.by_request:
+            return
+        self.chances.learn(committed, self._starts)
+        if self.promise.is_due():
+            self.promise.ask(self.chances.predictions[: len(committed)])
 
 
 def graph_seconds(runner: Any, device: torch.device) -> dict[int, float]:
@@ -193,18 +316,26 @@ def graph_seconds(runner: Any, device: torch.device) -> dict[int, float]:
     return found
 
 
-def widths_of(info: Hosted, server_args: Any, block: int) -> Widths | None:
+def widths_of(
+    info: Hosted,
+    runner: Any,
+    block: int,
+    device: torch.device,
+    attention: block_attention.Passes | None,
+) -> Widths | None:
     """As the options ask for them, or None where every pass verifies whole blocks.
 
     Args:
         info: the drafter, with its options.
-        server_args: SGLang's ``ServerArgs``.
+        runner: SGLang's of the target, with its request pool.
         block: rows of a whole block.
+        device: where it runs.
+        attention: which one its passes use, None where that is its back end's own.
 
     Raises:
         DFlashError: the server's settings or the limits do not allow it.
     """
-    options = info.options
+    options, server_args = info.options, runner.server_args
     if not options.adaptive_verification:
         return None
     for name, needed in LIMITS:
@@ -215,7 +346,20 @@ def widths_of(info: Hosted, server_args: Any, block: int) -> Widths | None:
                 "turn adaptive_verification off"
             )
     widths = choose_widths(block, options.min_draft_tokens, options.max_draft_tokens)
-    return Widths(WidthPolicy(widths, latency_vs_throughput=options.latency_vs_throughput), block)
+    # Both lay out what they need by requests that have as many rows each.
+    alike = argument(server_args, "enable_lora") or getattr(
+        runner.model_config, "model_is_mrope", False
+    )
+    made = Widths(
+        WidthPolicy(widths, latency_vs_throughput=options.latency_vs_throughput),
+        block,
+        int(runner.req_to_token_pool.size),
+        device,
+        options,
+        by_request=not alike,
+    )
+    made.attention = attention
+    return made
 
 
 def route_inputs(module: Any, current: Any) -> None:
@@ -227,25 +371,33 @@ def route_inputs(module: Any, current: Any) -> None:
     """
     native: Any = module.DFlashVerifyInput
 
-    def widths() -> Widths | None:
+    def cutting() -> Widths | None:
         worker = current()
-        return None if worker is None else worker.widths
+        widths: Widths | None = None if worker is None else worker.widths
+        return None if widths is None or widths.chosen == widths.block else widths
 
     class CutInput(native):
         """SGLang's, with what was made for whole blocks cut."""
 
+        draft_token: Tensor
+        positions: Tensor
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            cutting = widths()
-            if cutting is not None and cutting.narrowed:
-                kwargs["positions"] = cutting.cut(kwargs["positions"])
+            widths = cutting()
+            if widths is not None:
+                kwargs["draft_token_num"] = widths.chosen
             super().__init__(*args, **kwargs)
 
         def prepare_for_verify(
             self, batch: Any, target_worker: Any, *args: Any, **kwargs: Any
         ) -> Any:
-            cutting = widths()
-            if cutting is not None and cutting.narrowed:
-                batch.out_cache_loc = cutting.cut(batch.out_cache_loc)
+            widths = cutting()
+            if widths is not None:
+                cut = widths.narrow(self.draft_token, self.positions, batch.out_cache_loc)
+                self.draft_token, self.positions = cut.tokens, cut.positions
+                batch.out_cache_loc = cut.slots
+                if widths.device.type == "cpu":
+                    self.row_counts = widths.row_counts()
                 whole = getattr(self, "kv_loc_plan", None)
                 if whole is not None:  # From 0.5.23 on, what the pass writes is planned ahead.
                     translator = target_worker.model_runner.kv_index_translator
@@ -254,7 +406,7 @@ def route_inputs(module: Any, current: Any) -> None:
                         seq_lens=whole.seq_lens,
                         seq_lens_cpu=whole.seq_lens_cpu,
                         write_virtual=batch.out_cache_loc,
-                        read_extent=cutting.rows,
+                        read_extent=widths.block if widths.by_request else widths.chosen,
                     )
             return super().prepare_for_verify(batch, target_worker, *args, **kwargs)
 

@@ -72,20 +72,17 @@ class DraftGraphHead:
         """Capture the head over block rows [B * block, hidden]."""
         rows = self.worker.drafting_rows(hidden)
         self.hidden[rows.shape[0] // self.worker.num_drafts] = rows
-        self.tokens[: rows.shape[0]].copy_(self.worker.draft_model.top_tokens(rows))
+        self.tokens[: rows.shape[0]].copy_(self.worker.choose_drafts(rows))
 
     @property
     def out(self) -> Tensor:
         """Drafts of the pass that was replayed, int64 [at least B * K]."""
-        step, tokens = self.worker.step, self.tokens
-        if step is None:
-            return tokens
-        if self.worker.draws_drafts(step) and not self.worker.skips_draft:
-            size = len(step.batch.reqs)
-            captured = min(batch for batch in self.hidden if batch >= size)
-            hidden = self.hidden[captured][: size * self.worker.num_drafts]
-            tokens = self.worker.draw_drafts(hidden, step)
-        return self.worker.narrowed(tokens, step)
+        step = self.worker.step
+        if step is None or not self.worker.draws_drafts(step) or self.worker.skips_draft:
+            return self.tokens
+        size = len(step.batch.reqs)
+        captured = min(batch for batch in self.hidden if batch >= size)
+        return self.worker.draw_drafts(self.hidden[captured][: size * self.worker.num_drafts], step)
 
 
 class Worker(DFlashWorkerV2):
@@ -109,33 +106,14 @@ class Worker(DFlashWorkerV2):
         )
         self.vocab_size = int(self.target_worker.model_runner.model_config.vocab_size)
         self.graph_injects, self.in_graph = False, False
-        self.widths = widths_of(self.info, server_args, self._block)
-        if self.widths is not None:
-            if getattr(self, "_need_mamba_verify_commit", False):
-                raise DFlashError(
-                    "adaptive_verification is on, but the target keeps state that a shorter pass "
-                    "would leave behind: turn it off"
-                )
-            runner = self.draft_model_runner
-            runner.forward = skipping(runner.forward, self)
-            metrics.listen(self.widths)
         _note_graphs(self)
         _seed_first_tokens(self.target_worker.model_runner, self.noise)
         _route(dflash_worker_v2)
 
     @property
-    def block_size(self) -> int:
-        """Rows of a block; once a pass has drafted, those that it verifies."""
-        return self._block if self.widths is None else self.widths.rows
-
-    @block_size.setter
-    def block_size(self, rows: int) -> None:
-        self._block = int(rows)
-
-    @property
     def num_drafts(self) -> int:
         """Drafts of a block, the anchor not counted, whether they are verified or not."""
-        return self._block - 1
+        return int(self.block_size) - 1
 
     @property
     def skips_draft(self) -> bool:
@@ -158,6 +136,8 @@ class Worker(DFlashWorkerV2):
         with _routing_to(self), verifying:
             try:
                 result = super().forward_batch_generation(batch, *args, **kwargs)
+                if self.widths is not None:
+                    setattr(result, metrics.ROWS, self.widths.chosen)
             finally:
                 step, self.step = self.step, None
         if step is not None and step.penalties is not None:
@@ -207,8 +187,17 @@ class Worker(DFlashWorkerV2):
         super().init_attention_backends()
         device = torch.device(self.device)
         target, drafter = self.target_worker.model_runner, self.draft_model_runner
-        for runner in (target, drafter):
-            block_attention.install(runner.attn_backend, device)
+        attention = block_attention.install(target.attn_backend, device)
+        block_attention.install(drafter.attn_backend, device)
+        self.widths = widths_of(self.info, target, self.block_size, device, attention)
+        if self.widths is not None:
+            if getattr(self, "_need_mamba_verify_commit", False):
+                raise DFlashError(
+                    "adaptive_verification is on, but the target keeps state that a shorter pass "
+                    "would leave behind: turn it off"
+                )
+            drafter.forward = skipping(drafter.forward, self)
+            metrics.listen(self.widths)
         if kernels.available(device) and block_attention.is_plain(drafter.token_to_kv_pool):
             self.graph_injects = True
             target.capture_tail_hooks.append(self.capture_injection)
@@ -217,15 +206,22 @@ class Worker(DFlashWorkerV2):
         """Graphs of the draft pass, and of the target's passes of fewer rows."""
         super().init_cuda_graphs()
         if self.widths is not None:
-            target = self.target_worker.model_runner
-            self.widths.capture(target, self.draft_model_runner, torch.device(self.device))
+            self.widths.capture(self.target_worker.model_runner, self.draft_model_runner)
 
     # Drafting.
 
     def drafting_rows(self, hidden: Tensor) -> Tensor:
         """Rows [B * K, hidden] that draft, of block rows [B * block, hidden]."""
-        rows = hidden.view(-1, self._block, hidden.shape[-1])[:, 1:]
+        rows = hidden.view(-1, int(self.block_size), hidden.shape[-1])[:, 1:]
         return rows.reshape(-1, hidden.shape[-1])
+
+    def choose_drafts(self, hidden: Tensor) -> Tensor:
+        """The likeliest drafts int64 [B * K] of rows [B * K, hidden]; notes how likely they are."""
+        if self.widths is None:
+            return self.draft_model.top_tokens(hidden)
+        choice = self.draft_model.best_choice(hidden)
+        self.widths.chances.predict(choice)
+        return choice.tokens[:, 0]
 
     def draws_drafts(self, step: Step) -> bool:
         """Whether the drafts of a pass are drawn instead of chosen."""
@@ -251,30 +247,15 @@ class Worker(DFlashWorkerV2):
     def _greedy_sample_from_vocab_parallel_head(
         self, *, hidden_states: Tensor, lm_head: Any, chunk_size: int = 256
     ) -> Tensor:
-        """Drafts int64 [B * K] of a pass that ran outside a graph, or those that are verified."""
+        """Drafts int64 [B * K] of a pass that ran outside a graph."""
         step = self.step
         if self.skips_draft:
-            tokens = hidden_states.new_zeros(len(hidden_states), dtype=torch.int64)
-        elif step is not None and self.draws_drafts(step):
-            tokens = self.draw_drafts(hidden_states, step)
-        else:
-            tokens = self.draft_model.top_tokens(hidden_states)
-        return tokens if step is None else self.narrowed(tokens, step)
-
-    def narrowed(self, drafts: Tensor, step: Step) -> Tensor:
-        """The drafts that are verified, of those of whole blocks; from here on a block has no more.
-
-        Args:
-            drafts: int64 [at least B * K].
-            step: its draft probabilities are cut too.
-        """
-        widths = self.widths
-        if widths is None:
-            return drafts
-        drafts = widths.narrow(self, drafts, len(step.batch.reqs))
-        if step.draft_probs is not None:
-            step.draft_probs = step.draft_probs[:, : self.block_size - 1]
-        return drafts
+            return hidden_states.new_zeros(len(hidden_states), dtype=torch.int64)
+        if step is None or not self.draws_drafts(step):
+            return self.choose_drafts(hidden_states)
+        if self.widths is not None:
+            self.choose_drafts(hidden_states)
+        return self.draw_drafts(hidden_states, step)
 
     def _maybe_build_draft_sampler(self) -> DraftGraphHead:
         """The head at the end of the captured draft pass."""
@@ -329,31 +310,17 @@ class Worker(DFlashWorkerV2):
         **_: Any,
     ) -> None:
         """KV injection of a prompt's rows, or of a verify pass's committed rows."""
-        verified = commit_lens is not None
-        if verified and self.in_graph and self.graph_injects:
-            return
-        if verified and self.widths is not None:
-            cache_loc, positions = self.widths.cut(cache_loc), self.widths.cut(positions)
+        if commit_lens is not None:
+            if self.widths is not None:
+                self.widths.learn(commit_lens)
+            if self.in_graph and self.graph_injects:
+                return
         rows = cache_loc.numel()
         if rows > 0:
             # Rows beyond are padding of the target's pass.
             self.inject(target_hidden[:rows], positions, cache_loc, commit_lens)
 
     # Verification.
-
-    def _next_accept_bonus_buffers(self, bs: int) -> Any:
-        """SGLang's buffers of accepted tokens, of the rows that are verified."""
-        widths = self.widths
-        if widths is None or not widths.narrowed:
-            return super()._next_accept_bonus_buffers(bs)
-        with widths.whole():
-            buffers = super()._next_accept_bonus_buffers(bs)
-        return tuple(
-            buffer.new_empty(bs, widths.rows)
-            if isinstance(buffer, Tensor) and buffer.shape == (bs, widths.block)
-            else buffer
-            for buffer in buffers
-        )
 
     def _validate_phase1_sampling_support(self, batch: Any) -> None:
         """Every device samples."""
@@ -384,7 +351,8 @@ class Worker(DFlashWorkerV2):
         batch = len(step.batch.reqs)
         blocks = logits.view(batch, rows, -1)
         if step.penalties is not None:
-            drafts = self._draft_block_tokens_buf[:batch, 1:]
+            # Those that were not verified are -1, and nothing comes of their rows.
+            drafts = self._draft_block_tokens_buf[:batch, 1:].clamp(min=0)
             if blocks.dtype == torch.float32:
                 step.penalties.apply(blocks, drafts)
             else:
@@ -413,9 +381,14 @@ class Worker(DFlashWorkerV2):
         assert step is not None
         assert step.params is not None
         batch, rows = candidates.shape
-        target = sampling.distribution(logits.view(batch, rows, -1), step.params, info)
+        cut, places = None if self.widths is None else self.widths.cut, None
+        if cut is None:
+            target = sampling.distribution(logits.view(batch, rows, -1), step.params, info)
+        else:  # A distribution of rows that were not verified would be made for nothing.
+            params, places = step.params.of_rows(cut.sources // rows), cut.places.view(batch, rows)
+            target = sampling.distribution(logits[cut.sources][:, None], params, info)[:, 0]
         draft = None if step.draft_probs is None else step.draft_probs.contiguous()
-        judged = Sampled(target.contiguous(), draft, step.params.seed)
+        judged = Sampled(target.contiguous(), draft, step.params.seed, places)
         run = accept if kernels.available(target.device) else accept_naive
         accepted = run(candidates[:, 1:], judged, step.anchors)
         return accepted.num_accepted, accepted.next_token
@@ -501,7 +474,10 @@ def _route(module: ModuleType) -> None:
 
 
 def _note_graphs(worker: Worker) -> None:
-    """Keep whether the target's last pass was a captured one, which SGLang's worker knows alone."""
+    """Keep whether the target's last pass was a captured one, which SGLang's worker knows alone.
+
+    What a cut pass gives is laid out like whole blocks, before the worker looks at it.
+    """
     target = worker.target_worker
     native = target.forward_batch_generation
 
@@ -509,6 +485,12 @@ def _note_graphs(worker: Worker) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         result = native(*args, **kwargs)
         worker.in_graph = bool(getattr(result, "can_run_cuda_graph", False))
+        if worker.widths is not None:
+            worker.widths.widen(
+                result.logits_output,
+                worker._draft_block_tokens_buf,
+                features=not (worker.in_graph and worker.graph_injects),
+            )
         return result
 
     target.forward_batch_generation = forward

@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_plugin import kernels
+from dflash_plugin.budget.acceptance import LEARNING
 from dflash_plugin.budget.cost import StepCost
-from dflash_plugin.budget.width import RUN, Acceptance, WidthPolicy, choose_widths
+from dflash_plugin.budget.promise import Promise
+from dflash_plugin.budget.width import WidthPolicy, choose_widths
 from dflash_plugin.serving.hosted import Options
 from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.options import hosted
@@ -36,52 +38,6 @@ logger = logging.getLogger("vllm.dflash_plugin")
 Counts = NDArray[np.int32]
 # Steps between two lines in the log.
 REPORT = 20000
-
-
-class Promise:
-    """What the drafts of a batch are expected to commit, by how many are verified.
-
-    The device adds up the best chances; the host takes the sums once they have arrived, and goes by
-    the last ones until then.
-
-    Args:
-        drafts: K, of a block.
-        size: requests of a batch, at most.
-        device: of the chances.
-    """
-
-    def __init__(self, drafts: int, size: int, device: torch.device) -> None:
-        self.drafts = drafts
-        on_gpu = device.type == "cuda"
-        self._sums = torch.empty(size * drafts, pin_memory=on_gpu)
-        self._event = torch.cuda.Event() if on_gpu else None
-        self._requests, self._gained = 1, np.array(Acceptance(drafts).expected()[1:]) - 1.0
-        self._asked = 0
-
-    def ask(self, chances: Tensor) -> None:
-        """Begin to add up, unless that is under way.
-
-        Args:
-            chances: float32 [B, K], that a draft stands if those before it do.
-        """
-        if self._asked:
-            return
-        sums = chances.cumprod(dim=1).flatten().sort(descending=True).values.cumsum(dim=0)
-        self._sums[: sums.shape[0]].copy_(sums, non_blocking=True)
-        if self._event is not None:
-            self._event.record()
-        self._asked = chances.shape[0]
-
-    def tokens(self, drafts_each: float) -> float:
-        """That a request commits in a pass, where so many drafts of each are verified on average.
-
-        Those with the best chances are.
-        """
-        if self._asked and (self._event is None or self._event.query()):
-            self._requests, self._asked = self._asked, 0
-            self._gained = self._sums[: self._requests * self.drafts].numpy().copy()
-        taken = min(len(self._gained), round(drafts_each * self._requests))
-        return 1.0 + (float(self._gained[taken - 1]) / self._requests if taken else 0.0)
 
 
 class Budget:
@@ -131,6 +87,7 @@ class Budget:
         )
         self._sizes: list[int] = []
         self._even: dict[tuple[int, int], Tensor] = {}
+        self._alike: dict[int, tuple[Tensor, Tensor]] = {}
         self._steps = 0
         # Of the step that is being prepared.
         self._budget, self._requests = 0, 0
@@ -155,6 +112,8 @@ class Budget:
         Args:
             samples: vLLM's ``StepTimingSample``.
         """
+        from dflash_plugin.kernels.admit_drafts import compile_ahead
+
         verify, draft = defaultdict(list), defaultdict(list)
         for sample in samples:
             verify[sample.num_target_tokens].append(sample.forward_ms)
@@ -171,13 +130,7 @@ class Budget:
                 tokens = size + self._budget_of(width, size, size)
                 drafts = size if width > 1 else 0
                 self.policy.prior[size, width] = cost.step_seconds(tokens, drafts)
-        batch = 1
-        while batch < 2 * len(self.chances):  # It is compiled for every power of two.
-            one = torch.ones(batch, dtype=torch.int32, device=self.device)
-            starts = torch.zeros(batch + 1, dtype=torch.int32, device=self.device)
-            slots = torch.zeros(batch, dtype=torch.int64, device=self.device)
-            self._admit(self.chances, slots, one, one, 1, one.clone(), starts, starts.clone())
-            batch *= 2
+        compile_ahead(self._admit, self.chances)
 
     # While serving.
 
@@ -260,8 +213,7 @@ class Budget:
             logit_starts = self._starts_on_device(len(req_ids), async_tensor_h2d)
         else:
             batch = len(req_ids)
-            counts = np.stack([self._drafts, self._others]).astype(np.int32, copy=False)
-            drafts, others = async_tensor_h2d(counts, device=self.device)
+            drafts, others = self._counts_on_device(async_tensor_h2d)
             logit_starts = torch.empty(batch + 1, dtype=torch.int32, device=self.device)
             self._admit(
                 self.chances,
@@ -284,12 +236,29 @@ class Budget:
             input_batch: the runner's.
         """
         self._steps += 1
-        if self._steps % RUN == 0 and self.width > 1:
+        if self.width > 1 and self.promise.is_due():
             self.promise.ask(self.chances[input_batch.idx_mapping])
+
+    @property
+    def learns(self) -> bool:
+        """Whether the outcome of this step's drafts is looked at."""
+        return self._steps % LEARNING == 0
 
     def summary(self) -> dict[str, object]:
         """What has been learnt and chosen so far, as ``WidthPolicy.summary`` has it."""
         return self.policy.summary()
+
+    def _counts_on_device(self, send: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        """Drafts and other tokens of each request; sent once where all have as many."""
+        counts = np.stack([self._drafts, self._others]).astype(np.int32, copy=False)
+        if (counts != [[self.drafts], [1]]).any():
+            drafts, others = send(counts, device=self.device)
+            return drafts, others
+        batch = counts.shape[1]
+        if batch not in self._alike:
+            drafts, others = send(counts, device=self.device)
+            self._alike[batch] = drafts, others
+        return self._alike[batch]
 
     def _starts_on_device(self, batch: int, send: Callable[..., Tensor]) -> Tensor:
         """Where each request's logits begin; sent once where all have as many."""

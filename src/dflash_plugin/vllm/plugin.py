@@ -32,6 +32,8 @@ def activate() -> None:
     after_import("vllm.v1.worker.gpu_worker", _extend_worker)
     after_import("vllm.v1.worker.cpu_worker", _extend_worker)
     after_import("vllm.v1.spec_decode.metrics", _add_metrics)
+    after_import("vllm.v1.core.sched.scheduler", _send_budget)
+    after_import("vllm.v1.metrics.loggers", _count_budget)
     if version.cpu_expands_into_copy:
         after_import("vllm.utils.cpu_triton_utils", _mend_cpu_kernels)
     if version.top_k_needs_drafts:
@@ -82,8 +84,11 @@ def _substitute(native: Any, ours: Any) -> None:
 
 def _replace_budget(module: ModuleType) -> None:
     from dflash_plugin.vllm.adaptive import patch
+    from dflash_plugin.vllm.metrics import patch_runner
 
-    patch(module)
+    runner: Any = module
+    patch(runner)
+    patch_runner(runner.GPUModelRunner)
 
 
 def _extend_worker(module: ModuleType) -> None:
@@ -98,6 +103,18 @@ def _add_metrics(module: ModuleType) -> None:
     from dflash_plugin.vllm.metrics import patch
 
     patch(module.SpecDecodingProm)
+
+
+def _send_budget(module: ModuleType) -> None:
+    from dflash_plugin.vllm.metrics import patch_scheduler
+
+    patch_scheduler(module.Scheduler)
+
+
+def _count_budget(module: ModuleType) -> None:
+    from dflash_plugin.vllm.metrics import patch_logger
+
+    patch_logger(module.PrometheusStatLogger)
 
 
 def _mend_cpu_kernels(module: ModuleType) -> None:

@@ -67,6 +67,11 @@ class Speculator(DFlashSpeculator):
                     "vLLM keeps in one cache group and runs alike: use the Transformers engine"
                 )
 
+    def observe_verification(self, *args: Any) -> None:
+        """Let the estimator learn from what came of the last drafts, now and then."""
+        if self.budget is None or self.budget.learns:
+            super().observe_verification(*args)
+
     def propose(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Inject, and draft unless the step that comes verifies nothing."""
         budget = self.budget

@@ -3,6 +3,9 @@
 Put this folder on PYTHONPATH and set VLLM_V2_ON_CPU=1. Slow (a few tokens/s for a 135M model), but
 every kernel and every line of the V2 speculators runs. Not covered: CUDA graphs, streams, real code
 generation.
+
+Adaptive verification wants full CUDA graphs: what asks for them is set aside, and the runner takes
+its batches as they come.
 """
 
 import os
@@ -17,6 +20,8 @@ if os.environ.get("VLLM_V2_ON_CPU"):
     import triton.language.extra.libdevice as libdevice
     from triton.backends.driver import DriverBase
     from triton.runtime import driver, interpreter
+
+    from dflash_plugin.serving.after_import import after_import
 
     class CpuDriver(DriverBase):
         """vLLM believes in Triton only where a back end is active."""
@@ -76,5 +81,17 @@ if os.environ.get("VLLM_V2_ON_CPU"):
 
     _with_boolean_mask("create_masked_load", 1)
     _with_boolean_mask("create_masked_store", 2)
+
+    def _adapt_without_graphs(module):
+        module.resolve_adaptive_cudagraph_mode = lambda mode, **_: mode
+        module.maybe_create_adaptive_verification_manager = (
+            lambda *, enable_adaptive_verification, **_: enable_adaptive_verification or None
+        )
+
+    def _allow_adapting(module):
+        module.VllmConfig._validate_adaptive_verification = lambda self: None
+
+    after_import("vllm.v1.worker.gpu.spec_decode.adaptive_verification", _adapt_without_graphs)
+    after_import("vllm.config.vllm", _allow_adapting)
     # External functions return None under the interpreter.
     libdevice.log1p = lambda x, **kwargs: tl.log(x + 1.0)
