@@ -202,8 +202,7 @@ def initialise(drafter: Drafter, seed: int) -> None:
     """Normal weights of width 0.02, residual outputs narrower by the depth, norms at one.
 
     A DFlash 2 drafter begins as the DFlash drafter of the same seed: its convolutions are the
-    identity, and its selector adds nothing to the logits, as one of the codebooks is zero. The
-    other and the gates are of width 1, so that the zero one soon learns.
+    identity, and its selector adds nothing to the logits, as one of the codebooks is zero.
     """
     generator = torch.Generator().manual_seed(seed)
     depth = math.sqrt(2 * len(drafter.layers))
@@ -213,15 +212,9 @@ def initialise(drafter: Drafter, seed: int) -> None:
         if name.endswith(("kernel_projection.weight", "successor_codebook")):
             parameter.data.zero_()
             continue
-        if name.endswith("predecessor_codebook"):
-            width = 1.0
-        elif name.endswith("hidden_projection.weight"):
-            width = parameter.shape[1] ** -0.5
-        elif name.endswith(("output_proj.weight", "down_proj.weight")):
-            width = 0.02 / depth
-        else:
-            width = 0.02
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * width)
+        narrow = depth if ("output_proj" in name or "down_proj" in name) else 1.0
+        drawn = torch.randn(parameter.shape, generator=generator) * (0.02 / narrow)
+        parameter.data.copy_(drawn)
 
 
 class _Pending(NamedTuple):
