@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dflash_plugin.budget.acceptance import confidence
 from dflash_plugin.config import DrafterConfig
@@ -47,6 +48,19 @@ class Proposal(NamedTuple):
         return confidence(self.scores)
 
 
+def candidate_scores(logits: Tensor, gates: Tensor, before: Tensor, rows: Tensor) -> Tensor:
+    """``logits + <before * gates, rows>``, float32 [..., C].
+
+    Args:
+        logits: [..., C], of the candidates, scaled and capped.
+        gates: [..., R], the projected hidden states.
+        before: [..., R], codebook rows of the tokens before.
+        rows: [..., C, R], codebook rows of the candidates.
+    """
+    context = before.float() * gates.float()
+    return logits.float() + torch.einsum("...r,...cr->...c", context, rows.float())
+
+
 def select_path(
     candidates: Tensor,
     logits: Tensor,
@@ -77,9 +91,11 @@ def select_path(
     scores: list[Tensor] = []
     probs: list[Tensor] = []
     for place in range(candidates.shape[1]):
-        context = predecessors[previous].float() * gates[:, place].float()
-        edges = torch.einsum("br,bcr->bc", context, rows[:, place])
-        scores.append(logits[:, place].float() + edges)
+        scores.append(
+            candidate_scores(
+                logits[:, place], gates[:, place], predecessors[previous], rows[:, place]
+            )
+        )
         if temperature is None or u is None:
             chosen = scores[-1].argmax(dim=-1)
         else:
@@ -111,6 +127,22 @@ class CandidateSelector(nn.Module):
         self.successor_codebook = nn.Parameter(torch.zeros(config.vocab_size, rank))
         self.hidden_projection = host.replicated_linear(
             config.hidden_size, rank, bias=False, name="candidate_selector.hidden_projection"
+        )
+
+    def scores(self, candidates: Tensor, logits: Tensor, hidden: Tensor, before: Tensor) -> Tensor:
+        """Scores of candidates where the tokens before are known, float32 [..., C].
+
+        Args:
+            candidates: int64 [..., C].
+            logits: [..., C].
+            hidden: [..., hidden], of the rows that predict.
+            before: int64 [...].
+        """
+        return candidate_scores(
+            logits,
+            self.hidden_projection(hidden),
+            F.embedding(before, self.predecessor_codebook),
+            F.embedding(candidates, self.successor_codebook),
         )
 
     def forward(
