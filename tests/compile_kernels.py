@@ -142,7 +142,6 @@ def adaptive(batch: int, drafts: int) -> None:
     from dflash_plugin.kernels.cut_blocks import cut_blocks
     from dflash_plugin.kernels.learn_acceptance import Learnt, learn_acceptance
     from dflash_plugin.kernels.predict_acceptance import predict_acceptance
-    from dflash_plugin.kernels.row_choice import row_choice
 
     chances = of(batch, drafts, dtype=torch.float32)
     counts = [of(size, dtype=torch.int32) for size in (batch, batch, batch, batch + 1, batch + 9)]
@@ -152,7 +151,6 @@ def adaptive(batch: int, drafts: int) -> None:
     offsets = of(drafts, dtype=torch.float32)
     for slope in (offsets[:1], offsets):
         predict_acceptance(row, row, slots, slots, slope, offsets, chances, chances)
-    row_choice(of(rows, 1024))
     model = AcceptanceModel(drafts)
     for starts in (None, counts[3]):
         learn_acceptance(chances, counts[0], starts, Learnt.of(model), model)

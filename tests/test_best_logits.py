@@ -32,6 +32,15 @@ def test_best_logits(rows, vocabulary, dtype, top_k, softcap):
         assert error(getattr(out, name), getattr(reference, name)) < 1e-5, name
 
 
+def test_tiles_without_tokens_count_nothing():
+    """As where all of a tile is masked."""
+    logits = random(3, 700)
+    logits[:, 100:400] = float("-inf")
+    out, reference = best_logits(logits, 3), best_logits_naive(logits, 3)
+    assert torch.equal(out.tokens, reference.tokens)
+    assert error(out.log_sum_exp, reference.log_sum_exp) < 1e-5
+
+
 def test_equal_logits_give_the_first_tokens():
     logits = torch.zeros(2, 700)
     logits[:, 1::200] = 1.0

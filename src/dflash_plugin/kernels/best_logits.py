@@ -45,8 +45,10 @@ def _kernel(
     tl.store(maxima + row * tiles + tile, tl.max(logit, axis=1), mask=is_tile)
     logit = tl.where(inside, bent(logit, scale, softcap), float("-inf"))
     top = tl.max(logit, axis=1)
-    total = tl.sum(tl.exp(logit - top[:, None]), axis=1)
-    tl.store(log_sum_exp + row * tiles + tile, top + tl.log(total), mask=is_tile)
+    # A tile may hold nothing but -inf.
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp(logit - base[:, None]), axis=1)
+    tl.store(log_sum_exp + row * tiles + tile, base + tl.log(total), mask=is_tile)
 
 
 def best_logits(

@@ -312,14 +312,14 @@ class HostedDrafter(DFlashDraftModel):
         Args:
             hidden: [T, hidden].
         """
-        from dflash_plugin.kernels.row_choice import row_choice, row_choice_naive
+        from dflash_plugin.kernels.best_logits import best_logits, best_logits_naive
 
         head = self._head()
         choice = best_of_shard(head, hidden, self._shard_rows(), UnquantizedEmbeddingMethod)
         if choice is None:
             logits = self._shard_logits(hidden)
             fast = kernels.available(logits.device)
-            choice = (row_choice if fast else row_choice_naive)(logits)
+            choice = (best_logits if fast else best_logits_naive)(logits, 1)
         return choice._replace(tokens=self.drafter.token_ids(choice.tokens))
 
     def logits(self, hidden: Tensor) -> Tensor:
