@@ -118,7 +118,8 @@ def replay(
                 f"known answer {number}: the target continues with token {found.anchor} instead of "
                 f"{expected.anchor}: this is not the target that the drafter was made for"
             )
-        differences = differing(expected, found.drafts, min_margin)
+        walked = drafter.candidate_selector is not None
+        _, differences = compare(expected, found.drafts, min_margin, walked=walked)
         if differences:
             raise DFlashError(describe(number, expected, found.drafts, differences[0]))
         if hidden_tolerance is None:
@@ -131,14 +132,27 @@ def replay(
             )
 
 
-def differing(expected: KnownAnswer, drafts: Sequence[int], min_margin: float) -> list[int]:
-    """Positions, from 0, of drafts that differ though a margin of ``min_margin`` decided them."""
+def compare(
+    expected: KnownAnswer, drafts: Sequence[int], min_margin: float, *, walked: bool
+) -> tuple[int, list[int]]:
+    """How many drafts count, and the positions, from 0, of those that differ.
+
+    Args:
+        expected: what the float32 core drafted.
+        drafts: to be compared with it.
+        min_margin: a draft counts if at least so much decided it.
+        walked: each draft follows from the one before it, as a selector's do; what lies behind one
+            that differs then says nothing.
+    """
+    counted, differences = 0, []
     rows = zip(drafts, expected.drafts, expected.margins, strict=True)
-    return [
-        position
-        for position, (got, wanted, margin) in enumerate(rows)
-        if got != wanted and margin >= min_margin
-    ]
+    for position, (got, wanted, margin) in enumerate(rows):
+        counted += margin >= min_margin
+        if got != wanted and margin >= min_margin:
+            differences.append(position)
+        if got != wanted and walked:
+            break
+    return counted, differences
 
 
 def describe(number: int, expected: KnownAnswer, drafts: Sequence[int], position: int) -> str:
