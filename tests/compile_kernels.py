@@ -150,7 +150,8 @@ def adaptive(batch: int, drafts: int) -> None:
     row, slots = of(rows, dtype=torch.float32), whole(rows)
     offsets = of(drafts, dtype=torch.float32)
     for slope in (offsets[:1], offsets):
-        predict_acceptance(row, row, slots, slots, slope, offsets, chances, chances)
+        for log_sum_exp in (row, None):
+            predict_acceptance(row, log_sum_exp, slots, slots, slope, offsets, chances, chances)
     model = AcceptanceModel(drafts)
     for starts in (None, counts[3]):
         learn_acceptance(chances, counts[0], starts, Learnt.of(model), model)
