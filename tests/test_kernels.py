@@ -488,7 +488,7 @@ def test_propose_is_the_cores(by: str, sampled: bool) -> None:
             best = draft_head(rows, head.weight, top_k=5, scale=0.5, softcap=4.0)
         else:
             best = best_logits(head(rows), 5, scale=0.5, softcap=4.0)
-        out = ops.block.propose(drafter, rows, best, anchors, temperature, u)
+        out = ops.block.propose(drafter, rows, best.tokens, best.logits, anchors, temperature, u)
     assert torch.equal(out.tokens, expected.tokens)
     torch.testing.assert_close(out.scores, expected.scores)
     torch.testing.assert_close(out.confidence, expected.confidence)

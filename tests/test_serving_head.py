@@ -13,8 +13,9 @@ from dflash_plugin.fp8 import quantise
 from dflash_plugin.kernels.draft_head import HeadChoice, draft_head_naive, merge_heads
 from dflash_plugin.serving import head as serving_head
 from dflash_plugin.serving.fp8 import Fp8Method
-from dflash_plugin.serving.head import best_of_shard
-from kernel_helpers import random
+from dflash_plugin.serving.head import Candidates, best_of_shard, candidates, walk
+from kernel_helpers import DEVICE, random
+from tiny import DFLASH2, tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 
@@ -71,6 +72,37 @@ def test_shards_find_the_candidates_of_the_whole(fp8):
     whole = draft_head_naive(hidden, weight, **options)
     assert torch.equal(found.tokens, whole.tokens) or fp8
     torch.testing.assert_close(found.logits, whole.logits, atol=0.2 if fp8 else 1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("by", ["draft_head", "best_logits", "torch"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_candidates_and_path_are_the_cores(monkeypatch, by, shards):
+    """However the head is shared out; one rank has fewer tokens than there are candidates."""
+    drafter = tiny_drafter(tiny_target(), logit_scale=0.5, logit_softcap=4.0, **DFLASH2)
+    drafter = drafter.to(DEVICE).requires_grad_(False)
+    hidden, anchors = random(2, 3, 32), torch.tensor([5, 90], device=DEVICE)
+    weight, positions = drafter.head().weight, torch.zeros_like(anchors)
+    expected = drafter.propose(hidden, anchors, positions)
+    rows = hidden.flatten(0, 1)
+    if by == "torch":
+        monkeypatch.setattr(kernels, "available", lambda device: False)
+    method = Plain() if by == "draft_head" else object()
+
+    def rank(start: int, count: int, gather: Any) -> Candidates:
+        drafter.replace_borrowed_head(head_of(weight[start : start + count], method, start))
+        plain = weight[start : start + count]
+        return candidates(drafter, rows, count, Plain, lambda x: x @ plain.T, gather)
+
+    if shards == 1:
+        found = rank(0, 97, None)
+    else:
+        parts = [rank(start, count, None) for start, count in ((0, 60), (60, 34), (94, 3))]
+        gathered = iter([torch.cat([part[i] for part in parts], dim=-1) for i in range(2)])
+        found = rank(0, 60, lambda _: next(gathered))
+    path = walk(drafter, rows, found, anchors)
+    assert torch.equal(path.tokens, expected.tokens)
+    torch.testing.assert_close(path.scores, expected.scores)
+    torch.testing.assert_close(path.confidence, expected.confidence)
 
 
 def test_what_is_left_to_logits(monkeypatch):

@@ -18,7 +18,6 @@ from dflash_plugin.drafter import (
 )
 from dflash_plugin.fp8 import RoundedRows, takes_rounded
 from dflash_plugin.kernels.add_rms_norm import Convolution, add_rms_norm
-from dflash_plugin.kernels.draft_head import HeadChoice
 from dflash_plugin.kernels.gated_act import gated_act
 from dflash_plugin.kernels.grouped_convolution import grouped_convolution
 from dflash_plugin.kernels.qk_norm_rope import qk_norm_rope
@@ -86,7 +85,8 @@ def _enter(
 def propose(
     drafter: Drafter,
     hidden: Tensor,
-    best: HeadChoice,
+    tokens: Tensor,
+    logits: Tensor,
     anchors: Tensor,
     temperature: Tensor | None = None,
     u: Tensor | None = None,
@@ -96,7 +96,8 @@ def propose(
     Args:
         drafter: its linears may be an engine's.
         hidden: [B * K, hidden], the rows that predict.
-        best: tokens and logits of these rows, as many as the selector has candidates.
+        tokens: int64 [B * K, C], candidates of these rows, as many as the selector has.
+        logits: [B * K, C], of the candidates, scaled and capped.
         anchors: int64 [B], the blocks' anchors.
         temperature: float32 [B], rows at 0 take the best; None takes it everywhere.
         u: [B, K] in [0, 1), the noise of draws; goes with ``temperature``.
@@ -105,8 +106,8 @@ def propose(
     assert selector is not None
     shape = (anchors.shape[0], -1, selector.top_k)
     return select_path(
-        best.tokens.view(shape),
-        best.logits.view(shape),
+        tokens.view(shape),
+        logits.view(shape),
         selector.hidden_projection(hidden).unflatten(0, shape[:2]),
         anchors,
         selector.predecessor_codebook,

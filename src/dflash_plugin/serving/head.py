@@ -4,20 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dflash_plugin import kernels
+from dflash_plugin.drafter import Drafter
 from dflash_plugin.serving.fp8 import Fp8Method, rows_of
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.draft_head import HeadChoice
+    from dflash_plugin.kernels.select_path import Path
+    from dflash_plugin.selector import Proposal
 
 # Rows beyond which a library's product and an argmax are faster than draft_head.
 FEW_ROWS = 128
 FEW_ROWS_IN_FP8 = 512
+
+
+class Candidates(NamedTuple):
+    """The likeliest tokens of rows that draft, for a selector.
+
+    Attributes:
+        tokens: int64 [T, C], ids of the target.
+        logits: float32 [T, C], scaled and bent.
+    """
+
+    tokens: Tensor
+    logits: Tensor
 
 
 def best_of_ranks(scores: Tensor, tokens: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
@@ -63,8 +79,10 @@ def best_of_shard(
         or count > (FEW_ROWS_IN_FP8 if in_fp8 else FEW_ROWS)
     ):
         return None
-    from dflash_plugin.kernels.draft_head import HeadChoice, draft_head
+    from dflash_plugin.kernels.draft_head import MAX_TOP_K, HeadChoice, draft_head
 
+    if top_k > MAX_TOP_K or 0 < rows < top_k:
+        return None
     shard = getattr(head, "shard_indices", None)
     first = 0 if shard is None else int(shard.org_vocab_start_index)
     if rows == 0:  # All of a small head lies on other ranks, which ask for this one's best too.
@@ -84,3 +102,92 @@ def best_of_shard(
         hidden_scale=rounded.scales,
         weight_scale=stored.scales[:rows],
     )
+
+
+def candidates(
+    drafter: Drafter,
+    hidden: Tensor,
+    rows: int,
+    plain: type,
+    make_logits: Callable[[Tensor], Tensor],
+    gather: Callable[[Tensor], Tensor] | None,
+) -> Candidates:
+    """The likeliest tokens of each row over all ranks, as many as the drafter's selector has.
+
+    Args:
+        drafter: with a selector; its head is an engine's.
+        hidden: [T, hidden].
+        rows: of this rank's shard of the head that are tokens.
+        plain: the engine's method of heads that are not quantised.
+        make_logits: this rank's [T, rows] of ``hidden``, as the head gives them.
+        gather: puts every rank's [T, C] side by side; None where there is one rank.
+    """
+    assert drafter.candidate_selector is not None
+    top_k, head, config = drafter.candidate_selector.top_k, drafter.head(), drafter.config
+    scale, softcap = config.logit_scale, config.logit_softcap
+    choice = best_of_shard(head, hidden, rows, plain, top_k=top_k, scale=scale, softcap=softcap)
+    if choice is not None:
+        found = Candidates(choice.tokens, choice.logits)
+    else:
+        shard = getattr(head, "shard_indices", None)
+        first = 0 if shard is None else int(shard.org_vocab_start_index)
+        found = _best_of_logits(drafter, make_logits(hidden), top_k, first)
+    if gather is None:
+        return found
+    tokens, logits = gather(found.tokens.contiguous()), gather(found.logits.contiguous())
+    best = logits.topk(top_k, dim=-1)
+    return Candidates(tokens.gather(-1, best.indices), best.values)
+
+
+def _best_of_logits(drafter: Drafter, logits: Tensor, top_k: int, first: int) -> Candidates:
+    if kernels.available(logits.device):
+        from dflash_plugin.kernels.best_logits import best_logits
+        from dflash_plugin.kernels.draft_head import MAX_TOP_K
+
+        if top_k <= min(MAX_TOP_K, logits.shape[1]):
+            scale, softcap = drafter.config.logit_scale, drafter.config.logit_softcap
+            best = best_logits(logits, top_k, first_token=first, scale=scale, softcap=softcap)
+            return Candidates(best.tokens, best.logits)
+    # Other ranks have what a small shard lacks.
+    missing = max(0, top_k - logits.shape[1])
+    values = F.pad(drafter.scale_logits(logits.float()), (0, missing), value=float("-inf"))
+    ranked = values.topk(top_k, dim=-1)
+    return Candidates(ranked.indices + first, ranked.values)
+
+
+def walk(
+    drafter: Drafter,
+    hidden: Tensor,
+    found: Candidates,
+    anchors: Tensor,
+    temperature: Tensor | None = None,
+    u: Tensor | None = None,
+) -> Path | Proposal:
+    """Drafts of B blocks along the selector's path, with what they were drawn from.
+
+    Args:
+        drafter: with a selector; its linears may be an engine's.
+        hidden: [B * K, hidden], the rows that predict.
+        found: their candidates.
+        anchors: int64 [B], the blocks' anchors.
+        temperature: float32 [B], rows at 0 take the best; None takes it everywhere.
+        u: [B, K] in [0, 1), the noise of draws; goes with ``temperature``.
+    """
+    selector = drafter.candidate_selector
+    assert selector is not None
+    if kernels.available(hidden.device):
+        from dflash_plugin.kernels.block import propose
+        from dflash_plugin.kernels.select_path import MAX_CANDIDATES
+
+        if selector.top_k <= MAX_CANDIDATES:
+            return propose(drafter, hidden, *found, anchors, temperature, u)
+    shape = anchors.shape[0], -1, selector.top_k
+    path: Proposal = selector(
+        found.tokens.view(shape),
+        found.logits.view(shape),
+        hidden.unflatten(0, shape[:2]),
+        anchors,
+        temperature,
+        u,
+    )
+    return path
