@@ -15,7 +15,6 @@ from dflash_plugin.serving.hosted import (
     KEY,
     expected_acceptance,
     is_staged,
-    refuse_dflash2,
     resolve,
     stage,
     without_checks,
@@ -91,7 +90,6 @@ def prepare(server_args: Any) -> None:
         argument(server_args, "download_dir"),
     )
     config = load_config(checkpoint, options.dialect)
-    refuse_dflash2(config, "SGLang")
     target = target_config(server_args)
     config.require_target(target.hidden_size, target.num_hidden_layers, target.vocab_size)
     check_layers(config, target.num_hidden_layers)

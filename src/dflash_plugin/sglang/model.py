@@ -25,7 +25,7 @@ from dflash_plugin.drafter import Attend, Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.fp8 import Fp8Rows, RoundedRows, fits, quantise
 from dflash_plugin.serving.fp8 import product
-from dflash_plugin.serving.head import best_of_ranks, best_of_shard
+from dflash_plugin.serving.head import Candidates, best_of_ranks, best_of_shard, candidates
 from dflash_plugin.serving.hosted import KEY
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.sglang.block_attention import is_plain
@@ -162,8 +162,8 @@ class HostedDrafter(DFlashDraftModel):
         if self._fused:
             from dflash_plugin.kernels.block import run_block
 
-            return run_block(self.drafter, embedded, positions, attend)
-        return self.drafter.run_block(embedded, positions, attend)
+            return run_block(self.drafter, embedded, positions, attend, self.block_size)
+        return self.drafter.run_block(embedded, positions, attend, self.block_size)
 
     def _tokens(self, input_ids: Tensor) -> Tensor:
         """Block tokens, with a mask id that lies outside the target's vocabulary put in."""
@@ -321,6 +321,24 @@ class HostedDrafter(DFlashDraftModel):
             fast = kernels.available(logits.device)
             choice = (best_logits if fast else best_logits_naive)(logits, 1)
         return choice._replace(tokens=self.drafter.token_ids(choice.tokens))
+
+    def candidates(self, hidden: Tensor) -> Candidates:
+        """The likeliest tokens of each row, for the selector of a DFlash 2 drafter.
+
+        Args:
+            hidden: [T, hidden].
+        """
+        gather = None
+        if get_tensor_model_parallel_world_size() > 1:
+            gather = partial(tensor_model_parallel_all_gather, dim=-1)
+        return candidates(
+            self.drafter,
+            hidden,
+            self._shard_rows(),
+            UnquantizedEmbeddingMethod,
+            self._shard_logits,
+            gather,
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits float32 [T, draft vocabulary] of hidden states [T, hidden]."""
