@@ -128,6 +128,18 @@ def selector(batch: int, sampled: bool) -> Case:
     )
 
 
+def uniforms(batch: int) -> Case:
+    from dflash_plugin.kernels.uniforms import uniforms, uniforms_naive
+
+    seed = torch.randint(1 << 62, (batch,), device="cuda")
+    position = torch.randint(1 << 20, (batch, DRAFTS), device="cuda")
+    return Case(
+        lambda: uniforms(seed, position, 0),
+        lambda: uniforms_naive(seed, position, 0),
+        2 * position.nbytes,
+    )
+
+
 def gated_act(rows: int) -> Case:
     from dflash_plugin.kernels.gated_act import gated_act, gated_act_naive
 
@@ -421,6 +433,7 @@ OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     kernel_projection: (16, 64, 256, 1024),
     select_path: REQUESTS,
     select_path_greedy: REQUESTS,
+    uniforms: REQUESTS,
     gated_act: ROWS,
     qk_norm_rope: ROWS,
     quantise_rows: ROWS,

@@ -162,6 +162,8 @@ def adaptive(batch: int, drafts: int) -> None:
 
 def selector(batch: int, drafts: int) -> None:
     from dflash_plugin.kernels.select_path import select_path
+    from dflash_plugin.kernels.uniforms import uniforms
+    from dflash_plugin.sampling import Stream
 
     logits = of(batch, drafts, CANDIDATES, dtype=torch.float32)
     gates = of(batch, drafts, RANK)
@@ -171,6 +173,7 @@ def selector(batch: int, drafts: int) -> None:
         arguments = (whole(*logits.shape), logits, gates, whole(batch), codebook, codebook)
         select_path(*arguments)
         select_path(*arguments, *noise)
+    uniforms(whole(batch), whole(batch, drafts), Stream.DRAFT)
 
 
 def step(batch: int, block: int) -> None:
