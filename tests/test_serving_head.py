@@ -13,7 +13,7 @@ from dflash_plugin.fp8 import quantise
 from dflash_plugin.kernels.draft_head import HeadChoice, draft_head_naive, merge_heads
 from dflash_plugin.serving import head as serving_head
 from dflash_plugin.serving.fp8 import Fp8Method
-from dflash_plugin.serving.head import Candidates, best_of_shard, candidates, walk
+from dflash_plugin.serving.head import Candidates, best_of_shard, candidates, noise_of_walks, walk
 from kernel_helpers import DEVICE, random
 from tiny import DFLASH2, tiny_drafter, tiny_target
 
@@ -89,9 +89,9 @@ def test_candidates_and_path_are_the_cores(monkeypatch, by, shards):
     method = Plain() if by == "draft_head" else object()
 
     def rank(start: int, count: int, gather: Any) -> Candidates:
-        drafter.replace_borrowed_head(head_of(weight[start : start + count], method, start))
-        plain = weight[start : start + count]
-        return candidates(drafter, rows, count, Plain, lambda x: x @ plain.T, gather)
+        part = weight[start : start + count]
+        head = head_of(part, method, start)
+        return candidates(drafter, head, rows, count, Plain, lambda x: x @ part.T, gather)
 
     if shards == 1:
         found = rank(0, 97, None)
@@ -103,6 +103,15 @@ def test_candidates_and_path_are_the_cores(monkeypatch, by, shards):
     assert torch.equal(path.tokens, expected.tokens)
     torch.testing.assert_close(path.scores, expected.scores)
     torch.testing.assert_close(path.confidence, expected.confidence)
+
+
+def test_a_position_that_is_drafted_again_is_drawn_anew():
+    """By its request's seed, and differently from every block."""
+    seeds, anchors = torch.tensor([5, 5, 6], device=DEVICE), torch.tensor([9, 10, 9], device=DEVICE)
+    found = noise_of_walks(seeds, anchors, 3)
+    assert torch.equal(found, noise_of_walks(seeds, anchors, 3))
+    assert found.shape == (3, 3)
+    assert found.unique().numel() == 9
 
 
 def test_what_is_left_to_logits(monkeypatch):

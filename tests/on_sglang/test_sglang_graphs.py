@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dflash_plugin.sampling import SamplingParams, SamplingTensors
-from dflash_plugin.serving.head import Candidates
+from dflash_plugin.serving.head import Candidates, noise_of_walks
 from dflash_plugin.sglang.worker import DraftGraphHead, Step, Worker
 from tiny import DFLASH2, tiny_drafter, tiny_target
 
@@ -110,7 +110,11 @@ def test_drafts_of_a_captured_pass_are_walked_through_its_candidates():
     params = [SamplingParams(3.0, seed=5), SamplingParams()]
     sampling = SamplingTensors.build(params, torch.device("cpu"))
     worker.step = Step(SimpleNamespace(reqs=[None, None]), places[:2], sampling)
-    drawn = model.drafter.propose(rows[:2], anchors[:2], places[:2], sampling)
+    best = model.drafter.logits(rows[:2]).topk(5)
+    u = noise_of_walks(sampling.seed, places[:2], 3)
+    drawn = model.drafter.candidate_selector(
+        best.indices, best.values, rows[:2], anchors[:2], sampling.temperature, u
+    )
     assert head.out.view(2, 3).tolist() == drawn.tokens.tolist()
     assert drawn.tokens[0].tolist() != chosen.tokens[0].tolist()
     probs = worker.step.draft_probs

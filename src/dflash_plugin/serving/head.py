@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dflash_plugin import kernels
 from dflash_plugin.drafter import Drafter
+from dflash_plugin.sampling import Stream, uniforms
 from dflash_plugin.serving.fp8 import Fp8Method, rows_of
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def best_of_shard(
 
 def candidates(
     drafter: Drafter,
+    head: Any,
     hidden: Tensor,
     rows: int,
     plain: type,
@@ -115,7 +117,8 @@ def candidates(
     """The likeliest tokens of each row over all ranks, as many as the drafter's selector has.
 
     Args:
-        drafter: with a selector; its head is an engine's.
+        drafter: with a selector.
+        head: an engine's, with ``shard_indices`` where it is sharded.
         hidden: [T, hidden].
         rows: of this rank's shard of the head that are tokens.
         plain: the engine's method of heads that are not quantised.
@@ -123,7 +126,7 @@ def candidates(
         gather: puts every rank's [T, C] side by side; None where there is one rank.
     """
     assert drafter.candidate_selector is not None
-    top_k, head, config = drafter.candidate_selector.top_k, drafter.head(), drafter.config
+    top_k, config = drafter.candidate_selector.top_k, drafter.config
     scale, softcap = config.logit_scale, config.logit_softcap
     choice = best_of_shard(head, hidden, rows, plain, top_k=top_k, scale=scale, softcap=softcap)
     if choice is not None:
@@ -191,3 +194,32 @@ def walk(
         u,
     )
     return path
+
+
+def noise(seed: Tensor, position: Tensor) -> Tensor:
+    """The noise of drafts, float64 [B, K] in [0, 1), one launch where kernels run.
+
+    Args:
+        seed: int64 [B].
+        position: int64 [B, K], of the drafts.
+    """
+    if kernels.available(seed.device):
+        from dflash_plugin.kernels.uniforms import uniforms as launched
+
+        return launched(seed.contiguous(), position.contiguous(), Stream.DRAFT)
+    return uniforms(seed, position, Stream.DRAFT)
+
+
+def noise_of_walks(seed: Tensor, anchors: Tensor, drafts: int) -> Tensor:
+    """The noise of selectors' drafts, float64 [B, K], new for every block.
+
+    What a path promises depends on what was drawn, and so does how much of later blocks is
+    verified. A position that is drafted again must therefore be drawn anew.
+
+    Args:
+        seed: int64 [B].
+        anchors: int64 [B], positions of the blocks' anchors.
+        drafts: K.
+    """
+    places = anchors[:, None] + torch.arange(1, drafts + 1, device=anchors.device)
+    return noise(seed ^ (anchors << 32), places)

@@ -333,6 +333,7 @@ class HostedDrafter(DFlashDraftModel):
             gather = partial(tensor_model_parallel_all_gather, dim=-1)
         return candidates(
             self.drafter,
+            self._head(),
             hidden,
             self._shard_rows(),
             UnquantizedEmbeddingMethod,

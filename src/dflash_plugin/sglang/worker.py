@@ -23,8 +23,8 @@ from torch import Tensor
 
 from dflash_plugin import kernels
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.sampling import SamplingTensors, Stream, uniforms
-from dflash_plugin.serving.head import Candidates, walk
+from dflash_plugin.sampling import SamplingTensors, Stream, sample
+from dflash_plugin.serving.head import Candidates, noise, noise_of_walks, walk
 from dflash_plugin.sglang import block_attention, metrics, penalties, sampling
 from dflash_plugin.sglang.arguments import draft_model_path
 from dflash_plugin.sglang.compat import argument
@@ -277,9 +277,8 @@ class Worker(DFlashWorkerV2):
         assert step.params is not None
         hidden, anchors, found = drafting
         drafter, batch = self.draft_model.drafter, len(anchors)
-        places = step.anchors[:, None] + torch.arange(1, self.num_drafts + 1, device=hidden.device)
         if found is not None:
-            u = uniforms(step.params.seed, places, Stream.DRAFT)
+            u = noise_of_walks(step.params.seed, step.anchors, self.num_drafts)
             path = self._walk(drafting, step.params.temperature, u)
             assert path.probs is not None
             step.draft_probs = drafter.target_probabilities(
@@ -288,7 +287,8 @@ class Worker(DFlashWorkerV2):
             return path.tokens.flatten()
         logits = self.draft_model.logits(hidden).view(batch, self.num_drafts, -1)
         probs = sampling.distribution(logits, step.params, step.batch.sampling_info)
-        drawn = sampling.draw(probs, step.params, places, Stream.DRAFT)
+        places = step.anchors[:, None] + torch.arange(1, self.num_drafts + 1, device=logits.device)
+        drawn = sample(probs, noise(step.params.seed, places))
         step.draft_probs = drafter.target_probabilities(probs, self.vocab_size)
         return drafter.token_ids(drawn).flatten()
 
