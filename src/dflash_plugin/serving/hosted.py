@@ -104,20 +104,6 @@ def validated(model: type[OptionsT], values: Any, source: str) -> OptionsT:
         ) from None
 
 
-def refuse_dflash2(config: DrafterConfig, engine: str) -> None:
-    """Refuse a drafter with convolutions and a selector, which the adapters do not run.
-
-    Raises:
-        DFlashError: it is one.
-    """
-    if config.selector is not None:
-        raise DFlashError(
-            f"the drafter is DFlash 2 (selector_rank is {config.selector.rank}), which "
-            f"dflash-plugin does not run on {engine}: use the Transformers engine, or set "
-            f"{SWITCH}=off for {engine}'s own DFlash 2"
-        )
-
-
 def without_checks(options: OptionsT) -> OptionsT:
     """For weights that mean nothing: nothing to compare, nothing to warn of."""
     return options.model_copy(update={"known_answers": "off", "acceptance_warning": 0.0})

@@ -17,7 +17,6 @@ from dflash_plugin.serving.hosted import (
     expected_acceptance,
     is_off,
     is_staged,
-    refuse_dflash2,
     resolve,
     stage,
     without_checks,
@@ -94,7 +93,6 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
         )
     checkpoint = resolve(str(model), settings.get("revision"), arguments.download_dir)
     config = load_config(checkpoint, options.dialect)
-    refuse_dflash2(config, "vLLM")
     config.require_target(
         target_model_config.get_hidden_size(),
         target_model_config.get_total_num_hidden_layers(),
