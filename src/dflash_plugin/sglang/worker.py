@@ -22,7 +22,6 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.errors import DFlashError
 from dflash_plugin.sampling import SamplingTensors, Stream
 from dflash_plugin.sglang import block_attention, metrics, penalties, sampling
 from dflash_plugin.sglang.arguments import draft_model_path
@@ -189,13 +188,15 @@ class Worker(DFlashWorkerV2):
         target, drafter = self.target_worker.model_runner, self.draft_model_runner
         attention = block_attention.install(target.attn_backend, device)
         block_attention.install(drafter.attn_backend, device)
-        self.widths = widths_of(self.info, target, self.block_size, device, attention)
+        self.widths = widths_of(
+            self.info,
+            target,
+            self.block_size,
+            device,
+            attention,
+            keeps_state=getattr(self, "_need_mamba_verify_commit", False),
+        )
         if self.widths is not None:
-            if getattr(self, "_need_mamba_verify_commit", False):
-                raise DFlashError(
-                    "adaptive_verification is on, but the target keeps state that a shorter pass "
-                    "would leave behind: turn it off"
-                )
             drafter.forward = skipping(drafter.forward, self)
             metrics.listen(self.widths)
         if kernels.available(device) and block_attention.is_plain(drafter.token_to_kv_pool):
