@@ -10,7 +10,7 @@ device, by how probably each draft stands.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from dflash_plugin import kernels
 from dflash_plugin.budget.promise import Promise
@@ -33,11 +34,12 @@ from dflash_plugin.sglang.options import Hosted
 if TYPE_CHECKING:
     from dflash_plugin.kernels.cut_blocks import CutBlocks
 
-# What has to be decided alike by processes that have no clock in common, or adds rows of its own.
+# Parts of a batch that run in other processes than its rest, or rows that are added to it.
 LIMITS = (
-    ("tp_size", 1),
     ("pp_size", 1),
     ("dp_size", 1),
+    ("attn_cp_size", 1),
+    ("dcp_size", 1),
     ("enable_two_batch_overlap", False),
 )
 # Of a captured pass, to time it.
@@ -316,12 +318,31 @@ def graph_seconds(runner: Any, device: torch.device) -> dict[int, float]:
     return found
 
 
+def agreement(group: Any) -> Callable[[int], int] | None:
+    """``WidthPolicy``'s agree for tensor-parallel ranks: the first one's clock decides.
+
+    Args:
+        group: SGLang's, of the ranks.
+    """
+    if group.world_size == 1:
+        return None
+
+    def agree(width: int) -> int:
+        chosen = torch.tensor([width], device="cpu")
+        # Between the hosts, so that nothing waits for a device.
+        dist.broadcast(chosen, group.ranks[0], group.cpu_group)
+        return int(chosen)
+
+    return agree
+
+
 def widths_of(
     info: Hosted,
     runner: Any,
     block: int,
     device: torch.device,
     attention: block_attention.Passes | None,
+    agree: Callable[[int], int] | None = None,
 ) -> Widths | None:
     """As the options ask for them, or None where every pass verifies whole blocks.
 
@@ -331,6 +352,7 @@ def widths_of(
         block: rows of a whole block.
         device: where it runs.
         attention: which one its passes use, None where that is its back end's own.
+        agree: ``agreement`` of the ranks.
 
     Raises:
         DFlashError: the server's settings or the limits do not allow it.
@@ -351,7 +373,7 @@ def widths_of(
         runner.model_config, "model_is_mrope", False
     )
     made = Widths(
-        WidthPolicy(widths, latency_vs_throughput=options.latency_vs_throughput),
+        WidthPolicy(widths, latency_vs_throughput=options.latency_vs_throughput, agree=agree),
         block,
         int(runner.req_to_token_pool.size),
         device,

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
+from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.speculative import dflash_worker_v2
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
@@ -29,7 +30,7 @@ from dflash_plugin.sglang.arguments import draft_model_path
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.model import HostedDrafter
 from dflash_plugin.sglang.options import require_hosted
-from dflash_plugin.sglang.width import Widths, route_inputs, skipping, widths_of
+from dflash_plugin.sglang.width import Widths, agreement, route_inputs, skipping, widths_of
 
 # No batch that is captured is larger, unless the server runs more requests.
 MAX_CAPTURED = 1024
@@ -189,7 +190,8 @@ class Worker(DFlashWorkerV2):
         target, drafter = self.target_worker.model_runner, self.draft_model_runner
         attention = block_attention.install(target.attn_backend, device)
         block_attention.install(drafter.attn_backend, device)
-        self.widths = widths_of(self.info, target, self.block_size, device, attention)
+        agree = agreement(get_tp_group())
+        self.widths = widths_of(self.info, target, self.block_size, device, attention, agree)
         if self.widths is not None:
             if getattr(self, "_need_mamba_verify_commit", False):
                 raise DFlashError(
