@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from schedulers import Schedulers
-from sglang_server import serving
+from sglang_server import serving, tokens
 from transformers import PreTrainedModel
 
 from dflash_plugin.known_answer import KnownAnswers, answer, save_record
@@ -237,10 +237,34 @@ def test_sampled_text_has_the_targets_distribution(
     assert 0 < check_distribution(texts, expected) < samples
 
 
+@pytest.mark.parametrize(("widths", "length"), [(None, 16), ("chosen", 100)])
+def test_two_ranks_draft_and_verify_the_same(pair, schedulers, tmp_path, widths, length):
+    """Each with half of the heads and of the vocabulary, and a clock of its own."""
+    target, directory = pair
+    kind = KINDS["reduced vocabulary"]
+    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **kind})
+    made = schedulers.run(
+        directory, checkpoint, PROMPTS[:1], copies=3, widths=widths, settings={"tp_size": 2},
+        environment={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}, temperature=0.0,
+        max_new_tokens=length, ignore_eos=True,
+    )  # fmt: skip
+    (other,) = made["others"]
+    assert made["texts"] == other["texts"] == [3 * [alone(target, PROMPTS[0], length)]]
+    for what in ("blocks", "cut"):
+        assert made[what] == other[what]
+    if widths is None:
+        expected = answer(load_drafter(checkpoint, target), target, PROMPTS[0])
+        assert min(expected.margins) > 1e-3
+        assert made["blocks"][0][0] == [expected.anchor, *expected.drafts]
+    else:
+        assert made["learnt"]["steps"] == other["learnt"]["steps"]
+        assert len({width for width, _, _ in made["cut"]}) > 2
+
+
 def test_two_shards_draft_what_one_does(pair, tmp_path):
     """Tensor parallel: heads, inner width and vocabulary are split over two processes.
 
-    The server does not start unless every known answer agrees.
+    The server does not start unless every known answer agrees; then as much as pays is verified.
     """
     target, directory = pair
     sizes = {**SIZES, "target_hidden_size": 64}
@@ -252,9 +276,11 @@ def test_two_shards_draft_what_one_does(pair, tmp_path):
         "--speculative-algorithm=DFLASH",
         f"--speculative-draft-model-path={checkpoint}",
         "--tp-size=2",
+        "--enable-metrics",
     ]
     log = tmp_path / "log"
-    with serving(log, directory, *flags, SGLANG_CPU_OMP_THREADS_BIND="0|1") as server:
+    adaptive = {"DFLASH_PLUGIN_ADAPTIVE_VERIFICATION": "1"}
+    with serving(log, directory, *flags, **adaptive, SGLANG_CPU_OMP_THREADS_BIND="0|1") as server:
         assert "the drafter's 2 known answers agree" in log.read_text()
         for prompt in PROMPTS:
             made = server.generate(prompt, max_new_tokens=16, ignore_eos=True)
@@ -266,4 +292,9 @@ def test_two_shards_draft_what_one_does(pair, tmp_path):
             == (first["output_ids"])
         )
         sampled = server.samples(PROMPTS[0], 16, **params)
+        together = tokens(server.batch(PROMPTS, max_new_tokens=24, ignore_eos=True))
+        assert together == [alone(target, prompt, 24) for prompt in PROMPTS]
+        counted, found = server.info(), server.metrics()
+        assert sum(steps > 0 for steps in counted["adaptive"]["steps"].values()) > 2
+        assert found["dflash:verify_passes_total"] == counted["verify_passes"]
     assert len({json.dumps(one["output_ids"]) for one in sampled}) > 8
