@@ -294,7 +294,7 @@ def info_of(**options: Any) -> Any:
 
 
 def runner_of(mrope: bool = False, size: int = SIZE, **changes: Any) -> SimpleNamespace:
-    sizes = {"tp_size": 1, "pp_size": 1, "dp_size": 1}
+    sizes = {"tp_size": 2, "pp_size": 1, "dp_size": 1, "attn_cp_size": 1, "dcp_size": 1}
     values = {**sizes, "enable_two_batch_overlap": False, "enable_lora": False}
     return SimpleNamespace(
         server_args=SimpleNamespace(**{**values, **changes}),
@@ -320,6 +320,10 @@ def test_widths_follow_the_options():
     assert found.policy.weight == 0.5
 
 
+def test_one_rank_asks_nobody():
+    assert width.agreement(SimpleNamespace(world_size=1)) is None
+
+
 @pytest.mark.usefixtures("old_sglang")
 @pytest.mark.parametrize("changes", [{"enable_lora": True}, {"mrope": True}])
 def test_targets_that_lay_out_rows_by_themselves_have_as_many_of_each_request(changes):
@@ -329,8 +333,10 @@ def test_targets_that_lay_out_rows_by_themselves_have_as_many_of_each_request(ch
 
 
 @pytest.mark.usefixtures("old_sglang")
-@pytest.mark.parametrize(("name", "value"), [("tp_size", 2), ("enable_two_batch_overlap", True)])
-def test_servers_that_cannot_agree_on_a_width_are_refused(name, value):
+@pytest.mark.parametrize(
+    ("name", "value"), [("pp_size", 2), ("dcp_size", 2), ("enable_two_batch_overlap", True)]
+)
+def test_servers_whose_batches_are_split_up_are_refused(name, value):
     with pytest.raises(DFlashError, match=f"{name} is {value}: set it to .*, or turn"):
         widths_of(info_of(), runner_of(**{name: value}), 16, CPU, None)
 
@@ -352,13 +358,15 @@ def test_what_recurrent_layers_keep_is_not_cut():
         ({"pp_size": 2}, Passes(), False, "pp_size is 2"),
         ({"size": 8}, Passes(), False, "no more than 8 requests"),
         ({}, Passes(), True, "keeps state"),
+        ({"agree": int}, Passes(), False, "several ranks"),
     ],
 )
 def test_where_verification_adapts_unasked(caplog, changes, attention, keeps_state, why):
     runner = runner_of(**{"size": 9, **changes})
-    open_ = info_of(adaptive_verification=None)
+    agree = changes.get("agree")
+    info = info_of(adaptive_verification=None)
     with caplog.at_level("INFO"):
-        found = widths_of(open_, runner, 16, CPU, attention, keeps_state=keeps_state)
+        found = widths_of(info, runner, 16, CPU, attention, agree=agree, keeps_state=keeps_state)
     assert (found is None) == (why is not None)
     assert why is None or why in caplog.text
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from dflash_plugin import kernels
 from dflash_plugin.budget.promise import Promise
@@ -34,11 +35,12 @@ from dflash_plugin.sglang.options import Hosted
 if TYPE_CHECKING:
     from dflash_plugin.kernels.cut_blocks import CutBlocks
 
-# What has to be decided alike by processes that have no clock in common, or adds rows of its own.
+# Parts of a batch that run in other processes than its rest, or rows that are added to it.
 LIMITS = (
-    ("tp_size", 1),
     ("pp_size", 1),
     ("dp_size", 1),
+    ("attn_cp_size", 1),
+    ("dcp_size", 1),
     ("enable_two_batch_overlap", False),
 )
 # With no more requests than these there is little to save.
@@ -155,7 +157,7 @@ class Widths:
         widest = self.policy.widths[-1]
         try:
             for width in self.policy.widths:
-                if width != self.block and (width == widest or free_memory(self.device) >= least):
+                if width != self.block and (width == widest or self._has_room(least)):
                     self.passes[width] = self._capture(runner, type(whole), width)
         finally:
             runner.init_new_workspace = kept
@@ -174,6 +176,10 @@ class Widths:
                 if width == 1 or size in draft:
                     drafts = draft[size] if width > 1 else 0.0
                     self.policy.prior[size, width] = seconds + drafts
+
+    def _has_room(self, least: float) -> bool:
+        has_room, agree = free_memory(self.device) >= least, self.policy.agree
+        return has_room if agree is None else bool(agree(has_room))
 
     def _capture(self, runner: Any, graphs: Any, width: int) -> Pass:
         from dflash_plugin.kernels.draft_attention import Blocks
@@ -360,6 +366,24 @@ def graph_seconds(runner: Any, device: torch.device) -> dict[int, float]:
     return found
 
 
+def agreement(group: Any) -> Callable[[int], int] | None:
+    """``WidthPolicy``'s agree for tensor-parallel ranks: the first one's clock decides.
+
+    Args:
+        group: SGLang's, of the ranks.
+    """
+    if group.world_size == 1:
+        return None
+
+    def agree(width: int) -> int:
+        chosen = torch.tensor([width], device="cpu")
+        # Between the hosts, so that nothing waits for a device.
+        dist.broadcast(chosen, group.ranks[0], group.cpu_group)
+        return int(chosen)
+
+    return agree
+
+
 def widths_of(
     info: Hosted,
     runner: Any,
@@ -367,6 +391,7 @@ def widths_of(
     device: torch.device,
     attention: block_attention.Passes | None,
     *,
+    agree: Callable[[int], int] | None = None,
     keeps_state: bool = False,
 ) -> Widths | None:
     """As the options ask for them, or None where every pass verifies whole blocks.
@@ -379,6 +404,7 @@ def widths_of(
         block: rows of a whole block.
         device: where it runs.
         attention: which one its passes use, None where that is its back end's own.
+        agree: ``agreement`` of the ranks.
         keeps_state: the target keeps state that a shorter pass would leave behind.
 
     Raises:
@@ -396,6 +422,8 @@ def widths_of(
     if options.adaptive_verification is None:
         if attention is None or alike:
             obstacle = obstacle or "requests cannot differ in how many drafts are verified"
+        if agree is not None:
+            obstacle = obstacle or "it was not measured on several ranks"
         if size <= FEW:
             obstacle = obstacle or f"no more than {size} requests run at once"
         if obstacle is not None:
@@ -407,7 +435,7 @@ def widths_of(
         )
     widths = choose_widths(block, options.min_draft_tokens, options.max_draft_tokens)
     made = Widths(
-        WidthPolicy(widths, latency_vs_throughput=options.latency_vs_throughput),
+        WidthPolicy(widths, latency_vs_throughput=options.latency_vs_throughput, agree=agree),
         block,
         size,
         device,

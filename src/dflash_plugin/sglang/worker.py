@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
+from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.speculative import dflash_worker_v2
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
@@ -28,7 +29,7 @@ from dflash_plugin.sglang.arguments import draft_model_path
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.model import HostedDrafter
 from dflash_plugin.sglang.options import require_hosted
-from dflash_plugin.sglang.width import Widths, route_inputs, skipping, widths_of
+from dflash_plugin.sglang.width import Widths, agreement, route_inputs, skipping, widths_of
 
 # No batch that is captured is larger, unless the server runs more requests.
 MAX_CAPTURED = 1024
@@ -194,6 +195,7 @@ class Worker(DFlashWorkerV2):
             self.block_size,
             device,
             attention,
+            agree=agreement(get_tp_group()),
             keeps_state=getattr(self, "_need_mamba_verify_commit", False),
         )
         if self.widths is not None:
