@@ -66,8 +66,8 @@ def served(
     environment["DFLASH_PLUGIN"] = "on" if mode.startswith("plugin") else "off"
     if "-fp8" in mode:
         environment["DFLASH_PLUGIN_DRAFT_WEIGHTS"] = "fp8"
-    if "-adaptive" in mode:
-        environment["DFLASH_PLUGIN_ADAPTIVE_VERIFICATION"] = "1"
+    # Left open, it would be on.
+    environment["DFLASH_PLUGIN_ADAPTIVE_VERIFICATION"] = str(int("-adaptive" in mode))
     if settings["dtype"] == "float32":
         paths = [str(FLOAT32), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -132,7 +132,7 @@ def run(
         "tokens": [one["output_ids"] for one in answers],
         "tau": acceptance_length(metas),
     }
-    if "DFLASH_PLUGIN_ADAPTIVE_VERIFICATION" in os.environ:
+    if os.environ["DFLASH_PLUGIN_ADAPTIVE_VERIFICATION"] == "1":
         state = engine.get_server_info()["internal_states"][0]
         found["adaptive"] = state["dflash_plugin"].get("adaptive")
     if top is not None:

@@ -140,7 +140,7 @@ def adaptive(batch: int, drafts: int) -> None:
     from dflash_plugin.budget.acceptance import AcceptanceModel
     from dflash_plugin.kernels.admit_drafts import admit_drafts
     from dflash_plugin.kernels.cut_blocks import cut_blocks
-    from dflash_plugin.kernels.learn_acceptance import Learnt, learn_acceptance
+    from dflash_plugin.kernels.learn_acceptance import learn_acceptance
     from dflash_plugin.kernels.predict_acceptance import predict_acceptance
 
     chances = of(batch, drafts, dtype=torch.float32)
@@ -154,7 +154,7 @@ def adaptive(batch: int, drafts: int) -> None:
             predict_acceptance(row, log_sum_exp, slots, slots, slope, offsets, chances, chances)
     model = AcceptanceModel(drafts)
     for starts in (None, counts[3]):
-        learn_acceptance(chances, counts[0], starts, Learnt.of(model), model)
+        learn_acceptance(chances, counts[0], starts, model)
     tokens, starts = whole(batch, drafts + 1), counts[-1]
     share = of(4 * len(starts), dtype=torch.int32)
     cut_blocks(tokens, tokens.flatten(), tokens.flatten(), 4, starts, share, even=False)

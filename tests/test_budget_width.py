@@ -303,6 +303,39 @@ def test_growth_adds_up_to_what_was_counted():
     assert growth({"saved": 2}, {"saved": 3}) == {"saved": 2}  # begun anew
 
 
+def test_processes_that_agree_choose_alike_whatever_their_clocks_say():
+    """One knows a profile and decides; the other tries what it does not know, and hears."""
+    said: list[int] = []
+    overruled = 0
+
+    def lead(width: int) -> int:
+        said.append(width)
+        return width
+
+    def follow(width: int) -> int:
+        nonlocal overruled
+        overruled += width != said[-1]
+        return said.pop()
+
+    first, second = (WidthPolicy(WIDTHS, (1, 8, 64), agree=agree) for agree in (lead, follow))
+    quick, slow = Machine(0.8), Machine(0.3, row=1e-3, free=0, noise=0.4)
+    first.prior = {(size, rows): quick.seconds(size, rows) for size in (1, 8) for rows in WIDTHS}
+    events = random.Random(0)
+    requests, widths = 8, set()
+    for _ in range(6000):
+        if events.random() < 0.02:
+            requests = events.randint(1, 80)
+            first.interrupt()
+            second.interrupt()
+        width = quick.step(first, requests)
+        assert slow.step(second, requests) == width
+        assert not said
+        widths.add(width)
+    assert overruled > 100
+    assert len(widths) > 4
+    assert first.counts() == second.counts()
+
+
 def test_limits_are_kept():
     policy = WidthPolicy(choose_widths(16, 2, 5))
     machine = Machine(0.99, row=0.0)

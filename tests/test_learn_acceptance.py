@@ -8,11 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_plugin.budget.acceptance import AcceptanceModel
-from dflash_plugin.kernels.learn_acceptance import (
-    Learnt,
-    learn_acceptance,
-    learn_acceptance_naive,
-)
+from dflash_plugin.kernels.learn_acceptance import learn_acceptance, learn_acceptance_naive
 from kernel_helpers import DEVICE, integers, random
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
@@ -29,7 +25,6 @@ def test_learn_acceptance(batch, drafts, cut, dtype):
     states = []
     for run in (learn_acceptance, learn_acceptance_naive):
         model = AcceptanceModel(drafts, DEVICE)
-        learnt = Learnt.of(model)
         for seed in range(3):
             confidences = 6 * random(batch, drafts, seed=seed)
             verified = integers(0, drafts + 1, batch, seed=seed)
@@ -38,23 +33,23 @@ def test_learn_acceptance(batch, drafts, cut, dtype):
             accepted = (random(batch, seed=seed + 9).abs() * (verified + 1)).long()
             accepted = torch.minimum(accepted, verified)
             starts = torch.cat([verified.new_zeros(1), (verified + 1).cumsum(0)]).int()
-            run(confidences, (accepted + 1).to(dtype), starts if cut else None, learnt, model)
-        states.append(learnt)
+            run(confidences, (accepted + 1).to(dtype), starts if cut else None, model)
+        states.append(model.state)
     for ours, naive in zip(*states, strict=True):
         torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(states[0].slope, Learnt.of(AcceptanceModel(drafts, DEVICE)).slope)
+    assert not torch.equal(states[0].slope, AcceptanceModel(drafts, DEVICE).state.slope)
 
 
 def test_faulty_arguments():
     model = AcceptanceModel(3, DEVICE)
-    learnt, ones = Learnt.of(model), torch.ones(2, dtype=torch.int32)
+    ones = torch.ones(2, dtype=torch.int32)
     good = torch.zeros(2, 3)
     for arguments, message in (
-        ((good.double(), ones, None, learnt), "confidences must be float32"),
-        ((good, ones[:1], None, learnt), r"committed must be contiguous \[2\]"),
-        ((good, ones, ones, learnt), r"starts must be int32 \[3\]"),
-        ((good, ones, None, learnt._replace(slope=good[0, :2])), r"slope must be contiguous \[3\]"),
+        ((good.double(), ones, None, model), "confidences must be float32"),
+        ((good, ones[:1], None, model), r"committed must be contiguous \[2\]"),
+        ((good, ones, ones, model), r"starts must be int32 \[3\]"),
+        ((good, ones, None, AcceptanceModel(2, DEVICE)), "model must be one of 3 drafts"),
     ):
         for run in (learn_acceptance, learn_acceptance_naive):
             with pytest.raises(ValueError, match=message):
-                run(*arguments, model)
+                run(*arguments)

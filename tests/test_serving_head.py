@@ -13,7 +13,14 @@ from dflash_plugin.fp8 import quantise
 from dflash_plugin.kernels.draft_head import HeadChoice, draft_head_naive, merge_heads
 from dflash_plugin.serving import head as serving_head
 from dflash_plugin.serving.fp8 import Fp8Method
-from dflash_plugin.serving.head import Candidates, best_of_shard, candidates, noise_of_walks, walk
+from dflash_plugin.serving.head import (
+    Candidates,
+    best_of_shard,
+    candidates,
+    choice_of_ranks,
+    noise_of_walks,
+    walk,
+)
 from kernel_helpers import DEVICE, random
 from tiny import DFLASH2, tiny_drafter, tiny_target
 
@@ -53,6 +60,14 @@ def test_shards_find_the_best_of_the_whole(fp8):
     assert torch.equal(found, logits.argmax(dim=-1)) or fp8
     # Rounding changes places only of near ones.
     assert ((logits.max(dim=-1).values - logits[range(5), found]) < 0.5).all()
+    sent: list[torch.Tensor] = []
+    for one in best:
+        choice_of_ranks(one, lambda part: sent.append(part) or part)
+    merged = choice_of_ranks(best[-1], lambda _: torch.cat(sent, dim=-1))
+    assert merged.tokens.tolist() == found[:, None].tolist()
+    assert torch.equal(merged.logits, scores.max(dim=-1, keepdim=True).values)
+    normaliser = logits.logsumexp(dim=-1)
+    torch.testing.assert_close(merged.log_sum_exp, normaliser, atol=0.5 if fp8 else 1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("fp8", [False, True])

@@ -127,12 +127,14 @@ def test_captured_passes_are_profiled(monkeypatch):
     assert width.graph_seconds(None, CPU) == {}
 
 
-def test_nothing_is_captured_where_graphs_are_off():
-    widths, runner = widths_of_rows(1, BLOCK), Runner()
+@pytest.mark.parametrize("asked", [True, None])
+def test_nothing_is_captured_where_graphs_are_off(asked):
+    widths, runner = widths_of_rows(1, BLOCK, adaptive_verification=asked), Runner()
     runner.decode_cuda_graph_runner = None
     widths.capture(runner, Runner())
     assert not widths.passes
     assert runner.backends == 0
+    assert widths.held == (asked is None)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -291,13 +293,13 @@ def info_of(**options: Any) -> Any:
     return SimpleNamespace(options=Options(**{**values, **options}))
 
 
-def runner_of(mrope: bool = False, **changes: Any) -> SimpleNamespace:
-    sizes = {"tp_size": 1, "pp_size": 1, "dp_size": 1}
+def runner_of(mrope: bool = False, size: int = SIZE, **changes: Any) -> SimpleNamespace:
+    sizes = {"tp_size": 2, "pp_size": 1, "dp_size": 1, "attn_cp_size": 1, "dcp_size": 1}
     values = {**sizes, "enable_two_batch_overlap": False, "enable_lora": False}
     return SimpleNamespace(
         server_args=SimpleNamespace(**{**values, **changes}),
         model_config=SimpleNamespace(model_is_mrope=mrope),
-        req_to_token_pool=SimpleNamespace(size=SIZE),
+        req_to_token_pool=SimpleNamespace(size=size),
     )
 
 
@@ -318,6 +320,10 @@ def test_widths_follow_the_options():
     assert found.policy.weight == 0.5
 
 
+def test_one_rank_asks_nobody():
+    assert width.agreement(SimpleNamespace(world_size=1)) is None
+
+
 @pytest.mark.usefixtures("old_sglang")
 @pytest.mark.parametrize("changes", [{"enable_lora": True}, {"mrope": True}])
 def test_targets_that_lay_out_rows_by_themselves_have_as_many_of_each_request(changes):
@@ -327,7 +333,75 @@ def test_targets_that_lay_out_rows_by_themselves_have_as_many_of_each_request(ch
 
 
 @pytest.mark.usefixtures("old_sglang")
-@pytest.mark.parametrize(("name", "value"), [("tp_size", 2), ("enable_two_batch_overlap", True)])
-def test_servers_that_cannot_agree_on_a_width_are_refused(name, value):
+@pytest.mark.parametrize(
+    ("name", "value"), [("pp_size", 2), ("dcp_size", 2), ("enable_two_batch_overlap", True)]
+)
+def test_servers_whose_batches_are_split_up_are_refused(name, value):
     with pytest.raises(DFlashError, match=f"{name} is {value}: set it to .*, or turn"):
         widths_of(info_of(), runner_of(**{name: value}), 16, CPU, None)
+
+
+@pytest.mark.usefixtures("old_sglang")
+def test_what_recurrent_layers_keep_is_not_cut():
+    with pytest.raises(DFlashError, match=r"the target keeps state .*, or turn"):
+        widths_of(info_of(), runner_of(), 16, CPU, None, keeps_state=True)
+
+
+@pytest.mark.usefixtures("old_sglang")
+@pytest.mark.parametrize(
+    ("changes", "attention", "keeps_state", "why"),
+    [
+        ({}, Passes(), False, None),
+        ({}, None, False, "requests cannot differ"),
+        ({"mrope": True}, Passes(), False, "requests cannot differ"),
+        ({"enable_lora": True}, Passes(), False, "requests cannot differ"),
+        ({"pp_size": 2}, Passes(), False, "pp_size is 2"),
+        ({"size": 8}, Passes(), False, "no more than 8 requests"),
+        ({}, Passes(), True, "keeps state"),
+        ({"agree": int}, Passes(), False, "several ranks"),
+    ],
+)
+def test_where_verification_adapts_unasked(caplog, changes, attention, keeps_state, why):
+    runner = runner_of(**{"size": 9, **changes})
+    agree = changes.get("agree")
+    info = info_of(adaptive_verification=None)
+    with caplog.at_level("INFO"):
+        found = widths_of(info, runner, 16, CPU, attention, agree=agree, keeps_state=keeps_state)
+    assert (found is None) == (why is not None)
+    assert why is None or why in caplog.text
+
+
+def test_graphs_take_at_most_half_of_the_memory(monkeypatch):
+    """Three back ends of 3 GiB each, of 8: the second leaves less than half."""
+    runner, widths = Runner(), widths_of_rows(1, 2, 3, BLOCK)
+    monkeypatch.setattr(width, "free_memory", lambda device: 8.0 - 3.0 * runner.backends)
+    widths.capture(runner, Runner())
+    assert set(widths.passes) == {1, 2}
+    assert widths.policy.widths == (1, 2, BLOCK)
+    # What is verified at most has to be there.
+    runner = Runner()
+    widths = widths_of_rows(1, 2, 3)
+    widths.capture(runner, Runner())
+    assert set(widths.passes) == {1, 2, 3}
+
+
+def test_slots_are_listed_where_those_of_whole_blocks_are():
+    made: list[Any] = []
+
+    def backend(**values: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            init_cuda_graph_state=lambda *sizes, **more: made.append((sizes, more)), **values
+        )
+
+    lists = torch.zeros(1)
+    whole, cut = SimpleNamespace(cuda_graph_kv_indices=lists), backend()
+    width.share_lists(whole, cut)
+    cut.init_cuda_graph_state(4, 8)
+    assert made.pop() == ((4, 8), {"kv_indices_buf": lists})
+    for without, other in (
+        (whole, backend(sliding_window_size=128)),
+        (SimpleNamespace(), backend(sliding_window_size=None)),
+    ):
+        width.share_lists(without, other)
+        other.init_cuda_graph_state(4, 8)
+        assert made.pop() == ((4, 8), {})

@@ -1,4 +1,4 @@
-"""Schedulers without a server, one after the other, each in a fork of one warm process.
+"""Schedulers without a server, one after the other, each rank in a fork of one warm process.
 
 Imports of SGLang take longer than a tiny model's engine. Reads lines of JSON, answers with lines.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 from sglang_server import ENVIRONMENT
 
@@ -62,7 +65,7 @@ class Schedulers:
         copies: int = 1,
         environment: dict[str, str] | None = None,
         settings: dict[str, Any] | None = None,
-        widths: list[int] | None = None,
+        widths: list[int] | Literal["chosen"] | None = None,
         **params: Any,
     ) -> dict[str, Any]:
         """Start a scheduler, run each prompt ``copies`` times and end it.
@@ -73,13 +76,15 @@ class Schedulers:
             copies: of each.
             environment: of the scheduler.
             settings: of ``ServerArgs``.
-            widths: rows that the passes verify, in turns; whole blocks where there are none.
+            widths: rows that the passes verify, in turns, or "chosen" by the policy and a clock
+                of each rank's own that runs by chance; whole blocks where there are none.
             params: of ``SamplingParams``.
 
         Returns:
             Per prompt, "texts" of its copies and the "blocks" of its first; "counts" of what ran
             through kernels; with ``widths``, of each pass that was "cut" to them the width, the
-            anchors' positions and the drafts that were verified, and what was "learnt".
+            anchors' positions and the drafts that were verified, and what was "learnt". Other
+            ranks' answers are "others".
         """
         job = {
             "settings": {
@@ -111,11 +116,27 @@ class Schedulers:
 def serve(job: dict[str, Any]) -> dict[str, Any]:
     """In the fork: what a job asks for."""
     os.environ.update(job["environment"])
-    import torch
-    from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import PortArgs, ServerArgs
 
+    args = ServerArgs(**job["settings"])
+    args.resolve_once()
+    ports = PortArgs.init_new(args)
+    publish(args, role="scheduler")
+    others = [
+        forked(lambda rank=rank: serve_rank(job, args, ports, rank))
+        for rank in range(1, args.tp_size)
+    ]
+    answer = serve_rank(job, args, ports, 0)
+    return {**answer, "others": [other() for other in others]}
+
+
+def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[str, Any]:
+    """What one tensor-parallel rank makes of a job."""
+    import torch
+    from sglang.srt.managers.scheduler import Scheduler
+
+    from dflash_plugin.sglang import width
     from dflash_plugin.sglang.selfcheck import make_request, run
 
     counts = {}
@@ -124,15 +145,9 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
 
         interpreted.turn_on()
         counts = interpreted.COUNTS
-    args = ServerArgs(**job["settings"])
-    args.resolve_once()
-    ports = PortArgs.init_new(args)
-    publish(args, role="scheduler")
-    scheduler = Scheduler(args, ports, 0, 0, 0, 0, 0, 0, None)
+    scheduler = Scheduler(args, ports, rank, rank, 0, 0, 0, 0, None)
     widths, cut = scheduler.draft_worker.widths, []
     if job["widths"]:
-        cycle = itertools.cycle(job["widths"])
-        widths.policy.choose = lambda *_: next(cycle)
         learn, worker = widths.learn, scheduler.draft_worker
 
         def noted(committed: Any) -> None:
@@ -141,6 +156,14 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
             drafts = [[token for token in block if token >= 0] for block in tokens]
             cut.append([widths.chosen, worker.step.anchors.tolist(), drafts])
 
+        widths.learn = noted
+    if job["widths"] == "chosen":
+        drawn = random.Random(rank)
+        clock = itertools.accumulate(10 ** drawn.uniform(-1, 1) for _ in itertools.count())
+        width.time = SimpleNamespace(monotonic=lambda: next(clock))
+    elif job["widths"]:
+        cycle = itertools.cycle(job["widths"])
+        widths.policy.choose = lambda *_: next(cycle)
         narrow, generator = widths.narrow, torch.Generator().manual_seed(0)
 
         def unlike(*arguments: Any) -> Any:
@@ -148,7 +171,7 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
             widths.chances.predictions.uniform_(generator=generator)
             return narrow(*arguments)
 
-        widths.learn, widths.narrow = noted, unlike
+        widths.narrow = unlike
     texts, blocks = [], []
     for prompt in job["prompts"]:
         requests = [make_request(scheduler, prompt, **job["params"]) for _ in range(job["copies"])]
@@ -160,6 +183,34 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def forked(work: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """Begin work in a fork; what is returned waits for its answer."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        try:
+            answer = work()
+        except BaseException as error:
+            import traceback
+
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        with os.fdopen(write, "w") as pipe:
+            json.dump(answer, pipe)
+        os._exit(0)
+    os.close(write)
+
+    def wait() -> dict[str, Any]:
+        with os.fdopen(read) as pipe:
+            found = pipe.read()
+        os.waitpid(child, 0)
+        answer: dict[str, Any] = json.loads(found or '{"error": "a process ended"}')
+        return answer
+
+    return wait
+
+
 def main() -> None:
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -167,18 +218,8 @@ def main() -> None:
 
     load_plugins()
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            try:
-                answer = serve(json.loads(line))
-            except BaseException as error:
-                import traceback
-
-                traceback.print_exc()
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps(answer), file=pipe, flush=True)
-            os._exit(0)
-        os.waitpid(child, 0)
+        job = json.loads(line)
+        print(json.dumps(forked(lambda job=job: serve(job))()), file=pipe, flush=True)
 
 
 if __name__ == "__main__":

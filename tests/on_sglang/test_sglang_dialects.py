@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from schedulers import Schedulers
-from sglang_server import serving
+from sglang_server import serving, tokens
 from transformers import PreTrainedModel
 
 from dflash_plugin.known_answer import KnownAnswers, answer, save_record
@@ -272,7 +272,57 @@ def test_sampled_text_has_the_targets_distribution(
     assert 0 < check_distribution(texts, expected) < samples
 
 
-def test_two_shards_draft_what_one_does(pair, tmp_path):
+@pytest.fixture(scope="module")
+def ranks(pair, schedulers) -> Any:
+    """Runs three copies of a prompt on two ranks, and sees that both do the same."""
+
+    def run(checkpoint: Path, **job: Any) -> dict[str, Any]:
+        _, directory = pair
+        made = schedulers.run(
+            directory, checkpoint, PROMPTS[:1], copies=3, settings={"tp_size": 2},
+            environment={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}, ignore_eos=True, **job,
+        )  # fmt: skip
+        (other,) = made["others"]
+        for what in ("texts", "blocks", "cut"):
+            assert made[what] == other[what]
+        return made
+
+    return run
+
+
+def test_ranks_draft_what_one_does(pair, ranks, tmp_path):
+    """All of the reduced vocabulary lies on one of them."""
+    target, _ = pair
+    kind = KINDS["reduced vocabulary"]
+    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **kind})
+    made = ranks(checkpoint, temperature=0.0, max_new_tokens=16)
+    assert made["texts"] == [3 * [alone(target, PROMPTS[0], 16)]]
+    expected = answer(load_drafter(checkpoint, target), target, PROMPTS[0])
+    assert min(expected.margins) > 1e-3
+    assert made["blocks"][0][0] == [expected.anchor, *expected.drafts]
+
+
+def test_ranks_draw_the_same(pair, ranks, tmp_path):
+    target, _ = pair
+    checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
+    made = ranks(checkpoint, temperature=1.3, max_new_tokens=16, sampling_seed=11)
+    (texts,) = made["texts"]
+    assert texts == 3 * texts[:1]
+    assert texts[0] != alone(target, PROMPTS[0], 16)
+
+
+def test_ranks_whose_clocks_differ_verify_the_same(pair, ranks, tmp_path):
+    target, _ = pair
+    checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
+    made = ranks(checkpoint, widths="chosen", temperature=0.0, max_new_tokens=100)
+    assert made["texts"] == [3 * [alone(target, PROMPTS[0], 100)]]
+    (other,) = made["others"]
+    assert made["learnt"]["steps"] == other["learnt"]["steps"]
+    assert made["learnt"]["step_milliseconds"] != other["learnt"]["step_milliseconds"]
+    assert len({width for width, _, _ in made["cut"]}) > 2
+
+
+def test_two_ranks_serve_with_as_many_drafts_as_pay(pair, tmp_path):
     """Tensor parallel: heads, inner width and vocabulary are split over two processes.
 
     The server does not start unless every known answer agrees.
@@ -287,18 +337,20 @@ def test_two_shards_draft_what_one_does(pair, tmp_path):
         "--speculative-algorithm=DFLASH",
         f"--speculative-draft-model-path={checkpoint}",
         "--tp-size=2",
+        "--enable-metrics",
     ]
     log = tmp_path / "log"
-    with serving(log, directory, *flags, SGLANG_CPU_OMP_THREADS_BIND="0|1") as server:
+    adaptive = {"DFLASH_PLUGIN_ADAPTIVE_VERIFICATION": "1"}
+    with serving(log, directory, *flags, **adaptive, SGLANG_CPU_OMP_THREADS_BIND="0|1") as server:
         assert "the drafter's 2 known answers agree" in log.read_text()
         for prompt in PROMPTS:
             made = server.generate(prompt, max_new_tokens=16, ignore_eos=True)
             assert made["output_ids"] == alone(target, prompt, 16)
         params = {"temperature": 1.0, "max_new_tokens": 16, "ignore_eos": True}
-        first = server.generate(PROMPTS[0], sampling_seed=3, **params)
-        assert (
-            server.generate(PROMPTS[0], sampling_seed=3, **params)["output_ids"]
-            == (first["output_ids"])
-        )
         sampled = server.samples(PROMPTS[0], 16, **params)
+        together = tokens(server.batch(PROMPTS, max_new_tokens=24, ignore_eos=True))
+        assert together == [alone(target, prompt, 24) for prompt in PROMPTS]
+        counted, found = server.info(), server.metrics()
+        assert sum(steps > 0 for steps in counted["adaptive"]["steps"].values()) > 2
+        assert found["dflash:verify_passes_total"] == counted["verify_passes"]
     assert len({json.dumps(one["output_ids"]) for one in sampled}) > 8

@@ -35,12 +35,14 @@ class Calibration(NamedTuple):
     """A logistic model for each draft position k: logit p = slope_k * confidence + offset_k.
 
     Attributes:
-        weights: float32 [K, 2], slope and offset.
-        precision: float32 [K, 2, 2], how sure the weights are: what the outcomes so far have told,
-            fading, and the prior.
+        slope: float32 [K].
+        offsets: float32 [K].
+        precision: float32 [K, 3], how sure both are, of the slope, the pair and the offset: what
+            the outcomes so far have told, fading, and the prior.
     """
 
-    weights: Tensor
+    slope: Tensor
+    offsets: Tensor
     precision: Tensor
 
 
@@ -54,6 +56,9 @@ class AcceptanceModel:
         device: of the state.
         prior: precision of the first belief: of its slope, and four times that of its offset.
         memory: how many passes' outcomes count; older ones fade.
+
+    Attributes:
+        state: changed in place, where a captured pass reads it.
     """
 
     def __init__(
@@ -64,19 +69,20 @@ class AcceptanceModel:
         prior: float = 4.0,
         memory: float = 2000.0,
     ) -> None:
-        start = torch.tensor([1.0, 0.0], device=device)
         # A slope is worth more than an offset, since confidences spread wider than one.
         self.prior_precision = prior, 0.25 * prior
-        self.prior = torch.diag(torch.tensor(self.prior_precision, device=device))
         self.fade = 1.0 - 1.0 / memory
+        self.prior = torch.tensor([prior, 0.0, 0.25 * prior], device=device)
         self.state = Calibration(
-            start.repeat(num_drafts, 1), self.prior.repeat(num_drafts, 1, 1).clone()
+            torch.ones(num_drafts, device=device),
+            torch.zeros(num_drafts, device=device),
+            self.prior.repeat(num_drafts, 1),
         )
 
     def probabilities(self, confidences: Tensor) -> Tensor:
         """That a draft stands if those before it do, float32 [B, K], of confidences [B, K]."""
-        slope, offset = self.state.weights.unbind(dim=-1)
-        return torch.sigmoid(slope * confidences.clamp(LEAST, MOST) + offset)
+        slope, offsets, _ = self.state
+        return torch.sigmoid(slope * confidences.clamp(LEAST, MOST) + offsets)
 
     def survival(self, confidences: Tensor) -> Tensor:
         """That a draft and all before it stand, float32 [B, K]; never rising along K."""
@@ -94,25 +100,17 @@ class AcceptanceModel:
         # The first that fell was judged, those behind it were not.
         judged = (place <= accepted[:, None]) & (place < verified[:, None])
         stood = place < accepted[:, None]
-        x = (
-            torch.stack([confidences.clamp(LEAST, MOST), torch.ones_like(confidences)], dim=-1)
-            * judged[..., None]
-        )
+        x = confidences.clamp(LEAST, MOST)
         p = self.probabilities(confidences)
-        gradient = ((stood.float() - p)[..., None] * x).sum(dim=0)
-        curvature = torch.einsum("bk,bki,bkj->kij", p * (1 - p), x, x)
-        weights, precision = self.state
-        precision = self.prior + self.fade * (precision - self.prior) + curvature
-        weights = weights + _solve(precision, gradient)
-        slope = weights[:, :1].clamp(min=LEAST_SLOPE)
-        self.state = Calibration(torch.cat([slope, weights[:, 1:]], dim=-1), precision)
-
-
-def _solve(matrices: Tensor, right: Tensor) -> Tensor:
-    """Solutions [K, 2] of K pairs of equations, which a library would check on the host."""
-    (a, b), (c, d) = (row.unbind(dim=-1) for row in matrices.unbind(dim=-2))
-    x, y = right.unbind(dim=-1)
-    return torch.stack([d * x - b * y, a * y - c * x], dim=-1) / (a * d - b * c)[..., None]
+        rest = torch.where(judged, stood.float() - p, 0.0)
+        curve = torch.where(judged, p * (1 - p), 0.0)
+        slope, offsets, precision = self.state
+        told = torch.stack([curve * x * x, curve * x, curve], dim=-1).sum(dim=0)
+        precision.copy_(self.prior + self.fade * (precision - self.prior) + told)
+        (a, b, d), g, h = precision.unbind(dim=-1), (rest * x).sum(dim=0), rest.sum(dim=0)
+        scale = 1.0 / (a * d - b * b)
+        slope.add_((d * g - b * h) * scale).clamp_(min=LEAST_SLOPE)
+        offsets.add_((a * h - b * g) * scale)
 
 
 def calibration_error(probabilities: Tensor, outcomes: Tensor, bins: int = 10) -> float:

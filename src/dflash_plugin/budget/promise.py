@@ -11,7 +11,7 @@ from dflash_plugin.budget.width import Acceptance
 # Blocks that tell what those to come promise.
 BLOCKS = 32
 # One of so many steps is asked: adding up takes some launches.
-ASKED = 32
+ASKED = 8
 
 
 class Promise:

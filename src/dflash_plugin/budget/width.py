@@ -122,6 +122,9 @@ class WidthPolicy:
             not at all, so that each step verifies as much as it may.
         expected: tokens that a request commits in a pass of 1, 2, … rows; None learns them from
             outcomes.
+        agree: gives the one choice of all processes that run a step together, whose clocks differ,
+            for this one's; None where there is one process. Which steps choose depends on nothing
+            but the numbers of requests, so that all processes ask in the same steps.
 
     Attributes:
         seconds: of a step, by captured requests and rows, as far as it has been timed.
@@ -135,8 +138,10 @@ class WidthPolicy:
         sizes: Sequence[int] = (),
         latency_vs_throughput: float = 1.0,
         expected: Callable[[], Sequence[float]] | None = None,
+        agree: Callable[[int], int] | None = None,
     ) -> None:
         self.widths = tuple(widths)
+        self.agree = agree
         self.sizes = tuple(sizes)
         self.weight = latency_vs_throughput
         self.acceptance = Acceptance(max(widths) - 1)
@@ -168,7 +173,9 @@ class WidthPolicy:
         if size != self._size:
             self._size, self._left = size, 0
         if self._left == 0:
-            self._width, self._left = self._next(size), RUN
+            width = self._next(size)
+            self._width = width if self.agree is None else self.agree(width)
+            self._left = RUN
         self._left -= 1
         self._until_probe -= 1
         self.steps[self._width] += 1

@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin.budget.acceptance import LEAST, LEAST_SLOPE, MOST, AcceptanceModel, Calibration
-
-
-class Learnt(NamedTuple):
-    """What an ``AcceptanceModel`` knows, where a captured pass can read it.
-
-    Attributes:
-        slope: float32 [K].
-        offsets: float32 [K].
-        precision: float32 [K, 3], of slope, both, and offset.
-    """
-
-    slope: Tensor
-    offsets: Tensor
-    precision: Tensor
-
-    @classmethod
-    def of(cls, model: AcceptanceModel) -> Learnt:
-        """A copy of a model's state."""
-        weights, precision = model.state
-        slope, offsets = (part.contiguous().clone() for part in weights.T)
-        return cls(slope, offsets, precision.flatten(1)[:, [0, 1, 3]].contiguous())
+from dflash_plugin.budget.acceptance import LEAST, LEAST_SLOPE, MOST, AcceptanceModel
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -94,7 +71,6 @@ def learn_acceptance(
     confidences: Tensor,
     committed: Tensor,
     starts: Tensor | None,
-    learnt: Learnt,
     model: AcceptanceModel,
 ) -> None:
     """Learn from a pass.
@@ -104,18 +80,17 @@ def learn_acceptance(
         committed: int32 or int64 [B], tokens of each request, the bonus token among them.
         starts: int32 [B + 1], where the rows begin that were verified of each request, the anchor's
             among them; None where all drafts were.
-        learnt: is changed.
-        model: its prior and memory.
+        model: its state is changed.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    batch, drafts = _check(confidences, committed, starts, learnt)
+    batch, drafts = _check(confidences, committed, starts, model)
     _kernel[(drafts,)](
         confidences,
         committed,
         starts,
-        *learnt,
+        *model.state,
         batch,
         *model.prior_precision,
         model.fade,
@@ -130,7 +105,7 @@ def learn_acceptance(
 
 
 def _check(
-    confidences: Tensor, committed: Tensor, starts: Tensor | None, learnt: Learnt
+    confidences: Tensor, committed: Tensor, starts: Tensor | None, model: AcceptanceModel
 ) -> tuple[int, int]:
     batch, drafts = confidences.shape
     if confidences.dtype != torch.float32 or confidences.stride(1) != 1:
@@ -139,11 +114,8 @@ def _check(
         raise ValueError(f"committed must be contiguous [{batch}]")
     if starts is not None and (starts.shape != (batch + 1,) or starts.dtype != torch.int32):
         raise ValueError(f"starts must be int32 [{batch + 1}]")
-    for name, part, shape in zip(
-        learnt._fields, learnt, ((drafts,), (drafts,), (drafts, 3)), strict=True
-    ):
-        if part.shape != shape or not part.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {list(shape)}")
+    if model.state.slope.shape != (drafts,):
+        raise ValueError(f"model must be one of {drafts} drafts")
     return batch, drafts
 
 
@@ -151,15 +123,9 @@ def learn_acceptance_naive(
     confidences: Tensor,
     committed: Tensor,
     starts: Tensor | None,
-    learnt: Learnt,
     model: AcceptanceModel,
 ) -> None:
-    """``learn_acceptance`` by the model itself, whose own state is lost."""
-    _, drafts = _check(confidences, committed, starts, learnt)
-    weights = torch.stack([learnt.slope, learnt.offsets], dim=-1)
-    precision = learnt.precision[:, [0, 1, 1, 2]].view(drafts, 2, 2)
-    model.state = Calibration(weights, precision)
+    """``learn_acceptance`` by the model itself."""
+    _, drafts = _check(confidences, committed, starts, model)
     verified = torch.full_like(committed, drafts) if starts is None else starts.diff() - 1
     model.observe(confidences, committed.long() - 1, verified.long())
-    for part, now in zip(learnt, Learnt.of(model), strict=True):
-        part.copy_(now)

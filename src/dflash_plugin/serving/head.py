@@ -49,6 +49,34 @@ def best_of_ranks(scores: Tensor, tokens: Tensor, gather: Callable[[Tensor], Ten
     return gather(tokens).gather(-1, best).squeeze(-1)
 
 
+def choice_of_ranks(choice: HeadChoice, gather: Callable[[Tensor], Tensor]) -> HeadChoice:
+    """The best token of each row over all ranks with its normaliser, the same bits on every rank.
+
+    What is gathered is the same everywhere, also where hidden states differ in their last bits, and
+    what is made of it has one order. Ranks may therefore decide by it what they run together.
+
+    Args:
+        choice: of this rank, one token a row, ids in the whole vocabulary.
+        gather: puts every rank's int32 [T, 3] side by side.
+    """
+    parts = (
+        choice.scores.view(torch.int32),
+        choice.tokens.int(),
+        choice.log_sum_exp[:, None].view(torch.int32),
+    )
+    ranks = gather(torch.cat(parts, dim=-1)).view(len(choice.tokens), -1, len(parts))
+    scores, tokens, sums = ranks.unbind(dim=-1)
+    scores = scores.view(torch.float32)
+    best = scores.argmax(dim=-1, keepdim=True)
+    score = scores.gather(-1, best)
+    return choice._replace(
+        tokens=tokens.gather(-1, best).long(),
+        scores=score,
+        logits=score,
+        log_sum_exp=sums.view(torch.float32).logsumexp(dim=-1),
+    )
+
+
 def best_of_shard(
     head: Any,
     hidden: Tensor,

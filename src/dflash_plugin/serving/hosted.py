@@ -35,7 +35,7 @@ class Options(BaseModel):
         draft_weights: "fp8" rounds the drafter's linears, and a copy of the head that drafts, to
             FP8 with one scale a row; text stays the target's own.
         adaptive_verification: verify as many drafts as commit most tokens a second, by what they
-            promise and by the clock; none where none pays.
+            promise and by the clock; none where none pays. None leaves it to the engine's adapter.
         min_draft_tokens: drafts of a request that are verified at least.
         max_draft_tokens: drafts of a request that are verified at most; all of a block when None.
         latency_vs_throughput: with 1 a step's seconds count in full, with 0 not at all, so that
@@ -50,7 +50,7 @@ class Options(BaseModel):
     acceptance_window: int = Field(default=2000, ge=1)
     dialect: Dialect | None = None
     draft_weights: DraftWeights = "checkpoint"
-    adaptive_verification: bool = False
+    adaptive_verification: bool | None = None
     min_draft_tokens: int = Field(default=0, ge=0)
     max_draft_tokens: int | None = Field(default=None, ge=0)
     latency_vs_throughput: float = Field(default=1.0, ge=0, le=1)

@@ -78,10 +78,10 @@ def prepare(server_args: Any) -> None:
         )
     if is_staged(ENGINE, model):
         return
-    if argument(server_args, "enable_dp_attention"):
+    if compat.has_dp_attention(server_args):
         raise DFlashError(
-            "--enable-dp-attention is set, which dflash-plugin does not run with: leave it out, or "
-            "set DFLASH_PLUGIN=off to use SGLang's own DFlash"
+            "--enable-dp-attention or --attn-dp-size is set, which dflash-plugin does not run "
+            "with: leave it out, or set DFLASH_PLUGIN=off to use SGLang's own DFlash"
         )
     options = read_options()
     checkpoint = resolve(

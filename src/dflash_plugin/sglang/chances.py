@@ -24,10 +24,7 @@ class Chances:
 
     def __init__(self, drafts: int, size: int, device: torch.device) -> None:
         self.drafts = drafts
-        from dflash_plugin.kernels.learn_acceptance import Learnt
-
         self.model = AcceptanceModel(drafts, device)
-        self.learnt = Learnt.of(self.model)
         self.confidences, self.predictions = torch.zeros(2, size, drafts, device=device).unbind()
         self._requests = torch.arange(size, device=device).repeat_interleave(drafts)
         self._places = torch.arange(drafts, device=device).repeat(size)
@@ -55,8 +52,8 @@ class Chances:
             log_sum_exp,
             self._requests[:rows],
             self._places[:rows],
-            self.learnt.slope,
-            self.learnt.offsets,
+            self.model.state.slope,
+            self.model.state.offsets,
             self.confidences,
             self.predictions,
         )
@@ -78,4 +75,4 @@ class Chances:
         if self._passes % LEARNING:
             return
         run = learn_acceptance if kernels.available(committed.device) else learn_acceptance_naive
-        run(self.confidences[: len(committed)], committed, starts, self.learnt, self.model)
+        run(self.confidences[: len(committed)], committed, starts, self.model)

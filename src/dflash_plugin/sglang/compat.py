@@ -85,6 +85,13 @@ def argument(server_args: Any, name: str) -> Any:
     return getattr(resolving_view(server_args), name)
 
 
+def has_dp_attention(server_args: Any) -> bool:
+    """Whether attention is data-parallel, by its flag or by the number that replaced it."""
+    if hasattr(server_args, "attn_dp_size") and argument(server_args, "attn_dp_size") > 1:
+        return True
+    return bool(argument(server_args, "enable_dp_attention"))
+
+
 def set_argument(server_args: Any, name: str, value: Any) -> None:
     """Decide an argument."""
     if not current().declares_arguments:

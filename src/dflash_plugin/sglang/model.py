@@ -25,7 +25,13 @@ from dflash_plugin.drafter import Attend, Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.fp8 import Fp8Rows, RoundedRows, fits, quantise
 from dflash_plugin.serving.fp8 import product
-from dflash_plugin.serving.head import Candidates, best_of_ranks, best_of_shard, candidates
+from dflash_plugin.serving.head import (
+    Candidates,
+    best_of_ranks,
+    best_of_shard,
+    candidates,
+    choice_of_ranks,
+)
 from dflash_plugin.serving.hosted import KEY
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.sglang.block_attention import is_plain
@@ -294,20 +300,17 @@ class HostedDrafter(DFlashDraftModel):
         if choice is not None:
             value, index = choice.scores, choice.tokens
         else:
-            logits = self._shard_logits(hidden)
-            if logits.shape[-1] == 0:  # All of a small head may lie on other ranks.
-                logits = logits.new_full((logits.shape[0], 1), float("-inf"))
-            value, index = logits.max(dim=-1, keepdim=True)
+            value, index = self._some_logits(hidden).max(dim=-1, keepdim=True)
         if get_tensor_model_parallel_world_size() == 1:
             return self.drafter.token_ids(index.squeeze(-1))
         if choice is None:
-            index = index + head.shard_indices.org_vocab_start_index
+            index = index + self._first_token()
         gather = partial(tensor_model_parallel_all_gather, dim=-1)
         best = best_of_ranks(value.float().contiguous(), index.contiguous(), gather)
         return self.drafter.token_ids(best)
 
     def best_choice(self, hidden: Tensor) -> HeadChoice:
-        """The likeliest draft of each row with its normaliser, on one rank.
+        """The likeliest draft of each row with its normaliser, the same bits on every rank.
 
         Args:
             hidden: [T, hidden].
@@ -317,9 +320,12 @@ class HostedDrafter(DFlashDraftModel):
         head = self._head()
         choice = best_of_shard(head, hidden, self._shard_rows(), UnquantizedEmbeddingMethod)
         if choice is None:
-            logits = self._shard_logits(hidden)
+            logits = self._some_logits(hidden)
             fast = kernels.available(logits.device)
-            choice = (best_logits if fast else best_logits_naive)(logits, 1)
+            choose = best_logits if fast else best_logits_naive
+            choice = choose(logits, 1, first_token=self._first_token())
+        if get_tensor_model_parallel_world_size() > 1:
+            choice = choice_of_ranks(choice, partial(tensor_model_parallel_all_gather, dim=-1))
         return choice._replace(tokens=self.drafter.token_ids(choice.tokens))
 
     def candidates(self, hidden: Tensor) -> Candidates:
@@ -357,6 +363,18 @@ class HostedDrafter(DFlashDraftModel):
         """This rank's rows of the head that are tokens."""
         indices = getattr(self._head(), "shard_indices", None)
         return self.vocab_size if indices is None else int(indices.num_org_elements)
+
+    def _first_token(self) -> int:
+        """The id of the first of them."""
+        indices = getattr(self._head(), "shard_indices", None)
+        return 0 if indices is None else int(indices.org_vocab_start_index)
+
+    def _some_logits(self, hidden: Tensor) -> Tensor:
+        """``_shard_logits``, or one that nothing is below where there are none."""
+        logits = self._shard_logits(hidden)
+        if logits.shape[-1] == 0:  # All of a small head may lie on other ranks.
+            return logits.new_full((logits.shape[0], 1), float("-inf"))
+        return logits
 
     def _shard_logits(self, hidden: Tensor) -> Tensor:
         """Logits over this rank's real rows of the head, padding left out."""

@@ -38,10 +38,14 @@ def _before_event_loop(native: Callable[..., Any], scheduler: Any) -> Any:
     worker = getattr(scheduler, "draft_worker", None)
     info = getattr(worker, "info", None)
     if worker is not None and isinstance(info, Hosted):
+        from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
+
         from dflash_plugin.sglang.selfcheck import check
 
         check(scheduler, info)
-        metrics.start(info, scheduler.server_args, worker.num_drafts)
+        # All ranks accept the same; what each exported would be added up.
+        if get_tensor_model_parallel_rank() == 0:
+            metrics.start(info, scheduler.server_args, worker.num_drafts)
     return native(scheduler)
 
 

@@ -135,8 +135,10 @@ def run(scheduler: Any, requests: list[Any], *, whole: bool = True) -> list[list
     scheduler.result_queue = deque()
     native = streamer.stream_output
     streamer.stream_output = lambda *_, **__: None
-    if worker.widths is not None:
-        worker.widths.held = whole
+    widths = worker.widths
+    held = widths is not None and widths.held
+    if widths is not None:
+        widths.held = held or whole
     try:
         for request in requests:
             scheduler._add_request_to_queue(request)
@@ -162,8 +164,8 @@ def run(scheduler: Any, requests: list[Any], *, whole: bool = True) -> list[list
             pass
     finally:
         streamer.stream_output = native
-        if worker.widths is not None:
-            worker.widths.held = False
+        if widths is not None:
+            widths.held = held
     scheduler.flush_cache()
     return blocks
 

@@ -9,8 +9,9 @@ device, by how probably each draft stands.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from dflash_plugin import kernels
 from dflash_plugin.budget.promise import Promise
@@ -33,15 +35,20 @@ from dflash_plugin.sglang.options import Hosted
 if TYPE_CHECKING:
     from dflash_plugin.kernels.cut_blocks import CutBlocks
 
-# What has to be decided alike by processes that have no clock in common, or adds rows of its own.
+# Parts of a batch that run in other processes than its rest, or rows that are added to it.
 LIMITS = (
-    ("tp_size", 1),
     ("pp_size", 1),
     ("dp_size", 1),
+    ("attn_cp_size", 1),
+    ("dcp_size", 1),
     ("enable_two_batch_overlap", False),
 )
+# With no more requests than these there is little to save.
+FEW = 8
 # Of a captured pass, to time it.
 REPLAYS = 3
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -78,6 +85,8 @@ class Widths:
     Attributes:
         chosen: rows that a request has on average in the pass that runs.
         held: verify whole blocks, whatever the policy says.
+        unasked: the options leave it open whether passes are cut, so that without graphs they are
+            not.
         by_request: requests have different numbers of rows.
         passes: those of fewer rows than a block.
         attention: which one the target's other passes use, None where that is its back end's own.
@@ -112,6 +121,7 @@ class Widths:
             most=options.max_draft_tokens,
         )
         self._wanted, self.by_request = by_request, False
+        self.unasked = options.adaptive_verification is None
         self._starts: Tensor | None = None
         counts = torch.ones(3, size, dtype=torch.int32, device=device)
         self._drafts, self._others, self._admitted = counts.unbind()
@@ -129,6 +139,9 @@ class Widths:
     def capture(self, runner: Any, drafting: Any) -> None:
         """Graphs of the target's verify passes of every width, and what each takes.
 
+        They may take half of the memory that is free; widths for which that is too little are not
+        used.
+
         Args:
             runner: SGLang's of the target, whose graphs of whole blocks are captured.
             drafting: SGLang's of the drafter, likewise.
@@ -137,15 +150,21 @@ class Widths:
 
         whole = getattr(runner, "decode_cuda_graph_runner", None)
         if whole is None:
+            self.held = self.unasked
             return
         self.policy.sizes = tuple(sorted(whole.capture_bs))
-        kept = runner.init_new_workspace
+        kept, least = runner.init_new_workspace, free_memory(self.device) / 2
+        widest = self.policy.widths[-1]
         try:
             for width in self.policy.widths:
-                if width != self.block:
+                if width != self.block and (width == widest or self._has_room(least)):
                     self.passes[width] = self._capture(runner, type(whole), width)
         finally:
             runner.init_new_workspace = kept
+        captured = {*self.passes, widest}
+        if missing := [width for width in self.policy.widths if width not in captured]:
+            logger.warning("too little memory to verify %s rows of a block", missing)
+            self.policy.widths = tuple(w for w in self.policy.widths if w in captured)
         uneven = [made.attention for width, made in self.passes.items() if width > 1]
         self._share_out(self._wanted and all(found is not None and found.alone for found in uneven))
         if self.by_request:
@@ -158,10 +177,15 @@ class Widths:
                     drafts = draft[size] if width > 1 else 0.0
                     self.policy.prior[size, width] = seconds + drafts
 
+    def _has_room(self, least: float) -> bool:
+        has_room, agree = free_memory(self.device) >= least, self.policy.agree
+        return has_room if agree is None else bool(agree(has_room))
+
     def _capture(self, runner: Any, graphs: Any, width: int) -> Pass:
         from dflash_plugin.kernels.draft_attention import Blocks
 
         backend = runner._get_attention_backend(init_new_workspace=True)
+        share_lists(runner.attn_backend, backend)
         starts, requests = self._evenly(width)
         attention = block_attention.install(backend, self.device)
         if attention is not None and self._wanted and width > 1:
@@ -292,6 +316,32 @@ class Widths:
             self.promise.ask(self.chances.predictions[: len(committed)])
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes; where it is no GPU's, more than anything takes."""
+    if device.type != "cuda":
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    return float(free)
+
+
+def share_lists(whole: Any, backend: Any) -> None:
+    """Let a back end list the slots of a captured pass where another one does.
+
+    Those lists hold every position of the longest context for every row, and no two passes run at
+    once.
+
+    Args:
+        whole: SGLang's of the target's passes of whole blocks, whose lists have been made.
+        backend: one for fewer rows, before its own are.
+    """
+    lists = getattr(whole, "cuda_graph_kv_indices", None)
+    # Where layers have a window, a second list would be made as long as the first.
+    windowed = (getattr(backend, "sliding_window_size", None) or 0) > 0
+    if lists is not None and not windowed:
+        native = backend.init_cuda_graph_state
+        backend.init_cuda_graph_state = partial(native, kv_indices_buf=lists)
+
+
 def graph_seconds(runner: Any, device: torch.device) -> dict[int, float]:
     """What captured passes take, by requests; nothing where they cannot be replayed by themselves.
 
@@ -316,14 +366,37 @@ def graph_seconds(runner: Any, device: torch.device) -> dict[int, float]:
     return found
 
 
+def agreement(group: Any) -> Callable[[int], int] | None:
+    """``WidthPolicy``'s agree for tensor-parallel ranks: the first one's clock decides.
+
+    Args:
+        group: SGLang's, of the ranks.
+    """
+    if group.world_size == 1:
+        return None
+
+    def agree(width: int) -> int:
+        chosen = torch.tensor([width], device="cpu")
+        # Between the hosts, so that nothing waits for a device.
+        dist.broadcast(chosen, group.ranks[0], group.cpu_group)
+        return int(chosen)
+
+    return agree
+
+
 def widths_of(
     info: Hosted,
     runner: Any,
     block: int,
     device: torch.device,
     attention: block_attention.Passes | None,
+    *,
+    agree: Callable[[int], int] | None = None,
+    keeps_state: bool = False,
 ) -> Widths | None:
     """As the options ask for them, or None where every pass verifies whole blocks.
+
+    Left open, they do where the server's settings allow it and it was measured to pay.
 
     Args:
         info: the drafter, with its options.
@@ -331,35 +404,57 @@ def widths_of(
         block: rows of a whole block.
         device: where it runs.
         attention: which one its passes use, None where that is its back end's own.
+        agree: ``agreement`` of the ranks.
+        keeps_state: the target keeps state that a shorter pass would leave behind.
 
     Raises:
-        DFlashError: the server's settings or the limits do not allow it.
+        DFlashError: it is asked for, and the server's settings or the limits do not allow it.
     """
     options, server_args = info.options, runner.server_args
-    if not options.adaptive_verification:
+    if options.adaptive_verification is False:
         return None
-    for name, needed in LIMITS:
-        given = argument(server_args, name)
-        if given not in (None, needed):
-            raise DFlashError(
-                f"adaptive_verification is on, but {name} is {given!r}: set it to {needed!r}, or "
-                "turn adaptive_verification off"
-            )
-    widths = choose_widths(block, options.min_draft_tokens, options.max_draft_tokens)
     # Both lay out what they need by requests that have as many rows each.
     alike = argument(server_args, "enable_lora") or getattr(
         runner.model_config, "model_is_mrope", False
     )
+    size = int(runner.req_to_token_pool.size)
+    obstacle = _obstacle(server_args, keeps_state)
+    if options.adaptive_verification is None:
+        if attention is None or alike:
+            obstacle = obstacle or "requests cannot differ in how many drafts are verified"
+        if agree is not None:
+            obstacle = obstacle or "it was not measured on several ranks"
+        if size <= FEW:
+            obstacle = obstacle or f"no more than {size} requests run at once"
+        if obstacle is not None:
+            logger.info("adaptive verification is off: %s", obstacle)
+            return None
+    elif obstacle is not None:
+        raise DFlashError(
+            f"adaptive_verification is on, but {obstacle}, or turn adaptive_verification off"
+        )
+    widths = choose_widths(block, options.min_draft_tokens, options.max_draft_tokens)
     made = Widths(
-        WidthPolicy(widths, latency_vs_throughput=options.latency_vs_throughput),
+        WidthPolicy(widths, latency_vs_throughput=options.latency_vs_throughput, agree=agree),
         block,
-        int(runner.req_to_token_pool.size),
+        size,
         device,
         options,
         by_request=not alike,
     )
     made.attention = attention
     return made
+
+
+def _obstacle(server_args: Any, keeps_state: bool) -> str | None:
+    """What keeps passes from being cut, and what to do about it."""
+    for name, needed in LIMITS:
+        given = argument(server_args, name)
+        if given not in (None, needed):
+            return f"{name} is {given!r}: set it to {needed!r}"
+    if keeps_state:
+        return "the target keeps state that a shorter pass would leave behind: use another target"
+    return None
 
 
 def route_inputs(module: Any, current: Any) -> None:

@@ -16,13 +16,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.speculative import dflash_worker_v2
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.errors import DFlashError
 from dflash_plugin.sampling import SamplingTensors, Stream, sample
 from dflash_plugin.serving.head import Candidates, noise, noise_of_walks, walk
 from dflash_plugin.sglang import block_attention, metrics, penalties, sampling
@@ -30,7 +30,7 @@ from dflash_plugin.sglang.arguments import draft_model_path
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.model import HostedDrafter
 from dflash_plugin.sglang.options import require_hosted
-from dflash_plugin.sglang.width import Widths, route_inputs, skipping, widths_of
+from dflash_plugin.sglang.width import Widths, agreement, route_inputs, skipping, widths_of
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.select_path import Path
@@ -219,13 +219,16 @@ class Worker(DFlashWorkerV2):
         target, drafter = self.target_worker.model_runner, self.draft_model_runner
         attention = block_attention.install(target.attn_backend, device)
         block_attention.install(drafter.attn_backend, device)
-        self.widths = widths_of(self.info, target, self.block_size, device, attention)
+        self.widths = widths_of(
+            self.info,
+            target,
+            self.block_size,
+            device,
+            attention,
+            agree=agreement(get_tp_group()),
+            keeps_state=getattr(self, "_need_mamba_verify_commit", False),
+        )
         if self.widths is not None:
-            if getattr(self, "_need_mamba_verify_commit", False):
-                raise DFlashError(
-                    "adaptive_verification is on, but the target keeps state that a shorter pass "
-                    "would leave behind: turn it off"
-                )
             drafter.forward = skipping(drafter.forward, self)
             metrics.listen(self.widths)
         if kernels.available(device) and block_attention.is_plain(drafter.token_to_kv_pool):

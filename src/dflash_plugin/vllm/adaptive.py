@@ -323,6 +323,21 @@ def of_worker(worker: Any) -> dict[str, object] | None:
     return None if _latest is None else _latest.summary()
 
 
+def compile_estimator(estimator: Any, device: torch.device) -> None:
+    """Have vLLM's estimator learn nothing, once: its launches are compiled before requests wait.
+
+    Args:
+        estimator: vLLM's.
+        device: of its state.
+    """
+    if device.type != "cuda":
+        return
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    rejected = torch.zeros(1, dtype=torch.int32, device=device)
+    for _ in range(estimator.REFIT_INTERVAL):
+        estimator.step(slots, torch.ones_like(rejected), rejected)
+
+
 def patch(module: ModuleType) -> None:
     """Give vLLM's runner ours, where the drafter is and nothing but this process decides.
 

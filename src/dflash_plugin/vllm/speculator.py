@@ -65,6 +65,7 @@ class Speculator(DFlashSpeculator):
         self.budget = adaptive.latest()
         if self.budget is not None:
             self.budget.chances = self.acceptance_estimator.predictions
+            adaptive.compile_estimator(self.acceptance_estimator, self.device)
         causal = dict(
             zip(
                 self.model.get_draft_kv_cache_layer_names(),
