@@ -112,8 +112,9 @@ def test_candidates_and_path_are_the_cores(monkeypatch, by, shards):
         found = rank(0, 97, None)
     else:
         parts = [rank(start, count, None) for start, count in ((0, 60), (60, 34), (94, 3))]
-        gathered = iter([torch.cat([part[i] for part in parts], dim=-1) for i in range(2)])
-        found = rank(0, 60, lambda _: next(gathered))
+        kinds = (lambda part: part.logits, lambda part: part.tokens.int().view(torch.float32))
+        gathered = torch.cat([kind(part) for part in parts for kind in kinds], dim=-1)
+        found = rank(0, 60, lambda _: gathered)
     path = walk(drafter, rows, found, anchors)
     assert torch.equal(path.tokens, expected.tokens)
     torch.testing.assert_close(path.scores, expected.scores)

@@ -151,7 +151,7 @@ def candidates(
         rows: of this rank's shard of the head that are tokens.
         plain: the engine's method of heads that are not quantised.
         make_logits: this rank's [T, rows] of ``hidden``, as the head gives them.
-        gather: puts every rank's [T, C] side by side; None where there is one rank.
+        gather: puts every rank's float32 [T, 2 * C] side by side; None where there is one rank.
     """
     assert drafter.candidate_selector is not None
     top_k, config = drafter.candidate_selector.top_k, drafter.config
@@ -165,9 +165,12 @@ def candidates(
         found = _best_of_logits(drafter, make_logits(hidden), top_k, first)
     if gather is None:
         return found
-    tokens, logits = gather(found.tokens.contiguous()), gather(found.logits.contiguous())
-    best = logits.topk(top_k, dim=-1)
-    return Candidates(tokens.gather(-1, best.indices), best.values)
+    # Once for both, as numbers of one kind.
+    both = torch.cat([found.logits, found.tokens.to(torch.int32).view(torch.float32)], dim=-1)
+    logits, tokens = gather(both).unflatten(-1, (-1, 2, top_k)).unbind(-2)
+    best = logits.flatten(1).topk(top_k, dim=-1)
+    chosen = tokens.flatten(1).contiguous().view(torch.int32).gather(-1, best.indices)
+    return Candidates(chosen.long(), best.values)
 
 
 def _best_of_logits(drafter: Drafter, logits: Tensor, top_k: int, first: int) -> Candidates:

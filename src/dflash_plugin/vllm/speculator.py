@@ -40,10 +40,9 @@ class Speculator(DFlashSpeculator):
             # The model finds the likeliest tokens without logits, which only an estimator reads.
             self.use_local_argmax_reduction = not getattr(self, "use_acceptance_estimator", False)
         self.proposals: Proposals | None = None
-        native: Tensor | None = self.draft_logits
-        if config.selector is not None and native is not None:
-            shape, self.draft_logits = native.shape, None
-            del native  # Its memory is what ours takes.
+        if config.selector is not None and self.draft_logits is not None:
+            # Ours takes the memory of vLLM's.
+            shape, self.draft_logits = self.draft_logits.shape, None
             self.proposals = Proposals(shape, config.selector.top_k, device)
             self.draft_logits = self.proposals.logits
 
