@@ -339,16 +339,20 @@ def written_alone(target, prompts: list[list[int]], new_tokens: int, stop: int) 
     return [texts[index] for index in range(len(prompts))]
 
 
-def test_smollm2_with_the_shipped_drafter_writes_what_smollm2_writes(smollm2):
+def test_smollm2_with_the_shipped_drafters_writes_what_smollm2_writes(smollm2):
     target, tokenizer = load_target(smollm2, torch.float32, "cpu")
     prompts = evaluation_prompts(tokenizer)
     new_tokens, stop = 24, target.generation_config.eos_token_id
     expected = written_alone(target, prompts, new_tokens, stop)
-    drafter = load_drafter(resolve_drafter(None, "smollm2"), target)
+    shipped = resolve_drafter(None, "smollm2")
+    dflash, dflash2 = (
+        load_drafter(shipped.with_name(f"smollm2-135m-{kind}"), target)
+        for kind in ("dflash", "dflash2")
+    )
     longest = max(map(len, prompts)) + new_tokens
     requests = [Request(prompt, new_tokens, stop_ids=[stop]) for prompt in prompts]
     # A quarter of them one by one: nearly all of the time goes into reading prompts.
-    for batch, step in ((1, 4), (8, 1)):
+    for drafter, batch, step in ((dflash, 1, 4), (dflash, 8, 1), (dflash2, 8, 4)):
         engine = Engine(target, drafter, max_batch=batch, max_length=longest)
         results = engine.generate(requests[::step])
         differing = [
