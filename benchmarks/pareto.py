@@ -38,7 +38,7 @@ def main(results: list[Path], output: Annotated[Path, typer.Option()]) -> None:
                 for row in rows
             )
             label = f"{serving} {record['versions'][serving]}, {NAMES[engine]}"
-            style = "o--" if engine.startswith("native") else "o-"
+            style = "o--" if engine == "native" else "o-" if "adaptive" in engine else "o:"
             axes.plot(*zip(*points, strict=True), style, color=COLOURS[serving], label=label)
             for row in rows:
                 place = row["tokens_per_second"] / row["concurrency"], row["tokens_per_second"]
@@ -50,7 +50,7 @@ def main(results: list[Path], output: Annotated[Path, typer.Option()]) -> None:
     axes.set_title(f"{record['device']}, Qwen3-8B's shape, replayed acceptance")
     axes.grid(alpha=0.3)
     axes.set_ylim(bottom=0)
-    axes.legend(loc="lower left", fontsize=8)
+    axes.legend(loc="upper right", fontsize=8)
     figure.savefig(output, bbox_inches="tight", metadata={"Date": None})
 
 
