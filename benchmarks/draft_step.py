@@ -21,19 +21,32 @@ from statistics import median
 from typing import Any
 
 import torch
+from kernels import (
+    BLOCK,
+    CANDIDATES,
+    GROUP,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    LAYERS,
+    RANK,
+    REQUESTS,
+    TAPS,
+    VOCABULARY,
+)
 from torch import Tensor
 
 from dflash_plugin.config import DrafterConfig, LayerAttention, RopeConfig, build_config
 from dflash_plugin.drafter import Drafter
 
-LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 5, 4096, 32, 8, 128, 12288
-VOCABULARY, BLOCK, CONTEXT = 151_936, 16, 512
+CONTEXT = 512
 PARTS = {
-    "convolution": {"kernel_size": 2, "group_size": 16},
-    "selector": {"rank": 256, "top_k": 16},
+    "convolution": {"kernel_size": TAPS, "group_size": GROUP},
+    "selector": {"rank": RANK, "top_k": CANDIDATES},
 }
 KINDS = ("dflash", "convolutions", "selector", "dflash2", "dflash2_sampled")
-REQUESTS = (1, 4, 16, 64)
 
 
 def drafter(parts: dict[str, Any]) -> Drafter:
@@ -93,7 +106,7 @@ def step(
         hidden = run_block(made, embedding[tokens.flatten()], positions, attend)
         rows = hidden.unflatten(0, (batch, BLOCK))[:, 1:].reshape(-1, HIDDEN)
         walks = made.candidate_selector is not None
-        choice = draft_head(rows, head, top_k=PARTS["selector"]["top_k"] if walks else 1)
+        choice = draft_head(rows, head, top_k=CANDIDATES if walks else 1)
         if not walks:
             return choice.tokens
         return propose(made, rows, choice.tokens, choice.logits, tokens[:, 0], *drawing)

@@ -153,6 +153,17 @@ def test_a_packed_block_is_the_block_that_the_engine_drafts(changes):
                 torch.testing.assert_close(packed[row, column], drafted[0], atol=1e-4, rtol=1e-4)
 
 
+def compare_losses(drafter, loss, expected) -> None:
+    """Their values, and the gradients that each gives the drafter."""
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    found = [parameter.grad.clone() for parameter in drafter.parameters()]
+    drafter.zero_grad()
+    expected.backward()
+    for gradient, parameter in zip(found, drafter.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("weighting", ["exponential", "dpace"])
 def test_the_loss_is_weighted_cross_entropy(weighting):
     target = tiny_target()
@@ -172,13 +183,7 @@ def test_the_loss_is_weighted_cross_entropy(weighting):
     else:
         weights = exponential_weights(3, 4.0, CPU) * blocks.label_valid
         expected = (losses * weights).sum() / weights.sum()
-    torch.testing.assert_close(outcome.loss, expected, atol=1e-5, rtol=1e-5)
-    outcome.loss.backward()
-    found = [parameter.grad.clone() for parameter in drafter.parameters()]
-    drafter.zero_grad()
-    expected.backward()
-    for gradient, parameter in zip(found, drafter.parameters(), strict=True):
-        torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-3)
+    compare_losses(drafter, outcome.loss, expected)
 
 
 def test_a_label_outside_a_reduced_vocabulary_carries_no_loss():

@@ -37,6 +37,16 @@ class Candidates(NamedTuple):
     logits: Tensor
 
 
+def first_token(head: Any) -> int:
+    """The id of the first token of a rank's shard; 0 where the head is whole.
+
+    Args:
+        head: an engine's, with ``shard_indices`` where it is sharded.
+    """
+    shard = getattr(head, "shard_indices", None)
+    return 0 if shard is None else int(shard.org_vocab_start_index)
+
+
 def best_of_ranks(scores: Tensor, tokens: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
     """The best token int64 [T] over all ranks, of each rank's best.
 
@@ -112,8 +122,7 @@ def best_of_shard(
 
     if top_k > MAX_TOP_K or 0 < rows < top_k:
         return None
-    shard = getattr(head, "shard_indices", None)
-    first = 0 if shard is None else int(shard.org_vocab_start_index)
+    first = first_token(head)
     if rows == 0:  # All of a small head lies on other ranks, which ask for this one's best too.
         nothing = torch.full((count, top_k), float("-inf"), device=hidden.device)
         tokens = torch.full((count, top_k), first, device=hidden.device)
@@ -160,9 +169,7 @@ def candidates(
     if choice is not None:
         found = Candidates(choice.tokens, choice.logits)
     else:
-        shard = getattr(head, "shard_indices", None)
-        first = 0 if shard is None else int(shard.org_vocab_start_index)
-        found = _best_of_logits(drafter, make_logits(hidden), top_k, first)
+        found = _best_of_logits(drafter, make_logits(hidden), top_k, first_token(head))
     if gather is None:
         return found
     # Once for both, as numbers of one kind.

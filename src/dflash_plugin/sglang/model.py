@@ -31,6 +31,7 @@ from dflash_plugin.serving.head import (
     best_of_shard,
     candidates,
     choice_of_ranks,
+    first_token,
 )
 from dflash_plugin.serving.hosted import KEY
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
@@ -304,7 +305,7 @@ class HostedDrafter(DFlashDraftModel):
         if get_tensor_model_parallel_world_size() == 1:
             return self.drafter.token_ids(index.squeeze(-1))
         if choice is None:
-            index = index + self._first_token()
+            index = index + first_token(head)
         gather = partial(tensor_model_parallel_all_gather, dim=-1)
         best = best_of_ranks(value.float().contiguous(), index.contiguous(), gather)
         return self.drafter.token_ids(best)
@@ -323,7 +324,7 @@ class HostedDrafter(DFlashDraftModel):
             logits = self._some_logits(hidden)
             fast = kernels.available(logits.device)
             choose = best_logits if fast else best_logits_naive
-            choice = choose(logits, 1, first_token=self._first_token())
+            choice = choose(logits, 1, first_token=first_token(head))
         if get_tensor_model_parallel_world_size() > 1:
             choice = choice_of_ranks(choice, partial(tensor_model_parallel_all_gather, dim=-1))
         return choice._replace(tokens=self.drafter.token_ids(choice.tokens))
@@ -363,11 +364,6 @@ class HostedDrafter(DFlashDraftModel):
         """This rank's rows of the head that are tokens."""
         indices = getattr(self._head(), "shard_indices", None)
         return self.vocab_size if indices is None else int(indices.num_org_elements)
-
-    def _first_token(self) -> int:
-        """The id of the first of them."""
-        indices = getattr(self._head(), "shard_indices", None)
-        return 0 if indices is None else int(indices.org_vocab_start_index)
 
     def _some_logits(self, hidden: Tensor) -> Tensor:
         """``_shard_logits``, or one that nothing is below where there are none."""
