@@ -97,9 +97,7 @@ def check_counts(observations: Sequence[Observation], grown: Counters) -> list[C
 
 def _check(what: str, client: int | None, server: int | None, source: str) -> Check:
     agrees = None if client is None or server is None else client == server
-    note = f"server: {source}"
-    if client is None:
-        note += "; the answers do not tell"
+    note = source if client is not None else f"{source}; the answers do not tell theirs"
     return Check.model_validate(
         {"what": what, "client": client, "server": server, "agrees": agrees, "note": note}
     )

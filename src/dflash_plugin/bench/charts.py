@@ -133,12 +133,12 @@ def _round_up(value: float) -> float:
 
 
 def _ticks(high: float) -> list[float]:
-    parts = next(n for n in (4, 5, 3) if n == 3 or _is_round(high / n))
+    parts = next(n for n in (4, 5, 3, 2) if n == 2 or _is_round(high / n))
     return [high * n / parts for n in range(parts + 1)]
 
 
 def _is_round(value: float) -> bool:
-    return len(f"{value:.3g}".replace(".", "").strip("0")) <= 1 or f"{value:.3g}".endswith("5")
+    return math.isclose(value, float(f"{value:.2g}"))
 
 
 def _number(value: float) -> str:

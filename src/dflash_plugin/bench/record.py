@@ -59,7 +59,7 @@ class Server(_Model):
         num_drafts: drafts of a verify pass.
         gpu: name, or None.
         gpus: how many it runs on.
-        flags: how it was started; credentials are left out.
+        flags: how it was started; credentials, and settings that are off, are left out.
         notes: what could not be found out, and how to.
     """
 
@@ -132,7 +132,7 @@ class Check(_Model):
         client: counted from the answers.
         server: by which the server's counter grew.
         agrees: whether they are equal; None if one is missing.
-        note: names both sources, and what is missing.
+        note: the server's counter, or what is missing.
     """
 
     what: Literal["tokens", "passes"]

@@ -174,8 +174,8 @@ def _headlines(label: str, record: Record) -> str:
         (
             tau,
             f"τ {tau:.2f}" if tau else "",
-            f"A verify pass commits so many tokens on average, the target's own bonus token "
-            f"included, with {few} in flight; without a drafter it would be 1.",
+            "A verify pass commits so many tokens on average (geometric mean over the sets), the "
+            f"target's own bonus token included, with {few} in flight; without a drafter it is 1.",
         ),
         (
             first,

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 SECRETS = ("api_key", "password", "secret", "hf_token", "_keyfile", "credential")
+OFF: tuple[Any, ...] = (None, False, "", [], {})
 
 
 def without_credentials(text: str) -> str:
@@ -15,11 +16,13 @@ def without_credentials(text: str) -> str:
 
 
 def without_secrets(flags: Any) -> Any:
-    """Settings of a server without those that grant access."""
+    """Settings of a server that are on, without those that grant access."""
     if isinstance(flags, dict):
         return {
             key: without_secrets(value)
             for key, value in flags.items()
-            if not any(word in str(key).lower() for word in SECRETS)
+            if value not in OFF and not any(word in str(key).lower() for word in SECRETS)
         }
-    return [without_secrets(value) for value in flags] if isinstance(flags, list) else flags
+    if isinstance(flags, list):
+        return [without_secrets(value) for value in flags]
+    return without_credentials(flags) if isinstance(flags, str) else flags

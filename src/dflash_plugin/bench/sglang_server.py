@@ -17,7 +17,7 @@ from dflash_plugin.prompts import Message
 
 TOKENS = "sglang:generation_tokens_total"
 CALLS = "sglang:spec_verify_calls_total"
-NO_METRICS = "none, SGLang was started without --enable-metrics"
+NO_METRICS = "nothing: SGLang was started without --enable-metrics"
 PLUGIN = "/server_info internal_states.dflash_plugin"
 
 
