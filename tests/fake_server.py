@@ -25,6 +25,7 @@ class Fake:
         miscounted: by how much its counter of tokens is too high a request.
         token: text of a token.
         on_request: called with the number of the request.
+        most: requests that were under way at once.
         error: status and text of every answer.
     """
 
@@ -41,13 +42,27 @@ class Fake:
     tokens: int = 0
     passes: int = 0
     accepted: list[int] = field(default_factory=lambda: [0] * DRAFTS)
+    active: int = 0
+    most: int = 0
+    lock: Any = field(default_factory=threading.Lock)
 
     def plan(self, messages: list[dict[str, str]]) -> list[int]:
         """Accepted drafts of each pass; none without a drafter."""
         plan = list(self.plans.get(messages[-1]["content"], (1,)))
         return plan if self.speculative else [0] * sum(accepted + 1 for accepted in plan)
 
+    def begin(self) -> None:
+        with self.lock:
+            self.active += 1
+            self.most = max(self.most, self.active)
+
     def count(self, plan: list[int]) -> None:
+        """Add what a request wrote, which ends it."""
+        with self.lock:
+            self._count(plan)
+            self.active -= 1
+
+    def _count(self, plan: list[int]) -> None:
         self.tokens += 1 + sum(accepted + 1 for accepted in plan) + self.miscounted
         if self.speculative:
             self.passes += len(plan)
@@ -123,6 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
             fake.seen.append(body)
             # The ids lead back to the messages.
             return self._answer(200, {"tokens": [len(fake.seen) - 1]})
+        fake.begin()
         fake.on_request(len(fake.seen))
         if fake.kind == "vllm":
             fake.seen.append(body)

@@ -152,6 +152,16 @@ def test_a_baseline_runs_in_turns_on_the_same_prompts(kind, prompts, output):
     assert baseline.acceptance.unconditional is None
 
 
+def test_as_many_requests_are_in_flight_as_asked_for(tmp_path, output):
+    """Each waits until another one has come too."""
+    meeting = threading.Barrier(2)
+    four = write(tmp_path / "own.jsonl", *({"prompt": str(n)} for n in range(4)))
+    with serving("vllm", on_request=lambda _: meeting.wait(20)) as fake:
+        record = measure(fake, four, output, "--concurrency", "2", "--no-warmup")
+    assert fake.most == 2
+    assert record.cells[0].repeats[0].requests == 4
+
+
 def test_what_is_asked_for_reaches_the_server(prompts, output):
     options = ("--temperature", 0.7, "--seed", 3, "--ignore-eos", "--thinking", "off")
     with serving("vllm") as fake:

@@ -13,6 +13,7 @@ import httpx
 
 from dflash_plugin.bench.observation import (
     Counters,
+    Endpoint,
     KeptPasses,
     Observation,
     OnDone,
@@ -233,7 +234,7 @@ def refused(url: str, path: str, status: int, text: str) -> DFlashError:
     return DFlashError(f"{url}{path} answered {status}: {text[:300].strip()}: {advice}")
 
 
-def settle(endpoint: Any, before: Counters, tokens: int, seconds: float = 3.0) -> Counters:
+def settle(endpoint: Endpoint, before: Counters, tokens: int, seconds: float = 3.0) -> Counters:
     """Counters once they hold a run's tokens, or stand still; servers count a little later.
 
     Args:
@@ -242,9 +243,10 @@ def settle(endpoint: Any, before: Counters, tokens: int, seconds: float = 3.0) -
         tokens: of the run.
         seconds: to wait at most.
     """
-    until, last = time.monotonic() + seconds, None
+    until = time.monotonic() + seconds
+    last: Counters | None = None
     while True:
-        now: Counters = endpoint.counters()
+        now = endpoint.counters()
         grown = now.since(before)
         done = grown.tokens is None or grown.tokens >= tokens
         if (done and now == last) or time.monotonic() > until:
