@@ -54,9 +54,8 @@ def page(records: Sequence[Record]) -> str:
             f"<style>\n{style}</style></head><body>",
             "<h1>Speculative decoding, measured</h1>",
             *(_introduction(label, record) for label, record in runs),
-            '<h2>In short</h2><div class="grid">',
+            "<h2>In short</h2>",
             *(_headlines(label, record) for label, record in runs),
-            "</div>",
             _speeds(runs),
             _acceptance(runs),
             _tables(runs),
@@ -195,7 +194,8 @@ def _headlines(label: str, record: Record) -> str:
             + ("on one device." if gpus == 1 else f"on {gpus} devices."),
         ),
     ]
-    return "".join(_card(label, number, sentence) for value, number, sentence in numbers if value)
+    cards = [_card(label, number, sentence) for value, number, sentence in numbers if value]
+    return f'<div class="grid">{"".join(cards)}</div>'
 
 
 def _first_draft(cell: Cell) -> float | None:
