@@ -23,6 +23,8 @@ from torch.nn import functional as F
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 5, 4096, 32, 8, 128, 12288
 VOCABULARY, BLOCK = 151_936, 16
+# Of a DFlash 2 drafter.
+TAPS, GROUP, RANK, CANDIDATES, DRAFTS = 2, 16, 256, 16, 15
 EPS = 1e-6
 # Rows of a step with most requests.
 VERIFIED = 1024
@@ -54,6 +56,88 @@ def add_rms_norm(rows: int) -> Case:
     arguments = (random(rows, HIDDEN), random(rows, HIDDEN), random(HIDDEN), EPS)
     moved = 4 * rows * HIDDEN * 2
     return Case(lambda: add_rms_norm(*arguments), lambda: add_rms_norm_naive(*arguments), moved)
+
+
+def convolution(rows: int) -> tuple[Tensor, Tensor, int]:
+    """Kernels of one side, as both sides' projection gives them, and the rows of a block."""
+    return random(rows, 2, TAPS, HIDDEN // GROUP)[:, 0], random(TAPS, HIDDEN), BLOCK
+
+
+def grouped_convolution(rows: int) -> Case:
+    from dflash_plugin.kernels.grouped_convolution import (
+        grouped_convolution,
+        grouped_convolution_naive,
+    )
+
+    arguments = (random(rows, HIDDEN), *convolution(rows))
+    return Case(
+        lambda: grouped_convolution(*arguments),
+        lambda: grouped_convolution_naive(*arguments),
+        rows * (2 * HIDDEN + TAPS * HIDDEN // GROUP) * 2,
+    )
+
+
+def convolve_add_rms_norm(rows: int) -> Case:
+    """``add_rms_norm`` with a convolution of what is added; "engine" is the two one by one."""
+    from dflash_plugin.kernels.add_rms_norm import Convolution, add_rms_norm, add_rms_norm_naive
+    from dflash_plugin.kernels.grouped_convolution import grouped_convolution
+
+    x, kernels = random(rows, HIDDEN), Convolution(*convolution(rows))
+    arguments = (random(rows, HIDDEN), random(HIDDEN), EPS)
+    return Case(
+        lambda: add_rms_norm(x, *arguments, convolved_with=kernels),
+        lambda: add_rms_norm_naive(x, *arguments, convolved_with=kernels),
+        rows * (4 * HIDDEN + TAPS * HIDDEN // GROUP) * 2,
+        lambda: add_rms_norm(grouped_convolution(x, *kernels), *arguments),
+    )
+
+
+def kernel_projection(rows: int) -> Case:
+    """Both convolutions' kernels of a sublayer, which are the library's product."""
+    x, weight = random(rows, HIDDEN), random(2 * TAPS * HIDDEN // GROUP, HIDDEN)
+    return Case(lambda: F.linear(x, weight), lambda: F.linear(x, weight), weight.nbytes)
+
+
+def select_path(batch: int) -> Case:
+    """Every second request draws."""
+    return selector(batch, sampled=True)
+
+
+def select_path_greedy(batch: int) -> Case:
+    return selector(batch, sampled=False)
+
+
+def selector(batch: int, sampled: bool) -> Case:
+    """The bytes are the codebooks' rows, of which none is read twice."""
+    from dflash_plugin.kernels.select_path import select_path, select_path_naive
+
+    shape = (batch, DRAFTS, CANDIDATES)
+    candidates = torch.randint(VOCABULARY, shape, device="cuda")
+    anchors = torch.randint(VOCABULARY, (batch,), device="cuda")
+    logits = torch.randn(shape, device="cuda")
+    gates, codebooks = random(batch, DRAFTS, RANK), [random(VOCABULARY, RANK) for _ in range(2)]
+    noise: tuple[Tensor, ...] = ()
+    if sampled:
+        temperature = torch.arange(batch, device="cuda") % 2 * 0.8
+        noise = (temperature, torch.rand(batch, DRAFTS, dtype=torch.float64, device="cuda"))
+    arguments = (candidates, logits, gates, anchors, *codebooks, *noise)
+    return Case(
+        lambda: select_path(*arguments),
+        lambda: select_path_naive(*arguments),
+        2 * candidates.numel() * RANK * 2,
+    )
+
+
+def uniforms(batch: int) -> Case:
+    from dflash_plugin.kernels.uniforms import uniforms, uniforms_naive
+
+    seed = torch.randint(1 << 62, (batch,), device="cuda")
+    position = torch.randint(1 << 20, (batch, DRAFTS), device="cuda")
+    return Case(
+        lambda: uniforms(seed, position, 0),
+        lambda: uniforms_naive(seed, position, 0),
+        2 * position.nbytes,
+    )
 
 
 def gated_act(rows: int) -> Case:
@@ -146,6 +230,32 @@ def draft_head(rows: int) -> Case:
         lambda: draft_head_naive(hidden, weight),
         weight.nbytes,
         lambda: F.linear(hidden, weight).argmax(dim=-1),
+    )
+
+
+def draft_head_candidates(rows: int) -> Case:
+    """A selector's candidates; "engine" is a product and torch's."""
+    from dflash_plugin.kernels.draft_head import draft_head, draft_head_naive
+
+    hidden, weight = random(rows, HIDDEN), random(VOCABULARY, HIDDEN)
+    return Case(
+        lambda: draft_head(hidden, weight, top_k=CANDIDATES),
+        lambda: draft_head_naive(hidden, weight, top_k=CANDIDATES),
+        weight.nbytes,
+        lambda: F.linear(hidden, weight).topk(CANDIDATES),
+    )
+
+
+def best_logits(rows: int) -> Case:
+    """A selector's candidates of logits; "engine" is torch's."""
+    from dflash_plugin.kernels.best_logits import best_logits, best_logits_naive
+
+    logits = random(rows, VOCABULARY)
+    return Case(
+        lambda: best_logits(logits, CANDIDATES),
+        lambda: best_logits_naive(logits, CANDIDATES),
+        logits.nbytes,
+        lambda: logits.topk(CANDIDATES),
     )
 
 
@@ -314,14 +424,23 @@ def sglang_attention(block: list[Tensor], paged: Any) -> Run | None:
 
 
 ROWS = (16, 128, 1024, 16384)
-DRAFTING = tuple(15 * requests for requests in (1, 4, 16, 64))
+REQUESTS = (1, 4, 16, 64)
+DRAFTING = tuple(DRAFTS * requests for requests in REQUESTS)
 OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     add_rms_norm: ROWS,
+    grouped_convolution: ROWS,
+    convolve_add_rms_norm: ROWS,
+    kernel_projection: (16, 64, 256, 1024),
+    select_path: REQUESTS,
+    select_path_greedy: REQUESTS,
+    uniforms: REQUESTS,
     gated_act: ROWS,
     qk_norm_rope: ROWS,
     quantise_rows: ROWS,
     inject_kv: ROWS,
     draft_head: DRAFTING,
+    draft_head_candidates: DRAFTING,
+    best_logits: DRAFTING,
     draft_head_fp8: DRAFTING,
     fp8_linear: (16, 64, 256, 1024),
     fp8_product: (16, 32, 64),

@@ -35,6 +35,77 @@ def acceptance() -> str:
     return f"{table(header, rows)}\n\n{mean}`{record['command']}`"
 
 
+def dflash2() -> str:
+    """τ of both drafters by set, then how often a draft stands if those before it do."""
+    runs = load("smollm2-dflash2-acceptance")["runs"]
+    pairs = [runs[:2], runs[2:]]
+    names = [result["set_name"] for result in runs[0]["sets"]]
+    rows = [
+        [
+            name,
+            *(
+                cell
+                for one, two in pairs
+                for cell in beside(one["sets"][place]["tau"], two["sets"][place]["tau"])
+            ),
+        ]
+        for place, name in enumerate(names)
+    ]
+    means = [cell for one, two in pairs for cell in beside(one["mean_tau"], two["mean_tau"])]
+    header = ["set", "DFlash", "DFlash 2", "", "T = 1: DFlash", "DFlash 2", ""]
+    count = len(runs[0]["sets"][0]["acceptance"])
+    places = [
+        [
+            f"{'DFlash 2' if run['drafter'] == 'dflash2' else 'DFlash'}, T = {run['temperature']}",
+            *(f"{share:.2f}" for share in conditional(run["sets"])),
+        ]
+        for run in runs
+    ]
+    by_place = ["", *(f"draft {k}" for k in range(1, count + 1))]
+    commands = "; ".join(f"`{run['command']}`" for run in runs)
+    facts = f"{where(runs[0])}, batch {runs[0]['batch']}. {commands}"
+    whole = table(header, [*rows, ["mean", *means]])
+    return f"{whole}\n\n{table(by_place, places)}\n\n{facts}"
+
+
+def beside(one: float, two: float) -> list[str]:
+    return [f"{one:.2f}", f"**{two:.2f}**", f"{two / one - 1:+.1%}"]
+
+
+def conditional(sets: list[dict]) -> list[float]:
+    """Share of drafts that stood of those whose predecessors did, over all passes of all sets."""
+    passes = sum(result["passes"] for result in sets)
+    places = range(len(sets[0]["acceptance"]))
+    stood = [sum(result["passes"] * result["acceptance"][k] for result in sets) for k in places]
+    return [now / before for before, now in zip([passes, *stood[:-1]], stood, strict=True)]
+
+
+def draft_step() -> str:
+    """A step's microseconds, and by how much each part lengthens it."""
+    record = load("draft-step-h200")
+    kinds = {
+        "dflash": "DFlash",
+        "convolutions": "with convolutions",
+        "selector": "with a selector",
+        "dflash2": "DFlash 2",
+        "dflash2_sampled": "DFlash 2, sampled",
+    }
+    rows = [
+        [
+            str(row["requests"]),
+            f"{row['dflash']:,.0f} µs",
+            *(
+                f"{row[kind]:,.0f} µs ({row[kind] / row['dflash'] - 1:+.0%})"
+                for kind in list(kinds)[1:]
+            ),
+        ]
+        for row in record["rows"]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    facts = f"{record['device']}, bfloat16, {versions}, {record['date']}. `{record['command']}`"
+    return f"{table(['requests', *kinds.values()], rows)}\n\n{facts}"
+
+
 def where(record: dict) -> str:
     return (
         f"{record['device']}, {record['dtype']}, torch {record['torch']}, Transformers "
@@ -264,6 +335,7 @@ ELSEWHERE = {
         "sglang-texts": lambda: serving("sglang-h200-qwen3-8b-replay-texts"),
         "mixed": lambda: mixed("budget-simulator"),
     },
+    "docs/dflash2.md": {"dflash2": dflash2, "draft-step": draft_step},
 }
 
 

@@ -23,6 +23,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS = 4096, 32, 8, 128, 12288, 5
+# Of a DFlash 2 drafter.
+TAPS, GROUP, RANK, CANDIDATES = 2, 16, 256, 16
 BF16 = torch.bfloat16
 EPS = 1e-6
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -74,12 +76,20 @@ def whole(*shape: int) -> torch.Tensor:
 
 
 def elementwise(rows: int) -> None:
-    from dflash_plugin.kernels.add_rms_norm import add_rms_norm
+    from dflash_plugin.kernels.add_rms_norm import Convolution, add_rms_norm
     from dflash_plugin.kernels.gated_act import gated_act
+    from dflash_plugin.kernels.grouped_convolution import grouped_convolution
     from dflash_plugin.kernels.inject_kv import KVPools, inject_kv
     from dflash_plugin.kernels.qk_norm_rope import qk_norm_rope
 
     add_rms_norm(of(rows, HIDDEN), of(rows, HIDDEN), of(HIDDEN), EPS)
+    kernels = Convolution(of(rows, TAPS, HIDDEN // GROUP), of(TAPS, HIDDEN), 8)
+    for rounds in (False, True):
+        grouped_convolution(of(rows, HIDDEN), *kernels, rounds)
+        add_rms_norm(
+            of(rows, HIDDEN), of(rows, HIDDEN), of(HIDDEN), EPS,
+            rounds=rounds, convolved_with=kernels,
+        )  # fmt: skip
     gated_act(of(rows, 2 * INTERMEDIATE))
     inverse = torch.ones(HEAD_DIM // 2)
     weight = of(HEAD_DIM)
@@ -101,6 +111,7 @@ def elementwise(rows: int) -> None:
 
 def products(rows: int) -> None:
     from dflash_plugin.fp8 import quantise
+    from dflash_plugin.kernels.best_logits import best_logits
     from dflash_plugin.kernels.draft_head import Drawing, draft_head
     from dflash_plugin.kernels.fp8_product import fp8_product
     from dflash_plugin.kernels.fuse_features import fuse_features
@@ -108,7 +119,8 @@ def products(rows: int) -> None:
 
     hidden, head = of(rows, HIDDEN), of(1024, HIDDEN)
     draft_head(hidden, head)
-    draft_head(hidden, head, top_k=4)
+    draft_head(hidden, head, top_k=CANDIDATES)
+    best_logits(of(rows, 1024), CANDIDATES)
     values, scales = quantise(head)
     draft_head(hidden, values, weight_scale=scales)
     rounded = quantise(hidden)
@@ -130,7 +142,6 @@ def adaptive(batch: int, drafts: int) -> None:
     from dflash_plugin.kernels.cut_blocks import cut_blocks
     from dflash_plugin.kernels.learn_acceptance import learn_acceptance
     from dflash_plugin.kernels.predict_acceptance import predict_acceptance
-    from dflash_plugin.kernels.row_choice import row_choice
 
     chances = of(batch, drafts, dtype=torch.float32)
     counts = [of(size, dtype=torch.int32) for size in (batch, batch, batch, batch + 1, batch + 9)]
@@ -139,14 +150,30 @@ def adaptive(batch: int, drafts: int) -> None:
     row, slots = of(rows, dtype=torch.float32), whole(rows)
     offsets = of(drafts, dtype=torch.float32)
     for slope in (offsets[:1], offsets):
-        predict_acceptance(row, row, slots, slots, slope, offsets, chances, chances)
-    row_choice(of(rows, 1024))
+        for log_sum_exp in (row, None):
+            predict_acceptance(row, log_sum_exp, slots, slots, slope, offsets, chances, chances)
     model = AcceptanceModel(drafts)
     for starts in (None, counts[3]):
         learn_acceptance(chances, counts[0], starts, model)
     tokens, starts = whole(batch, drafts + 1), counts[-1]
     share = of(4 * len(starts), dtype=torch.int32)
     cut_blocks(tokens, tokens.flatten(), tokens.flatten(), 4, starts, share, even=False)
+
+
+def selector(batch: int, drafts: int) -> None:
+    from dflash_plugin.kernels.select_path import select_path
+    from dflash_plugin.kernels.uniforms import uniforms
+    from dflash_plugin.sampling import Stream
+
+    logits = of(batch, drafts, CANDIDATES, dtype=torch.float32)
+    gates = of(batch, drafts, RANK)
+    noise = of(batch, dtype=torch.float32), of(batch, drafts, dtype=torch.float64)
+    for dtype in (BF16, torch.float32):
+        codebook = of(1024, RANK, dtype=dtype)
+        arguments = (whole(*logits.shape), logits, gates, whole(batch), codebook, codebook)
+        select_path(*arguments)
+        select_path(*arguments, *noise)
+    uniforms(whole(batch), whole(batch, drafts), Stream.DRAFT)
 
 
 def step(batch: int, block: int) -> None:
@@ -195,6 +222,8 @@ def main() -> None:
     for rows in (15, 60, 960):
         products(rows)
     step(4, 16)
+    for drafts in (7, 15):
+        selector(4, drafts)
     for batch in (1, 64, 1024):
         adaptive(batch, 15)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from dflash_plugin.selector import Proposal
 from dflash_plugin.transformers.store import StaticStore
 
 
@@ -17,6 +18,17 @@ def core_drafts(reference: dict[str, Any], text: list[int], anchors: list[int]) 
         text: token ids.
         anchors: positions in it.
     """
+    found = []
+    for proposal in core_proposals(reference, text, anchors):
+        best = proposal.scores[0].topk(2, dim=-1).values
+        found.append((proposal.tokens[0].tolist(), (best[:, 0] - best[:, 1]).tolist()))
+    return found
+
+
+def core_proposals(
+    reference: dict[str, Any], text: list[int], anchors: list[int]
+) -> list[Proposal]:
+    """What the core proposes greedily, one block for each anchor; arguments as ``core_drafts``'."""
     drafter, target = reference["drafter"], reference["target"]
     ids = torch.tensor([text])
     out = target(input_ids=ids, use_cache=False, output_hidden_states=True)
@@ -27,10 +39,8 @@ def core_drafts(reference: dict[str, Any], text: list[int], anchors: list[int]) 
         for anchor in anchors:
             drafter.store = StaticStore(drafter, 1, 512, torch.float32, torch.device("cpu"))
             drafter.inject(features[:, :anchor], torch.arange(anchor)[None])
-            hidden = drafter.draft(ids[0, anchor : anchor + 1], torch.tensor([anchor]))
-            best = drafter.logits(hidden)[0].topk(2, dim=-1)
-            margins = (best.values[:, 0] - best.values[:, 1]).tolist()
-            found.append((best.indices[:, 0].tolist(), margins))
+            place = ids[0, anchor : anchor + 1], torch.tensor([anchor])
+            found.append(drafter.propose(drafter.draft(*place), *place))
     finally:
         drafter.store = kept
     return found

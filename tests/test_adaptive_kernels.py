@@ -103,10 +103,11 @@ def test_faulty_arguments_of_admission():
 
 @pytest.mark.parametrize("batch", [0, 1, 5, 70])
 @pytest.mark.parametrize("places", [1, 7, 15])
-def test_predict_acceptance(batch, places):
+@pytest.mark.parametrize("confident", [False, True])
+def test_predict_acceptance(batch, places, confident):
     rows = batch * places
     top, rest = random(rows, seed=1), random(rows, seed=2) - 1
-    log_sum_exp = torch.logaddexp(top, rest)
+    log_sum_exp = None if confident else torch.logaddexp(top, rest)
     # Each slot once, and padding behind.
     slots = torch.arange(batch, device=DEVICE).flip(0).repeat_interleave(places)
     slots[rows // 2 :] = -1

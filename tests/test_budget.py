@@ -23,7 +23,7 @@ from dflash_plugin.train.features import OnlineFeatures
 from dflash_plugin.train.sequences import SequenceSet
 from dflash_plugin.transformers import Engine, Request
 from dflash_plugin.verify import verify_sampled
-from tiny import tiny_drafter, tiny_target
+from tiny import DFLASH2, tiny_drafter, tiny_target
 
 
 def test_confidence_is_the_log_odds_of_the_likeliest_token():
@@ -255,9 +255,10 @@ def test_a_drafter_that_does_not_pay_is_switched_off_and_comes_back():
     assert again.verified > 8 * 2000 * 0.3
 
 
-def test_traces_hold_what_the_core_drafts_at_every_position(tmp_path: Path):
+@pytest.mark.parametrize("changes", [{}, DFLASH2], ids=["dflash", "dflash2"])
+def test_traces_hold_what_the_core_drafts_at_every_position(changes):
     target = tiny_target()
-    drafter = tiny_drafter(target)
+    drafter = tiny_drafter(target, **changes)
     prompts = [[5, 6, 7, 8], [50, 51, 52]]
     texts = Engine(target, max_batch=2, max_length=64).generate(
         [Request(prompt, 12, stop_ids=[]) for prompt in prompts]

@@ -10,11 +10,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dflash_plugin.checkpoint import expected_tensors, load_checkpoint, save_checkpoint
-from dflash_plugin.config import DrafterConfig, LayerAttention, RopeConfig, spread_layers
+from dflash_plugin.config import (
+    ConvolutionConfig,
+    DrafterConfig,
+    LayerAttention,
+    RopeConfig,
+    SelectorConfig,
+    spread_layers,
+)
 from dflash_plugin.convert import convert
 from dflash_plugin.dialects import DIALECTS, detect, read_config, write_config
 from dflash_plugin.errors import DFlashError
-from tiny import tiny_config, tiny_tensors, write_tiny
+from tiny import DFLASH2, tiny_config, tiny_tensors, write_tiny
 
 SLIDING = ["sliding_attention"] * 2
 
@@ -90,7 +97,18 @@ MALFORMED = {
     ),
     "quantised": (editor(quantization_config={"bits": 4}), "quantised"),
     "other-architecture": (editor(architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
-    "dflash2": (editor(architectures=["DFlash2DraftModel"]), "DFlash2 is not supported yet"),
+    "dflash2-architecture-alone": (
+        editor(architectures=["DFlash2DraftModel"]),
+        "conv_kernel_size is missing",
+    ),
+    "dflash2-key-alone": (
+        editor(dflash_config__selector_rank=256),
+        r"selector_rank is 256, of a DFlash 2 drafter.*write \['DFlash2DraftModel'\]",
+    ),
+    "dflash2-tensor-alone": (
+        setter("layers.0.mlp_conv.base_kernel", lambda t: torch.zeros(2, 2, 32)),
+        "does not belong.*a DFlash 2 drafter, check architectures",
+    ),
     "domino": (editor(dflash_config__projector_type="domino"), "projector_type is 'domino'"),
     "shifted": (editor(dflash_config__shift_label=True), "shift_label"),
     "section-a-list": (editor(dflash_config=[1]), r"dflash_config is \[1\]"),
@@ -200,6 +218,64 @@ def test_a_malformed_checkpoint_is_refused_by_name(case, tmp_path):
     assert ":" in str(caught.value)
 
 
+SECTION = "dflash_config__"
+MALFORMED_DFLASH2 = {
+    "architecture": (
+        editor(architectures=["DFlashDraftModel"]),
+        "conv_kernel_size is 2, of a DFlash 2 drafter",
+    ),
+    "group-missing": (editor(**{SECTION + "conv_group_size": None}), "conv_group_size is missing"),
+    "group-no-divisor": (editor(**{SECTION + "conv_group_size": 5}), "is 5, which does not divide"),
+    "taps-zero": (editor(**{SECTION + "conv_kernel_size": 0}), "conv_kernel_size is 0"),
+    "taps-too-many": (
+        editor(**{SECTION + "conv_kernel_size": 5}),
+        "conv_kernel_size is 5, more than block_size 4",
+    ),
+    "taps-differ": (
+        editor(**{SECTION + "conv_kernel_size": 3}),
+        r"attention_conv.base_kernel' has shape \[2, 2, 32\] but config.json makes it \[2, 3, 32\]",
+    ),
+    "rank-text": (editor(**{SECTION + "selector_rank": "6"}), "selector_rank is '6'"),
+    "rank-differs": (editor(**{SECTION + "selector_rank": 7}), r"makes it \[97, 7\]"),
+    "one-candidate": (editor(**{SECTION + "selector_top_k": 1}), "selector_top_k is 1.*at least 2"),
+    "candidates-too-many": (
+        editor(**{SECTION + "selector_top_k": 98}),
+        "selector_top_k is 98, more than vocab_size 97",
+    ),
+    "anchor-drafts": (editor(sample_from_anchor=True), "sample_from_anchor is true"),
+    "reduced": (
+        lambda d: (
+            editor(draft_vocab_size=24)(d),
+            setter("lm_head.weight", lambda t: torch.zeros(24, 32))(d),
+        ),
+        "draft_vocab_size is 24, but the selector",
+    ),
+    "codebook-missing": (
+        dropper("candidate_selector.successor_codebook"),
+        "'candidate_selector.successor_codebook' .* is missing",
+    ),
+    "projector": (
+        editor(dflash_config__projector_type="dflash2"),
+        "projector_type is 'dflash2'.*architecture is 'DFlash2DraftModel'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED_DFLASH2)
+def test_a_malformed_dflash2_checkpoint_is_refused_by_name(case, tmp_path):
+    spoil, message = MALFORMED_DFLASH2[case]
+    directory = write_tiny(tmp_path / "drafter", **DFLASH2)
+    spoil(directory)
+    with pytest.raises(DFlashError, match=message):
+        load_checkpoint(directory)
+
+
+@pytest.mark.parametrize("alone", DFLASH2)
+def test_convolution_and_selector_come_together(alone):
+    with pytest.raises(ValueError, match="a DFlash 2 drafter has both"):
+        tiny_config(**{alone: DFLASH2[alone]})
+
+
 REDUCED = {"draft_vocab_size": 24, "own_head": True}
 MALFORMED_REDUCED = {
     "map-missing": (dropper("d2t"), "'d2t' .* is missing"),
@@ -291,11 +367,12 @@ DRAFTERS = {
     "anchor-row": {"sample_from_anchor": True},
     "embedding-layer": {"target_layer_ids": (-1, 3)},
     "narrow-target": {"target_hidden_size": 24},
+    "dflash2": DFLASH2,
 }
 INEXPRESSIBLE = {
     "z-lab": {"from-anchor", "from-anchor-not-causal"},
-    "modelopt": {"from-anchor", "from-anchor-not-causal", "mixed-by-type"},
-    "specforge": {"causal", "mixed-by-type", "from-anchor", "from-anchor-not-causal"},
+    "modelopt": {"from-anchor", "from-anchor-not-causal", "mixed-by-type", "dflash2"},
+    "specforge": {"causal", "mixed-by-type", "from-anchor", "from-anchor-not-causal", "dflash2"},
     "speculators": {
         "causal",
         "sliding",
@@ -307,6 +384,7 @@ INEXPRESSIBLE = {
         "sinks",
         "scaled",
         "gemma",
+        "dflash2",
     },
 }
 
@@ -344,6 +422,21 @@ def test_convert_keeps_the_drafter(source, dialect, tmp_path):
     assert (tmp_path / "second" / "known_answer.json").read_text() == "{}"
     before, after = load_checkpoint(first).tensors, load_checkpoint(tmp_path / "second").tensors
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_convert_keeps_a_dflash2_drafter(tmp_path):
+    """Its codebooks also under the names that the module of PyPI dflash has for them."""
+    first = write_tiny(tmp_path / "first", **DFLASH2)
+    before = load_checkpoint(first)
+
+    def rename(tensors):
+        for name in [name for name in tensors if name.endswith("_codebook")]:
+            tensors[f"{name}.weight"] = tensors.pop(name)
+
+    retensor(first, rename)
+    assert convert(first, tmp_path / "second", "z-lab") == before.config
+    after = load_file(tmp_path / "second" / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.tensors.items())
 
 
 def test_convert_loses_nothing(tmp_path):
@@ -399,6 +492,27 @@ def test_public_dialects_as_their_exporters_write_them():
     config = read_config(specforge, {})
     assert config.dialect == "specforge"
     assert config.layers == (LayerAttention(sliding_window=2048),) * 5
+    dflash2 = {
+        **{k: v for k, v in zlab.items() if k != "block_size"},
+        "architectures": ["DFlash2DraftModel"],
+        "layer_types": ["sliding_attention"] * 5,
+        "sliding_window": 2048,
+        "use_sliding_window": True,
+        "is_causal": False,
+        "dflash_config": {
+            **zlab["dflash_config"],
+            "block_size": 8,
+            "conv_kernel_size": 2,
+            "conv_group_size": 16,
+            "selector_rank": 256,
+            "selector_top_k": 16,
+        },
+    }
+    config = read_config(dflash2, {})
+    assert (config.dialect, config.num_draft_tokens) == ("z-lab", 7)
+    assert config.layers == (LayerAttention(sliding_window=2048),) * 5
+    assert config.convolution == ConvolutionConfig(kernel_size=2, group_size=16)
+    assert config.selector == SelectorConfig(rank=256, top_k=16)
     assert config.target_layer_ids == (1, 9, 17, 25, 33)
     assert read_config(specforge, {}, "z-lab").layers[0].causal
     modelopt = {

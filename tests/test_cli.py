@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dflash_plugin.cli import app
-from tiny import write_target, write_tiny
+from tiny import DFLASH2, write_target, write_tiny
 
 DATA = Path(__file__).parent / "data"
 
@@ -42,6 +42,12 @@ def test_inspect(target, drafter):
     assert report["config"]["target_layer_ids"] == [0, 2]
     table = run("inspect", drafter, "--target", target, "--num-speculative-tokens", 9, code=1)
     assert "9 speculative tokens are asked for" in " ".join(table.split())
+
+
+def test_inspect_shows_what_makes_a_drafter_dflash2(target, tmp_path):
+    shown = run("inspect", write_tiny(tmp_path / "drafter", **DFLASH2), "--target", target)
+    for line in ("convolution kernel_size 2, group_size 8", "selector rank 6, top_k 5"):
+        assert line in " ".join(shown.replace("│", " ").split())
 
 
 def test_inspect_replays_known_answers(target, tmp_path):
@@ -86,23 +92,43 @@ def test_eval_reports_every_set(target, drafter, prompts):
     assert found["mean_tau"] == only["tau"] == pytest.approx((only["tokens"] - 5) / only["passes"])
 
 
-def test_train_makes_a_drafter_that_generates(target, prompts, tmp_path):
+NEW = ("--mask-token", 3, "--layers", 1, "--target-layers", "0,2")
+
+
+@pytest.mark.parametrize("start", [None, {}, DFLASH2], ids=["new", "dflash", "dflash2"])
+@pytest.mark.parametrize("dflash2", [False, True])
+def test_train_makes_a_drafter_that_generates(target, prompts, start, dflash2, tmp_path):
+    if start is None:
+        options: tuple = NEW
+    else:
+        options = ("--start-from", write_tiny(tmp_path / "start", **start))
+    if dflash2:
+        options = (*options, "--dflash2", "--selector-weight", 0.5)
+    if dflash2 and start is not DFLASH2:
+        options = (*options, "--selector-rank", 6, "--conv-group-size", 8, "--selector-top-k", 5)
     out = tmp_path / "trained"
     facts = json.loads(
         run(
-            "train", "--target", target, "--output", out, "--mask-token", 3, "--prompts", prompts,
+            "train", "--target", target, "--output", out, "--prompts", prompts,
             "--max-new-tokens", 12, "--held-out", 2, "--steps", 3, "--batch-size", 2,
-            "--anchors", 4, "--layers", 1, "--target-layers", "0,2", "--json",
+            "--anchors", 4, *options, "--json",
         )
     )  # fmt: skip
     assert facts["steps"] == 3
+    assert facts["start_from"] == (None if start is None else "start")
     assert {path.name for path in out.iterdir()} == {
         "README.md", "config.json", "known_answer.json", "model.safetensors", "work"
     }  # fmt: skip
     report = json.loads(run("inspect", out, "--target", target, "--replay", "--json"))
     assert report["replayed"]
     assert report["known_answers"] == 3
-    run("generate", "w5", "--target", target, "--drafter", out, "--max-new-tokens", 4)
+    has_selector = dflash2 or start is DFLASH2
+    assert (report["config"]["selector"] is not None) == has_selector
+    assert ("# DFlash 2 drafter" in (out / "README.md").read_text()) == has_selector
+    options = ("--target", target, "--drafter", out, "--max-new-tokens", 4)
+    run("generate", "w5", *options)
+    (only,) = json.loads(run("eval", "--data", prompts, *options, "--json"))["sets"]
+    assert only["equal"] == 6
 
 
 @pytest.mark.parametrize(
@@ -130,6 +156,14 @@ def test_train_makes_a_drafter_that_generates(target, prompts, tmp_path):
                 "x",
             ),
             "--target-layers is 'x'",
+        ),
+        (
+            ("train", "--target", "a", "--output", "b", "--dflash2", "--selector-top-k", "1"),
+            "--selector-top-k is 1",
+        ),
+        (
+            ("train", "--target", "a", "--output", "b", "--selector-weight", "-1"),
+            "--selector-weight is -1",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from dflash_plugin.fetch import resolve_drafter
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.sampling import SamplingParams
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
-from tiny import VOCABULARY, tiny_drafter, tiny_target, write_tiny
+from tiny import DFLASH2, VOCABULARY, tiny_drafter, tiny_target, write_tiny
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -55,12 +55,13 @@ def greedy(model, prompt, new_tokens, stop_ids=()) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.mark.parametrize("changes", [{}, DFLASH2], ids=["dflash", "dflash2"])
 @pytest.mark.parametrize("kind", TARGETS)
-def test_greedy_output_is_the_targets_own(kind):
+def test_greedy_output_is_the_targets_own(kind, changes):
     target = tiny_target(kind, **TARGETS[kind])
     prompts = prompts_of(7)
     expected = [greedy(target, prompt, 24) for prompt in prompts]
-    drafter = tiny_drafter()
+    drafter = tiny_drafter(**changes)
     for batch in (1, 4):
         engine = Engine(target, drafter, max_batch=batch, max_length=72)
         found = engine.generate([Request(prompt, 24, stop_ids=[]) for prompt in prompts])
@@ -87,6 +88,8 @@ def test_greedy_output_is_the_targets_own(kind):
             "window_from": "anchor",
             "target_layer_ids": (-1, 3),
         },
+        {**DFLASH2, "layers": (LayerAttention(sliding_window=5),), "own_head": True},
+        {**DFLASH2, "attention_sinks": True, "norm_style": "gemma", "logit_softcap": 5.0},
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -215,6 +218,7 @@ def test_requests_that_cannot_run_are_refused_before_anything_runs(request_, nam
         ({"target_layer_ids": (0, 9), "num_target_layers": None}, "reads target layer 9"),
         ({"hidden_size": 40, "head_dim": 10}, "embedding is 32 wide"),
         ({"vocab_size": 200, "mask_token_id": 150}, "mask_token_id 150"),
+        ({**DFLASH2, "vocab_size": 90}, "selector knows 90 tokens but the target has 97"),
     ],
 )
 def test_a_drafter_of_another_target_is_refused(changes, named):
@@ -262,6 +266,8 @@ def check_sampled_pairs(target, engine: Engine, count: int) -> None:
         pytest.param(True, {}, id="sampled"),
         pytest.param(False, {}, id="chosen"),
         pytest.param(True, {"draft_vocab_size": 4, "own_head": True}, id="reduced-vocabulary"),
+        pytest.param(True, DFLASH2, id="dflash2-sampled"),
+        pytest.param(False, DFLASH2, id="dflash2-chosen"),
     ],
 )
 def test_sampled_pairs_follow_the_target(sampled_drafts, changes):
@@ -271,8 +277,23 @@ def test_sampled_pairs_follow_the_target(sampled_drafts, changes):
     check_sampled_pairs(target, engine, 120_000)
 
 
-def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch():
-    target, drafter = tiny_target(), tiny_drafter()
+def test_drafts_drawn_from_another_distribution_than_they_say_fail_the_same_test():
+    target, drafter = tiny_target(**FEW), tiny_drafter(**FEW, target_hidden_size=16, **DFLASH2)
+    propose = drafter.propose
+
+    def misleading(*args):
+        proposal = propose(*args)
+        return proposal._replace(probs=proposal.scores.softmax(-1))
+
+    drafter.propose = misleading
+    engine = Engine(target, drafter, max_batch=2048, max_length=8)
+    with pytest.raises(AssertionError):
+        check_sampled_pairs(target, engine, 30_000)
+
+
+@pytest.mark.parametrize("changes", [{}, DFLASH2], ids=["dflash", "dflash2"])
+def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch(changes):
+    target, drafter = tiny_target(), tiny_drafter(**changes)
     requests = [
         Request(prompt, 16, [], SamplingParams(temperature=1.0, top_k=20, seed=seed))
         for seed, prompt in enumerate(prompts_of(6))

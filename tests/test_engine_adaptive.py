@@ -9,7 +9,7 @@ import pytest
 
 from dflash_plugin.transformers import Engine, Request
 from test_engine import FEW, check_sampled_pairs, greedy, perfect_drafter, prompts_of
-from tiny import tiny_drafter, tiny_target
+from tiny import DFLASH2, tiny_drafter, tiny_target
 
 TURNS = [None, (1,), (1, 4, 1, 1, 3), (3, 2, 4)]
 
@@ -25,7 +25,7 @@ def adapting(target: Any, drafter: Any, turns: Any, **options: Any) -> Engine:
 
 
 @pytest.mark.parametrize("turns", TURNS)
-@pytest.mark.parametrize("changes", [{}, {"sample_from_anchor": True, "block_size": 3}])
+@pytest.mark.parametrize("changes", [{}, {"sample_from_anchor": True, "block_size": 3}, DFLASH2])
 def test_greedy_text_is_the_targets(turns, changes):
     target, prompts = tiny_target("qwen3"), prompts_of(7)
     for batch in (1, 4):
@@ -56,9 +56,11 @@ def test_the_drafter_sees_every_position_once_behind_passes_that_did_not_draft()
     assert len(prompt) + len(text) - 5 <= len(injected) <= len(prompt) + len(text)
 
 
-@pytest.mark.parametrize("sampled_drafts", [True, False])
-def test_sampled_pairs_follow_the_target(sampled_drafts):
-    target, drafter = tiny_target(**FEW), tiny_drafter(**FEW, target_hidden_size=16)
+@pytest.mark.parametrize(
+    ("sampled_drafts", "changes"), [(True, {}), (False, {}), (True, DFLASH2), (False, DFLASH2)]
+)
+def test_sampled_pairs_follow_the_target(sampled_drafts, changes):
+    target, drafter = tiny_target(**FEW), tiny_drafter(**FEW, target_hidden_size=16, **changes)
     engine = adapting(
         target, drafter, (2, 1, 3), max_batch=2048, max_length=8, sampled_drafts=sampled_drafts
     )

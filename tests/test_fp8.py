@@ -14,7 +14,7 @@ from dflash_plugin.fp8 import FEW_ROWS, Fp8Linear, Fp8QKV, linear, linear_naive,
 from dflash_plugin.serving.fp8 import Fp8Method, quantise_hosted, quantised_head
 from dflash_plugin.transformers import Engine, Request, load_drafter
 from kernel_helpers import DEVICE, error, random
-from tiny import tiny_target, write_tiny
+from tiny import DFLASH2, tiny_drafter, tiny_target, write_tiny
 
 PROMPTS = [[5, 6, 7, 8, 9], [50, 51, 52], [20, 30, 40, 60, 70, 80]]
 
@@ -30,15 +30,18 @@ def hosted_linear(width: int = 16) -> nn.Linear:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"own_head": True, "attention_bias": True, "attention_output_bias": True}]
+    "changes",
+    [{}, {"own_head": True, "attention_bias": True, "attention_output_bias": True}, DFLASH2],
 )
 def test_text_is_the_targets_own_and_drafts_are_close(tmp_path, changes):
     target = tiny_target()
     checkpoint = write_tiny(tmp_path, **changes)
     whole = load_drafter(checkpoint, target)
     rounded = load_drafter(checkpoint, target, weights="fp8")
-    # No product of the draft pass is left out, and the target keeps its head.
-    assert not [m for m in rounded.modules() if isinstance(m, nn.Linear)]
+    # Of the products only DFlash 2's small ones are left out, and the target keeps its head.
+    plain = [name for name, m in rounded.named_modules() if isinstance(m, nn.Linear)]
+    assert len(plain) == (5 if changes is DFLASH2 else 0)
+    assert all("_conv." in name or "candidate_selector." in name for name in plain)
     assert sum(isinstance(m, Fp8QKV) for m in rounded.modules()) == 2
     assert isinstance(rounded.head(), Fp8Linear)
     assert isinstance(target.lm_head, nn.Linear)
@@ -115,6 +118,27 @@ def test_an_engines_layers_are_rounded_in_place_and_its_head_in_a_copy():
     assert torch.equal(head.weight, before[head])
     assert isinstance(head.quant_method, Plain)
     assert torch.equal(copied.quant_method.apply(copied, x), linear(x, quantise(before[head])))
+
+
+def test_the_parts_of_dflash2_keep_their_projections():
+    drafter = tiny_drafter(**DFLASH2)
+    for module in drafter.modules():
+        if isinstance(module, nn.Linear):
+            module.quant_method = Plain()
+    quantise_hosted(drafter, Plain)
+    kept = {
+        name
+        for name, module in drafter.named_modules()
+        if isinstance(getattr(module, "quant_method", None), Plain)
+    }
+    assert kept == {
+        "candidate_selector.hidden_projection",
+        *(
+            f"layers.{i}.{part}_conv.kernel_projection"
+            for i in (0, 1)
+            for part in ("attention", "mlp")
+        ),
+    }
 
 
 @pytest.mark.usefixtures("kernel_device")

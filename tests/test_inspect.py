@@ -17,7 +17,7 @@ from dflash_plugin.known_answer import (
     save_record,
 )
 from dflash_plugin.transformers import load_drafter, load_target
-from tiny import tiny_drafter, tiny_target, write_target, write_tiny
+from tiny import DFLASH2, tiny_drafter, tiny_target, write_target, write_tiny
 
 
 @pytest.fixture
@@ -104,9 +104,10 @@ def test_a_target_that_cannot_be_read_is_refused(tmp_path):
         inspect_checkpoint(write_tiny(tmp_path / "drafter"), tmp_path)
 
 
-def test_known_answers_tell_a_wrongly_run_drafter(tmp_path):
+@pytest.mark.parametrize("kind", [{}, DFLASH2], ids=["dflash", "dflash2"])
+def test_known_answers_tell_a_wrongly_run_drafter(kind, tmp_path):
     target = tiny_target()
-    drafter = tiny_drafter(target)
+    drafter = tiny_drafter(target, **kind)
     prompts = ([5, 6, 7], list(range(10, 40)))
     record = KnownAnswers(answers=[answer(drafter, target, prompt) for prompt in prompts])
     save_record(tmp_path, record)
@@ -121,7 +122,7 @@ def test_known_answers_tell_a_wrongly_run_drafter(tmp_path):
     ]
     for changes in wrong:
         with pytest.raises(DFlashError, match="not run as it was trained"):
-            replay(tiny_drafter(target, **changes), target, record)
+            replay(tiny_drafter(target, **kind, **changes), target, record)
     with pytest.raises(DFlashError, match="not the target that the drafter was made for"):
         replay(drafter, tiny_target(seed=9), record)
 

@@ -15,7 +15,7 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.hosted import KEY
 from dflash_plugin.sglang import arguments, compat, metrics, penalties, register, sampling
 from dflash_plugin.sglang.options import Hosted, Options, hosted, read_options
-from tiny import tiny_config, write_tiny
+from tiny import DFLASH2, tiny_config, write_tiny
 
 TARGET = SimpleNamespace(
     hidden_size=32, num_hidden_layers=4, vocab_size=97, max_position_embeddings=512
@@ -108,6 +108,26 @@ def test_what_does_not_fit_is_refused(tmp_path):
         arguments.check_layers(tiny_config(target_layer_ids=(-1, 2)), 4)
     with pytest.raises(DFlashError, match=r"no output of the last one \(3\)"):
         arguments.check_layers(tiny_config(target_layer_ids=(0, 3)), 4)
+
+
+def test_a_dflash2_drafter_is_staged_under_our_architecture(tmp_path):
+    """SGLang's own parts of it are left out, and with them what its versions lack."""
+    args = server_args(write_tiny(tmp_path, **DFLASH2))
+    arguments.prepare(args)
+    staged = Path(args.speculative_draft_model_path)
+    config = json.loads((staged / "config.json").read_text())
+    assert config["architectures"] == [arguments.ARCHITECTURE]
+    assert config["dflash_config"] == {"mask_token_id": 3, "target_layer_ids": [0, 2]}
+    info = hosted(staged)
+    assert info is not None
+    assert info.config.selector == DFLASH2["selector"]
+
+
+def test_a_target_with_more_tokens_than_the_codebooks_is_refused(tmp_path, monkeypatch):
+    larger = SimpleNamespace(**{**vars(TARGET), "vocab_size": 98})
+    monkeypatch.setattr(arguments, "target_config", lambda server_args: larger)
+    with pytest.raises(DFlashError, match="selector knows 97 tokens but the target has 98"):
+        arguments.prepare(server_args(write_tiny(tmp_path, **DFLASH2)))
 
 
 def test_dummy_weights_are_not_checked(tmp_path):

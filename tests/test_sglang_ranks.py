@@ -13,7 +13,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from dflash_plugin.budget.width import WidthPolicy
-from dflash_plugin.kernels.row_choice import row_choice_naive
+from dflash_plugin.kernels.best_logits import best_logits_naive
 from dflash_plugin.serving.head import choice_of_ranks
 from dflash_plugin.serving.hosted import Options
 from dflash_plugin.sglang import width
@@ -64,10 +64,10 @@ def serve(rank: int, folder: Path) -> None:
         hidden = torch.randn(BATCH * (BLOCK - 1), HIDDEN, generator=common)
         # As sums of other orders would leave it.
         seen = hidden + 1e-6 * torch.randn(hidden.shape, generator=own)
-        shard = row_choice_naive(seen @ weight[first : first + rows].T)
+        shard = best_logits_naive(seen @ weight[first : first + rows].T, 1)
         shard = shard._replace(tokens=shard.tokens + first)
         choice = choice_of_ranks(shard, gather)
-        widths.chances.predict(choice)
+        widths.chances.predict(choice.logits[:, 0], choice.log_sum_exp)
         committed = torch.randint(1, BLOCK, (BATCH,), dtype=torch.int32, generator=common)
         batch = SimpleNamespace(reqs=[None] * BATCH, return_logprob=False)
         with widths.verifying(worker, batch):
@@ -84,8 +84,8 @@ def serve(rank: int, folder: Path) -> None:
             *chances.model.state,
         ]
         made["same"].append([part.clone() for part in same])
-        made["alone"].append(row_choice_naive(seen @ weight.T))
-        made["whole"].append(row_choice_naive(hidden @ weight.T))
+        made["alone"].append(best_logits_naive(seen @ weight.T, 1))
+        made["whole"].append(best_logits_naive(hidden @ weight.T, 1))
     torch.save({**made, "wanted": wanted, "counts": policy.counts()}, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 

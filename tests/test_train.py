@@ -35,9 +35,12 @@ from dflash_plugin.train.sequences import SequenceSet, batches, collate
 from dflash_plugin.train.trainer import TrainConfig, Trainer
 from dflash_plugin.transformers import Engine, Request, load_target
 from dflash_plugin.transformers.store import StaticStore
-from tiny import VOCABULARY, tiny_config, tiny_drafter, tiny_target, write_target
+from tiny import DFLASH2, VOCABULARY, tiny_config, tiny_drafter, tiny_target, write_target
 
 CPU = torch.device("cpu")
+# Settings that add DFlash 2's parts in ``tiny.DFLASH2``'s sizes.
+PARTS = {"dflash2": True, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 5}
+KINDS = pytest.mark.parametrize("parts", [{}, PARTS], ids=["dflash", "dflash2"])
 
 
 def sequences_of(target, count: int = 24, new_tokens: int = 20) -> SequenceSet:
@@ -127,6 +130,7 @@ def test_anchors_are_distinct_places_of_the_response_with_a_token_after_them():
         {"layers": (LayerAttention(sliding_window=5, causal=True), LayerAttention())},
         {"layers": (LayerAttention(sliding_window=4),), "window_from": "anchor"},
         {"sample_from_anchor": True},
+        DFLASH2,
     ],
 )
 def test_a_packed_block_is_the_block_that_the_engine_drafts(changes):
@@ -214,9 +218,10 @@ def test_cached_features_are_the_online_ones(tmp_path):
         CachedFeatures(tmp_path, sequences.select(torch.arange(3)), (0, 2))
 
 
-def test_training_learns_and_its_estimate_is_what_the_engine_gets(tmp_path):
+@KINDS
+def test_training_learns_and_its_estimate_is_what_the_engine_gets(parts, tmp_path):
     target = tiny_target()
-    trainer = trainer_of(target, tmp_path, steps=150, eval_every=150, save_every=1000)
+    trainer = trainer_of(target, tmp_path, steps=150, eval_every=150, save_every=1000, **parts)
     records = []
     trainer.run(records.append)
     assert [record["step"] for record in records] == list(range(1, 151))
@@ -234,9 +239,10 @@ def test_training_learns_and_its_estimate_is_what_the_engine_gets(tmp_path):
     assert pooled_tau(engine.generate(requests)) == pytest.approx(estimate["tau"])
 
 
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
+@KINDS
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(parts, tmp_path):
     target = tiny_target()
-    whole = trainer_of(target, tmp_path / "whole")
+    whole = trainer_of(target, tmp_path / "whole", **parts)
     whole.run()
 
     class Killed(Exception):
@@ -247,15 +253,15 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        trainer_of(target, tmp_path / "killed").run(kill)
-    resumed = trainer_of(target, tmp_path / "killed")
+        trainer_of(target, tmp_path / "killed", **parts).run(kill)
+    resumed = trainer_of(target, tmp_path / "killed", **parts)
     steps = []
     resumed.run(lambda record: steps.append(record["step"]))
     assert steps == list(range(6, 13))
     for ours, theirs in zip(resumed.drafter.parameters(), whole.drafter.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     with pytest.raises(DFlashError, match="made with another config"):
-        trainer_of(target, tmp_path / "killed", learning_rate=1e-3).run()
+        trainer_of(target, tmp_path / "killed", learning_rate=1e-3, **parts).run()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -362,7 +368,8 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path):
 
 def test_two_processes_train_one_drafter(tmp_path):
     target = write_target(tmp_path / "target")
-    facts = run(command(target, tmp_path / "out", "--steps", "20", "--cache-features", processes=2))
+    options = "--steps 20 --cache-features --dflash2 --selector-rank 4 --selector-top-k 6"
+    facts = run(command(target, tmp_path / "out", *options.split(), processes=2))
     assert facts["processes"] == 2
     assert facts["anchors"] == 20 * 4 * 4 * 2
     assert (tmp_path / "out" / "known_answer.json").is_file()

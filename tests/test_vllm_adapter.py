@@ -18,7 +18,8 @@ from dflash_plugin.serving.hosted import Hosted, Options
 from dflash_plugin.vllm import arguments, compat, metrics, plugin
 from dflash_plugin.vllm.cpu import expand_kernel, without_empty_rows
 from dflash_plugin.vllm.options import hosted, read_options
-from tiny import tiny_config, write_tiny
+from dflash_plugin.vllm.proposals import Proposals
+from tiny import DFLASH2, tiny_config, write_tiny
 
 TARGET = SimpleNamespace(
     get_hidden_size=lambda: 32,
@@ -100,6 +101,40 @@ def test_position_range_follows_the_target(tmp_path):
 def test_number_of_drafts_is_checked_against_the_block(tmp_path, asked):
     with pytest.raises(DFlashError, match=rf"is {asked} but a block of 4 drafts 3"):
         prepared(tmp_path, spec_tokens=asked)
+
+
+def test_a_dflash2_drafter_is_staged_under_our_architecture(tmp_path):
+    """vLLM takes it for a DFlash drafter, and so its own DFlash 2 never gets it."""
+    args, staged = prepared(tmp_path, changes=DFLASH2)
+    assert args.speculative_config["method"] == "dflash"
+    assert staged["architectures"] == [plugin.ARCHITECTURE]
+    assert set(staged["dflash_config"]) == {"mask_token_id", "target_layer_ids"}
+    assert staged["dflash_plugin"]["config"]["selector"] == DFLASH2["selector"].model_dump()
+
+
+def test_a_target_with_more_tokens_than_the_codebooks_is_refused(tmp_path):
+    with pytest.raises(DFlashError, match="selector knows 90 tokens but the target has 97"):
+        prepared(tmp_path, changes={**DFLASH2, "vocab_size": 90})
+
+
+def test_proposals_are_those_of_the_last_pass():
+    """Requests stand in any order; padding behind them writes to none."""
+    proposals = Proposals((3, 2, 10), 2, torch.device("cpu"))
+    places = torch.tensor([0, 1, 0, 1], dtype=torch.int32)
+    scores = torch.arange(8.0).view(4, 2)
+    first = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])
+    proposals.write(first, scores, torch.tensor([2, 2, 0, 0]), places)
+    second = torch.tensor([[2, 9], [0, 3], [5, 6], [7, 8]])
+    proposals.write(second, scores + 10, torch.tensor([2, 2, -1, -1]), places)
+    expected = torch.full((3, 2, 10), float("-inf"))
+    for request, place, tokens, values in (
+        (2, 0, [2, 9], [10.0, 11.0]),
+        (2, 1, [0, 3], [12.0, 13.0]),
+        (0, 0, [5, 6], [4.0, 5.0]),
+        (0, 1, [7, 8], [6.0, 7.0]),
+    ):
+        expected[request, place, tokens] = torch.tensor(values)
+    assert torch.equal(proposals.logits, expected)
 
 
 def test_fewer_drafts_may_be_asked_for(tmp_path):

@@ -15,7 +15,13 @@ from transformers import (
 )
 
 from dflash_plugin.checkpoint import expected_tensors, save_checkpoint
-from dflash_plugin.config import Dialect, DrafterConfig, LayerAttention
+from dflash_plugin.config import (
+    ConvolutionConfig,
+    Dialect,
+    DrafterConfig,
+    LayerAttention,
+    SelectorConfig,
+)
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.transformers.loading import bind_drafter
 
@@ -40,6 +46,11 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+}
+# What makes a tiny drafter DFlash 2.
+DFLASH2: dict[str, Any] = {
+    "convolution": ConvolutionConfig(kernel_size=2, group_size=8),
+    "selector": SelectorConfig(rank=6, top_k=5),
 }
 
 
@@ -86,7 +97,9 @@ def tiny_tensors(config: DrafterConfig, seed: int = 0) -> dict[str, torch.Tensor
         elif "norm" in name:
             tensors[name] = 1 + 0.1 * torch.randn(shape, generator=generator, device="cpu")
         else:
-            tensors[name] = 0.2 * torch.randn(shape, generator=generator, device="cpu")
+            # Wide enough that the token before decides between candidates.
+            width = 1.0 if "codebook" in name else 0.2
+            tensors[name] = width * torch.randn(shape, generator=generator, device="cpu")
     return tensors
 
 

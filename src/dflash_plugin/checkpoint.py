@@ -33,6 +33,8 @@ _RENAMED = (
     (re.compile(r"^encoder\.output_norm_enc\."), "hidden_norm."),
     (re.compile(r"^midlayer\."), "layers.0."),
     (re.compile(r"\.self_attn\.sinks$"), ".self_attn.attention_sink_bias"),
+    # As the module of PyPI dflash has it; z-lab's files do not.
+    (re.compile(r"^(candidate_selector\.\w+_codebook)\.weight$"), r"\1"),
 )
 
 
@@ -84,6 +86,17 @@ def expected_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{layer}.self_attn.k_norm.weight"] = (dim,)
         if config.attention_sinks:
             shapes[f"{layer}.self_attn.attention_sink_bias"] = (config.num_attention_heads,)
+        if config.convolution is not None:
+            taps = config.convolution.kernel_size
+            rows = 2 * taps * (hidden // config.convolution.group_size)
+            for name in ("attention_conv", "mlp_conv"):
+                shapes[f"{layer}.{name}.base_kernel"] = (2, taps, hidden)
+                shapes[f"{layer}.{name}.kernel_projection.weight"] = (rows, hidden)
+    if config.selector is not None:
+        rank = config.selector.rank
+        shapes["candidate_selector.predecessor_codebook"] = (config.vocab_size, rank)
+        shapes["candidate_selector.successor_codebook"] = (config.vocab_size, rank)
+        shapes["candidate_selector.hidden_projection.weight"] = (rank, hidden)
     if config.own_embedding:
         shapes["embed_tokens.weight"] = (config.vocab_size, hidden)
     if config.own_head:
@@ -307,6 +320,9 @@ def _advice(name: str) -> str:
         ".bias": "check attention_bias in config.json",
         "attention_sink_bias": "check attention_sink_bias in config.json",
         "d2t": "d2t belongs to draft_vocab_size below vocab_size",
+        "_conv.": "convolutions belong to a DFlash 2 drafter, check architectures in config.json",
+        "candidate_selector.": "a selector belongs to a DFlash 2 drafter, check architectures in "
+        "config.json",
         "layers.": "check num_hidden_layers in config.json",
     }
     found = (hint for part, hint in hints.items() if part in name)

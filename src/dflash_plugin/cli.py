@@ -115,8 +115,30 @@ def train(
         Path, typer.Option(help="Where the drafter goes; work files in OUTPUT/work.")
     ],
     mask_token: Annotated[
-        int, typer.Option(help="Token id that the target never writes; stands for 'to be drafted'.")
-    ],
+        int | None,
+        typer.Option(help="Token id that the target never writes; stands for 'to be drafted'."),
+    ] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Drafter checkpoint to go on from; it decides mask token, block size, layers, "
+            "window and features."
+        ),
+    ] = None,
+    dflash2: Annotated[
+        bool, typer.Option("--dflash2", help="Add convolutions and selector.")
+    ] = False,
+    selector_rank: Annotated[int | None, typer.Option(help="256 by default.")] = None,
+    selector_top_k: Annotated[
+        int | None, typer.Option(help="Candidates per position; 16 by default.")
+    ] = None,
+    selector_weight: Annotated[
+        float | None, typer.Option(help="Of the selector's loss beside the head's; 1 by default.")
+    ] = None,
+    conv_kernel_size: Annotated[int | None, typer.Option(help="Taps; 2 by default.")] = None,
+    conv_group_size: Annotated[
+        int | None, typer.Option(help="Channels per dynamic coefficient; 16 by default.")
+    ] = None,
     prompts: Annotated[list[Path] | None, typer.Option(help="JSONL prompts; repeatable.")] = None,
     self_prompts: Annotated[int, typer.Option(help="User turns the target writes itself.")] = 0,
     openings: Annotated[
@@ -129,13 +151,15 @@ def train(
     held_out: Annotated[int, typer.Option(help="Sequences kept for measuring.")] = 128,
     generation_batch: Annotated[int, typer.Option(help="Requests that generate at once.")] = 8,
     cache_features: Annotated[bool, typer.Option(help="Keep features in shards.")] = False,
-    block_size: int = 8,
-    layers: int = 3,
-    intermediate_size: int | None = None,
+    block_size: Annotated[int | None, typer.Option(help="8 by default.")] = None,
+    layers: Annotated[int | None, typer.Option(help="3 by default.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="The target's by default.")] = None,
     target_layers: Annotated[
         str | None, typer.Option(help="Comma-separated layer ids; evenly spread by default.")
     ] = None,
-    features: Annotated[int, typer.Option(help="How many layers to read.")] = 5,
+    features: Annotated[
+        int | None, typer.Option(help="How many layers to read; 5 by default.")
+    ] = None,
     sliding_window: int | None = None,
     steps: int = 2000,
     batch_size: Annotated[int, typer.Option(help="Sequences per step and process.")] = 32,
@@ -163,6 +187,13 @@ def train(
 
     config = _validated(
         TrainConfig,
+        start_from=start_from,
+        dflash2=dflash2,
+        conv_kernel_size=conv_kernel_size,
+        conv_group_size=conv_group_size,
+        selector_rank=selector_rank,
+        selector_top_k=selector_top_k,
+        selector_weight=selector_weight,
         block_size=block_size,
         num_layers=layers,
         intermediate_size=intermediate_size,
@@ -232,11 +263,11 @@ def _layer_ids(text: str | None) -> tuple[int, ...] | None:
 
 
 def _validated(model: Any, **values: Any) -> Any:
-    """Build a pydantic model, turning its complaint into one line."""
+    """Build a pydantic model of the options given, turning its complaint into one line."""
     from pydantic import ValidationError
 
     try:
-        return model(**values)
+        return model(**{name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         name = "--" + str(first["loc"][0]).replace("_", "-")
@@ -344,17 +375,20 @@ def _replay(directory: Path, target: Path | None, fits: bool) -> None:
     replay_record(load_drafter(directory, model), model, record)
 
 
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
 def _print_report(report: Any, replayed: bool) -> None:
     console, config = Console(), report.config
     table = Table("field", "value", title=report.directory)
     for name, value in config.model_dump(exclude={"layers", "rope"}).items():
         if value is not None:
-            table.add_row(name, str(value))
+            table.add_row(name, _listed(value) if isinstance(value, dict) else str(value))
     for index, layer in enumerate(config.layers):
         window = f"window {layer.sliding_window}" if layer.sliding_window else "full"
         table.add_row(f"layer {index}", f"{window}, {'causal' if layer.causal else 'not causal'}")
-    rope = config.rope.model_dump()
-    table.add_row("rope", ", ".join(f"{name} {value}" for name, value in rope.items()))
+    table.add_row("rope", _listed(config.rope.model_dump()))
     table.add_row("parameters", f"{report.parameters:,}")
     table.add_row("speculative tokens", str(report.num_draft_tokens))
     answers = f"{report.known_answers}" + (" (replayed: all equal)" if replayed else "")

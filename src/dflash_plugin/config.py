@@ -73,6 +73,34 @@ class RopeConfig(BaseModel):
         return self
 
 
+class ConvolutionConfig(BaseModel):
+    """The convolutions of a DFlash 2 drafter's sublayers, see ``convolution``.
+
+    Attributes:
+        kernel_size: taps, that of the row itself among them.
+        group_size: channels that share one dynamic coefficient a tap.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kernel_size: int = Field(gt=0)
+    group_size: int = Field(gt=0)
+
+
+class SelectorConfig(BaseModel):
+    """The candidate selector of a DFlash 2 drafter, see ``selector``.
+
+    Attributes:
+        rank: width of a token's codebook rows.
+        top_k: candidates a position.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(gt=0)
+    top_k: int = Field(ge=2)
+
+
 class DrafterConfig(BaseModel):
     """A drafter, validated; every dialect reads into this and writes from it.
 
@@ -101,6 +129,7 @@ class DrafterConfig(BaseModel):
         own_mask_embedding: the checkpoint carries a vector that replaces the mask's embedding.
         embedding_scale: factor on the input embeddings.
         logit_scale, logit_softcap: ``softcap * tanh(scale * logits / softcap)``.
+        convolution, selector: what makes a drafter DFlash 2; both or neither.
         dtype: torch dtype name of the weights.
     """
 
@@ -139,6 +168,8 @@ class DrafterConfig(BaseModel):
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    convolution: ConvolutionConfig | None = None
+    selector: SelectorConfig | None = None
     dtype: str = "bfloat16"
 
     @model_validator(mode="after")
@@ -166,6 +197,7 @@ class DrafterConfig(BaseModel):
         )
         self._check_vocabulary()
         self._check_target_layers()
+        self._check_dflash2()
         for name in ("embedding_scale", "logit_scale", "attention_value_scale", "logit_softcap"):
             value = getattr(self, name)
             _require(
@@ -210,6 +242,41 @@ class DrafterConfig(BaseModel):
                 f"{self.num_target_layers}, so ids end at {(self.num_target_layers or 0) - 1}",
             )
 
+    def _check_dflash2(self) -> None:
+        convolution, selector = self.convolution, self.selector
+        _require(
+            (convolution is None) == (selector is None),
+            f"convolution is {convolution!r} and selector is {selector!r}: a DFlash 2 drafter has "
+            "both, a DFlash drafter neither",
+        )
+        if convolution is None or selector is None:
+            return
+        _require(
+            self.hidden_size % convolution.group_size == 0,
+            f"conv_group_size is {convolution.group_size}, which does not divide hidden_size "
+            f"{self.hidden_size}: correct one of them",
+        )
+        _require(
+            convolution.kernel_size <= self.block_size,
+            f"conv_kernel_size is {convolution.kernel_size}, more than block_size "
+            f"{self.block_size}: correct one of them",
+        )
+        _require(
+            selector.top_k <= self.vocab_size,
+            f"selector_top_k is {selector.top_k}, more than vocab_size {self.vocab_size}: correct "
+            "one of them",
+        )
+        _require(
+            self.draft_vocab_size is None,
+            f"draft_vocab_size is {self.draft_vocab_size}, but the selector of a DFlash 2 drafter "
+            "chooses among all of the target's tokens: leave draft_vocab_size out",
+        )
+        _require(
+            not self.sample_from_anchor,
+            "sample_from_anchor is true, but a DFlash 2 drafter drafts from its mask rows alone: "
+            "leave sample_from_anchor out",
+        )
+
     def require_target(self, hidden_size: int, num_layers: int, embedding_rows: int) -> None:
         """Check the drafter against a target's sizes.
 
@@ -231,6 +298,11 @@ class DrafterConfig(BaseModel):
             raise DFlashError(
                 f"mask_token_id {self.mask_token_id} is outside the target's embedding of "
                 f"{embedding_rows} rows: use the drafter made for this target"
+            )
+        if self.selector is not None and embedding_rows > self.vocab_size:
+            raise DFlashError(
+                f"the drafter's selector knows {self.vocab_size} tokens but the target has "
+                f"{embedding_rows}: use the drafter made for this target"
             )
 
     @property

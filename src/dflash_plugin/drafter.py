@@ -1,9 +1,9 @@
 """The DFlash drafter: a block-diffusion draft model that reads its target through KV injection.
 
 Source: Chen, Liang, Liu, "DFlash: Block Diffusion for Flash Speculative Decoding"
-(arXiv 2602.06036), sections 3 and 4; tensor names and arithmetic follow ``DFlashDraftModel`` of
-PyPI dflash 0.1.0. The modules take linears, attention and key/value store from a ``Host``, so an
-engine can lend its sharded linears and paged cache to the same drafter.
+(arXiv 2602.06036), sections 3 and 4; tensor names and arithmetic follow ``DFlashDraftModel`` and
+``DFlash2DraftModel`` of PyPI dflash 0.1.0. The modules take linears, attention and key/value store
+from a ``Host``, so an engine can lend its sharded linears and paged cache to the same drafter.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from transformers.activations import ACT2FN
 
 from dflash_plugin.checkpoint import Checkpoint
 from dflash_plugin.config import DrafterConfig
+from dflash_plugin.convolution import DynamicConvolution
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.rope import RotaryEmbedding
+from dflash_plugin.sampling import SamplingTensors, Stream, probabilities, sample, uniforms
+from dflash_plugin.selector import CandidateSelector, Proposal
 
 # A CPU multiplies 8 rows by a head twice as fast as 7.
 CPU_ROWS = 8
@@ -218,7 +221,10 @@ class DraftMLP(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """Pre-norm attention and MLP with residuals."""
+    """Pre-norm attention and MLP with residuals, each within a convolution in DFlash 2."""
+
+    attention_conv: DynamicConvolution | None
+    mlp_conv: DynamicConvolution | None
 
     def __init__(self, config: DrafterConfig, index: int, host: Host) -> None:
         super().__init__()
@@ -227,6 +233,11 @@ class DraftLayer(nn.Module):
         self.attention = DraftAttention(config, index, host)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
         self.mlp = DraftMLP(config, index, host)
+        self.attention_conv = self.mlp_conv = None
+        if config.convolution is not None:
+            name = f"layers.{index}"
+            self.attention_conv = DynamicConvolution(config, host, f"{name}.attention_conv")
+            self.mlp_conv = DynamicConvolution(config, host, f"{name}.mlp_conv")
 
     def forward(
         self,
@@ -234,11 +245,24 @@ class DraftLayer(nn.Module):
         rotary: RotaryEmbedding,
         tables: tuple[Tensor, Tensor],
         attend: Attend,
+        block_size: int,
     ) -> Tensor:
-        """One layer over block rows [B, T, hidden]."""
-        x = x + self.attention(self.attention_norm(x), rotary, tables, attend)
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
-        return out
+        """One layer over block rows [..., T, hidden]."""
+
+        def attention(rows: Tensor) -> Tensor:
+            return cast(Tensor, self.attention(rows, rotary, tables, attend))
+
+        x = x + _within(self.attention_conv, self.attention_norm(x), attention, block_size)
+        return x + _within(self.mlp_conv, self.mlp_norm(x), self.mlp, block_size)
+
+
+def _within(
+    convolution: DynamicConvolution | None,
+    x: Tensor,
+    sublayer: Callable[[Tensor], Tensor],
+    block_size: int,
+) -> Tensor:
+    return sublayer(x) if convolution is None else convolution(x, sublayer, block_size)
 
 
 class Drafter(nn.Module):
@@ -284,6 +308,7 @@ class Drafter(nn.Module):
             if config.draft_vocab_size
             else None,
         )
+        self.candidate_selector = CandidateSelector(config, host) if config.selector else None
         self._target_embedding: list[Callable[[Tensor], Tensor]] = []
         self._target_head: list[nn.Module] = []
         self.store: ContextStore | None = None
@@ -383,12 +408,25 @@ class Drafter(nn.Module):
         """Attention sinks [heads] of a layer, if it has them."""
         return self.attentions()[layer].sinks
 
-    def run_block(self, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [B, T, hidden] of block rows at ``positions`` int64 [B, T], normed."""
+    def run_block(
+        self, embedded: Tensor, positions: Tensor, attend: Attend, block_size: int | None = None
+    ) -> Tensor:
+        """Hidden states of block rows, normed.
+
+        Args:
+            embedded: [..., T, hidden], blocks one after the other.
+            positions: int64 [..., T].
+            attend: attention over the context and each row's own block.
+            block_size: rows of a block, where they are not the configuration's.
+
+        Returns:
+            [..., T, hidden].
+        """
+        size = block_size or self.config.block_size
         tables = self.rotary.tables(positions, embedded.dtype)
         hidden = embedded
         for layer in self.layers:
-            hidden = layer(hidden, self.rotary, tables, attend)
+            hidden = layer(hidden, self.rotary, tables, attend, size)
         out: Tensor = self.norm(hidden)
         return out
 
@@ -411,6 +449,39 @@ class Drafter(nn.Module):
             self.embed(tokens), positions[:, None] + offsets, self.store.block(positions, size)
         )
         return hidden[:, size - self.config.num_draft_tokens :]
+
+    def propose(
+        self,
+        hidden: Tensor,
+        anchors: Tensor,
+        positions: Tensor,
+        sampling: SamplingTensors | None = None,
+    ) -> Proposal:
+        """Choose or draw the drafts of each block.
+
+        Args:
+            hidden: [B, K, hidden], from ``draft``.
+            anchors: int64 [B], the blocks' anchors.
+            positions: int64 [B], their positions, which key the noise of draws.
+            sampling: of the B requests; None chooses the best everywhere. A selector draws at their
+                temperature alone.
+        """
+        logits = self.logits(hidden)
+        u = None
+        if sampling is not None:
+            offsets = torch.arange(1, hidden.shape[1] + 1, device=positions.device)
+            u = uniforms(sampling.seed, positions[:, None] + offsets, Stream.DRAFT)
+        if self.candidate_selector is not None:
+            best = logits.topk(self.candidate_selector.top_k, dim=-1)
+            temperature = None if sampling is None else sampling.temperature
+            path: Proposal = self.candidate_selector(
+                best.indices, best.values, hidden, anchors, temperature, u
+            )
+            return path
+        if sampling is None or u is None:
+            return Proposal(self.token_ids(logits.argmax(dim=-1)), logits)
+        probs = probabilities(logits, sampling)
+        return Proposal(self.token_ids(sample(probs, u)), logits, probs)
 
     def plain_head(self) -> Tensor | None:
         """The head's weight where logits are its product with hidden states and nothing else."""
@@ -448,12 +519,23 @@ class Drafter(nn.Module):
         """The target's ids of draft-vocabulary ids int64 [...]."""
         return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
 
-    def target_probabilities(self, probabilities: Tensor, vocab_size: int) -> Tensor:
-        """Spread draft probabilities [..., draft vocabulary] over the target's vocabulary."""
-        if self.d2t is None and probabilities.shape[-1] == vocab_size:
+    def target_probabilities(
+        self, probabilities: Tensor, vocab_size: int, candidates: Tensor | None = None
+    ) -> Tensor:
+        """Spread draft probabilities over the target's vocabulary.
+
+        Args:
+            probabilities: [..., C].
+            vocab_size: of the target.
+            candidates: int64 [..., C], the tokens they are of; None stands for the draft
+                vocabulary.
+        """
+        if candidates is None and self.d2t is None and probabilities.shape[-1] == vocab_size:
             return probabilities
-        columns = torch.arange(probabilities.shape[-1], device=probabilities.device)
         full = probabilities.new_zeros(*probabilities.shape[:-1], vocab_size)
+        if candidates is not None:
+            return full.scatter_(-1, candidates, probabilities)
+        columns = torch.arange(probabilities.shape[-1], device=probabilities.device)
         return full.index_copy_(-1, self.token_ids(columns), probabilities)
 
     def load_canonical(self, tensors: dict[str, Tensor]) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflash_plugin import kernels
+from dflash_plugin.convolution import DynamicConvolution
 from dflash_plugin.drafter import Drafter, TorchQKV
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.selector import CandidateSelector
 
 FP8 = torch.float8_e4m3fn
 # The library's product takes multiples of this.
@@ -210,8 +212,8 @@ class Fp8QKV(Fp8Linear):
 def quantise_drafter(drafter: Drafter) -> None:
     """Give every linear of a drafter on torch's modules an FP8 weight, its head included.
 
-    A head that it borrows is copied; the target keeps its own. Such a drafter cannot be trained or
-    saved.
+    The small projections of convolutions and selector stay as they are. A head that it borrows is
+    copied; the target keeps its own. Such a drafter cannot be trained or saved.
 
     Args:
         drafter: bound to its target.
@@ -224,6 +226,8 @@ def quantise_drafter(drafter: Drafter) -> None:
     if drafter.own_head is None and isinstance(head, nn.Linear):
         drafter.replace_borrowed_head(Fp8Linear(head))
     for parent in list(drafter.modules()):
+        if isinstance(parent, DynamicConvolution | CandidateSelector):
+            continue
         for name, child in list(parent.named_children()):
             if isinstance(child, TorchQKV):
                 setattr(parent, name, Fp8QKV(child))

@@ -28,7 +28,8 @@ class KnownAnswer(BaseModel):
         prompt: token ids whose features are the context.
         anchor: the target's greedy token after the prompt.
         drafts: the drafter's greedy tokens after the anchor, [num_draft_tokens].
-        margins: logit of each draft less the runner-up's, [num_draft_tokens].
+        margins: score of each draft (its logit, or a selector's) less the runner-up's,
+            [num_draft_tokens].
         hidden: the first values of the first and the last drafting row, after the final norm.
     """
 
@@ -74,16 +75,17 @@ def answer(drafter: Drafter, target: PreTrainedModel, prompt: Sequence[int]) -> 
     )
     try:
         drafter.inject(features, torch.arange(length, device=device)[None])
-        hidden = drafter.draft(anchor, torch.full_like(anchor, length))
+        position = torch.full_like(anchor, length)
+        hidden = drafter.draft(anchor, position)
     finally:
         drafter.store = kept
-    logits = drafter.logits(hidden)[0].float()
-    best = logits.topk(2, dim=-1)
+    proposal = drafter.propose(hidden, anchor, position)
+    best = proposal.scores[0].float().topk(2, dim=-1).values
     return KnownAnswer(
         prompt=list(prompt),
         anchor=int(anchor),
-        drafts=drafter.token_ids(best.indices[:, 0]).tolist(),
-        margins=[round(float(m), 4) for m in best.values[:, 0] - best.values[:, 1]],
+        drafts=proposal.tokens[0].tolist(),
+        margins=[round(float(m), 4) for m in best[:, 0] - best[:, 1]],
         hidden=[
             [round(float(value), 4) for value in hidden[0, row, :HIDDEN_VALUES]] for row in (0, -1)
         ],
@@ -116,7 +118,8 @@ def replay(
                 f"known answer {number}: the target continues with token {found.anchor} instead of "
                 f"{expected.anchor}: this is not the target that the drafter was made for"
             )
-        differences = differing(expected, found.drafts, min_margin)
+        walked = drafter.candidate_selector is not None
+        _, differences = compare(expected, found.drafts, min_margin, walked=walked)
         if differences:
             raise DFlashError(describe(number, expected, found.drafts, differences[0]))
         if hidden_tolerance is None:
@@ -129,14 +132,27 @@ def replay(
             )
 
 
-def differing(expected: KnownAnswer, drafts: Sequence[int], min_margin: float) -> list[int]:
-    """Positions, from 0, of drafts that differ though a margin of ``min_margin`` decided them."""
+def compare(
+    expected: KnownAnswer, drafts: Sequence[int], min_margin: float, *, walked: bool
+) -> tuple[int, list[int]]:
+    """How many drafts count, and the positions, from 0, of those that differ.
+
+    Args:
+        expected: what the float32 core drafted.
+        drafts: to be compared with it.
+        min_margin: a draft counts if at least so much decided it.
+        walked: each draft follows from the one before it, as a selector's do; what lies behind one
+            that differs then says nothing.
+    """
+    counted, differences = 0, []
     rows = zip(drafts, expected.drafts, expected.margins, strict=True)
-    return [
-        position
-        for position, (got, wanted, margin) in enumerate(rows)
-        if got != wanted and margin >= min_margin
-    ]
+    for position, (got, wanted, margin) in enumerate(rows):
+        counted += margin >= min_margin
+        if got != wanted and margin >= min_margin:
+            differences.append(position)
+        if got != wanted and walked:
+            break
+    return counted, differences
 
 
 def describe(number: int, expected: KnownAnswer, drafts: Sequence[int], position: int) -> str:

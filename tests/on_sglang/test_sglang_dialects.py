@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from dflash_plugin.known_answer import KnownAnswers, answer, save_record
 from dflash_plugin.transformers.loading import load_drafter
 from distribution import check_distribution, continuations
+from tiny import DFLASH2, tiny_target, write_target, write_tiny
 from tiny import ENGINE_SIZES as SIZES
-from tiny import tiny_target, write_target, write_tiny
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53]]
 WINDOW = {"sliding_window": 8}
@@ -52,12 +52,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "sinks, causal": {"attention_sinks": True, "layers": ({"causal": True}, {"causal": True})},
     "windows": {"layers": (WINDOW, WINDOW)},
     "mixed windows and causality": {"layers": ({**WINDOW, "causal": True}, {})},
+    "DFlash 2": {**DFLASH2, "logit_softcap": 5.0, "logit_scale": 0.5},
 }
 
 
 FP8: list[dict[str, Any]] = [
     {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
     {"draft_vocab_size": 24, "own_head": True},
+    DFLASH2,
 ]
 
 
@@ -107,11 +109,18 @@ def test_drafts_and_text_equal_the_core(pair, schedulers, tmp_path, kind):
         assert blocks[0] == [expected.anchor, *drafts]
 
 
-@pytest.mark.parametrize("weights", ["checkpoint", "fp8"])
-def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path, weights):
+@pytest.mark.parametrize(
+    ("weights", "kind"),
+    [
+        ("checkpoint", "reduced vocabulary"),
+        ("fp8", "reduced vocabulary"),
+        ("fp8", "DFlash 2"),
+    ],
+)
+def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path, weights, kind):
     """All that runs on a GPU: injection, block pass, head, and the attention of both models."""
     target, directory = pair
-    kinds = {**KINDS["reduced vocabulary"], **KINDS["mixed windows and causality"]}
+    kinds = {**KINDS[kind], **KINDS["mixed windows and causality"]}
     sizes = {**SIZES, "target_hidden_size": 64, "intermediate_size": 48}
     checkpoint = write_tiny(tmp_path, **{**sizes, **kinds})
     drafter = load_drafter(checkpoint, target, weights=weights)
@@ -127,12 +136,32 @@ def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path
     assert made["counts"] == {"blocks": 6 * passes, "blocks_natively": 0, "heads": passes}
 
 
+def test_a_shorter_block_is_the_cores(pair, schedulers, tmp_path):
+    """Convolutions and path end where the block does that the server asks for."""
+    target, directory = pair
+    whole, short = (
+        write_tiny(tmp_path / str(size), **SIZES, target_hidden_size=64, block_size=size, **DFLASH2)
+        for size in (4, 3)
+    )
+    made = schedulers.run(
+        directory, whole, PROMPTS, settings={"speculative_num_draft_tokens": 3},
+        temperature=0.0, max_new_tokens=16, ignore_eos=True,
+    )  # fmt: skip
+    drafter = load_drafter(short, target)
+    for prompt, texts, blocks in zip(PROMPTS, made["texts"], made["blocks"], strict=True):
+        assert texts == [alone(target, prompt, 16)]
+        expected = answer(drafter, target, prompt)
+        assert min(expected.margins) > 1e-3
+        assert blocks[0] == [expected.anchor, *expected.drafts]
+
+
 @pytest.mark.parametrize(
     ("kind", "turns"),
     [
         ("reduced vocabulary", [4, 3, 1, 2]),
         ("anchor drafts, layers unsorted", [1, 1, 1, 4]),
         ("mixed windows and causality", [1]),
+        ("DFlash 2", [4, 3, 1, 2]),
     ],
 )
 def test_passes_of_fewer_rows_write_and_draft_the_same(pair, schedulers, tmp_path, kind, turns):
@@ -178,10 +207,11 @@ def test_penalties_do_not_depend_on_what_is_verified(pair, schedulers, tmp_path)
     assert cut[0][0] != alone(target, PROMPTS[0], 16)
 
 
-def test_kernels_draw_what_the_core_does(pair, schedulers, interpreted, tmp_path):
+@pytest.mark.parametrize("changes", [{}, DFLASH2], ids=["DFlash", "DFlash 2"])
+def test_kernels_draw_what_the_core_does(pair, schedulers, interpreted, tmp_path, changes):
     """The same seeds give the same text, by the kernels and by torch, in parts of blocks."""
     target, directory = pair
-    checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
+    checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64, **changes)
     texts = [
         running.run(
             directory, checkpoint, PROMPTS[:1], copies=2, temperature=1.3, max_new_tokens=6,
@@ -193,7 +223,7 @@ def test_kernels_draw_what_the_core_does(pair, schedulers, interpreted, tmp_path
     assert texts[0][0][0] != alone(target, PROMPTS[0], 6)
 
 
-@pytest.mark.parametrize("changes", FP8, ids=["borrowed head", "own head"])
+@pytest.mark.parametrize("changes", FP8, ids=["borrowed head", "own head", "DFlash 2"])
 def test_fp8_weights_draft_what_the_core_does_with_them(pair, schedulers, tmp_path, changes):
     target, directory = pair
     checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **changes})
@@ -210,15 +240,20 @@ def test_fp8_weights_draft_what_the_core_does_with_them(pair, schedulers, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("draft_sampling", "turns"),
-    [("greedy", None), ("probabilistic", None), ("probabilistic", [3, 1, 4, 2])],
+    ("draft_sampling", "turns", "changes"),
+    [
+        ("greedy", None, {}),
+        ("probabilistic", None, {}),
+        ("probabilistic", [3, 1, 4, 2], {}),
+        ("probabilistic", [3, 1, 4, 2], DFLASH2),
+    ],
 )
 def test_sampled_text_has_the_targets_distribution(
-    pair, schedulers, tmp_path, draft_sampling, turns
+    pair, schedulers, tmp_path, draft_sampling, turns, changes
 ):
     """χ² at temperature 1 over the whole vocabulary; a drafter with no idea still loses nothing."""
     target, directory = pair
-    checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
+    checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64, **changes)
     samples = 1500
     expected = continuations(target, PROMPTS[0], 3, best=5, cut=False)
     made = schedulers.run(

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dflash_plugin.sglang.worker import Worker
+from dflash_plugin.sampling import SamplingParams, SamplingTensors
+from dflash_plugin.serving.head import Candidates, noise_of_walks
+from dflash_plugin.sglang.worker import DraftGraphHead, Step, Worker
+from tiny import DFLASH2, tiny_drafter, tiny_target
 
 
 class Drafter:
@@ -75,3 +78,46 @@ def test_graphs_without_features_inject_nothing(worker):
     worker.in_graph = True
     append(worker, torch.tensor([3, 1], dtype=torch.int32))
     assert len(worker.draft_model.injected) == 2
+
+
+class Selecting:
+    """A model with a selector."""
+
+    def __init__(self) -> None:
+        self.drafter = tiny_drafter(tiny_target(), **DFLASH2).requires_grad_(False)
+
+    def candidates(self, hidden: torch.Tensor) -> Candidates:
+        best = self.drafter.logits(hidden).topk(self.drafter.config.selector.top_k)
+        return Candidates(best.indices, best.values)
+
+
+def test_drafts_of_a_captured_pass_are_walked_through_its_candidates():
+    """Chosen in the graph; drawn behind it, for those of its requests that are there."""
+    model = Selecting()
+    worker = Worker.__new__(Worker)
+    worker._draft_worker = SimpleNamespace()
+    worker.draft_model, worker.device, worker.step = model, "cpu", None
+    worker.block_size, worker.vocab_size = 4, 97
+    options = SimpleNamespace(draft_sampling="probabilistic")
+    worker.info = SimpleNamespace(config=model.drafter.config, options=options)
+    torch.manual_seed(0)
+    head = DraftGraphHead(worker, 3)
+    hidden, ids = torch.randn(3, 4, 32), torch.randint(97, (3, 4))
+    head(hidden.flatten(0, 1), ids.flatten())
+    rows, anchors, places = hidden[:, 1:], ids[:, 0], torch.tensor([9, 20, 30])
+    chosen = model.drafter.propose(rows, anchors, places)
+    assert head.out.view(-1, 3)[:3].tolist() == chosen.tokens.tolist()
+    params = [SamplingParams(3.0, seed=5), SamplingParams()]
+    sampling = SamplingTensors.build(params, torch.device("cpu"))
+    worker.step = Step(SimpleNamespace(reqs=[None, None]), places[:2], sampling)
+    best = model.drafter.logits(rows[:2]).topk(5)
+    u = noise_of_walks(sampling.seed, places[:2], 3)
+    drawn = model.drafter.candidate_selector(
+        best.indices, best.values, rows[:2], anchors[:2], sampling.temperature, u
+    )
+    assert head.out.view(2, 3).tolist() == drawn.tokens.tolist()
+    assert drawn.tokens[0].tolist() != chosen.tokens[0].tolist()
+    probs = worker.step.draft_probs
+    assert probs is not None
+    torch.testing.assert_close(probs.gather(-1, drawn.candidates), drawn.probs)
+    torch.testing.assert_close(probs.sum(-1), torch.ones(2, 3))

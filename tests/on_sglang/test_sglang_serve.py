@@ -19,13 +19,17 @@ from sglang_server import ENVIRONMENT, Server, command, dflash, serving, tokens
 from typer.testing import CliRunner
 
 from core_drafts import core_drafts
+from dflash_plugin import known_answer
 from dflash_plugin.bench.record import read_record
 from dflash_plugin.cli import app
 from dflash_plugin.evaluate import acceptance_by_position
+from dflash_plugin.known_answer import KnownAnswers, save_record
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.sglang import compat
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
 from distribution import check_distribution, continuations
+from tiny import DFLASH2, tiny_target, write_target, write_tiny
+from tiny import ENGINE_SIZES as SIZES
 
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
@@ -136,6 +140,38 @@ def test_greedy_text_with_as_many_drafts_as_pay(
         assert 0 < steps <= learnt["steps"][str(rows)]
     assert 0 < counted["dflash:saved_drafts_total"] <= learnt["drafts_saved"]
     assert counted["dflash:verified_drafts_total"] < counted["dflash:proposed_drafts_total"]
+
+
+@pytest.mark.versions
+def test_a_dflash2_drafter(tmp_path):
+    """Overlapped; the server does not start unless every known answer agrees."""
+    directory = write_target(tmp_path / "target")
+    target = tiny_target(**SIZES)
+    target.save_pretrained(directory)
+    checkpoint = write_tiny(tmp_path / "drafter", **SIZES, target_hidden_size=64, **DFLASH2)
+    drafter = load_drafter(checkpoint, target)
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [50, 51, 52, 53], [7, 8, 9]]
+    known = [known_answer.answer(drafter, target, prompt) for prompt in prompts]
+    save_record(checkpoint, KnownAnswers(answers=known))
+    alone = [
+        target.generate(
+            torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]  # fmt: skip
+    log = tmp_path / "log"
+    with serving(log, directory, *dflash(checkpoint)) as server:
+        assert "the drafter's 3 known answers agree" in log.read_text()
+        params = {"max_new_tokens": 16, "ignore_eos": True}
+        assert tokens(server.batch(prompts, **params)) == alone
+        drawn = {"temperature": 1.0, "sampling_seed": 3, **params}
+        first = server.generate(prompts[0], **drawn)["output_ids"]
+        with ThreadPoolExecutor(2) as pool:
+            other = pool.submit(server.generate, prompts[1], **params)
+            assert server.generate(prompts[0], **drawn)["output_ids"] == first
+            assert other.result()["output_ids"] == alone[1]
+    assert first != alone[0]
 
 
 @pytest.mark.versions

@@ -14,16 +14,18 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 from vllm import SamplingParams
-from vllm_helpers import ON_V2, Server, running, serving
+from vllm_helpers import ON_V2, Server, on_worker, running, serving
 
+from core_drafts import core_proposals
 from dflash_plugin.kernels import admit_drafts
 from dflash_plugin.known_answer import KnownAnswers, answer, save_record
 from dflash_plugin.serving import head
 from dflash_plugin.transformers import load_drafter
 from dflash_plugin.vllm import adaptive
+from dflash_plugin.vllm.selfcheck import draft
 from distribution import check_distribution, continuations
+from tiny import DFLASH2, tiny_target, write_target, write_tiny
 from tiny import ENGINE_SIZES as SIZES
-from tiny import tiny_target, write_target, write_tiny
 
 pytestmark = pytest.mark.skipif(not ON_V2, reason="adaptive verification needs the V2 runner")
 
@@ -150,3 +152,45 @@ def test_sampled_text_has_the_targets_distribution(pair, monkeypatch, method):
         completions = engine.generate([prompt], params, use_tqdm=False)[0].outputs
     assert len(completions) == samples
     assert 0 < check_distribution([tuple(c.token_ids) for c in completions], expected) < samples
+
+
+def proposals(worker: Any) -> torch.Tensor:
+    """What all drafts were drawn from, of all requests that there may be."""
+    return worker.model_runner.speculator.draft_logits
+
+
+def test_a_dflash2_drafter(pair, monkeypatch, tmp_path):
+    """χ² of what its path draws, in cut passes; then the path by the kernels, interpreted.
+
+    Blocks are shorter than the drafter's: those of a core with blocks of that size.
+    """
+    target, directory, _ = pair
+    whole, short = (
+        write_tiny(tmp_path / str(size), **SIZES, target_hidden_size=64, block_size=size, **DFLASH2)
+        for size in (8, 5)
+    )
+    reference = {"target": target, "drafter": load_drafter(short, target)}
+    length, samples = 2, 200
+    expected = continuations(target, PROMPTS[0], length, best=5, cut=False)
+    params = SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True, n=samples)
+    settings = {"draft_sample_method": "probabilistic", "num_speculative_tokens": 4}
+    with adapting(
+        monkeypatch, directory, whole, (3, 5, 2), max_num_seqs=64, max_model_len=256,
+        speculative=settings,
+    ) as (engine, _):  # fmt: skip
+        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+        completions = engine.generate(prompts[:1], params, use_tqdm=False)[0].outputs
+        monkeypatch.setattr(head.kernels, "available", lambda device: True)
+        for prompt in PROMPTS:
+            (core,) = core_proposals(reference, prompt, [len(prompt) - 1])
+            assert on_worker(engine, draft, prompt) == core.tokens[0].tolist()
+            logits = torch.full((4, 97), float("-inf")).scatter(
+                -1, core.candidates[0], core.scores[0]
+            )
+            found = on_worker(engine, proposals)
+            assert any(torch.allclose(one, logits, atol=1e-3) for one in found)
+        greedy = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+        outputs = engine.generate(prompts, greedy, use_tqdm=False)
+    assert len(completions) == samples
+    assert 0 < check_distribution([tuple(c.token_ids) for c in completions], expected) < samples
+    assert [list(output.outputs[0].token_ids) for output in outputs] == of_target(target)

@@ -16,8 +16,8 @@ from dflash_plugin.serving import head
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
 from distribution import check_distribution, continuations
+from tiny import DFLASH2, tiny_target, write_target, write_tiny
 from tiny import ENGINE_SIZES as SIZES
-from tiny import tiny_target, write_target, write_tiny
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53]]
 WINDOW = {"sliding_window": 8}
@@ -183,6 +183,38 @@ def test_sampled_text_has_the_targets_distribution(tmp_path, method):
     params = SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True, n=samples)
     settings = {"speculative": {"draft_sample_method": method}, "max_model_len": 256}
     with running(directory, checkpoint, max_num_seqs=64, **settings) as engine:
+        prompt = {"prompt_token_ids": PROMPTS[0]}
+        completions = engine.generate([prompt], params, use_tqdm=False)[0].outputs
+    assert len(completions) == samples
+    assert 0 < check_distribution([tuple(c.token_ids) for c in completions], expected) < samples
+
+
+@pytest.mark.skipif(ON_V2 and not torch.cuda.is_available(), reason="test_vllm_adaptive has it")
+def test_a_dflash2_drafter_drafts_with_a_shorter_block(tmp_path):
+    """What the core does with a block of that size, and χ² of what is drawn from its candidates."""
+    directory = write_target(tmp_path / "target")
+    target = tiny_target(**SIZES)
+    target.save_pretrained(directory)
+    whole, short = (
+        write_tiny(
+            tmp_path / str(size), **SIZES, target_hidden_size=64, block_size=size,
+            logit_softcap=5.0, logit_scale=0.5, **DFLASH2,
+        )
+        for size in (6, 4)
+    )  # fmt: skip
+    drafter = load_drafter(short, target)
+    length, samples = 2, 1500
+    expected = continuations(target, PROMPTS[0], length, best=5, cut=False)
+    params = SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True, n=samples)
+    settings = {"draft_sample_method": "probabilistic", "num_speculative_tokens": 3}
+    with running(
+        directory, whole, max_num_seqs=64, max_model_len=256, speculative=settings
+    ) as engine:
+        for prompt in PROMPTS:
+            wanted = answer(drafter, target, prompt)
+            assert min(wanted.margins) > 1e-3
+            assert on_worker(engine, draft, [*prompt, wanted.anchor]) == wanted.drafts
+        check_text(engine, target)
         prompt = {"prompt_token_ids": PROMPTS[0]}
         completions = engine.generate([prompt], params, use_tqdm=False)[0].outputs
     assert len(completions) == samples

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dflash_plugin.budget.acceptance import confidence
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.train.blocks import choose_anchors, make_blocks
@@ -116,10 +115,10 @@ def record(drafter: Drafter, features: FeatureSource, sequences: SequenceSet) ->
         for part in anchors.split(BLOCKS, dim=1):
             here = torch.ones_like(part, dtype=torch.bool)
             blocks = make_blocks(batch.tokens, batch.lengths, part, here, drafter.config)
-            logits = drafter.logits(objective.block_hidden(context, blocks)[0])
-            drafts = drafter.token_ids(logits.argmax(dim=-1))
-            stands = (drafts == blocks.labels[0]) & blocks.label_valid[0]
-            confidences.append(confidence(logits).half().cpu())
+            hidden = objective.block_hidden(context, blocks)[0]
+            proposal = drafter.propose(hidden, blocks.tokens[0, :, 0], blocks.anchors[0])
+            stands = (proposal.tokens == blocks.labels[0]) & blocks.label_valid[0]
+            confidences.append(proposal.confidence.half().cpu())
             rights.append(accepted_run(stands).cpu())
         starts.append(starts[-1] + anchors.shape[1])
     return Traces(torch.cat(confidences), torch.cat(rights), torch.tensor(starts))

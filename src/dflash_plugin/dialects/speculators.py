@@ -20,7 +20,7 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     if kind != "dflash":
         raise DFlashError(
             f"speculators_model_type is {kind!r}: only 'dflash' is supported, give a DFlash "
-            "checkpoint"
+            "checkpoint, or a DFlash 2 checkpoint in the z-lab dialect"
         )
     layer = _with_defaults(section(raw, "transformer_layer_config"))
     fields = Fields(("", raw))
@@ -96,6 +96,7 @@ def write(config: DrafterConfig) -> dict[str, Any]:
         logit_softcap=config.logit_softcap is not None,
         mlp_bias=config.mlp_bias,
         qk_norm=not config.qk_norm,
+        selector=config.selector is not None,
     )
     if any(layer.causal for layer in config.layers if not layer.sliding_window):
         raise DFlashError(

@@ -1,8 +1,8 @@
 """z-lab's dialect and the two that share its file layout, SpecForge and ModelOpt.
 
-Source: PyPI dflash 0.1.0 (``DFlashDraftModel``), specforge 0.2.0 (``modeling/draft/dflash.py``),
-nvidia-modelopt 0.47.0 (``DFlashExporter``); the keys of MiMo, Gemma and Laguna drafters are those
-that vLLM 0.33 reads.
+Source: PyPI dflash 0.1.0 (``DFlashDraftModel``, ``DFlash2DraftModel``), specforge 0.2.0
+(``modeling/draft/dflash.py``), nvidia-modelopt 0.47.0 (``DFlashExporter``); the keys of MiMo, Gemma
+and Laguna drafters are those that vLLM 0.33 reads.
 """
 
 from __future__ import annotations
@@ -16,34 +16,36 @@ from dflash_plugin.dialects.fields import Fields, section
 from dflash_plugin.dialects.rope import read_rope, write_rope
 from dflash_plugin.errors import DFlashError
 
+DFLASH, DFLASH2 = "DFlashDraftModel", "DFlash2DraftModel"
+
 
 def refuse_other_heads(raw: Mapping[str, Any]) -> None:
     """Refuse drafters that look like DFlash but have another head or other layers."""
-    names = raw.get("architectures") or ["DFlashDraftModel"]
-    if not isinstance(names, list):
-        raise DFlashError(f"architectures is {names!r}: give a list like ['DFlashDraftModel']")
+    names = _architectures(raw)
     draft = section(raw, "dflash_config")
-    if "DFlash2DraftModel" in names or "selector_rank" in draft:
-        raise DFlashError(
-            f"architectures is {names!r}, a DFlash2 drafter: DFlash2 is not supported yet, use "
-            "a DFlash drafter of the same target"
-        )
-    if "DFlashDraftModel" not in names:
+    if DFLASH not in names and DFLASH2 not in names:
         raise DFlashError(
             f"architectures is {names!r}, not a DFlash drafter: give a checkpoint whose "
-            "architecture is 'DFlashDraftModel'"
+            f"architecture is {DFLASH!r} or {DFLASH2!r}"
         )
     projector = draft.get("projector_type")
     if projector not in (None, "dflash"):
         raise DFlashError(
             f"dflash_config.projector_type is {projector!r}: only plain DFlash heads are "
-            "supported, not Domino or DSpark"
+            f"supported, not Domino or DSpark; a DFlash 2 drafter's architecture is {DFLASH2!r}"
         )
     if draft.get("shift_label"):
         raise DFlashError(
             "dflash_config.shift_label is true: drafters trained on shifted labels are not "
             "supported"
         )
+
+
+def _architectures(raw: Mapping[str, Any]) -> list[Any]:
+    names = raw.get("architectures") or [DFLASH]
+    if not isinstance(names, list):
+        raise DFlashError(f"architectures is {names!r}: give a list like [{DFLASH!r}]")
+    return names
 
 
 def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dict[str, Any]:
@@ -86,7 +88,32 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
         "embedding_scale": fields.number("input_embedding_scale", default=1.0),
         "logit_scale": fields.number("output_multiplier", "logit_scale", default=1.0),
         "logit_softcap": fields.number("final_logit_softcapping", default=None) or None,
+        **_read_dflash2(raw, fields),
     }
+
+
+def _read_dflash2(raw: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
+    """Convolution and selector, of a drafter whose architecture has them."""
+    names = _architectures(raw)
+    if DFLASH2 in names:
+        return {
+            "convolution": {
+                "kernel_size": fields.integer("conv_kernel_size"),
+                "group_size": fields.integer("conv_group_size"),
+            },
+            "selector": {
+                "rank": fields.integer("selector_rank"),
+                "top_k": fields.integer("selector_top_k", minimum=2),
+            },
+        }
+    for key in ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"):
+        name, value = fields.find(key)
+        if value is not None:
+            raise DFlashError(
+                f"{name} is {value!r}, of a DFlash 2 drafter, but architectures is {names!r}: "
+                f"write [{DFLASH2!r}], or leave the key out"
+            )
+    return {}
 
 
 def _rope_overrides(draft: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,13 +173,14 @@ def write(config: DrafterConfig, dialect: Dialect) -> dict[str, Any]:
         dialect,
         window_from=config.window_from != "query"
         and any(layer.sliding_window for layer in config.layers),
+        selector=config.selector is not None and dialect != "z-lab",
     )
     draft: dict[str, Any] = {
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": list(config.target_layer_ids),
     }
     written = {
-        "architectures": ["DFlashDraftModel"],
+        "architectures": [DFLASH if config.selector is None else DFLASH2],
         **common.write_transformer(config),
         **write_rope(config.rope),
         "block_size": config.block_size,
@@ -177,6 +205,11 @@ def write(config: DrafterConfig, dialect: Dialect) -> dict[str, Any]:
         "final_logit_softcapping": (config.logit_softcap, None),
     }
     draft.update({name: value for name, (value, plain) in optional_draft.items() if value != plain})
+    if config.convolution is not None and config.selector is not None:
+        draft["conv_kernel_size"] = config.convolution.kernel_size
+        draft["conv_group_size"] = config.convolution.group_size
+        draft["selector_rank"] = config.selector.rank
+        draft["selector_top_k"] = config.selector.top_k
     written["dflash_config"] = draft
     return written
 

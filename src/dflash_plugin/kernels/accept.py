@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin.kernels.common import noise_bits
+from dflash_plugin.kernels.common import uniform
 from dflash_plugin.sampling import Stream, uniforms
 from dflash_plugin.verify import verify_greedy, verify_sampled
 
@@ -57,14 +57,6 @@ class Sampled(NamedTuple):
     draft_probs: Tensor | None
     seed: Tensor
     rows: Tensor | None = None
-
-
-@triton.jit
-def _uniform(seed, position, STREAM: tl.constexpr):
-    """``sampling.uniforms``, float64."""
-    first, second, _, _ = noise_bits(seed, position, 0, STREAM)
-    high_bits = (first >> 6).to(tl.int64) * (1 << 27)
-    return (high_bits + (second >> 5).to(tl.int64)).to(tl.float64) * (1.0 / (1 << 53))
 
 
 @triton.jit
@@ -137,7 +129,7 @@ def _kernel(
                 mask=is_draft,
                 other=1.0,
             ).to(tl.float64)
-        noise = _uniform(key, anchor_position + 1 + place, ACCEPT)
+        noise = uniform(key, anchor_position + 1 + place, ACCEPT)
         stands = is_draft & (draft >= 0) & (noise * q < p)
         accepted = tl.min(tl.where(stands, COUNT, tl.minimum(place, COUNT)), axis=0)
         accepted = tl.minimum(accepted, limit)
@@ -167,7 +159,7 @@ def _kernel(
         # Rounding can leave nothing where p and q are equal; then a rejection cannot matter.
         usable = usable & (left > 0)
         total = tl.where(usable, left, total)
-        threshold = _uniform(key, anchor_position + 1 + accepted, NEXT) * total
+        threshold = uniform(key, anchor_position + 1 + accepted, NEXT) * total
         reached = tl.zeros((), dtype=tl.float64)
         found = vocabulary
         last = 0

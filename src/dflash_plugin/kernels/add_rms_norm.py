@@ -1,6 +1,11 @@
-"""Residual addition and RMS norm of rows in one launch, rounded to FP8 where that is wanted."""
+"""Residual addition and RMS norm of rows in one launch, rounded to FP8 where that is wanted.
+
+A DFlash 2 drafter convolves what is added, in the same launch.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -8,22 +13,44 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from dflash_plugin.convolution import grouped_convolution
 from dflash_plugin.fp8 import FP8, RoundedRows, round_rows
 from dflash_plugin.kernels.common import norm_weight, rounded, row_warps, scaled_weight
+from dflash_plugin.kernels.grouped_convolution import check_convolution, convolved
+
+
+class Convolution(NamedTuple):
+    """What rows are convolved with before they are added, see ``grouped_convolution``.
+
+    Attributes:
+        dynamic: [T, taps, groups].
+        base: [taps, H].
+        block_size: rows of a block.
+    """
+
+    dynamic: Tensor
+    base: Tensor
+    block_size: int
 
 
 @triton.jit
 def _kernel(
     x,
     residual,
+    dynamic,
+    base,
     weight,
     normed,
     scales,
     total_out,
     x_stride,
     residual_stride,
+    dynamic_stride,
     width,
+    block_size,
     eps,
+    TAPS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     GEMMA: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -32,7 +59,13 @@ def _kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    total = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if dynamic is None:
+        total = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    else:
+        total = convolved(
+            x, dynamic, base, row, column, inside, x_stride, dynamic_stride, width, block_size,
+            TAPS, GROUP,
+        ).to(DTYPE).to(tl.float32)  # fmt: skip
     if residual is not None:
         added = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0)
         total = (total + added.to(tl.float32)).to(DTYPE).to(tl.float32)
@@ -52,6 +85,7 @@ def add_rms_norm(
     eps: float,
     gemma: bool = False,
     rounds: bool = False,
+    convolved_with: Convolution | None = None,
 ) -> tuple[Tensor | RoundedRows, Tensor]:
     """RMS norm of ``x + residual``, and the sum itself.
 
@@ -62,6 +96,7 @@ def add_rms_norm(
         eps: added to the mean square.
         gemma: multiply by ``1 + weight``.
         rounds: give the norm as FP8 rows, rounded from x's dtype.
+        convolved_with: x is convolved first, and rounded; takes a residual.
 
     Returns:
         The norm, computed in float32, and the sum, both [T, H] in x's dtype. The sum is x itself
@@ -77,6 +112,12 @@ def add_rms_norm(
         raise ValueError("residual must have x's shape and dtype")
     if x.stride(1) != 1 or (residual is not None and residual.stride(1) != 1):
         raise ValueError("the last dimension must be contiguous")
+    taps = groups = 1
+    if convolved_with is not None:
+        if residual is None:
+            raise ValueError("a convolution takes a residual")
+        taps, groups = check_convolution(x, *convolved_with)
+    dynamic, base, block_size = convolved_with or (None, None, 0)
     normed = torch.empty(rows, width, dtype=FP8 if rounds else x.dtype, device=x.device)
     scales = torch.empty(rows, device=x.device) if rounds else None
     total = x if residual is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
@@ -87,14 +128,20 @@ def add_rms_norm(
     _kernel[(rows,)](
         x,
         residual,
+        dynamic,
+        base,
         weight,
         normed,
         scales,
         total,
         x.stride(0),
         0 if residual is None else residual.stride(0),
+        0 if dynamic is None else dynamic.stride(0),
         width,
+        block_size,
         eps,
+        TAPS=taps,
+        GROUP=width // groups,
         BLOCK=block,
         GEMMA=gemma,
         LIMIT=torch.finfo(FP8).max,
@@ -110,8 +157,11 @@ def add_rms_norm_naive(
     eps: float,
     gemma: bool = False,
     rounds: bool = False,
+    convolved_with: Convolution | None = None,
 ) -> tuple[Tensor | RoundedRows, Tensor]:
     """``add_rms_norm`` in plain torch."""
+    if convolved_with is not None:
+        x = grouped_convolution(x, *convolved_with)
     total = x if residual is None else x + residual
     scale = scaled_weight(weight, x.dtype, gemma)
     normed = F.rms_norm(total, weight.shape, scale, eps)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from dflash_plugin.convolution import DynamicConvolution
 from dflash_plugin.drafter import (
     Attend,
     DraftAttention,
@@ -16,32 +17,104 @@ from dflash_plugin.drafter import (
     RMSNorm,
 )
 from dflash_plugin.fp8 import RoundedRows, takes_rounded
-from dflash_plugin.kernels.add_rms_norm import add_rms_norm
+from dflash_plugin.kernels.add_rms_norm import Convolution, add_rms_norm
 from dflash_plugin.kernels.gated_act import gated_act
+from dflash_plugin.kernels.grouped_convolution import grouped_convolution
 from dflash_plugin.kernels.qk_norm_rope import qk_norm_rope
+from dflash_plugin.kernels.select_path import Path, select_path
 
 
-def run_block(drafter: Drafter, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+def run_block(
+    drafter: Drafter,
+    embedded: Tensor,
+    positions: Tensor,
+    attend: Attend,
+    block_size: int | None = None,
+) -> Tensor:
     """Hidden states [T, hidden] of block rows, normed.
 
     What goes into a linear with an FP8 weight is rounded where it is made.
 
     Args:
         drafter: its linears may be an engine's.
-        embedded: [T, hidden].
+        embedded: [T, hidden], blocks one after the other.
         positions: int64 [T].
         attend: attention over the context and each row's own block.
+        block_size: rows of a block, where they are not the configuration's.
     """
-    hidden, residual = embedded, None
+    size = block_size or drafter.config.block_size
+    hidden, residual, after = embedded, None, None
     for module in drafter.layers:
         layer = cast(DraftLayer, module)
-        rounds = takes_rounded(layer.attention.qkv_proj)
-        rows, residual = _norm(layer.attention_norm, hidden, residual, rounds)
+        rows, residual, after = _enter(
+            layer.attention_norm, layer.attention_conv, layer.attention.qkv_proj,
+            hidden, residual, after, size,
+        )  # fmt: skip
         hidden = _attention(drafter, layer.attention, rows, positions, attend)
-        rounds = takes_rounded(layer.mlp.gate_up_proj)
-        rows, residual = _norm(layer.mlp_norm, hidden, residual, rounds)
+        rows, residual, after = _enter(
+            layer.mlp_norm, layer.mlp_conv, layer.mlp.gate_up_proj, hidden, residual, after, size
+        )
         hidden = _mlp(layer.mlp, rows)
-    return cast(Tensor, _norm(drafter.norm, hidden, residual, rounds=False)[0])
+    return cast(Tensor, _norm(drafter.norm, hidden, residual, rounds=False, after=after)[0])
+
+
+def _enter(
+    norm: RMSNorm,
+    convolution: DynamicConvolution | None,
+    linear: nn.Module,
+    hidden: Tensor,
+    residual: Tensor | None,
+    after: Convolution | None,
+    block_size: int,
+) -> tuple[Tensor | RoundedRows, Tensor, Convolution | None]:
+    """What a sublayer's first linear takes, the residual, and what its result is convolved with.
+
+    ``after`` is what the last sublayer's result ``hidden`` is convolved with.
+    """
+    rounds = takes_rounded(linear)
+    if convolution is None:
+        return *_norm(norm, hidden, residual, rounds, after), None
+    rows, residual = _norm(norm, hidden, residual, rounds=False, after=after)
+    assert isinstance(rows, Tensor)
+    before, dynamic = convolution.kernels(rows)
+    bases = convolution.base_kernel
+    rows = grouped_convolution(rows, before, bases[0], block_size, rounds)
+    return rows, residual, Convolution(dynamic, bases[1], block_size)
+
+
+def propose(
+    drafter: Drafter,
+    hidden: Tensor,
+    tokens: Tensor,
+    logits: Tensor,
+    anchors: Tensor,
+    temperature: Tensor | None = None,
+    u: Tensor | None = None,
+) -> Path:
+    """Drafts of B blocks, as ``Drafter.propose`` chooses or draws them by a selector.
+
+    Args:
+        drafter: its linears may be an engine's.
+        hidden: [B * K, hidden], the rows that predict.
+        tokens: int64 [B * K, C], candidates of these rows, as many as the selector has.
+        logits: [B * K, C], of the candidates, scaled and capped.
+        anchors: int64 [B], the blocks' anchors.
+        temperature: float32 [B], rows at 0 take the best; None takes it everywhere.
+        u: [B, K] in [0, 1), the noise of draws; goes with ``temperature``.
+    """
+    selector = drafter.candidate_selector
+    assert selector is not None
+    shape = (anchors.shape[0], -1, selector.top_k)
+    return select_path(
+        tokens.view(shape),
+        logits.view(shape),
+        selector.hidden_projection(hidden).unflatten(0, shape[:2]),
+        anchors,
+        selector.predecessor_codebook,
+        selector.successor_codebook,
+        temperature,
+        u,
+    )
 
 
 def fuse(drafter: Drafter, features: Tensor, rounds: bool) -> Tensor | RoundedRows:
@@ -57,9 +130,13 @@ def fuse(drafter: Drafter, features: Tensor, rounds: bool) -> Tensor | RoundedRo
 
 
 def _norm(
-    norm: RMSNorm, x: Tensor, residual: Tensor | None, rounds: bool
+    norm: RMSNorm,
+    x: Tensor,
+    residual: Tensor | None,
+    rounds: bool,
+    after: Convolution | None = None,
 ) -> tuple[Tensor | RoundedRows, Tensor]:
-    return add_rms_norm(x, residual, norm.weight, norm.eps, norm.gemma, rounds)
+    return add_rms_norm(x, residual, norm.weight, norm.eps, norm.gemma, rounds, after)
 
 
 def _attention(

@@ -264,6 +264,14 @@ def noise_bits(seed, place, index, STREAM: tl.constexpr):
     return tl.philox(seed, low, high, stream, (place * 0 + index).to(tl.uint32))
 
 
+@triton.jit
+def uniform(seed, position, STREAM: tl.constexpr):
+    """``sampling.uniforms``, float64."""
+    first, second, _, _ = noise_bits(seed, position, 0, STREAM)
+    high_bits = (first >> 6).to(tl.int64) * (1 << 27)
+    return (high_bits + (second >> 5).to(tl.int64)).to(tl.float64) * (1.0 / (1 << 53))
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """How ``dot`` multiplies: float32 without rounding to TF32, the others as they are."""
     if dtype == torch.float32:

@@ -1,8 +1,9 @@
 """The output head with the choice of tokens in its epilogue: logits are not written.
 
-A first launch multiplies tiles of rows by tiles of the vocabulary and keeps each tile's best tokens
-and log-sum-exp; a second one merges the tiles. Ranks that hold shards of the vocabulary merge the
-same way, by ``merge_heads``.
+A first launch multiplies tiles of rows by tiles of the vocabulary and keeps each tile's best token
+and log-sum-exp; a second one merges the tiles. Where several tokens are wanted, it keeps the scores
+too, and the second looks only into the tiles with the largest of them. Ranks that hold shards of
+the vocabulary merge like tiles, by ``merge_heads``.
 """
 
 from __future__ import annotations
@@ -61,6 +62,18 @@ def _gumbel(seed, place, token, STREAM: tl.constexpr):
     return -tl.log(-tl.log(uniform))
 
 
+@triton.jit
+def bent(logits, scale, softcap):
+    """Logits float32 with the drafter's scale and, unless it is None, its soft-cap."""
+    logits = logits * scale
+    if softcap is not None:
+        # tanh by exponentials, which neither overflows nor needs a library.
+        raised = tl.exp(-2.0 * tl.abs(logits / softcap))
+        size = softcap * (1.0 - raised) / (1.0 + raised)
+        logits = tl.where(logits < 0, -size, size)
+    return logits
+
+
 # Compiled once for any number of rows: a server meets all of them.
 @triton.jit(do_not_specialize=["rows"])
 def _tile_kernel(
@@ -75,6 +88,8 @@ def _tile_kernel(
     scores_out,
     logits_out,
     log_sum_exp_out,
+    all_scores,
+    all_logits,
     rows,
     vocabulary,
     width,
@@ -83,7 +98,6 @@ def _tile_kernel(
     weight_stride,
     scale,
     softcap,
-    TOP_K: tl.constexpr,
     STREAM: tl.constexpr,
     PRECISION: tl.constexpr,
     NO_TOKEN: tl.constexpr,
@@ -113,12 +127,7 @@ def _tile_kernel(
         total *= tl.load(weight_scale + token, mask=is_token, other=0.0)[:, None]
     if hidden_scale is not None:
         total *= tl.load(hidden_scale + row, mask=is_row, other=0.0)[None, :]
-    logits = total * scale
-    if softcap is not None:
-        # tanh by exponentials, which neither overflows nor needs a library.
-        raised = tl.exp(-2.0 * tl.abs(logits / softcap))
-        bent = softcap * (1.0 - raised) / (1.0 + raised)
-        logits = tl.where(logits < 0, -bent, bent)
+    logits = bent(total, scale, softcap)
     scores = logits
     if temperature is not None:
         heat = tl.load(temperature + row, mask=is_row, other=0.0)
@@ -142,21 +151,78 @@ def _tile_kernel(
         top + tl.log(tl.sum(tl.exp(logits - top[None, :]), axis=0)),
         mask=is_row,
     )
-    for place_of in tl.static_range(TOP_K):
-        best = tl.max(scores, axis=0)
+    best = tl.max(scores, axis=0)
+    tl.store(scores_out + out, best, mask=is_row)
+    if all_scores is not None:
+        at = row.to(tl.int64)[None, :] * vocabulary + token[:, None]
+        inside = is_token[:, None] & is_row[None, :]
+        tl.store(all_scores + at, scores, mask=inside)
+        if temperature is not None:
+            tl.store(all_logits + at, logits, mask=inside)
+    else:
         # The first of equal ones, as argmax gives.
         found = tl.min(tl.where(scores == best[None, :], token[:, None], NO_TOKEN), axis=0)
         # Nothing equals NaN; the token then is wrong but one of the vocabulary's.
         found = tl.minimum(found, vocabulary - 1)
         chosen = token[:, None] == found[None, :]
-        tl.store(tokens_out + out * TOP_K + place_of, found + first_token, mask=is_row)
-        tl.store(scores_out + out * TOP_K + place_of, best, mask=is_row)
-        tl.store(
-            logits_out + out * TOP_K + place_of,
-            tl.max(tl.where(chosen, logits, float("-inf")), axis=0),
-            mask=is_row,
-        )
-        scores = tl.where(chosen, float("-inf"), scores)
+        logit = tl.max(tl.where(chosen, logits, float("-inf")), axis=0)
+        tl.store(tokens_out + out, found + first_token, mask=is_row)
+        tl.store(logits_out + out, logit, mask=is_row)
+
+
+@triton.jit
+def _best_kernel(
+    all_scores,
+    all_logits,
+    maxima,
+    log_sum_exp,
+    tokens_out,
+    scores_out,
+    logits_out,
+    log_sum_exp_out,
+    vocabulary,
+    tiles,
+    row_stride,
+    first_token,
+    scale,
+    softcap,
+    COLUMNS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NO_TOKEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, BLOCK_TILES)
+    maximum = tl.load(maxima + row * tiles + tile, mask=tile < tiles, other=float("-inf"))
+    # As many tokens come before any of another tile as there are tiles here.
+    rank = tl.arange(0, BLOCK_K)
+    best_tiles = tl.full((BLOCK_K,), tiles, dtype=tl.int32)
+    for place in tl.static_range(TOP_K):
+        best, found = tl.max(maximum, axis=0, return_indices=True)
+        found = tl.where(best > float("-inf"), found, tiles)
+        best_tiles = tl.where(rank == place, found, best_tiles)
+        maximum = tl.where(tile == found, float("-inf"), maximum)
+    token = best_tiles[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    token = tl.reshape(token, (BLOCK_K * COLUMNS,))
+    inside = token < vocabulary
+    token = tl.where(inside, token, NO_TOKEN)
+    source = row * row_stride + token
+    score = tl.load(all_scores + source, mask=inside, other=float("-inf")).to(tl.float32)
+    logit = tl.load(all_logits + source, mask=inside, other=float("-inf")).to(tl.float32)
+    for place in tl.static_range(TOP_K):
+        best = tl.max(score, axis=0)
+        found = tl.min(tl.where(score == best, token, NO_TOKEN), axis=0)
+        chosen = token == found
+        value = tl.max(tl.where(chosen, logit, float("-inf")), axis=0)
+        found = tl.minimum(found, vocabulary - 1)
+        tl.store(tokens_out + row * TOP_K + place, (found + first_token).to(tl.int64))
+        tl.store(scores_out + row * TOP_K + place, bent(best, scale, softcap))
+        tl.store(logits_out + row * TOP_K + place, bent(value, scale, softcap))
+        score = tl.where(chosen, float("-inf"), score)
+    parts = tl.load(log_sum_exp + row * tiles + tile, mask=tile < tiles, other=float("-inf"))
+    top = tl.max(parts, axis=0)
+    tl.store(log_sum_exp_out + row, top + tl.log(tl.sum(tl.exp(parts - top), axis=0)))
 
 
 @triton.jit
@@ -254,13 +320,13 @@ def draft_head(
     rows, vocabulary = _check(hidden, weight, hidden_scale, weight_scale, top_k, drawing)
     tile = tile or _tile(rows, hidden, top_k, drawing is not None)
     tiles = triton.cdiv(vocabulary, tile.columns)
-    device = hidden.device
-    parts = HeadChoice(
-        torch.empty(rows, tiles * top_k, dtype=torch.int32, device=device),
-        torch.empty(rows, tiles * top_k, dtype=torch.float32, device=device),
-        torch.empty(rows, tiles * top_k, dtype=torch.float32, device=device),
-        torch.empty(rows, tiles, dtype=torch.float32, device=device),
-    )
+
+    def empty(columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(rows, columns, dtype=dtype, device=hidden.device)
+
+    parts = HeadChoice(empty(tiles, torch.int32), empty(tiles), empty(tiles), empty(tiles))
+    all_scores = empty(vocabulary) if top_k > 1 else None
+    all_logits = all_scores if drawing is None or top_k == 1 else empty(vocabulary)
     if rows > 0:
         _tile_kernel[(triton.cdiv(rows, tile.rows) * tiles,)](
             hidden,
@@ -269,6 +335,8 @@ def draft_head(
             weight_scale,
             *(drawing or (None, None, None)),
             *parts,
+            all_scores,
+            all_logits,
             rows,
             vocabulary,
             hidden.shape[1],
@@ -277,7 +345,6 @@ def draft_head(
             weight.stride(0),
             scale,
             softcap,
-            TOP_K=top_k,
             STREAM=int(Stream.DRAFT),
             PRECISION=dot_precision(hidden.dtype),
             NO_TOKEN=NO_TOKEN,
@@ -287,7 +354,76 @@ def draft_head(
             num_warps=tile.warps,
             num_stages=tile.stages_that_fit(hidden, weight),
         )
-    return merge_heads(parts, top_k)
+    if all_scores is None or all_logits is None:
+        return merge_heads(parts, top_k)
+    scored = ScoredTiles(all_scores, all_logits, parts.scores, parts.log_sum_exp, tile.columns)
+    return best_of_tiles(scored, top_k, first_token)
+
+
+class ScoredTiles(NamedTuple):
+    """Scores of whole rows, and what is known of their tiles.
+
+    Attributes:
+        scores: [T, V], what tokens are ranked by.
+        logits: alike, the same tensor where nothing is drawn.
+        maxima: float32 [T, tiles], the largest score of each tile.
+        log_sum_exp: float32 [T, tiles], over each tile's logits.
+        columns: of a tile, a power of two.
+    """
+
+    scores: Tensor
+    logits: Tensor
+    maxima: Tensor
+    log_sum_exp: Tensor
+    columns: int
+
+
+def best_of_tiles(
+    scored: ScoredTiles,
+    top_k: int,
+    first_token: int = 0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> HeadChoice:
+    """The best tokens of rows whose tiles are known.
+
+    Args:
+        scored: its scores' rows may be strided.
+        top_k: tokens of a row.
+        first_token: id of the first column.
+        scale: on scores and logits of what is chosen.
+        softcap: bends them, or None.
+    """
+    (rows, tiles), vocabulary = scored.maxima.shape, scored.scores.shape[1]
+    best = _empty_choice(rows, top_k, scored.scores.device)
+    if rows > 0:
+        block = triton.next_power_of_2(tiles)
+        _best_kernel[(rows,)](
+            *scored[:4],
+            *best,
+            vocabulary,
+            tiles,
+            scored.scores.stride(0),
+            first_token,
+            scale,
+            softcap,
+            COLUMNS=scored.columns,
+            TOP_K=top_k,
+            NO_TOKEN=NO_TOKEN,
+            BLOCK_K=triton.next_power_of_2(top_k),
+            BLOCK_TILES=block,
+            num_warps=max(4, min(8, block // 256)),
+        )
+    return best
+
+
+def _empty_choice(rows: int, top_k: int, device: torch.device) -> HeadChoice:
+    return HeadChoice(
+        torch.empty(rows, top_k, dtype=torch.int64, device=device),
+        torch.empty(rows, top_k, dtype=torch.float32, device=device),
+        torch.empty(rows, top_k, dtype=torch.float32, device=device),
+        torch.empty(rows, dtype=torch.float32, device=device),
+    )
 
 
 def merge_heads(parts: HeadChoice, top_k: int) -> HeadChoice:
@@ -299,13 +435,7 @@ def merge_heads(parts: HeadChoice, top_k: int) -> HeadChoice:
         top_k: tokens of a row in each part and in the result.
     """
     rows, tiles = parts.log_sum_exp.shape
-    device = parts.tokens.device
-    merged = HeadChoice(
-        torch.empty(rows, top_k, dtype=torch.int64, device=device),
-        torch.empty(rows, top_k, dtype=torch.float32, device=device),
-        torch.empty(rows, top_k, dtype=torch.float32, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device),
-    )
+    merged = _empty_choice(rows, top_k, parts.tokens.device)
     if rows > 0:
         block = triton.next_power_of_2(tiles * top_k)
         _merge_kernel[(rows,)](

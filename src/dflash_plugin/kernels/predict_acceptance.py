@@ -1,4 +1,4 @@
-"""From the head's normaliser to the probability that a draft stands, without logits."""
+"""From the head's normaliser, or a draft's log-odds, to the probability that it stands."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def _kernel(
     slot = tl.load(slots + row, mask=inside, other=-1).to(tl.int64)
     alive = inside & (slot >= 0)
     place = tl.load(places + row, mask=alive, other=0).to(tl.int64)
-    gap = tl.load(log_sum_exp + row, mask=alive, other=0.0) - tl.load(
-        top + row, mask=alive, other=0.0
-    )
-    feature = -tl.log(tl.maximum(tl.exp(gap) - 1.0, LEAST_REST))
+    feature = tl.load(top + row, mask=alive, other=0.0)
+    if log_sum_exp is not None:
+        gap = tl.load(log_sum_exp + row, mask=alive, other=0.0) - feature
+        feature = -tl.log(tl.maximum(tl.exp(gap) - 1.0, LEAST_REST))
     steepness = tl.load(slope + place * SLOPE_BY_PLACE, mask=alive, other=0.0)
     value = steepness * feature + tl.load(offsets + place, mask=alive, other=0.0)
     chance = 1.0 / (1.0 + tl.exp(-value))
@@ -46,7 +46,7 @@ def _kernel(
 
 def predict_acceptance(
     top: Tensor,
-    log_sum_exp: Tensor,
+    log_sum_exp: Tensor | None,
     slots: Tensor,
     places: Tensor,
     slope: Tensor,
@@ -61,7 +61,7 @@ def predict_acceptance(
 
     Args:
         top: float32 [T], largest logit of each row.
-        log_sum_exp: float32 [T], over the row's logits.
+        log_sum_exp: float32 [T], over the row's logits; None where ``top`` is the confidence.
         slots: int64 [T], rows of the outputs; those below 0 are padding.
         places: int32 or int64 [T], columns of the outputs: which draft of its block a row makes.
         slope: float32 [1] or [K], of the logistic model, the same for all places or by place.
@@ -97,7 +97,7 @@ def predict_acceptance(
 
 def _check(
     top: Tensor,
-    log_sum_exp: Tensor,
+    log_sum_exp: Tensor | None,
     slots: Tensor,
     places: Tensor,
     slope: Tensor,
@@ -112,7 +112,7 @@ def _check(
         ("slots", slots),
         ("places", places),
     ):
-        if part.shape != (rows,) or not part.is_contiguous():
+        if part is not None and (part.shape != (rows,) or not part.is_contiguous()):
             raise ValueError(f"{name} must be contiguous [{rows}]")
     count = offsets.shape[0]
     if offsets.shape != (count,) or slope.shape not in ((1,), (count,)):
@@ -125,7 +125,7 @@ def _check(
 
 def predict_acceptance_naive(
     top: Tensor,
-    log_sum_exp: Tensor,
+    log_sum_exp: Tensor | None,
     slots: Tensor,
     places: Tensor,
     slope: Tensor,
@@ -135,7 +135,9 @@ def predict_acceptance_naive(
 ) -> None:
     """``predict_acceptance`` in plain torch; reads ``slots`` back to the host."""
     _check(top, log_sum_exp, slots, places, slope, offsets, features, predictions)
-    feature = -torch.log(((log_sum_exp - top).exp() - 1.0).clamp(min=LEAST_REST))
+    feature = top
+    if log_sum_exp is not None:
+        feature = -torch.log(((log_sum_exp - top).exp() - 1.0).clamp(min=LEAST_REST))
     steepness = slope.expand(offsets.shape)[places.long()]
     chance = torch.sigmoid(steepness * feature + offsets[places.long()])
     alive = slots >= 0

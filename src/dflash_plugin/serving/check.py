@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dflash_plugin.known_answer import KnownAnswer, KnownAnswers, describe, differing
+from dflash_plugin.known_answer import KnownAnswer, KnownAnswers, compare, describe
 
 # By how much a draft must be decided to be compared, and the share of these that must agree.
 FLOAT32 = (1e-3, 1.0)
@@ -15,6 +15,7 @@ def trouble(
     record: KnownAnswers,
     draft: Callable[[KnownAnswer], Sequence[int] | None],
     is_float32: bool,
+    walked: bool = False,
 ) -> str | None:
     """What is wrong with an engine's drafts, or None.
 
@@ -23,6 +24,7 @@ def trouble(
         draft: the engine's drafts after a prompt and its anchor, or None where it cannot tell.
         is_float32: whether the engine drafts in float32, weights included; it must then agree on
             every draft that is not a tie.
+        walked: each draft follows from the one before it, as a selector's do.
     """
     min_margin, share = FLOAT32 if is_float32 else HALF
     compared, wrong, first = 0, 0, None
@@ -30,8 +32,8 @@ def trouble(
         drafts = draft(expected)
         if drafts is None:
             continue
-        differences = differing(expected, drafts, min_margin)
-        compared += sum(margin >= min_margin for margin in expected.margins)
+        counted, differences = compare(expected, drafts, min_margin, walked=walked)
+        compared += counted
         wrong += len(differences)
         if differences and first is None:
             first = describe(number, expected, drafts, differences[0])

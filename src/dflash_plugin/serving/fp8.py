@@ -8,9 +8,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflash_plugin.convolution import DynamicConvolution
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.fp8 import Fp8Rows, RoundedRows, fits, linear, quantise, require_fp8
+from dflash_plugin.selector import CandidateSelector
 
 
 def product(x: Tensor | RoundedRows, weight: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
@@ -41,6 +43,8 @@ def rows_of(layer: Any) -> Fp8Rows:
 def quantise_hosted(drafter: Drafter, plain: type) -> None:
     """Round the weights of the drafter's linears to FP8, each rank its own shard's.
 
+    The small projections of convolutions and selector stay as they are.
+
     Args:
         drafter: its weights are loaded.
         plain: the engine's method of linears that are not quantised.
@@ -49,9 +53,11 @@ def quantise_hosted(drafter: Drafter, plain: type) -> None:
         DFlashError: a linear is quantised already, or the GPU has no FP8.
     """
     require_fp8(next(drafter.parameters()).device)
+    parts = (DynamicConvolution, CandidateSelector)
+    kept = {id(m) for part in drafter.modules() if isinstance(part, parts) for m in part.modules()}
     for name, module in drafter.named_modules():
         method = getattr(module, "quant_method", None)
-        if method is None or module is drafter.own_head:
+        if method is None or module is drafter.own_head or id(module) in kept:
             continue
         if not isinstance(method, plain):
             raise DFlashError(

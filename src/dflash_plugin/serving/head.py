@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dflash_plugin import kernels
+from dflash_plugin.drafter import Drafter
+from dflash_plugin.sampling import Stream, uniforms
 from dflash_plugin.serving.fp8 import Fp8Method, rows_of
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.draft_head import HeadChoice
+    from dflash_plugin.kernels.select_path import Path
+    from dflash_plugin.selector import Proposal
 
 # Rows beyond which a library's product and an argmax are faster than draft_head.
 FEW_ROWS = 128
 FEW_ROWS_IN_FP8 = 512
+
+
+class Candidates(NamedTuple):
+    """The likeliest tokens of rows that draft, for a selector.
+
+    Attributes:
+        tokens: int64 [T, C], ids of the target.
+        logits: float32 [T, C], scaled and bent.
+    """
+
+    tokens: Tensor
+    logits: Tensor
 
 
 def best_of_ranks(scores: Tensor, tokens: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
@@ -59,16 +77,28 @@ def choice_of_ranks(choice: HeadChoice, gather: Callable[[Tensor], Tensor]) -> H
     )
 
 
-def best_of_shard(head: Any, hidden: Tensor, rows: int, plain: type) -> HeadChoice | None:
-    """The best token of each row over this rank's shard, or None where logits are to be made.
+def best_of_shard(
+    head: Any,
+    hidden: Tensor,
+    rows: int,
+    plain: type,
+    *,
+    top_k: int = 1,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> HeadChoice | None:
+    """The best tokens of each row over this rank's shard, or None where logits are to be made.
 
-    A scale or soft-cap on logits keeps their order.
+    A scale or soft-cap on logits keeps their order; a selector adds to what they make of them.
 
     Args:
         head: an engine's, with ``shard_indices`` where it is sharded.
         hidden: [T, hidden].
         rows: of its weight that are tokens.
         plain: the engine's method of heads that are not quantised.
+        top_k: tokens of a row, from 1 to 16.
+        scale: on logits.
+        softcap: bends logits, or None.
     """
     method, count = getattr(head, "quant_method", None), hidden.shape[0]
     in_fp8 = isinstance(method, Fp8Method)
@@ -78,24 +108,149 @@ def best_of_shard(head: Any, hidden: Tensor, rows: int, plain: type) -> HeadChoi
         or count > (FEW_ROWS_IN_FP8 if in_fp8 else FEW_ROWS)
     ):
         return None
-    from dflash_plugin.kernels.draft_head import HeadChoice, draft_head
+    from dflash_plugin.kernels.draft_head import MAX_TOP_K, HeadChoice, draft_head
 
+    if top_k > MAX_TOP_K or 0 < rows < top_k:
+        return None
     shard = getattr(head, "shard_indices", None)
     first = 0 if shard is None else int(shard.org_vocab_start_index)
     if rows == 0:  # All of a small head lies on other ranks, which ask for this one's best too.
-        nothing = torch.full((count, 1), float("-inf"), device=hidden.device)
-        tokens = torch.full((count, 1), first, device=hidden.device)
+        nothing = torch.full((count, top_k), float("-inf"), device=hidden.device)
+        tokens = torch.full((count, top_k), first, device=hidden.device)
         return HeadChoice(tokens, nothing, nothing, nothing[:, 0])
+    wanted = partial(draft_head, first_token=first, top_k=top_k, scale=scale, softcap=softcap)
     if not in_fp8:
         weight = head.weight[:rows]
-        return draft_head(hidden.to(weight.dtype), weight, first_token=first)
+        return wanted(hidden.to(weight.dtype), weight)
     from dflash_plugin.kernels.quantise_rows import quantise_rows
 
     rounded, stored = quantise_rows(hidden), rows_of(head)
-    return draft_head(
+    return wanted(
         rounded.values,
         stored.values[:rows],
         hidden_scale=rounded.scales,
         weight_scale=stored.scales[:rows],
-        first_token=first,
     )
+
+
+def candidates(
+    drafter: Drafter,
+    head: Any,
+    hidden: Tensor,
+    rows: int,
+    plain: type,
+    make_logits: Callable[[Tensor], Tensor],
+    gather: Callable[[Tensor], Tensor] | None,
+) -> Candidates:
+    """The likeliest tokens of each row over all ranks, as many as the drafter's selector has.
+
+    Args:
+        drafter: with a selector.
+        head: an engine's, with ``shard_indices`` where it is sharded.
+        hidden: [T, hidden].
+        rows: of this rank's shard of the head that are tokens.
+        plain: the engine's method of heads that are not quantised.
+        make_logits: this rank's [T, rows] of ``hidden``, as the head gives them.
+        gather: puts every rank's float32 [T, 2 * C] side by side; None where there is one rank.
+    """
+    assert drafter.candidate_selector is not None
+    top_k, config = drafter.candidate_selector.top_k, drafter.config
+    scale, softcap = config.logit_scale, config.logit_softcap
+    choice = best_of_shard(head, hidden, rows, plain, top_k=top_k, scale=scale, softcap=softcap)
+    if choice is not None:
+        found = Candidates(choice.tokens, choice.logits)
+    else:
+        shard = getattr(head, "shard_indices", None)
+        first = 0 if shard is None else int(shard.org_vocab_start_index)
+        found = _best_of_logits(drafter, make_logits(hidden), top_k, first)
+    if gather is None:
+        return found
+    # Once for both, as numbers of one kind.
+    both = torch.cat([found.logits, found.tokens.to(torch.int32).view(torch.float32)], dim=-1)
+    logits, tokens = gather(both).unflatten(-1, (-1, 2, top_k)).unbind(-2)
+    best = logits.flatten(1).topk(top_k, dim=-1)
+    chosen = tokens.flatten(1).contiguous().view(torch.int32).gather(-1, best.indices)
+    return Candidates(chosen.long(), best.values)
+
+
+def _best_of_logits(drafter: Drafter, logits: Tensor, top_k: int, first: int) -> Candidates:
+    if kernels.available(logits.device):
+        from dflash_plugin.kernels.best_logits import best_logits
+        from dflash_plugin.kernels.draft_head import MAX_TOP_K
+
+        if top_k <= min(MAX_TOP_K, logits.shape[1]):
+            scale, softcap = drafter.config.logit_scale, drafter.config.logit_softcap
+            best = best_logits(logits, top_k, first_token=first, scale=scale, softcap=softcap)
+            return Candidates(best.tokens, best.logits)
+    # Other ranks have what a small shard lacks.
+    missing = max(0, top_k - logits.shape[1])
+    values = F.pad(drafter.scale_logits(logits.float()), (0, missing), value=float("-inf"))
+    ranked = values.topk(top_k, dim=-1)
+    return Candidates(ranked.indices + first, ranked.values)
+
+
+def walk(
+    drafter: Drafter,
+    hidden: Tensor,
+    found: Candidates,
+    anchors: Tensor,
+    temperature: Tensor | None = None,
+    u: Tensor | None = None,
+) -> Path | Proposal:
+    """Drafts of B blocks along the selector's path, with what they were drawn from.
+
+    Args:
+        drafter: with a selector; its linears may be an engine's.
+        hidden: [B * K, hidden], the rows that predict.
+        found: their candidates.
+        anchors: int64 [B], the blocks' anchors.
+        temperature: float32 [B], rows at 0 take the best; None takes it everywhere.
+        u: [B, K] in [0, 1), the noise of draws; goes with ``temperature``.
+    """
+    selector = drafter.candidate_selector
+    assert selector is not None
+    if kernels.available(hidden.device):
+        from dflash_plugin.kernels.block import propose
+        from dflash_plugin.kernels.select_path import MAX_CANDIDATES
+
+        if selector.top_k <= MAX_CANDIDATES:
+            return propose(drafter, hidden, *found, anchors, temperature, u)
+    shape = anchors.shape[0], -1, selector.top_k
+    path: Proposal = selector(
+        found.tokens.view(shape),
+        found.logits.view(shape),
+        hidden.unflatten(0, shape[:2]),
+        anchors,
+        temperature,
+        u,
+    )
+    return path
+
+
+def noise(seed: Tensor, position: Tensor) -> Tensor:
+    """The noise of drafts, float64 [B, K] in [0, 1), one launch where kernels run.
+
+    Args:
+        seed: int64 [B].
+        position: int64 [B, K], of the drafts.
+    """
+    if kernels.available(seed.device):
+        from dflash_plugin.kernels.uniforms import uniforms as launched
+
+        return launched(seed.contiguous(), position.contiguous(), Stream.DRAFT)
+    return uniforms(seed, position, Stream.DRAFT)
+
+
+def noise_of_walks(seed: Tensor, anchors: Tensor, drafts: int) -> Tensor:
+    """The noise of selectors' drafts, float64 [B, K], new for every block.
+
+    What a path promises depends on what was drawn, and so does how much of later blocks is
+    verified. A position that is drafted again must therefore be drawn anew.
+
+    Args:
+        seed: int64 [B].
+        anchors: int64 [B], positions of the blocks' anchors.
+        drafts: K.
+    """
+    places = anchors[:, None] + torch.arange(1, drafts + 1, device=anchors.device)
+    return noise(seed ^ (anchors << 32), places)

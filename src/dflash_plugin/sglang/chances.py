@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from dflash_plugin import kernels
 from dflash_plugin.budget.acceptance import LEARNING, AcceptanceModel
-
-if TYPE_CHECKING:
-    from dflash_plugin.kernels.draft_head import HeadChoice
 
 
 class Chances:
@@ -35,24 +30,26 @@ class Chances:
         self._places = torch.arange(drafts, device=device).repeat(size)
         self._passes = 0
 
-    def predict(self, choice: HeadChoice) -> None:
+    def predict(self, top: Tensor, log_sum_exp: Tensor | None) -> None:
         """Take the draft pass's confidences.
 
         Args:
-            choice: of rows [B * K] that draft, block by block.
+            top: float32 [B * K], largest logits of the rows that draft, block by block.
+            log_sum_exp: float32 [B * K], over these rows' logits; None where ``top`` holds the
+                confidences themselves.
         """
         from dflash_plugin.kernels.predict_acceptance import (
             predict_acceptance,
             predict_acceptance_naive,
         )
 
-        rows = choice.log_sum_exp.shape[0]
+        rows = top.shape[0]
         run = predict_acceptance
-        if not kernels.available(choice.log_sum_exp.device):
+        if not kernels.available(top.device):
             run = predict_acceptance_naive
         run(
-            choice.logits[:, 0].contiguous(),
-            choice.log_sum_exp,
+            top.contiguous(),
+            log_sum_exp,
             self._requests[:rows],
             self._places[:rows],
             self.model.state.slope,

@@ -25,7 +25,13 @@ from dflash_plugin.drafter import Attend, Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.fp8 import Fp8Rows, RoundedRows, fits, quantise
 from dflash_plugin.serving.fp8 import product
-from dflash_plugin.serving.head import best_of_ranks, best_of_shard, choice_of_ranks
+from dflash_plugin.serving.head import (
+    Candidates,
+    best_of_ranks,
+    best_of_shard,
+    candidates,
+    choice_of_ranks,
+)
 from dflash_plugin.serving.hosted import KEY
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.sglang.block_attention import is_plain
@@ -162,8 +168,8 @@ class HostedDrafter(DFlashDraftModel):
         if self._fused:
             from dflash_plugin.kernels.block import run_block
 
-            return run_block(self.drafter, embedded, positions, attend)
-        return self.drafter.run_block(embedded, positions, attend)
+            return run_block(self.drafter, embedded, positions, attend, self.block_size)
+        return self.drafter.run_block(embedded, positions, attend, self.block_size)
 
     def _tokens(self, input_ids: Tensor) -> Tensor:
         """Block tokens, with a mask id that lies outside the target's vocabulary put in."""
@@ -294,7 +300,7 @@ class HostedDrafter(DFlashDraftModel):
         if choice is not None:
             value, index = choice.scores, choice.tokens
         else:
-            value, index = self._candidates(hidden).max(dim=-1, keepdim=True)
+            value, index = self._some_logits(hidden).max(dim=-1, keepdim=True)
         if get_tensor_model_parallel_world_size() == 1:
             return self.drafter.token_ids(index.squeeze(-1))
         if choice is None:
@@ -309,18 +315,37 @@ class HostedDrafter(DFlashDraftModel):
         Args:
             hidden: [T, hidden].
         """
-        from dflash_plugin.kernels.row_choice import row_choice, row_choice_naive
+        from dflash_plugin.kernels.best_logits import best_logits, best_logits_naive
 
         head = self._head()
         choice = best_of_shard(head, hidden, self._shard_rows(), UnquantizedEmbeddingMethod)
         if choice is None:
-            logits = self._candidates(hidden)
+            logits = self._some_logits(hidden)
             fast = kernels.available(logits.device)
-            choice = (row_choice if fast else row_choice_naive)(logits)
-            choice = choice._replace(tokens=choice.tokens + self._first_token())
+            choose = best_logits if fast else best_logits_naive
+            choice = choose(logits, 1, first_token=self._first_token())
         if get_tensor_model_parallel_world_size() > 1:
             choice = choice_of_ranks(choice, partial(tensor_model_parallel_all_gather, dim=-1))
         return choice._replace(tokens=self.drafter.token_ids(choice.tokens))
+
+    def candidates(self, hidden: Tensor) -> Candidates:
+        """The likeliest tokens of each row, for the selector of a DFlash 2 drafter.
+
+        Args:
+            hidden: [T, hidden].
+        """
+        gather = None
+        if get_tensor_model_parallel_world_size() > 1:
+            gather = partial(tensor_model_parallel_all_gather, dim=-1)
+        return candidates(
+            self.drafter,
+            self._head(),
+            hidden,
+            self._shard_rows(),
+            UnquantizedEmbeddingMethod,
+            self._shard_logits,
+            gather,
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits float32 [T, draft vocabulary] of hidden states [T, hidden]."""
@@ -344,7 +369,7 @@ class HostedDrafter(DFlashDraftModel):
         indices = getattr(self._head(), "shard_indices", None)
         return 0 if indices is None else int(indices.org_vocab_start_index)
 
-    def _candidates(self, hidden: Tensor) -> Tensor:
+    def _some_logits(self, hidden: Tensor) -> Tensor:
         """``_shard_logits``, or one that nothing is below where there are none."""
         logits = self._shard_logits(hidden)
         if logits.shape[-1] == 0:  # All of a small head may lie on other ranks.

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from sglang.srt.distributed.parallel_state import get_tp_group
@@ -23,13 +23,18 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.sampling import SamplingTensors, Stream
+from dflash_plugin.sampling import SamplingTensors, Stream, sample
+from dflash_plugin.serving.head import Candidates, noise, noise_of_walks, walk
 from dflash_plugin.sglang import block_attention, metrics, penalties, sampling
 from dflash_plugin.sglang.arguments import draft_model_path
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.model import HostedDrafter
 from dflash_plugin.sglang.options import require_hosted
 from dflash_plugin.sglang.width import Widths, agreement, route_inputs, skipping, widths_of
+
+if TYPE_CHECKING:
+    from dflash_plugin.kernels.select_path import Path
+    from dflash_plugin.selector import Proposal
 
 # No batch that is captured is larger, unless the server runs more requests.
 MAX_CAPTURED = 1024
@@ -54,6 +59,27 @@ class Step:
     penalties: penalties.Penalties | None = None
 
 
+class Drafting(NamedTuple):
+    """What a draft pass gives to choose or draw drafts by.
+
+    Attributes:
+        hidden: [B * K, hidden], the rows that draft.
+        anchors: int64 [B], the blocks' anchors.
+        candidates: the rows' likeliest tokens; None where the drafter has no selector.
+    """
+
+    hidden: Tensor
+    anchors: Tensor
+    candidates: Candidates | None
+
+    def of_first(self, batch: int, drafts: int) -> Drafting:
+        """Those of the first requests of a padded batch, with so many drafts each."""
+        rows, found = batch * drafts, self.candidates
+        if found is not None:
+            found = Candidates(found.tokens[:rows], found.logits[:rows])
+        return Drafting(self.hidden[:rows], self.anchors[:batch], found)
+
+
 class DraftGraphHead:
     """Greedy drafts, made at the end of the captured draft pass.
 
@@ -66,13 +92,15 @@ class DraftGraphHead:
         self.worker = worker
         rows = max_batch * worker.num_drafts
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=worker.device)
-        self.hidden: dict[int, Tensor] = {}
+        self.captured: dict[int, Drafting] = {}
 
-    def __call__(self, hidden: Tensor, input_ids: Tensor | None = None) -> None:
-        """Capture the head over block rows [B * block, hidden]."""
+    def __call__(self, hidden: Tensor, input_ids: Tensor) -> None:
+        """Capture the head over block rows [B * block, hidden] of tokens [B * block]."""
         rows = self.worker.drafting_rows(hidden)
-        self.hidden[rows.shape[0] // self.worker.num_drafts] = rows
-        self.tokens[: rows.shape[0]].copy_(self.worker.choose_drafts(rows))
+        anchors = input_ids[: len(hidden)].view(-1, int(self.worker.block_size))[:, 0]
+        drafting = self.worker.drafting(rows, anchors)
+        self.captured[len(anchors)] = drafting
+        self.tokens[: rows.shape[0]].copy_(self.worker.choose_drafts(drafting))
 
     @property
     def out(self) -> Tensor:
@@ -81,8 +109,9 @@ class DraftGraphHead:
         if step is None or not self.worker.draws_drafts(step) or self.worker.skips_draft:
             return self.tokens
         size = len(step.batch.reqs)
-        captured = min(batch for batch in self.hidden if batch >= size)
-        return self.worker.draw_drafts(self.hidden[captured][: size * self.worker.num_drafts], step)
+        captured = min(batch for batch in self.captured if batch >= size)
+        drafting = self.captured[captured].of_first(size, self.worker.num_drafts)
+        return self.worker.draw_drafts(drafting, step)
 
 
 class Worker(DFlashWorkerV2):
@@ -101,6 +130,7 @@ class Worker(DFlashWorkerV2):
         super().__init__(*args, **kwargs)
         self.draft_model: HostedDrafter
         self.draft_model.bind(self.target_worker.model_runner.model)
+        self.draft_model.set_block_size(self.block_size)
         self.noise = sampling.Noise(
             int(argument(server_args, "random_seed") or 0), torch.device(self.device)
         )
@@ -218,34 +248,63 @@ class Worker(DFlashWorkerV2):
         rows = hidden.view(-1, int(self.block_size), hidden.shape[-1])[:, 1:]
         return rows.reshape(-1, hidden.shape[-1])
 
-    def choose_drafts(self, hidden: Tensor) -> Tensor:
-        """The likeliest drafts int64 [B * K] of rows [B * K, hidden]; notes how likely they are."""
+    def drafting(self, hidden: Tensor, anchors: Tensor) -> Drafting:
+        """What drafts are made by, of rows [B * K, hidden] and anchors int64 [B]."""
+        selects = self.info.config.selector is not None
+        found = self.draft_model.candidates(hidden) if selects else None
+        return Drafting(hidden, anchors, found)
+
+    def choose_drafts(self, drafting: Drafting) -> Tensor:
+        """The likeliest drafts int64 [B * K]; notes how likely they are."""
+        if drafting.candidates is not None:
+            return self._walk(drafting).tokens.flatten()
         if self.widths is None:
-            return self.draft_model.top_tokens(hidden)
-        choice = self.draft_model.best_choice(hidden)
-        self.widths.chances.predict(choice)
+            return self.draft_model.top_tokens(drafting.hidden)
+        choice = self.draft_model.best_choice(drafting.hidden)
+        self.widths.chances.predict(choice.logits[:, 0], choice.log_sum_exp)
         return choice.tokens[:, 0]
 
     def draws_drafts(self, step: Step) -> bool:
         """Whether the drafts of a pass are drawn instead of chosen."""
         return step.params is not None and self.info.options.draft_sampling == "probabilistic"
 
-    def draw_drafts(self, hidden: Tensor, step: Step) -> Tensor:
+    def draw_drafts(self, drafting: Drafting, step: Step) -> Tensor:
         """Drafts int64 [B * K], drawn from the drafter's distribution for each request.
 
+        A selector draws at their temperature alone, in place of what it chose in a captured pass.
+
         Args:
-            hidden: [B * K, hidden], the rows that draft.
+            drafting: of the step's requests.
             step: takes the probabilities.
         """
         assert step.params is not None
-        batch = len(step.batch.reqs)
+        hidden, anchors, found = drafting
+        drafter, batch = self.draft_model.drafter, len(anchors)
+        if found is not None:
+            u = noise_of_walks(step.params.seed, step.anchors, self.num_drafts)
+            path = self._walk(drafting, step.params.temperature, u)
+            assert path.probs is not None
+            step.draft_probs = drafter.target_probabilities(
+                path.probs, self.vocab_size, found.tokens.view(path.probs.shape)
+            )
+            return path.tokens.flatten()
         logits = self.draft_model.logits(hidden).view(batch, self.num_drafts, -1)
         probs = sampling.distribution(logits, step.params, step.batch.sampling_info)
         places = step.anchors[:, None] + torch.arange(1, self.num_drafts + 1, device=logits.device)
-        drawn = sampling.draw(probs, step.params, places, Stream.DRAFT)
-        drafter = self.draft_model.drafter
+        drawn = sample(probs, noise(step.params.seed, places))
         step.draft_probs = drafter.target_probabilities(probs, self.vocab_size)
         return drafter.token_ids(drawn).flatten()
+
+    def _walk(
+        self, drafting: Drafting, temperature: Tensor | None = None, u: Tensor | None = None
+    ) -> Path | Proposal:
+        """The selector's path; notes how likely its drafts are."""
+        hidden, anchors, found = drafting
+        assert found is not None
+        path = walk(self.draft_model.drafter, hidden, found, anchors, temperature, u)
+        if self.widths is not None:
+            self.widths.chances.predict(path.confidence.flatten(), None)
+        return path
 
     def _greedy_sample_from_vocab_parallel_head(
         self, *, hidden_states: Tensor, lm_head: Any, chunk_size: int = 256
@@ -254,11 +313,14 @@ class Worker(DFlashWorkerV2):
         step = self.step
         if self.skips_draft:
             return hidden_states.new_zeros(len(hidden_states), dtype=torch.int64)
+        # The blocks that SGLang's worker has just made.
+        anchors = self._draft_block_ids_buf[: len(hidden_states) // self.num_drafts, 0]
+        drafting = self.drafting(hidden_states, anchors)
         if step is None or not self.draws_drafts(step):
-            return self.choose_drafts(hidden_states)
-        if self.widths is not None:
-            self.choose_drafts(hidden_states)
-        return self.draw_drafts(hidden_states, step)
+            return self.choose_drafts(drafting)
+        if self.widths is not None and drafting.candidates is None:
+            self.choose_drafts(drafting)
+        return self.draw_drafts(drafting, step)
 
     def _maybe_build_draft_sampler(self) -> DraftGraphHead:
         """The head at the end of the captured draft pass."""

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dflash_plugin.checkpoint import load_checkpoint, save_checkpoint
+from dflash_plugin.config import DrafterConfig
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.known_answer import KnownAnswers, answer, save_record
 from dflash_plugin.prompts import Prompt, encode
@@ -74,15 +75,17 @@ def model_card(drafter: Drafter, target: str, facts: dict[str, Any], command: st
         "library_name: dflash-plugin",
         "license: apache-2.0",
         "---",
-        f"# DFlash drafter for {target}",
+        f"# {'DFlash' if config.selector is None else 'DFlash 2'} drafter for {target}",
         "",
         f"A block of {config.block_size} (anchor and {config.num_draft_tokens} drafts), "
         f"{len(config.layers)} layers, {parameters / 1e6:.2f} M parameters; reads the outputs of "
         f"target layers {', '.join(map(str, config.target_layer_ids))} and borrows the target's "
         "embedding and head. z-lab dialect.",
+        *_parts(config),
         "",
         "| | |",
         "| --- | --- |",
+        f"| started from | {facts.get('start_from') or 'new weights'} |",
         f"| sequences | {facts.get('sequences')}, written by the target |",
         f"| response tokens | {facts.get('response_tokens')} |",
         f"| optimiser steps | {facts.get('steps')} |",
@@ -101,6 +104,17 @@ def model_card(drafter: Drafter, target: str, facts: dict[str, Any], command: st
         "",
     ]
     return "\n".join(lines)
+
+
+def _parts(config: DrafterConfig) -> list[str]:
+    """What a DFlash 2 drafter has besides."""
+    if config.convolution is None or config.selector is None:
+        return []
+    taps, group = config.convolution.kernel_size, config.convolution.group_size
+    return [
+        f"Convolutions of {taps} taps in groups of {group} channels; a selector of rank "
+        f"{config.selector.rank} over {config.selector.top_k} candidates.",
+    ]
 
 
 def save_facts(path: Path, facts: dict[str, Any], history: list[dict[str, float]]) -> None:

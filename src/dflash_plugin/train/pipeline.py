@@ -211,12 +211,14 @@ def train(
         device = f"cuda:{torch.cuda.current_device()}"
     target, tokenizer = load_target(target_directory, device=device)
     target.requires_grad_(False)
+    # Before the sequences are made, so that settings which do not fit cost no time.
+    layer_ids = drafter_config(target, config).target_layer_ids
     work = output / "work"
     start = time.monotonic()
     sequences = make_sequences(target, tokenizer, data, work, config.seed, status)
     seconds_data = time.monotonic() - start
     training, held_out = split(sequences, data.held_out, config.seed)
-    online = OnlineFeatures(target, drafter_config(target, config).target_layer_ids)
+    online = OnlineFeatures(target, layer_ids)
     features: OnlineFeatures | CachedFeatures = online
     if data.cache_features:
         if rank == 0:
@@ -228,6 +230,7 @@ def train(
     start = time.monotonic()
     trainer.run(report)
     facts = {
+        "start_from": None if config.start_from is None else config.start_from.name,
         "processes": world,
         "device": torch.cuda.get_device_name() if target.device.type == "cuda" else "CPU",
         "sequences": len(training),

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from dflash_plugin.config import DrafterConfig, LayerAttention, RopeConfig, spread_layers
+from dflash_plugin.checkpoint import load_checkpoint, load_config
+from dflash_plugin.config import (
+    DrafterConfig,
+    LayerAttention,
+    RopeConfig,
+    build_config,
+    spread_layers,
+)
+from dflash_plugin.dialects import write_config
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.train.blocks import choose_anchors, make_blocks
@@ -30,17 +38,35 @@ from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet, batches, collate
 
 Report = Callable[[dict[str, float]], None]
+# What a checkpoint to start from decides, and what a DFlash 2 drafter has besides.
+SHAPE = (
+    "block_size",
+    "num_layers",
+    "intermediate_size",
+    "target_layer_ids",
+    "num_features",
+    "mask_token_id",
+    "sliding_window",
+)
+PARTS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 
 
 class TrainConfig(BaseModel):
     """How a drafter is trained.
 
     Attributes:
+        start_from: a drafter checkpoint whose weights and shape it takes over; the fields of
+            ``SHAPE`` are then left unset.
+        dflash2: adds convolutions and a selector where the checkpoint has none.
+        conv_kernel_size, conv_group_size, selector_rank, selector_top_k: their sizes, by default
+            those of the public drafters.
+        selector_weight: of the selector's cross-entropy beside the head's.
         block_size: anchor + masks.
         num_layers, intermediate_size: size of the drafter; heads and width follow the target.
         target_layer_ids: layers whose outputs it reads; None spreads ``num_features`` evenly.
         num_features: how many layers are read when ``target_layer_ids`` is None.
-        mask_token_id: token whose embedding stands for "to be drafted".
+        mask_token_id: token whose embedding stands for "to be drafted"; needed without
+            ``start_from``.
         sliding_window: window of every layer, or None.
         steps, batch_size, anchors: optimiser steps, sequences a step and process, anchors a
             sequence.
@@ -53,12 +79,19 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    start_from: Path | None = None
+    dflash2: bool = False
+    conv_kernel_size: int = Field(default=2, gt=0)
+    conv_group_size: int = Field(default=16, gt=0)
+    selector_rank: int = Field(default=256, gt=0)
+    selector_top_k: int = Field(default=16, ge=2)
+    selector_weight: float = Field(default=1.0, ge=0)
     block_size: int = Field(default=8, ge=2)
     num_layers: int = Field(default=3, ge=1)
     intermediate_size: int | None = Field(default=None, gt=0)
     target_layer_ids: tuple[int, ...] | None = None
     num_features: int = Field(default=5, ge=1)
-    mask_token_id: int = Field(ge=0)
+    mask_token_id: int | None = Field(default=None, ge=0)
     sliding_window: int | None = Field(default=None, gt=0)
     steps: int = Field(default=2000, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -77,11 +110,44 @@ class TrainConfig(BaseModel):
 
 
 def drafter_config(target: PreTrainedModel, train: TrainConfig) -> DrafterConfig:
-    """The drafter for a target: its width, heads, rotation and vocabulary.
+    """The drafter to train for a target.
 
     Raises:
-        DFlashError: a layer id or the mask token does not exist in the target.
+        DFlashError: settings exclude one another, the target lacks what they name, or the
+            checkpoint to start from is not for it or holds what an export cannot express.
     """
+    if train.start_from is None:
+        config = _config_for(target, train)
+    else:
+        _require_unset(train, SHAPE, f"{str(train.start_from)!r} decides it: leave it out")
+        config = load_config(train.start_from)
+        text = target.config.get_text_config()
+        config.require_target(
+            text.hidden_size, text.num_hidden_layers, target.get_input_embeddings().weight.shape[0]
+        )
+    if config.selector is not None:
+        _require_unset(train, PARTS, f"{str(train.start_from)!r} decides it: leave it out")
+    elif train.dflash2:
+        convolution = {"kernel_size": train.conv_kernel_size, "group_size": train.conv_group_size}
+        selector = {"rank": train.selector_rank, "top_k": train.selector_top_k}
+        config = build_config(
+            {**config.model_dump(), "convolution": convolution, "selector": selector}
+        )
+    else:
+        parts = (*PARTS, "selector_weight")
+        _require_unset(train, parts, "only a DFlash 2 drafter has it: set dflash2 or leave it out")
+    write_config(config, "z-lab")
+    return config
+
+
+def _require_unset(train: TrainConfig, names: Sequence[str], why: str) -> None:
+    for name in names:
+        if name in train.model_fields_set:
+            raise DFlashError(f"{name} is {getattr(train, name)!r}, but {why}")
+
+
+def _config_for(target: PreTrainedModel, train: TrainConfig) -> DrafterConfig:
+    """A drafter with the target's width, heads, rotation and vocabulary."""
     text = target.config.get_text_config()
     ids = train.target_layer_ids or spread_layers(text.num_hidden_layers, train.num_features)
     outside = [i for i in ids if not -1 <= i < text.num_hidden_layers]
@@ -89,6 +155,11 @@ def drafter_config(target: PreTrainedModel, train: TrainConfig) -> DrafterConfig
         raise DFlashError(
             f"target layer {outside[0]} does not exist: the target has layers 0 to "
             f"{text.num_hidden_layers - 1}"
+        )
+    if train.mask_token_id is None:
+        raise DFlashError(
+            "mask_token_id is missing: name a token that the target never writes, or a checkpoint "
+            "to start from"
         )
     vocabulary = target.get_input_embeddings().weight.shape[0]
     if train.mask_token_id >= vocabulary:
@@ -117,12 +188,29 @@ def drafter_config(target: PreTrainedModel, train: TrainConfig) -> DrafterConfig
     )
 
 
+def new_drafter(config: DrafterConfig, train: TrainConfig) -> Drafter:
+    """The drafter before the first step: a checkpoint's weights, where one is started from."""
+    drafter = Drafter(config)
+    initialise(drafter, train.seed)
+    if train.start_from is not None:
+        kept = load_checkpoint(train.start_from, dtype=torch.float32).tensors
+        drafter.load_canonical({**drafter.canonical(), **kept})
+    return drafter
+
+
 def initialise(drafter: Drafter, seed: int) -> None:
-    """Normal weights of width 0.02, residual outputs narrower by the depth, norms at one."""
+    """Normal weights of width 0.02, residual outputs narrower by the depth, norms at one.
+
+    A DFlash 2 drafter begins as the DFlash drafter of the same seed: its convolutions are the
+    identity, and its selector adds nothing to the logits, as one of the codebooks is zero.
+    """
     generator = torch.Generator().manual_seed(seed)
     depth = math.sqrt(2 * len(drafter.layers))
     for name, parameter in drafter.named_parameters():
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 or name.endswith("base_kernel"):
+            continue
+        if name.endswith(("kernel_projection.weight", "successor_codebook")):
+            parameter.data.zero_()
             continue
         narrow = depth if ("output_proj" in name or "down_proj" in name) else 1.0
         drawn = torch.randn(parameter.shape, generator=generator) * (0.02 / narrow)
@@ -165,14 +253,14 @@ class Trainer:
         self.device: torch.device = target.device
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.drafter = Drafter(drafter_config(target, config))
-        initialise(self.drafter, config.seed)
-        self.drafter.to(self.device)
+        self.drafter = new_drafter(drafter_config(target, config), config).to(self.device)
         self.drafter.borrow(
             target.get_input_embeddings().weight.detach(), target.get_output_embeddings()
         )
-        gamma = config.gamma or gamma_for(config.block_size)
-        self.objective = Objective(self.drafter, config.weighting, gamma, config.dpace_alpha)
+        gamma = config.gamma or gamma_for(self.drafter.config.block_size)
+        self.objective = Objective(
+            self.drafter, config.weighting, gamma, config.dpace_alpha, config.selector_weight
+        )
         self.optimizer = torch.optim.AdamW(
             _decay_groups(self.drafter, config.weight_decay),
             lr=config.learning_rate,
@@ -379,8 +467,11 @@ class Trainer:
 
 
 def _decay_groups(drafter: Drafter, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices, none on norms, biases and vectors."""
-    matrices = [p for p in drafter.parameters() if p.dim() >= 2]
-    vectors = [p for p in drafter.parameters() if p.dim() < 2]
+    """Weight decay on matrices, none on norms, biases, vectors and a convolution's channels."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in drafter.named_parameters():
+        is_matrix = parameter.dim() >= 2 and not name.endswith("base_kernel")
+        (matrices if is_matrix else vectors).append(parameter)
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": weight_decay}]
     return [*groups, {"params": vectors, "weight_decay": 0.0}]

@@ -21,10 +21,6 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.sampling import (
     SamplingParams,
     SamplingTensors,
-    Stream,
-    probabilities,
-    sample,
-    uniforms,
 )
 from dflash_plugin.transformers.graphs import Graphs
 from dflash_plugin.transformers.loading import bind_drafter
@@ -384,22 +380,23 @@ class Engine:
         """Inject the features that the last verification committed, then draft a block."""
         assert self.drafter is not None
         self._inject(batch, num_keys)
-        logits = self.drafter.logits(
-            self.drafter.draft(self._anchors[:batch], self._lengths[:batch])
+        anchors, positions = self._anchors[:batch], self._lengths[:batch]
+        draws = self.sampled_drafts and not greedy
+        proposal = self.drafter.propose(
+            self.drafter.draft(anchors, positions),
+            anchors,
+            positions,
+            _rows_of(self._sampling, 0, batch) if draws else None,
         )
-        if greedy or not self.sampled_drafts:
-            self._drafts[:batch] = self.drafter.token_ids(logits.argmax(dim=-1))
+        self._drafts[:batch] = proposal.tokens
+        if proposal.probs is None:
             return
-        params = _rows_of(self._sampling, 0, batch)
-        probs = probabilities(logits, params)
-        positions = self._lengths[:batch, None] + torch.arange(
-            1, self.num_drafts + 1, device=self.device
-        )
-        drawn = sample(probs, uniforms(params.seed, positions, Stream.DRAFT))
-        self._drafts[:batch] = self.drafter.token_ids(drawn)
         if self._draft_probs is None:
-            self._draft_probs = probs.new_zeros(self.max_batch, self.num_drafts, self.vocabulary)
-        self._draft_probs[:batch] = self.drafter.target_probabilities(probs, self.vocabulary)
+            shape = self.max_batch, self.num_drafts, self.vocabulary
+            self._draft_probs = proposal.probs.new_zeros(shape)
+        self._draft_probs[:batch] = self.drafter.target_probabilities(
+            proposal.probs, self.vocabulary, proposal.candidates
+        )
 
     def _verify(self, batch: int, num_keys: int, greedy: bool, rows: int) -> None:
         """Run the target over anchors and the first drafts, accept, and advance every row.

@@ -29,7 +29,7 @@ from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.fp8 import Fp8Rows, quantise
 from dflash_plugin.serving.fp8 import product
-from dflash_plugin.serving.head import best_of_ranks, best_of_shard
+from dflash_plugin.serving.head import Candidates, best_of_ranks, best_of_shard, candidates
 from dflash_plugin.serving.hosted import Hosted
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.vllm.host import HostedQKV, VllmHost, head_in_fp8, round_to_fp8
@@ -43,7 +43,11 @@ Slots = Tensor | Sequence[Tensor | None] | None
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
 class DraftBlock(nn.Module):
-    """Embedding, layers and final norm over the rows of all requests' blocks."""
+    """Embedding, layers and final norm over the rows of all requests' blocks.
+
+    Attributes:
+        block_size: rows of a block.
+    """
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
@@ -55,6 +59,8 @@ class DraftBlock(nn.Module):
         device = vllm_config.device_config.device
         self.drafter.rotary.to(device)
         self.drafter.requires_grad_(False)
+        drafts = vllm_config.speculative_config.num_speculative_tokens
+        self.block_size = int(drafts) + (not config.sample_from_anchor)
         self.attentions = nn.ModuleList(
             Attention(
                 attention.heads,
@@ -77,7 +83,8 @@ class DraftBlock(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Normed hidden states [T, hidden] of rows ``input_ids`` [T] at ``positions`` [T]."""
-        return self.drafter.run_block(self.drafter.embed(input_ids), positions, self._attend)
+        embedded = self.drafter.embed(input_ids)
+        return self.drafter.run_block(embedded, positions, self._attend, self.block_size)
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out: Tensor = self.attentions[layer](query.flatten(-2), key.flatten(-2), value.flatten(-2))
@@ -288,10 +295,35 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
             return None
         return self._shard_choice(hidden_states)
 
+    def candidates(self, hidden_states: Tensor) -> Candidates:
+        """The likeliest tokens of each row, for the selector of a DFlash 2 drafter.
+
+        Args:
+            hidden_states: [T, hidden].
+        """
+        is_whole = get_tensor_model_parallel_world_size() == 1
+        return candidates(
+            self.drafter,
+            self.lm_head,
+            hidden_states,
+            self._shard_rows(),
+            UnquantizedEmbeddingMethod,
+            self._shard_logits,
+            None if is_whole else tensor_model_parallel_all_gather,
+        )
+
+    def _shard_rows(self) -> int:
+        """This rank's rows of the head that are tokens."""
+        return int(cast(Any, self.lm_head).shard_indices.num_org_elements)
+
     def _shard_choice(self, hidden_states: Tensor) -> HeadChoice | None:
+        rows = self._shard_rows()
+        return best_of_shard(self.lm_head, hidden_states, rows, UnquantizedEmbeddingMethod)
+
+    def _shard_logits(self, hidden_states: Tensor) -> Tensor:
         head = cast(Any, self.lm_head)
-        rows = int(head.shard_indices.num_org_elements)
-        return best_of_shard(head, hidden_states, rows, UnquantizedEmbeddingMethod)
+        logits: Tensor = head.quant_method.apply(head, hidden_states, bias=None)
+        return logits[:, : self._shard_rows()]
 
     def get_draft_kv_cache_layer_names(self) -> list[str]:
         """Names of the attention layers, in the drafter's order."""

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
+from dflash_plugin.serving.head import noise_of_walks, walk
 from dflash_plugin.vllm.model import required
 
 NO_SLOT = -1
+# vLLM takes lower temperatures for greedy.
+LEAST_TEMPERATURE = 1e-5
 
 
 class Proposer(DFlashProposer):
@@ -55,6 +58,7 @@ class Proposer(DFlashProposer):
         anchor_drafts = self.info.config.sample_from_anchor
         drafts = self.num_speculative_tokens
         rows = drafts + (not anchor_drafts)
+        self.model.model.block_size = rows
         starts = cad.query_start_loc.long()
         counts = starts.diff()
         rejected = torch.zeros_like(counts)
@@ -102,6 +106,41 @@ class Proposer(DFlashProposer):
             causal=self.dflash_causal,
         )
         return size, sample.flatten().to(torch.int32), metadata
+
+    def _sample_draft_tokens(
+        self, hidden_states: Tensor, sampling_metadata: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Draft tokens int64 [batch * K] and what they were drawn from, or None where chosen.
+
+        Args:
+            hidden_states: [batch * K, hidden], of the rows that draft.
+            sampling_metadata: vLLM's, of the requests.
+
+        Returns:
+            The distributions are float32 [batch * K, vocabulary].
+        """
+        if self.info.config.selector is None:
+            made: tuple[Tensor, Tensor | None] = super()._sample_draft_tokens(
+                hidden_states, sampling_metadata
+            )
+            return made
+        drafts = self.num_speculative_tokens
+        batch, rows = len(hidden_states) // drafts, drafts + 1
+        anchors = self.input_ids[: batch * rows : rows].long()
+        heat, u = None, None
+        if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
+            given = sampling_metadata.temperature
+            heat = torch.where(given < LEAST_TEMPERATURE, 0.0, given)
+            seeds = torch.randint(1 << 62, (batch,), device=heat.device)
+            u = noise_of_walks(seeds, torch.zeros_like(seeds), drafts)
+        drafter, found = self.model.drafter, self.model.candidates(hidden_states)
+        path = walk(drafter, hidden_states, found, anchors, heat, u)
+        if path.probs is None:
+            return path.tokens.flatten(), None
+        shares = path.probs.flatten(0, 1)
+        vocabulary = self.model.vocab_size
+        spread = drafter.target_probabilities(shares, vocabulary, found.tokens)
+        return path.tokens.flatten(), spread
 
     def _slots(self, cad: CommonAttentionMetadata, request: Tensor, positions: Tensor) -> Tensor:
         """Cache slots of positions of requests, both [...]."""

@@ -85,7 +85,8 @@ def _compare(worker: Any, record: KnownAnswers, info: Hosted) -> str | None:
 
     dtype = str(worker.vllm_config.model_config.dtype)
     exact = dtype == "torch.float32" and info.options.draft_weights == "checkpoint"
-    return trouble(record, drafts, is_float32=exact)
+    walked = info.config.selector is not None
+    return trouble(record, drafts, is_float32=exact, walked=walked)
 
 
 def draft(worker: Any, tokens: list[int]) -> list[int]:

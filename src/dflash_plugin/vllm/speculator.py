@@ -13,14 +13,20 @@ from torch import Tensor, nn
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.serving.head import noise_of_walks, walk
 from dflash_plugin.vllm import adaptive, compat
 from dflash_plugin.vllm.model import HostedDrafter, required
+from dflash_plugin.vllm.proposals import Proposals
+
+# vLLM decides on drafts by noise of the same generator, keyed by the same seeds and positions.
+SALT = 0x5EED_D4AF_7000_0001
 
 
 class Speculator(DFlashSpeculator):
     """Drafts a block per request on the device, without a host wait."""
 
     _speculator_name = "dflash-plugin"
+    draft_logits: Tensor | None
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -33,6 +39,12 @@ class Speculator(DFlashSpeculator):
         if self.speculative_config.draft_sample_method != "probabilistic":
             # The model finds the likeliest tokens without logits, which only an estimator reads.
             self.use_local_argmax_reduction = not getattr(self, "use_acceptance_estimator", False)
+        self.proposals: Proposals | None = None
+        if config.selector is not None and self.draft_logits is not None:
+            # Ours takes the memory of vLLM's.
+            shape, self.draft_logits = self.draft_logits.shape, None
+            self.proposals = Proposals(shape, config.selector.top_k, device)
+            self.draft_logits = self.proposals.logits
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -105,22 +117,15 @@ class Speculator(DFlashSpeculator):
             args: what versions add.
             kwargs: the same.
         """
+        if self.info.config.selector is not None:
+            return self._walk(
+                hidden_states, sample_src_positions, idx_mapping, temperature, seeds, draft_step
+            )
         if self.budget is not None and draft_logits is None:
-            estimator = self.acceptance_estimator
             choice = self.model.best_choice(hidden_states)
             if choice is not None:
-                from dflash_plugin.kernels.predict_acceptance import predict_acceptance
-
-                predict_acceptance(
-                    choice.logits[:, 0].contiguous(),
-                    choice.log_sum_exp,
-                    idx_mapping,
-                    draft_step,
-                    estimator.slope,
-                    estimator.intercepts,
-                    estimator.features,
-                    estimator.predictions,
-                )
+                top = choice.logits[:, 0].contiguous()
+                self._predict(top, choice.log_sum_exp, idx_mapping, draft_step)
                 tokens: Tensor = self.model.drafter.token_ids(choice.tokens[:, 0])
                 return tokens
         drawn: Tensor = super().sample_draft(
@@ -135,3 +140,50 @@ class Speculator(DFlashSpeculator):
             **kwargs,
         )
         return drawn
+
+    def _walk(
+        self,
+        hidden: Tensor,
+        before: Tensor,
+        slots: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        draft_step: Tensor,
+    ) -> Tensor:
+        """Draft tokens int64 [T] along a selector's path; arguments as ``sample_draft``'s."""
+        drafts, rows = self.num_speculative_steps, self.num_query_per_req
+        batch = len(hidden) // drafts
+        anchors = self.input_buffers.input_ids[: batch * rows : rows].long()
+        heat, u = None, None
+        if self.proposals is not None:
+            requests = slots[::drafts].clamp(min=0)
+            heat = temperature[requests]
+            u = noise_of_walks(seeds[requests] ^ SALT, before[::drafts], drafts)
+        found = self.model.candidates(hidden)
+        path = walk(self.model.drafter, hidden, found, anchors, heat, u)
+        if self.proposals is not None:
+            scores = path.scores.flatten(0, 1)
+            self.proposals.write(found.tokens, scores, slots, draft_step)
+        if self.budget is not None:
+            self._predict(path.confidence.flatten(), None, slots, draft_step)
+        elif self.acceptance_estimator is not None:
+            self._maybe_predict_acceptance(path.scores.flatten(0, 1), slots, draft_step)
+        return path.tokens.flatten()
+
+    def _predict(
+        self, top: Tensor, log_sum_exp: Tensor | None, slots: Tensor, draft_step: Tensor
+    ) -> None:
+        """How probably drafts stand; arguments as ``predict_acceptance``'s."""
+        from dflash_plugin.kernels.predict_acceptance import predict_acceptance
+
+        estimator = self.acceptance_estimator
+        predict_acceptance(
+            top,
+            log_sum_exp,
+            slots,
+            draft_step,
+            estimator.slope,
+            estimator.intercepts,
+            estimator.features,
+            estimator.predictions,
+        )
