@@ -181,10 +181,11 @@ class CharTokenizer:
     def __init__(self, chat_template: str | None):
         self.chat_template = chat_template
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, **options):
         assert not tokenize
         assert add_generation_prompt
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+        text = "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+        return text + "".join(f"{name}={value}" for name, value in options.items())
 
     def encode(self, text, add_special_tokens=True):
         return [1] * add_special_tokens + [ord(c) for c in text]
@@ -194,6 +195,12 @@ def test_encode_applies_the_chat_template_without_a_second_bos():
     ids = encode(CharTokenizer("yes"), Prompt.user("hi"))
     assert ids == [ord(c) for c in "<user>hi<assistant>"]
     assert encode(CharTokenizer("yes"), [Message(role="user", content="hi")]) == ids
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_encode_tells_the_template_whether_to_think(thinking):
+    ids = encode(CharTokenizer("yes"), Prompt.user("hi"), thinking)
+    assert "".join(map(chr, ids)) == f"<user>hi<assistant>enable_thinking={thinking}"
 
 
 def test_encode_without_a_template_or_of_raw_text():

@@ -1,4 +1,4 @@
-"""The command line: fetch, inspect, convert, train, generate, eval."""
+"""The command line: fetch, inspect, doctor, convert, train, generate, eval, bench, report, top."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from dflash_plugin.errors import DFlashError
 
@@ -57,6 +58,13 @@ class DialectName(str, Enum):
     speculators = "speculators"
     specforge = "specforge"
     modelopt = "modelopt"
+
+
+class Thinking(str, Enum):
+    """``enable_thinking`` of a chat template."""
+
+    on = "on"
+    off = "off"
 
 
 DialectOption = Annotated[
@@ -399,6 +407,143 @@ def _print_report(report: Any, replayed: bool) -> None:
 
 
 @app.command()
+def doctor(
+    target: Annotated[str, typer.Option(help="Model directory, or smollm2.")] = "smollm2",
+    drafter: Annotated[
+        Path | None, typer.Option(help="Drafter directory; the shipped one for smollm2.")
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="URL of a server that runs the pair, to look at as well.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSONL prompts as the server gets them; built in if left out."),
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="How many of them.", min=1)] = 6,
+    max_new_tokens: Annotated[int, typer.Option(help="Of each answer.", min=2)] = 64,
+    raw: Annotated[bool, typer.Option(help="Prompts are sent without the chat template.")] = False,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(help="What the engine is told.", min=1)
+    ] = None,
+    dialect: DialectOption = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="What the engine runs in.")] = None,
+    draft_weights: DraftWeightsOption = Weights.checkpoint,
+    compare_float32: Annotated[
+        bool, typer.Option(help="Load the target a second time, in float32, to compare.")
+    ] = True,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Find out why acceptance is low. Exit 0: healthy, 1: a fault, 2: could not check."""
+    _quiet()
+    from dflash_plugin.doctor import Asked
+
+    asked = Asked(
+        dialect=dialect.value if dialect else None,
+        num_speculative_tokens=num_speculative_tokens,
+        draft_weights=draft_weights.value,
+        raw=raw,
+        compare_float32=compare_float32,
+    )
+    try:
+        found = _diagnose(
+            target, drafter, server, data, prompts, max_new_tokens, dtype, device, asked
+        )
+    except DFlashError as error:
+        if as_json:
+            print_json({"exit_code": 2, "error": str(error)})
+        errors.print(f"could not check: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    if as_json:
+        facts = {"verdict": found.verdict, "fix": found.fix, "exit_code": found.exit_code}
+        print_json({**found.model_dump(mode="json"), **facts})
+    else:
+        _print_diagnosis(found)
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
+
+
+def _diagnose(
+    target: str,
+    drafter: Path | None,
+    server: str | None,
+    data: Path | None,
+    prompts: int,
+    max_new_tokens: int,
+    dtype: Dtype | None,
+    device: str | None,
+    asked: Any,
+) -> Any:
+    import torch
+
+    from dflash_plugin.doctor import TargetTexts, diagnose
+    from dflash_plugin.doctor.server import ask
+    from dflash_plugin.doctor.texts import PROMPTS
+    from dflash_plugin.fetch import resolve_drafter, resolve_model
+    from dflash_plugin.prompts import Prompt, load_prompts
+    from dflash_plugin.serving.scrape import ServerClient
+    from dflash_plugin.transformers import load_target
+
+    directory = resolve_drafter(drafter, target)
+    if not directory.is_dir():
+        raise DFlashError(f"{str(directory)!r} is not a directory: give --drafter DIR")
+    model = resolve_model(target)
+    questions = (
+        load_prompts(data, prompts) if data else [Prompt.user(text) for text in PROMPTS[:prompts]]
+    )
+    # A server that does not answer is found out before a minute of drafting.
+    served = ask(ServerClient(server)) if server else None
+    with errors.status("loading") as status:
+        loaded, tokenizer = load_target(
+            model, getattr(torch, dtype.value) if dtype else None, device
+        )
+        on = TargetTexts(model, loaded, tokenizer, questions, max_new_tokens)
+        return diagnose(on, directory, asked, served, status.update)
+
+
+def _print_diagnosis(found: Any) -> None:
+    console = Console()
+    styles = {"ok": "green", "note": "yellow", "fault": "red", "unchecked": "yellow"}
+    table = Table("check", "", "finding", title=f"{found.drafter} on {found.target}")
+    for check in found.checks:
+        shown = [check.finding, f"looked at {check.looked_at}"]
+        if check.evidence and check.status != "ok":
+            shown.append(f"evidence: {json.dumps(check.evidence, ensure_ascii=False)}")
+        shown += [f"fix: {check.fix}"] if check.fix and check.status != "ok" else []
+        style = styles[check.status]
+        text = Text(shown[0]).append("\n" + "\n".join(shown[1:]), style="dim")
+        table.add_row(check.name, Text(check.status, style=style), text)
+    console.print(table)
+    style = styles["fault" if found.faults else "ok" if found.exit_code == 0 else "unchecked"]
+    console.print(Text(found.verdict, style=style), soft_wrap=True)
+    if found.fix:
+        console.print(Text(f"fix: {found.fix}"), soft_wrap=True)
+
+
+@app.command()
+@reports_errors
+def top(
+    server: Annotated[str, typer.Option(help="URL of a vLLM or SGLang server.")],
+    interval: Annotated[float, typer.Option(help="Seconds between scrapes.", min=0.1)] = 2.0,
+    once: Annotated[bool, typer.Option(help="Print one frame after two scrapes, and end.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Watch a server's speculation: requests, tokens/s, τ and acceptance by position."""
+    from dataclasses import asdict
+
+    from dflash_plugin.serving.scrape import ServerClient
+    from dflash_plugin.top import watch
+
+    view = watch(ServerClient(server), interval, once or as_json)
+    if as_json:
+        assert view.reading is not None
+        assert view.rates is not None
+        print_json({"now": asdict(view.reading), "since_last": asdict(view.rates)})
+    elif once:
+        Console().print(view)
+
+
+@app.command()
 @reports_errors
 def convert(
     source: Annotated[Path, typer.Argument(help="Drafter checkpoint of any dialect.")],
@@ -602,6 +747,229 @@ def evaluate(
     else:
         Console().print(table)
         Console().print(f"mean τ over {len(found)} sets: {mean:.2f}")
+
+
+@app.command()
+@reports_errors
+def bench(
+    url: Annotated[
+        str | None,
+        typer.Argument(
+            help="Root URL of a vLLM or SGLang server; none for the Transformers engine."
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="JSONL prompts, or gsm8k, math500, humaneval, mbpp, mt_bench; repeatable."
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="URL of a server to run in turns; `alone` for the Transformers engine."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Result.")] = Path("bench.json"),
+    overwrite: Annotated[bool, typer.Option(help="Replace a result in OUTPUT.")] = False,
+    concurrency: Annotated[
+        str, typer.Option(help="Requests in flight, with commas between.")
+    ] = "1,2,4,8,16,32,64",
+    repeats: Annotated[int, typer.Option(help="Timed runs of each cell and server.")] = 3,
+    warmup: Annotated[bool, typer.Option(help="Run a round of requests before each cell.")] = True,
+    limit: Annotated[int | None, typer.Option(help="Prompts per set.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: int = 0,
+    ignore_eos: Annotated[bool, typer.Option(help="Answers of max-tokens tokens.")] = False,
+    thinking: Annotated[
+        Thinking | None, typer.Option(help="enable_thinking of the chat template.")
+    ] = None,
+    keep_text: Annotated[
+        int, typer.Option(help="Answers per set and server to keep by verify pass.")
+    ] = 0,
+    drafter_needed: Annotated[
+        bool, typer.Option("--drafter-needed/--no-drafter", help="Refuse a server without one.")
+    ] = True,
+    label: Annotated[str | None, typer.Option(help="What a report calls it.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Name, where the server does not tell.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of each server.")] = None,
+    server_command: Annotated[
+        str | None, typer.Option(help="How the server was started, for the record.")
+    ] = None,
+    baseline_command: Annotated[
+        str | None, typer.Option(help="How the baseline was started, for the record.")
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="Of the Transformers engine: directory, or smollm2.")
+    ] = "smollm2",
+    drafter: Annotated[
+        Path | None, typer.Option(help="Of the Transformers engine; the shipped one for smollm2.")
+    ] = None,
+    dtype: Dtype | None = None,
+    adaptive: Annotated[
+        bool, typer.Option(help="Transformers engine: verify as many drafts as pay.")
+    ] = False,
+    device: Device = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="DFLASH_BENCH_API_KEY", help="Of the servers.", hidden=True)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speculative decoding on a running server, or with the Transformers engine."""
+    _quiet()
+    from dflash_plugin.bench.data import load_sets
+    from dflash_plugin.bench.record import Settings
+    from dflash_plugin.bench.sweep import begin, check_settings, connect, sweep
+
+    if output.exists() and not overwrite:
+        raise DFlashError(
+            f"{str(output)!r} is already there: give another --output, or --overwrite"
+        )
+    if not output.parent.is_dir():
+        raise DFlashError(f"{str(output.parent)!r} is not a directory: make it, or change --output")
+    settings = Settings(
+        data=data or [],
+        limit=limit,
+        concurrency=_numbers("--concurrency", concurrency),
+        repeats=repeats,
+        warmup=warmup,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=seed,
+        ignore_eos=ignore_eos,
+        thinking=None if thinking is None else thinking is Thinking.on,
+    )
+    sets = load_sets(settings.data, limit)
+    check_settings(settings, sets)
+    endpoints: Any = {}
+    if url is not None:
+        endpoints["measured"] = connect(url, api_key)
+        if baseline is not None:
+            endpoints["baseline"] = connect(baseline, api_key)
+    else:
+        endpoints = _embedded(target, drafter, dtype, device, adaptive, baseline, keep_text > 0)
+    record = begin(settings, endpoints, label, drafter=drafter_needed)
+    commands = {"measured": server_command, "baseline": baseline_command}
+    for server in record.servers:
+        server.describe_further(gpu, gpus, commands[server.role])
+    try:
+        with _bench_progress() as progress:
+            sweep(record, endpoints, sets, output, keep_text, progress)
+    except KeyboardInterrupt:
+        kept = f"{len(record.cells)} cells are in {output}" if record.cells else "nothing is kept"
+        errors.print(f"stopped: {kept}, marked as incomplete", markup=False, highlight=False)
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json(record.model_dump(mode="json"))
+    else:
+        _print_cells(record)
+        errors.print(f"result written to {output}", markup=False, highlight=False)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise DFlashError(f"{option} is {text!r}: write numbers with commas, like 1,8,64") from None
+
+
+def _embedded(
+    target: str,
+    drafter: Path | None,
+    dtype: Dtype | None,
+    device: str | None,
+    adaptive: bool,
+    baseline: str | None,
+    record_drafts: bool,
+) -> dict[str, Any]:
+    from dflash_plugin.bench.embedded import EmbeddedEngine
+    from dflash_plugin.fetch import resolve_drafter, resolve_model
+
+    if baseline not in (None, "alone"):
+        raise DFlashError(
+            f"--baseline is {baseline!r} and there is no URL to measure: give the server's URL "
+            "first, or --baseline alone for the Transformers engine"
+        )
+    directory = resolve_drafter(drafter, target)
+    model, loaded, tokenizer = _load(
+        resolve_model(target), directory, dtype, device, Weights.checkpoint
+    )
+    endpoints = {
+        "measured": EmbeddedEngine(model, tokenizer, loaded, target, adaptive, record_drafts)
+    }
+    if baseline is not None:
+        endpoints["baseline"] = EmbeddedEngine(model, tokenizer, None, target)
+    return endpoints
+
+
+@contextmanager
+def _bench_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar of the requests of the current run; a line a run where there is no terminal."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+        disable=not errors.is_terminal,
+    ) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(what: str, done: int, of: int) -> None:
+            if done == 0:
+                progress.reset(task, description=what, total=of)
+                if not errors.is_terminal:
+                    errors.print(what, markup=False, highlight=False)
+            progress.update(task, completed=done)
+
+        yield show
+
+
+def _print_cells(record: Any) -> None:
+    def shown(value: float | None, digits: int = 2) -> str:
+        return "" if value is None else f"{value:,.{digits}f}"
+
+    table = Table(
+        "set", "in flight", "tokens/s", "baseline", "speedup", "τ", "TTFT", "TPOT ms", "counts"
+    )
+    for cell in record.cells:
+        if cell.role == "baseline":
+            continue
+        beside = record.cell("baseline", cell.set_name, cell.concurrency)
+        agree = {check.agrees for repeat in cell.repeats for check in repeat.checks}
+        table.add_row(
+            cell.set_name,
+            str(cell.concurrency),
+            shown(cell.tokens_per_second, 1),
+            shown(beside.tokens_per_second if beside else None, 1),
+            shown(cell.tokens_per_second / beside.tokens_per_second if beside else None),
+            shown(cell.tau.pooled),
+            shown(cell.ttft_ms.p50 if cell.ttft_ms else None, 0),
+            shown(cell.tpot_ms.p50 if cell.tpot_ms else None, 1),
+            "DIFFER" if False in agree else "agree" if True in agree else "untold",
+        )
+    Console().print(table)
+
+
+@app.command()
+@reports_errors
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Results of `dflash-plugin bench`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML page.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """Make one self-contained HTML page of measurements."""
+    from dflash_plugin.bench.record import read_record
+    from dflash_plugin.bench.report import page
+
+    text = page([read_record(path) for path in results])
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DFlashError(
+            f"{str(output)!r} cannot be written ({error}): give another --output"
+        ) from error
+    errors.print(f"report written to {output}", markup=False, highlight=False)
 
 
 @contextmanager

@@ -7,11 +7,13 @@ with the right rotation, mask and head, before it serves a single request.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dflash_plugin.drafter import Drafter
@@ -31,6 +33,9 @@ class KnownAnswer(BaseModel):
         margins: score of each draft (its logit, or a selector's) less the runner-up's,
             [num_draft_tokens].
         hidden: the first values of the first and the last drafting row, after the final norm.
+        features: the first values of every target layer's output at the prompt's last token, in
+            the order of ``target_layer_ids``; empty in older records, as ``layers``.
+        layers: the first values of every draft layer's output in the first drafting row.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +45,8 @@ class KnownAnswer(BaseModel):
     drafts: list[int]
     margins: list[float]
     hidden: list[list[float]]
+    features: list[list[float]] = []
+    layers: list[list[float]] = []
 
 
 class KnownAnswers(BaseModel):
@@ -76,7 +83,8 @@ def answer(drafter: Drafter, target: PreTrainedModel, prompt: Sequence[int]) -> 
     try:
         drafter.inject(features, torch.arange(length, device=device)[None])
         position = torch.full_like(anchor, length)
-        hidden = drafter.draft(anchor, position)
+        with layer_outputs(drafter) as outputs:
+            hidden = drafter.draft(anchor, position)
     finally:
         drafter.store = kept
     proposal = drafter.propose(hidden, anchor, position)
@@ -86,10 +94,32 @@ def answer(drafter: Drafter, target: PreTrainedModel, prompt: Sequence[int]) -> 
         anchor=int(anchor),
         drafts=proposal.tokens[0].tolist(),
         margins=[round(float(m), 4) for m in best[:, 0] - best[:, 1]],
-        hidden=[
-            [round(float(value), 4) for value in hidden[0, row, :HIDDEN_VALUES]] for row in (0, -1)
+        hidden=[first_values(hidden[0, row]) for row in (0, -1)],
+        features=[
+            first_values(part) for part in features[0, -1].chunk(len(config.target_layer_ids))
         ],
+        layers=[first_values(output[0, -config.num_draft_tokens]) for output in outputs],
     )
+
+
+def first_values(row: Tensor) -> list[float]:
+    """What a record keeps of a row [hidden]."""
+    return [round(float(value), 4) for value in row[:HIDDEN_VALUES]]
+
+
+@contextmanager
+def layer_outputs(drafter: Drafter) -> Iterator[list[Tensor]]:
+    """The outputs [B, T, hidden] of the draft layers that run in the block, in their order."""
+    outputs: list[Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda module, given, output: outputs.append(output))
+        for layer in drafter.layers
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def replay(

@@ -174,11 +174,18 @@ def _is_message(value: Any) -> bool:
     )
 
 
-def encode(tokenizer: Any, prompt: Prompt | Sequence[Message]) -> list[int]:
+def encode(
+    tokenizer: Any, prompt: Prompt | Sequence[Message], thinking: bool | None = None
+) -> list[int]:
     """Token ids of a prompt up to where the target answers.
 
     Uses the tokenizer's chat template, which writes every special token itself. Raw text, and the
     turns' text where there is no template, is encoded with the tokenizer's own special tokens.
+
+    Args:
+        tokenizer: the target's.
+        prompt: what is asked.
+        thinking: ``enable_thinking`` of the chat template; None leaves it to the template.
 
     Returns:
         Token ids, [tokens].
@@ -187,8 +194,12 @@ def encode(tokenizer: Any, prompt: Prompt | Sequence[Message]) -> list[int]:
     if isinstance(prompt, Prompt) and prompt.text is not None:
         return list(tokenizer.encode(prompt.text))
     if getattr(tokenizer, "chat_template", None):
+        options = {} if thinking is None else {"enable_thinking": thinking}
         text = tokenizer.apply_chat_template(
-            [m.model_dump() for m in messages], tokenize=False, add_generation_prompt=True
+            [m.model_dump() for m in messages],
+            tokenize=False,
+            add_generation_prompt=True,
+            **options,
         )
         return list(tokenizer.encode(text, add_special_tokens=False))
     return list(tokenizer.encode("\n".join(m.content for m in messages)))

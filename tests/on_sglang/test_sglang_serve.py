@@ -16,9 +16,12 @@ import httpx
 import pytest
 import torch
 from sglang_server import ENVIRONMENT, Server, command, dflash, serving, tokens
+from typer.testing import CliRunner
 
 from core_drafts import core_drafts
 from dflash_plugin import known_answer
+from dflash_plugin.bench.record import read_record
+from dflash_plugin.cli import app
 from dflash_plugin.evaluate import acceptance_by_position
 from dflash_plugin.known_answer import KnownAnswers, save_record
 from dflash_plugin.prompts import encode, load_prompts
@@ -235,6 +238,32 @@ def test_acceptance_is_in_meta_info_server_info_and_prometheus(server, reference
     counts = [found[f"dflash:accepted_drafts_total[{k}]"] for k in range(DRAFTS)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] <= found["dflash:verify_passes_total"]
+
+
+@pytest.mark.versions
+def test_bench_counts_what_the_server_counts(server, reference, tmp_path):
+    """Of requests, of SGLang's metrics and by position, with two turns and several in flight."""
+    result = tmp_path / "bench.json"
+    bench = ["bench", str(server.client.base_url), "--limit", "4", "--concurrency", "1,4"]
+    sets = [
+        part for name in ("gsm8k_test", "mt_bench") for part in ("--data", DATA / f"{name}.jsonl")
+    ]
+    limits = ["--repeats", "1", "--max-tokens", str(TOKENS), "--keep-text", "1"]
+    arguments = [*bench, *map(str, sets), *limits, "--output", str(result)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    record = read_record(result)
+    assert len(record.cells) == 4
+    for cell in record.cells:
+        assert [check.agrees for check in cell.repeats[0].checks] == [True, True], cell
+        assert cell.tau.pooled > 1.3
+        assert len(cell.acceptance.unconditional) == DRAFTS
+        assert cell.tau.pooled <= 1 + sum(cell.acceptance.unconditional) + 1e-9
+    kept = record.texts[0]
+    assert kept.exact
+    ids = reference["results"][0].tokens
+    text = "".join([*kept.first, *(t for p in kept.passes for t in (*p.accepted, p.bonus))])
+    assert text == reference["tokenizer"].decode(ids)
 
 
 @pytest.mark.versions

@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 from vllm_helpers import BLOCK, TOKENS, Server, command, serving
 
+from dflash_plugin.bench.record import read_record
+from dflash_plugin.cli import app
 from dflash_plugin.evaluate import acceptance_by_position
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
@@ -32,7 +35,7 @@ def reference(smollm2, shipped) -> dict[str, Any]:
     ]
     engine = Engine(target, load_drafter(shipped, target), max_batch=8, max_length=512)
     results = engine.generate([Request(prompt, TOKENS) for prompt in prompts])
-    return {"prompts": prompts, "results": results}
+    return {"prompts": prompts, "results": results, "tokenizer": tokenizer}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,35 @@ def test_metrics(server):
     assert found["dflash:drafter_info"] == 1
     assert found["dflash:acceptance_warnings_total"] == 0
     assert "dflash:proposed_drafts_total" not in found  # only with adaptive verification
+
+
+def test_bench_counts_what_the_server_counts(server, reference, tmp_path):
+    """By chunk, by pass and by position, with two turns and several in flight."""
+    result = tmp_path / "bench.json"
+    bench = ["bench", str(server.client.base_url), "--limit", "4", "--concurrency", "1,4"]
+    sets = [
+        part for name in ("gsm8k_test", "mt_bench") for part in ("--data", DATA / f"{name}.jsonl")
+    ]
+    limits = ["--repeats", "1", "--max-tokens", str(TOKENS), "--keep-text", "1"]
+    arguments = [*bench, *map(str, sets), *limits, "--output", str(result)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    record = read_record(result)
+    assert len(record.cells) == 4
+    for cell in record.cells:
+        tokens, passes = cell.repeats[0].checks
+        assert tokens.agrees is True, cell
+        # With several in flight a busy machine may stream two passes in one chunk.
+        assert passes.agrees is True or (passes.agrees is None and cell.concurrency > 1), cell
+        assert (cell.tau.mean_per_request is None) == (passes.agrees is None)
+        assert cell.tau.pooled > 1.3
+        assert len(cell.acceptance.unconditional) == 7
+        assert cell.tau.pooled <= 1 + sum(cell.acceptance.unconditional) + 1e-9
+    kept = record.texts[0]
+    assert kept.exact
+    ids = reference["results"][0].tokens
+    text = "".join([*kept.first, *(t for p in kept.passes for t in (*p.accepted, p.bonus))])
+    assert text == reference["tokenizer"].decode(ids)
 
 
 def test_aborted_streams_leave_the_others_alone(server, reference, alone):

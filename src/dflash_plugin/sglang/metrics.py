@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from dflash_plugin.budget.width import growth
@@ -97,6 +98,7 @@ class Acceptance:
         config = self.info.config
         passes, rates = sum(self.histogram), shares(self.histogram)
         return {
+            "version": version("dflash-plugin"),
             "drafter": str(self.info.checkpoint),
             "dialect": config.dialect,
             "block_size": config.block_size,

@@ -61,12 +61,14 @@ class Result:
         committed: tokens committed by each verify pass, the bonus token included; the first output
             token comes from the prompt's own pass and is not among them.
         accepted: drafts that verification accepted in each pass, before stop and length limits.
+        drafted: drafts that each pass verified, if the engine records them.
     """
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""
     committed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    drafted: list[list[int]] = field(default_factory=list)
 
     @property
     def acceptance_length(self) -> float:
@@ -99,6 +101,7 @@ class Engine:
         cuda_graphs: run draft and verify from CUDA graphs on a GPU.
         adaptive: verify as many drafts of every request as commit most tokens a second, none where
             none pays; text stays the same.
+        record_drafts: keep what each pass drafted, which costs a copy from the device.
 
     Attributes:
         policy: chooses how many, or None; its ``summary`` tells what it has learnt.
@@ -117,6 +120,7 @@ class Engine:
         sampled_drafts: bool = True,
         cuda_graphs: bool = True,
         adaptive: bool = False,
+        record_drafts: bool = False,
     ) -> None:
         if max_batch < 1:
             raise DFlashError(f"max_batch is {max_batch}: give at least 1")
@@ -124,6 +128,7 @@ class Engine:
         self.max_batch = max_batch
         self.max_length = max_length
         self.sampled_drafts = sampled_drafts
+        self.record_drafts = record_drafts
         self.num_drafts = drafter.config.num_draft_tokens if drafter else 0
         rows = self.num_drafts + 1
         length = max_length + max(rows, drafter.config.block_size if drafter else 0) + 1
@@ -350,10 +355,13 @@ class Engine:
         if self.policy is not None:
             passed = [row[2] for row, slot in zip(outcomes, rows, strict=True) if slot is not None]
             self.policy.observe(width, passed)
+        drafts = self._drafts[: len(rows), : width - 1].tolist() if self.record_drafts else None
         for row, outcome in enumerate(outcomes):
             slot = rows[row]
             if slot is None:
                 continue
+            if drafts is not None:
+                slot.result.drafted.append(drafts[row])
             committed, code, accepted, *tokens = outcome
             slot.result.committed.append(committed)
             slot.result.accepted.append(accepted)

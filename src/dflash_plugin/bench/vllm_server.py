@@ -1,0 +1,137 @@
+"""vLLM over HTTP: chat completions, and its counters at ``/metrics``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+from dflash_plugin.bench import prometheus
+from dflash_plugin.bench.averages import read_passes_off_chunks
+from dflash_plugin.bench.http_endpoint import HttpEndpoint, refused
+from dflash_plugin.bench.observation import Counters, Observation
+from dflash_plugin.bench.record import Role, Server, Settings
+from dflash_plugin.bench.secrets import without_secrets
+from dflash_plugin.prompts import Message
+
+CHAT = "/v1/chat/completions"
+TOKENS = "vllm:generation_tokens_total"
+PASSES = "vllm:spec_decode_num_drafts_total"
+POSITIONS = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+
+
+class VllmServer(HttpEndpoint):
+    """A running ``vllm serve``. It counts passes of all requests together, not of each."""
+
+    by_request = f"streamed chunks, which are as many as {PASSES} counts"
+
+    def describe(self, role: Role) -> Server:
+        """What it is; flags only under ``VLLM_SERVER_DEV_MODE=1``."""
+        models = self.get_json("/v1/models") or {}
+        self.model = models["data"][0]["id"]
+        samples = self._samples()
+        counters = self._counters(samples)
+        version = (self.get_json("/version") or {}).get("version")
+        info = self.get_json("/server_info?config_format=json")
+        notes, flags, gpu, gpus = [], None, None, 1
+        if info is None:
+            notes.append(
+                "flags: vLLM tells them only under VLLM_SERVER_DEV_MODE=1; give --server-command"
+            )
+        else:
+            config = info.get("vllm_config")
+            flags = without_secrets(config)
+            gpu = (info.get("system_env") or {}).get("nvidia_gpu_models")
+            if isinstance(config, dict):
+                gpus = int((config.get("parallel_config") or {}).get("world_size") or 1)
+        return Server(
+            role=role,
+            engine="vllm",
+            version=version,
+            plugin_version=prometheus.label(samples, "dflash:drafter_info", "plugin"),
+            url=self.shown,
+            model=self.model,
+            speculative=counters.passes is not None,
+            num_drafts=len(counters.accepted) if counters.accepted is not None else None,
+            gpu=gpu,
+            gpus=gpus,
+            flags=flags,
+            notes=notes,
+        )
+
+    def _samples(self) -> list[prometheus.Sample]:
+        answer = self.request("GET", "/metrics")
+        if answer.status_code in (401, 403):
+            raise refused(self.shown, "/metrics", answer.status_code, answer.text)
+        return prometheus.parse(answer.text) if answer.status_code == 200 else []
+
+    def counters(self) -> Counters:
+        """Its counters now."""
+        return self._counters(self._samples())
+
+    def _counters(self, samples: list[prometheus.Sample]) -> Counters:
+        found = Counters(
+            prometheus.total(samples, TOKENS),
+            prometheus.total(samples, PASSES),
+            prometheus.by_position(samples, POSITIONS),
+            {},
+        )
+        names = {"tokens": TOKENS, "passes": PASSES, "accepted": POSITIONS}
+        for what, name in names.items():
+            there = getattr(found, what) is not None
+            found.sources[what] = name if there else f"/metrics has no {name}"
+        return found
+
+    def fill_passes(self, observations: Sequence[Observation], grown: Counters) -> str | None:
+        """Take chunks for passes where the counters agree."""
+        return read_passes_off_chunks(observations, grown)
+
+    async def prepare(
+        self, client: httpx.AsyncClient, messages: list[Message], settings: Settings
+    ) -> tuple[str, dict[str, Any]]:
+        """A chat completion; the server applies the chat template."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [message.model_dump() for message in messages],
+            "max_tokens": settings.max_tokens,
+            "temperature": settings.temperature,
+            "seed": settings.seed,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+        }
+        if settings.ignore_eos:
+            body["ignore_eos"] = True
+        if settings.thinking is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": settings.thinking}
+        return CHAT, body
+
+    def read(self, observation: Observation, chunk: dict[str, Any]) -> int:
+        """Take a chunk of a chat completion; the last one brings the number of tokens."""
+        if chunk.get("usage"):
+            observation.tokens = chunk["usage"]["completion_tokens"]
+        if not chunk.get("choices"):
+            return 0
+        choice = chunk["choices"][0]
+        delta = choice.get("delta") or {}
+        observation.text += delta.get("content") or ""
+        ids = choice.get("token_ids") or []
+        observation.token_ids += ids
+        written = delta.get("content") or delta.get("reasoning") or delta.get("reasoning_content")
+        # Without ids a chunk still tells when tokens came; how many is then not known.
+        return len(ids) or (1 if written else 0)
+
+    def detokenize(self, texts: list[list[int]]) -> list[str]:
+        """Text of token ids."""
+
+        def one(ids: list[int]) -> str:
+            body = {"model": self.model, "tokens": ids}
+            answer = self.request("POST", "/detokenize", body)
+            if answer.status_code != 200:
+                raise refused(self.shown, "/detokenize", answer.status_code, answer.text)
+            return str(answer.json()["prompt"])
+
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(one, texts))

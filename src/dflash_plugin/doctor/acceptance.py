@@ -1,0 +1,221 @@
+"""How much of what a drafter drafts stands, at some positions of texts that are known.
+
+A block is drafted at every few positions of a greedy text, in one pass: no text is generated, so
+that another setting costs one pass of the drafter.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from dflash_plugin.config import DrafterConfig
+from dflash_plugin.doctor.texts import Texts
+from dflash_plugin.drafter import Drafter
+from dflash_plugin.known_answer import KnownAnswers, first_values
+from dflash_plugin.rope import RotaryEmbedding
+from dflash_plugin.serving.check import FLOAT32, HALF
+from dflash_plugin.train.blocks import Blocks, make_blocks
+from dflash_plugin.train.losses import accepted_run
+from dflash_plugin.train.objective import Objective
+from dflash_plugin.train.sequences import SequenceSet
+
+STRIDE = 4
+# Labels that a block has before its text ends.
+HORIZON = 8
+# By how much a recorded value may be off in float32, besides this share of itself.
+RECORD_TOLERANCE = 1e-2
+
+
+def close(found: list[float], recorded: list[float]) -> bool:
+    """Whether values are the recorded ones but for rounding."""
+    return all(
+        abs(a - b) <= RECORD_TOLERANCE * (1 + abs(b)) for a, b in zip(found, recorded, strict=True)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Acceptance:
+    """Outcome of the blocks of some texts.
+
+    Attributes:
+        hits: bool [N, K], drafts that equal the text.
+    """
+
+    hits: Tensor
+
+    @property
+    def runs(self) -> Tensor:
+        """Leading drafts that equal the text, float [N]."""
+        return accepted_run(self.hits).float()
+
+    @property
+    def tau(self) -> float:
+        """Tokens committed per verify pass, bonus token included."""
+        return 1 + self.runs.mean().item()
+
+    @property
+    def by_position(self) -> list[float]:
+        """Share of blocks whose first k drafts all stand, k = 1..K."""
+        shares: list[float] = self.hits.long().cumprod(dim=1).float().mean(dim=0).tolist()
+        return [round(share, 3) for share in shares]
+
+    def first(self, drafts: int) -> Acceptance:
+        """The same blocks, had they been cut to so many drafts."""
+        return Acceptance(self.hits[:, :drafts])
+
+
+def far_above(better: Acceptance, base: Acceptance) -> bool:
+    """Whether acceptance is higher beyond chance and by much, block by block."""
+    gain = better.runs - base.runs
+    error = gain.std().item() / len(gain) ** 0.5
+    needed = max(3 * float(error), 0.15 * (base.tau - 1), 0.1)
+    return better.tau - base.tau >= needed
+
+
+def with_config(drafter: Drafter, config: DrafterConfig) -> Drafter:
+    """The drafter under other settings; its weights are shared.
+
+    Args:
+        drafter: bound to its target.
+        config: as many layers, features and heads as the drafter's.
+    """
+    other = copy.copy(drafter)
+    other._modules = dict(drafter._modules)
+    other.config = config
+    device = drafter.norm.weight.device
+    other.rotary = RotaryEmbedding(config).to(device)
+    return other
+
+
+def block_positions(texts: Texts, stride: int = STRIDE) -> tuple[Tensor, Tensor]:
+    """Anchors int64 [B, A] at every ``stride``-th position of the responses, and the valid ones."""
+    batch = texts.batch
+    room = batch.lengths - batch.prompt_lengths - 1
+    needed = min(HORIZON, int(room.max()))
+    offsets = torch.arange(0, max(1, int(room.max())), stride, device=room.device)
+    valid = offsets[None] <= (room - needed)[:, None]
+    return batch.prompt_lengths[:, None] + torch.where(valid, offsets, 0), valid
+
+
+def blocks_of(drafter: Drafter, texts: Texts, anchors: Tensor, valid: Tensor) -> Blocks:
+    """The blocks of ``texts`` at ``anchors``."""
+    batch = texts.batch
+    return make_blocks(batch.tokens, batch.lengths, anchors, valid, drafter.config)
+
+
+def block_hidden(drafter: Drafter, texts: Texts, blocks: Blocks) -> Tensor:
+    """Hidden states [B, A, K, hidden] of the rows that predict."""
+    features = texts.features(drafter.config.target_layer_ids).to(drafter.norm.weight.dtype)
+    hidden: Tensor = Objective(drafter, "exponential", 1.0, 0.0).block_hidden(features, blocks)
+    return hidden
+
+
+@torch.inference_mode()
+def measure(
+    drafter: Drafter, texts: Texts, stride: int = STRIDE, among: Tensor | None = None
+) -> Acceptance:
+    """Draft at every ``stride``-th position of the responses.
+
+    Args:
+        drafter: bound to the target of ``texts``.
+        texts: greedy ones.
+        stride: positions between two blocks.
+        among: token ids int64 [M] that drafts are chosen among, which spares a large head; all when
+            None or where the head is not a plain one.
+    """
+    anchors, valid = block_positions(texts, stride)
+    blocks = blocks_of(drafter, texts, anchors, valid)
+    drafts = chosen(drafter, block_hidden(drafter, texts, blocks), among)
+    return Acceptance(((drafts == blocks.labels) & blocks.label_valid)[valid])
+
+
+def chosen(drafter: Drafter, hidden: Tensor, among: Tensor | None) -> Tensor:
+    """Likeliest tokens int64 [B, ...] of hidden states [B, ..., hidden]; see ``measure``."""
+    weight = drafter.plain_head()
+    if among is None or weight is None or drafter.d2t is not None:
+        rows = [drafter.logits(row).argmax(dim=-1) for row in hidden]
+        return drafter.token_ids(torch.stack(rows))
+    return among[F.linear(hidden, weight[among]).argmax(dim=-1)]
+
+
+class KnownBlocks:
+    """A checkpoint's known answers, as texts of one block each.
+
+    Args:
+        texts: the record's prompts with anchor and drafts behind them.
+        record: what the float32 core drafted.
+    """
+
+    def __init__(self, texts: Texts, record: KnownAnswers) -> None:
+        self.texts = texts
+        self.record = record
+        dtype = texts.target.dtype
+        self.is_float32 = dtype == torch.float32
+        self.min_margin, self.share = FLOAT32 if self.is_float32 else HALF
+
+    @classmethod
+    def of(cls, target: PreTrainedModel, record: KnownAnswers) -> KnownBlocks:
+        """The record's prompts, read by a target."""
+        pairs = [(a.prompt, [a.anchor, *a.drafts]) for a in record.answers]
+        return cls(Texts(target, SequenceSet.build(pairs)), record)
+
+    def blocks(self, drafter: Drafter) -> Blocks:
+        """One block an answer."""
+        anchors = self.texts.batch.prompt_lengths[:, None]
+        return blocks_of(drafter, self.texts, anchors, torch.ones_like(anchors, dtype=torch.bool))
+
+    @torch.inference_mode()
+    def agreement(self, drafter: Drafter, among: Tensor | None = None) -> Agreement:
+        """Draft the recorded blocks; one that is shorter than the record's lacks some.
+
+        Args:
+            drafter: bound to the target.
+            among: as in ``measure``.
+        """
+        blocks = self.blocks(drafter)
+        hidden = block_hidden(drafter, self.texts, blocks)[:, 0]
+        drafts = chosen(drafter, hidden, among)
+        margins = torch.tensor([a.margins for a in self.record.answers], device=drafts.device)
+        decided = margins >= self.min_margin
+        count = min(drafts.shape[1], margins.shape[1])
+        right = (drafts == blocks.labels[:, 0])[:, :count] & decided[:, :count]
+        exact = not self.is_float32 or self._exact(hidden)
+        return Agreement(int(right.sum()), int(decided.sum()), self.share, exact)
+
+    def _exact(self, hidden: Tensor) -> bool:
+        """Whether the recorded values of hidden states [B, K, hidden] are there again."""
+        answers = self.record.answers
+        # In a longer or shorter block the last row is another one.
+        rows = (0, -1) if hidden.shape[1] == len(answers[0].drafts) else (0,)
+        return all(
+            close(first_values(hidden[number, row]), answer.hidden[row])
+            for number, answer in enumerate(answers)
+            for row in rows
+        )
+
+
+class Agreement(NamedTuple):
+    """A run against the known answers.
+
+    Attributes:
+        right, compared: drafts that agree, of those that were no near tie.
+        share: that has to agree.
+        exact: whether hidden values agree too; they are compared in float32 alone.
+    """
+
+    right: int
+    compared: int
+    share: float
+    exact: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are the known answers."""
+        return self.exact and self.right >= self.share * self.compared

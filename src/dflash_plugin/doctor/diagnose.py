@@ -1,0 +1,329 @@
+"""All checks of a pair of target and drafter, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel
+
+from dflash_plugin.checkpoint import Checkpoint, load_checkpoint, load_config
+from dflash_plugin.config import Dialect, DraftWeights
+from dflash_plugin.doctor import numerics, settings
+from dflash_plugin.doctor.acceptance import Acceptance, KnownBlocks, measure
+from dflash_plugin.doctor.report import Certainty, Check, Diagnosis
+from dflash_plugin.doctor.server import Served, check_server
+from dflash_plugin.doctor.settings import Trials
+from dflash_plugin.doctor.template import check_template, special_tokens
+from dflash_plugin.doctor.texts import PROMPTS, Form, Texts, encode_as, forms, write_texts
+from dflash_plugin.drafter import Drafter
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.fp8 import quantise_drafter
+from dflash_plugin.inspect import inspect_checkpoint
+from dflash_plugin.known_answer import KnownAnswers, load_record
+from dflash_plugin.prompts import Prompt
+from dflash_plugin.serving.acceptance import likely
+from dflash_plugin.serving.hosted import Options, expected_acceptance
+from dflash_plugin.transformers.loading import bind_drafter, load_target
+
+# Share of the training record's τ - 1 that the texts here, which are others, should reach.
+LOW = 0.5
+# Prompts that are also put to the target in other forms.
+FEW = 3
+Tell = Callable[[str], None]
+
+
+class Asked(BaseModel):
+    """How the drafter is meant to run.
+
+    Attributes:
+        dialect: overrides detection.
+        num_speculative_tokens: what the engine is told.
+        draft_weights: "fp8" rounds the drafter.
+        raw: prompts reach the target without the chat template.
+        compare_float32: load the target a second time, in float32, where it runs in another dtype.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dialect: Dialect | None = None
+    num_speculative_tokens: int | None = None
+    draft_weights: DraftWeights = "checkpoint"
+    raw: bool = False
+    compare_float32: bool = True
+
+
+class TargetTexts:
+    """A loaded target and what it answered, which all checks of its drafters share.
+
+    Args:
+        directory: the target's.
+        target, tokenizer: from ``load_target``.
+        prompts: what is asked.
+        max_new_tokens: of an answer.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        target: PreTrainedModel,
+        tokenizer: Any,
+        prompts: Sequence[Prompt] | None = None,
+        max_new_tokens: int = 64,
+    ) -> None:
+        self.directory = directory
+        self.target = target
+        self.tokenizer = tokenizer
+        self.prompts = prompts or [Prompt.user(text) for text in PROMPTS]
+        self.max_new_tokens = max_new_tokens
+        self._texts: dict[tuple[tuple[int, ...], ...], Texts] = {}
+        self._known: list[KnownBlocks] = []
+
+    def encoded(self, form: Form) -> list[list[int]]:
+        """The prompts in a form."""
+        return [encode_as(self.tokenizer, prompt, form) for prompt in self.prompts]
+
+    def answers(self, prompts: Sequence[Sequence[int]]) -> Texts:
+        """What the target answers, written once."""
+        key = tuple(tuple(prompt) for prompt in prompts)
+        if key not in self._texts:
+            self._texts[key] = write_texts(self.target, prompts, self.max_new_tokens)
+        return self._texts[key]
+
+    def known(self, record: KnownAnswers | None) -> KnownBlocks | None:
+        """A record's prompts, read once by the target; None where there is nothing recorded."""
+        if record is None or not record.answers:
+            return None
+        if not self._known or self._known[0].record != record:
+            self._known = [KnownBlocks.of(self.target, record)]
+        return self._known[0]
+
+    def float32(self) -> PreTrainedModel:
+        """The target, loaded in float32."""
+        return load_target(self.directory, torch.float32, self.target.device)[0]
+
+
+def diagnose(
+    on: TargetTexts,
+    directory: Path,
+    asked: Asked | None = None,
+    served: Served | None = None,
+    tell: Tell = lambda _: None,
+) -> Diagnosis:
+    """Find out why a drafter's acceptance is low.
+
+    Args:
+        on: the target.
+        directory: the drafter's checkpoint.
+        asked: how it is meant to run.
+        served: a server that runs the pair.
+        tell: called with what is being looked at.
+
+    Raises:
+        DFlashError: the target answers nothing.
+    """
+    asked = asked or Asked()
+    tell("reading the checkpoint")
+    first = check_configuration(directory, on.directory, asked.dialect)
+    found = Diagnosis(target=str(on.directory), drafter=str(directory), checks=[first])
+    if first.status != "fault":
+        checkpoint = load_checkpoint(directory, on.target.dtype, asked.dialect)
+        found.checks += _measured(on, checkpoint, asked, served, tell)
+    return found
+
+
+def check_configuration(directory: Path, target: Path, dialect: Dialect | None) -> Check:
+    """What ``inspect`` finds; an error keeps the drafter from running."""
+    looked_at = "config.json and tensors of the drafter, against the target's configuration"
+
+    def fault(name: str, finding: str, fix: str) -> Check:
+        return Check(
+            name=name,
+            status="fault",
+            looked_at=looked_at,
+            finding=finding,
+            fix=fix,
+            certainty=Certainty.SURE,
+        )
+
+    try:
+        report = inspect_checkpoint(directory, target, dialect=dialect)
+    except DFlashError as error:
+        if dialect is not None and _reads(directory):
+            return fault(
+                "dialect",
+                f"the checkpoint does not read as {dialect}, and does as it is detected: {error}",
+                "leave --dialect (the plugin's option dialect) out",
+            )
+        return fault("configuration", str(error), "mend what the message names")
+    errors = [f for f in report.findings if f.level == "error"]
+    if errors:
+        text = "; ".join(f"{f.subject}: {f.message}" for f in errors)
+        fix = f"use the drafter that was made for this target, or correct {directory}/config.json"
+        return fault("configuration", text, fix)
+    warnings = [f"{f.subject}: {f.message}" for f in report.findings if f.level == "warning"]
+    return Check(
+        name="configuration",
+        status="note" if warnings else "ok",
+        looked_at=looked_at,
+        finding="; ".join(warnings) or f"a {report.config.dialect} drafter that fits its target",
+        evidence={
+            "dialect": report.config.dialect,
+            "parameters": report.parameters,
+            "notes": [f.message for f in report.findings if f.level == "note"],
+        },
+    )
+
+
+def _reads(directory: Path) -> bool:
+    try:
+        inspect_checkpoint(directory)
+    except DFlashError:
+        return False
+    return True
+
+
+def _measured(
+    on: TargetTexts, checkpoint: Checkpoint, asked: Asked, served: Served | None, tell: Tell
+) -> list[Check]:
+    """Every check that drafts."""
+    config, where = checkpoint.config, checkpoint.directory
+    tell("the target answers")
+    served_form: Form = "no template" if asked.raw else forms(on.tokenizer)[0]
+    prompts = on.encoded(served_form)
+    texts = on.answers(prompts)
+    drafter = bound(checkpoint, on.target)
+    record = load_record(where)
+    known = on.known(record)
+    num_layers = on.target.config.get_text_config().num_hidden_layers
+    tell("the target reads its answers")
+    layers = {i for ids in settings.shifted(config, num_layers) for i in ids}
+    for each in (texts, known.texts if known else None):
+        if each is not None:
+            each.prepare(layers | set(config.target_layer_ids))
+    tell("acceptance as configured")
+    trials = Trials(drafter, texts, known)
+    expected = expected_acceptance(where, Options())
+    requested = asked.num_speculative_tokens
+    if requested is None and served is not None:
+        requested = served.drafts
+    checks = [check_acceptance(trials.base, expected)]
+    steps: list[tuple[str, Callable[[], Check]]] = [
+        ("dialect", lambda: settings.check_dialect(trials, checkpoint)),
+        ("target layers", lambda: settings.check_layers(trials, where)),
+        ("feature order", lambda: settings.check_order(trials, where)),
+        ("mask token", lambda: settings.check_mask(trials, on.tokenizer, where)),
+        ("rope", lambda: settings.check_rope(trials, where)),
+        ("window and causality", lambda: settings.check_attention(trials, where)),
+        ("block size", lambda: settings.check_block(trials, requested, where)),
+        ("weights", lambda: numerics.check_weights(checkpoint)),
+        ("known answers", lambda: numerics.check_known(drafter, known)),
+        (
+            "dtype",
+            lambda: numerics.check_dtype(
+                texts, drafter, stored_dtype(where, asked), on.float32 if asked.compare_float32
+                else None,
+            ),
+        ),
+        (
+            "draft weights",
+            lambda: numerics.check_fp8(
+                texts, trials.base, asked.draft_weights, lambda: _fp8(checkpoint, on.target)
+            ),
+        ),
+        ("quantised target", lambda: numerics.check_quantised_target(on.target)),
+        (
+            "chat template",
+            lambda: check_template(
+                on.tokenizer,
+                served_form,
+                prompts,
+                record,
+                lambda: _by_form(on, drafter, served_form, texts, record),
+                expected,
+            ),
+        ),
+    ]  # fmt: skip
+    for name, check in steps:
+        tell(name)
+        checks.append(check())
+    if served is not None:
+        tell("server")
+        checks += check_server(served, trials.base.tau, expected)
+    return checks
+
+
+def bound(checkpoint: Checkpoint, target: PreTrainedModel) -> Drafter:
+    """The drafter of a checkpoint, on the target's device, with its embedding and head."""
+    drafter = Drafter.from_checkpoint(checkpoint).to(target.device)
+    bind_drafter(drafter, target)
+    return drafter
+
+
+def stored_dtype(directory: Path, asked: Asked) -> str:
+    """Dtype of the checkpoint's file."""
+    return load_config(directory, asked.dialect).dtype
+
+
+def _fp8(checkpoint: Checkpoint, target: PreTrainedModel) -> Drafter:
+    drafter = bound(checkpoint, target)
+    quantise_drafter(drafter)
+    return drafter
+
+
+def check_acceptance(base: Acceptance, expected: float | None) -> Check:
+    """τ as configured, against the training record."""
+    record = (
+        "no training.json tells what to expect"
+        if expected is None
+        else f"{expected:.2f} in training"
+    )
+    check = Check(
+        name="acceptance",
+        status="ok",
+        looked_at="a block at every fourth position of the target's greedy answers",
+        finding=f"τ {base.tau:.2f} as configured, {record}",
+        evidence={
+            "tau": round(base.tau, 3),
+            "by_position": base.by_position,
+            "blocks": len(base.hits),
+            "tau_of_training": expected,
+        },
+    )
+    if expected is None or base.tau - 1 >= LOW * (expected - 1):
+        return check
+    return check.model_copy(
+        update={
+            "status": "fault",
+            "finding": f"τ is {base.tau:.2f} and was {expected:.2f} in training: "
+            f"{likely(base.by_position)}",
+            "fix": "run doctor with --data on prompts like those of training; if τ stays low, "
+            "fetch or train the drafter again",
+        }
+    )
+
+
+def _by_form(
+    on: TargetTexts, drafter: Drafter, served: Form, texts: Texts, record: KnownAnswers | None
+) -> dict[str, Acceptance]:
+    """Acceptance over the first prompts in every form; over the record's, if formed otherwise."""
+    few = texts.first(min(FEW, len(texts.sequences)))
+    found: dict[str, Acceptance] = {served: measure(drafter, few)}
+    others: dict[str, list[list[int]]] = {
+        form: on.encoded(form)[:FEW] for form in forms(on.tokenizer) if form != served
+    }
+    if record:
+        recorded = [answer.prompt for answer in record.answers[:FEW]]
+        if set(special_tokens(on.tokenizer, recorded)) - set(
+            special_tokens(on.tokenizer, on.encoded(served))
+        ):
+            others["known answers"] = recorded
+    for form, prompts in others.items():
+        try:
+            found[form] = measure(drafter, on.answers(prompts))
+        except DFlashError:
+            continue  # every answer was empty, so that there is nothing to measure
+    return found
