@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dflash_plugin.bench import averages, data, prometheus
+from dflash_plugin.bench import averages, data
 from dflash_plugin.bench.http_endpoint import token_texts
 from dflash_plugin.bench.observation import turns_of
 from dflash_plugin.bench.record import Record, read_record
@@ -281,17 +281,6 @@ def test_credentials_are_left_out():
     assert without_credentials("see http://u:p@h:1/v1?x") == "see http://h:1/v1?x"
     flags = {"api_key": "x", "tp_size": 2, "off": None, "in": {"hf_token": "x", "a": [1]}}
     assert without_secrets(flags) == {"tp_size": 2, "in": {"a": [1]}}
-
-
-def test_prometheus_text():
-    samples = prometheus.parse(
-        '# TYPE a counter\na{engine="0"} 2.0\na{engine="1"} 3\n'
-        'b{position="1",x="say \\"}\\""} 1\nb{position="0"} 4\nbroken{ 1\nc NaN\n'
-    )
-    assert prometheus.total(samples, "a") == 5
-    assert prometheus.total(samples, "z") is None
-    assert prometheus.by_position(samples, "b") == (4, 1)
-    assert prometheus.label(samples, "b", "x") == 'say \\"}\\"'
 
 
 def test_sets_come_from_the_hub_once(tmp_path):

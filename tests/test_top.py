@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dflash_plugin.cli import app
-from dflash_plugin.serving.scrape import Reading, ServerClient, ServerError, read
+from dflash_plugin.serving.scrape import Reading, Samples, ServerClient, ServerError, read
 from dflash_plugin.top import View, between, sparkline, watch
 
 METRICS = Path(__file__).parent / "data" / "metrics"
@@ -147,6 +147,17 @@ def test_missing_metrics_name_the_flag():
 def test_text_that_is_not_prometheus_is_refused():
     with pytest.raises(ServerError, match="not Prometheus text"):
         once("<html><body class='x'>hello</body></html>")
+
+
+def test_samples_are_summed_over_other_labels():
+    samples = Samples(
+        '# TYPE a counter\na_total{engine="0"} 2.0\na_total{engine="1"} 3\n'
+        'b{position="1",x="say \\"}\\""} 1\nb{position="0"} 4\nb{position="0",x="z"} 2\n'
+    )
+    assert samples.count("a_total") == 5
+    assert samples.count("z") is None
+    assert samples.by("b", "position") == {0: 6, 1: 1}
+    assert samples.labels("b")["x"] == 'say "}"'
 
 
 def test_warnings_and_other_ranks():

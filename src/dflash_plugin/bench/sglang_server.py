@@ -7,13 +7,13 @@ from typing import Any
 
 import httpx
 
-from dflash_plugin.bench import prometheus
 from dflash_plugin.bench.http_endpoint import HttpEndpoint, refused
 from dflash_plugin.bench.observation import Counters, Observation
 from dflash_plugin.bench.record import Role, Server, Settings
 from dflash_plugin.bench.secrets import without_secrets
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Message
+from dflash_plugin.serving.scrape import Samples
 
 TOKENS = "sglang:generation_tokens_total"
 CALLS = "sglang:spec_verify_calls_total"
@@ -34,7 +34,7 @@ class SglangServer(HttpEndpoint):
         block = info.get("speculative_num_draft_tokens")
         plugin = _plugin_states(info)
         samples = self._samples()
-        version = prometheus.label(samples, "dflash:drafter_info", "plugin")
+        version = samples.labels("dflash:drafter_info").get("plugin")
         flags = without_secrets({k: v for k, v in info.items() if k != "internal_states"})
         sizes = [int(info.get(name) or 1) for name in ("tp_size", "pp_size")]
         # With data-parallel attention the ranks of a tensor-parallel group are divided up.
@@ -65,19 +65,19 @@ class SglangServer(HttpEndpoint):
             )
         return info
 
-    def _samples(self) -> list[prometheus.Sample]:
+    def _samples(self) -> Samples:
         answer = self.request("GET", "/metrics")
-        return prometheus.parse(answer.text) if answer.status_code == 200 else []
+        return Samples(answer.text if answer.status_code == 200 else "")
 
     def counters(self) -> Counters:
         """Prometheus where it is exported, else the plugin's passes; positions are in answers."""
         samples, plugin = self._samples(), _plugin_states(self._info())
         # SGLang names a counter only once it has counted.
-        exported = any(sample.name.startswith("sglang:") for sample in samples)
-        tokens = prometheus.total(samples, TOKENS)
+        exported = samples.engine() == "sglang"
+        tokens = samples.count(TOKENS)
         if tokens is None and exported:
             tokens = 0
-        passes = prometheus.total(samples, CALLS)
+        passes = samples.count(CALLS)
         if passes is None and exported and self.speculative:
             passes = 0
         sources = {

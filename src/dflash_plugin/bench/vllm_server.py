@@ -8,13 +8,13 @@ from typing import Any
 
 import httpx
 
-from dflash_plugin.bench import prometheus
 from dflash_plugin.bench.averages import read_passes_off_chunks
 from dflash_plugin.bench.http_endpoint import HttpEndpoint, refused
 from dflash_plugin.bench.observation import Counters, Observation
 from dflash_plugin.bench.record import Role, Server, Settings
 from dflash_plugin.bench.secrets import without_secrets
 from dflash_plugin.prompts import Message
+from dflash_plugin.serving.scrape import Samples
 
 CHAT = "/v1/chat/completions"
 TOKENS = "vllm:generation_tokens_total"
@@ -50,7 +50,7 @@ class VllmServer(HttpEndpoint):
             role=role,
             engine="vllm",
             version=version,
-            plugin_version=prometheus.label(samples, "dflash:drafter_info", "plugin"),
+            plugin_version=samples.labels("dflash:drafter_info").get("plugin"),
             url=self.shown,
             model=self.model,
             speculative=counters.passes is not None,
@@ -61,21 +61,22 @@ class VllmServer(HttpEndpoint):
             notes=notes,
         )
 
-    def _samples(self) -> list[prometheus.Sample]:
+    def _samples(self) -> Samples:
         answer = self.request("GET", "/metrics")
         if answer.status_code in (401, 403):
             raise refused(self.shown, "/metrics", answer.status_code, answer.text)
-        return prometheus.parse(answer.text) if answer.status_code == 200 else []
+        return Samples(answer.text if answer.status_code == 200 else "")
 
     def counters(self) -> Counters:
         """Its counters now."""
         return self._counters(self._samples())
 
-    def _counters(self, samples: list[prometheus.Sample]) -> Counters:
+    def _counters(self, samples: Samples) -> Counters:
+        accepted = samples.by(POSITIONS, "position").values()
         found = Counters(
-            prometheus.total(samples, TOKENS),
-            prometheus.total(samples, PASSES),
-            prometheus.by_position(samples, POSITIONS),
+            samples.count(TOKENS),
+            samples.count(PASSES),
+            tuple(round(passes) for passes in accepted) or None,
             {},
         )
         names = {"tokens": TOKENS, "passes": PASSES, "accepted": POSITIONS}

@@ -124,6 +124,11 @@ class Samples:
         ]
         return sum(values) if values else None
 
+    def count(self, name: str) -> int | None:
+        """The sum of a counter of whole things; None where there is none."""
+        found = self.total(name)
+        return None if found is None else round(found)
+
     def largest(self, name: str) -> float | None:
         """Of all samples."""
         return max((value for _, value in self._samples.get(name, [])), default=None)
