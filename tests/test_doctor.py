@@ -41,6 +41,7 @@ from dflash_plugin.transformers import load_target
 from tiny import tiny_config, tiny_target, write_target, write_tiny
 
 SHIPPED = resolve_drafter(None, "smollm2")
+DFLASH2 = SHIPPED.with_name("smollm2-135m-dflash2")
 IDS = [5, 13, 21, 28]
 
 
@@ -74,24 +75,25 @@ def planted(tmp_path) -> Plant:
 
     def plant(
         record: bool = True,
+        of: Path = SHIPPED,
         tensors: Callable[[dict[str, torch.Tensor]], None] | None = None,
         draft: dict[str, Any] | None = None,
         **config: Any,
     ) -> Path:
         directory = tmp_path / "drafter"
         directory.mkdir()
-        raw = json.loads((SHIPPED / "config.json").read_text())
+        raw = json.loads((of / "config.json").read_text())
         raw["dflash_config"].update(draft or {})
         raw.update(config)
         written = {name: value for name, value in raw.items() if value != "absent"}
         (directory / "config.json").write_text(json.dumps(written))
-        weights = load_file(SHIPPED / "model.safetensors")
+        weights = load_file(of / "model.safetensors")
         if tensors is not None:
             tensors(weights)
         save_file(weights, directory / "model.safetensors")
         if record:
             for name in ("known_answer.json", "training.json"):
-                (directory / name).write_text((SHIPPED / name).read_text())
+                (directory / name).write_text((of / name).read_text())
         return directory
 
     return plant
@@ -105,8 +107,9 @@ def statuses(found: Diagnosis) -> dict[str, str]:
     return {each.name: each.status for each in found.checks}
 
 
-def test_a_healthy_pair_has_no_finding(pair):
-    found = diagnose(pair, SHIPPED)
+@pytest.mark.parametrize("drafter", [SHIPPED, DFLASH2], ids=lambda path: path.name)
+def test_a_healthy_pair_has_no_finding(pair, drafter):
+    found = diagnose(pair, drafter)
     assert set(statuses(found).values()) == {"ok"}, statuses(found)
     assert found.exit_code == 0
     assert found.verdict.startswith("healthy")
@@ -222,6 +225,22 @@ def test_the_first_layer_that_differs_is_named(pair, planted):
     found = diagnose(pair, planted(tensors=disturb))
     assert found.verdict.startswith("known answers: ")
     assert "first difference: draft layer 1" in found.verdict
+
+
+def test_a_setting_of_a_dflash2_drafter(pair, planted):
+    found = diagnose(pair, planted(of=DFLASH2, **SHIFTED))
+    assert found.verdict.startswith("target layers: ")
+    assert "gives the known answers" in found.verdict
+
+
+def test_a_damaged_selector_is_named(pair, planted):
+    def negate(weights):
+        weights["candidate_selector.successor_codebook"].neg_()
+
+    found = diagnose(pair, planted(of=DFLASH2, tensors=negate))
+    assert found.verdict.startswith("known answers: ")
+    assert "behind the draft layers: norm, head, selector" in found.verdict
+    assert check(found, "known answers").evidence["hidden_agree"]
 
 
 def test_a_target_of_another_revision_is_named_by_its_layer(pair, trials):

@@ -27,6 +27,8 @@ from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet
 
 STRIDE = 4
+# Blocks whose logits are computed at once.
+BLOCKS = 32
 # Labels that a block has before its text ends.
 HORIZON = 8
 # By how much a recorded value may be off in float32, besides this share of itself.
@@ -132,17 +134,33 @@ def measure(
     """
     anchors, valid = block_positions(texts, stride)
     blocks = blocks_of(drafter, texts, anchors, valid)
-    drafts = chosen(drafter, block_hidden(drafter, texts, blocks), among)
+    hidden = block_hidden(drafter, texts, blocks)
+    drafts = chosen(drafter, hidden, blocks.tokens[..., 0], among)
     return Acceptance(((drafts == blocks.labels) & blocks.label_valid)[valid])
 
 
-def chosen(drafter: Drafter, hidden: Tensor, among: Tensor | None) -> Tensor:
-    """Likeliest tokens int64 [B, ...] of hidden states [B, ..., hidden]; see ``measure``."""
-    weight = drafter.plain_head()
+def chosen(drafter: Drafter, hidden: Tensor, anchors: Tensor, among: Tensor | None) -> Tensor:
+    """Drafts int64 [..., K] of hidden states [..., K, hidden] behind anchors int64 [...].
+
+    Args:
+        drafter, among: see ``measure``.
+        hidden: of the rows that predict.
+        anchors: tokens, which a selector's walk begins with.
+    """
+    rows, first = hidden.flatten(0, -3), anchors.flatten()
+    weight, selector = drafter.plain_head(), drafter.candidate_selector
     if among is None or weight is None or drafter.d2t is not None:
-        rows = [drafter.logits(row).argmax(dim=-1) for row in hidden]
-        return drafter.token_ids(torch.stack(rows))
-    return among[F.linear(hidden, weight[among]).argmax(dim=-1)]
+        parts = zip(rows.split(BLOCKS), first.split(BLOCKS), strict=True)
+        # Positions key the noise of draws, and nothing is drawn.
+        drafts = torch.cat([drafter.propose(some, at, at).tokens for some, at in parts])
+    else:
+        logits = F.linear(rows, weight[among])
+        if selector is None:
+            drafts = among[logits.argmax(dim=-1)]
+        else:
+            best = logits.topk(min(selector.top_k, len(among)), dim=-1)
+            drafts = selector(among[best.indices], best.values, rows, first).tokens
+    return drafts.view(hidden.shape[:-1])
 
 
 class KnownBlocks:
@@ -181,11 +199,15 @@ class KnownBlocks:
         """
         blocks = self.blocks(drafter)
         hidden = block_hidden(drafter, self.texts, blocks)[:, 0]
-        drafts = chosen(drafter, hidden, among)
+        drafts = chosen(drafter, hidden, blocks.tokens[:, 0, 0], among)
         margins = torch.tensor([a.margins for a in self.record.answers], device=drafts.device)
         decided = margins >= self.min_margin
         count = min(drafts.shape[1], margins.shape[1])
-        right = (drafts == blocks.labels[:, 0])[:, :count] & decided[:, :count]
+        right = (drafts == blocks.labels[:, 0])[:, :count]
+        if drafter.candidate_selector is not None:
+            # What a selector drafts behind a difference follows from it, and says nothing.
+            decided[:, 1:count] &= right.long().cumprod(dim=1).bool()[:, : count - 1]
+        right &= decided[:, :count]
         exact = not self.is_float32 or self._exact(hidden)
         return Agreement(int(right.sum()), int(decided.sum()), self.share, exact)
 

@@ -94,7 +94,8 @@ def first_difference(drafter: Drafter, known: KnownBlocks) -> str:
             if not close(first_values(output[row, first]), recorded):
                 return f"draft layer {index}"
     if answers[0].layers:
-        return "behind the draft layers: norm, head or block size"
+        head = "head" if drafter.candidate_selector is None else "head, selector"
+        return f"behind the draft layers: norm, {head} or block size"
     return "anywhere: the record holds no values by layer"
 
 
