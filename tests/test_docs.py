@@ -16,7 +16,7 @@ from dflash_plugin.cli import app
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-FENCE = re.compile(r"^ *```.*?^ *```$", re.M | re.S)
+FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 INLINE = re.compile(r"(?<!`)`(?!`)([^`]+)`(?!`)")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+?) *$", re.M)
@@ -103,6 +103,12 @@ def test_commands_are_those_of_the_cli(page):
     assert {command: what for command, what in wrong.items() if what} == {}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_code_is_not_indented(page):
+    """The site's Markdown knows fences only at the beginning of a line."""
+    assert re.findall(r"^ +```.*", page.read_text(), re.M) == []
+
+
 def test_every_page_is_in_the_navigation_once():
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     assert sorted(nav_pages(config["nav"])) == sorted(page.name for page in DOCS.glob("*.md"))
@@ -132,7 +138,7 @@ def test_a_link_in_code_is_none():
     [
         ("`dflash-plugin nothing DIR`", ["nothing"]),
         ("```bash\ncd x && dflash-plugin eval --data x \\\n  --datas y\n```", ["--datas"]),
-        ("    ```bash\n    dflash-plugin top -x URL\n    ```", ["-x"]),
+        ("```bash\n  dflash-plugin top -x URL\n```", ["-x"]),
         ("`T=$(dflash-plugin fetch smollm2 --outputs=x)`", ["--outputs"]),
         ("`dflash-plugin bench URL [--baseline URL] --no-warmup -o x.json`", []),
     ],
