@@ -446,6 +446,12 @@ def doctor(
     prompts: Annotated[int, typer.Option(help="How many of them.", min=1)] = 6,
     max_new_tokens: Annotated[int, typer.Option(help="Of each answer.", min=2)] = 64,
     raw: Annotated[bool, typer.Option(help="Prompts are sent without the chat template.")] = False,
+    thinking: Annotated[
+        Thinking | None, typer.Option(help="enable_thinking of the chat template.")
+    ] = None,
+    ask: Annotated[
+        bool, typer.Option(help="Send the prompts to the server, twice, to compare τ.")
+    ] = True,
     num_speculative_tokens: Annotated[
         int | None, typer.Option(help="What the engine is told.", min=1)
     ] = None,
@@ -456,6 +462,9 @@ def doctor(
         bool, typer.Option(help="Load the target a second time, in float32, to compare.")
     ] = True,
     device: Device = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="DFLASH_BENCH_API_KEY", help="Of the server.", hidden=True)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find out why acceptance is low. Exit 0: healthy, 1: a fault, 2: could not check."""
@@ -467,11 +476,14 @@ def doctor(
         num_speculative_tokens=num_speculative_tokens,
         draft_weights=draft_weights.value,
         raw=raw,
+        thinking=None if thinking is None else thinking is Thinking.on,
         compare_float32=compare_float32,
     )
     try:
+        # A server that does not answer is found out before a minute of drafting.
+        served = _served(server, ask, api_key) if server else None
         found = _diagnose(
-            target, drafter, server, data, prompts, max_new_tokens, dtype, device, asked
+            target, drafter, served, data, prompts, max_new_tokens, dtype, device, asked
         )
     except DFlashError as error:
         if as_json:
@@ -487,10 +499,19 @@ def doctor(
         raise typer.Exit(found.exit_code)
 
 
+def _served(server: str, ask: bool, api_key: str | None) -> Any:
+    from dflash_plugin.doctor.probe import Asking
+    from dflash_plugin.doctor.server import ask as look
+    from dflash_plugin.serving.scrape import ServerClient
+
+    client = ServerClient(server)
+    return look(client, Asking(client, api_key) if ask else None)
+
+
 def _diagnose(
     target: str,
     drafter: Path | None,
-    server: str | None,
+    served: Any,
     data: Path | None,
     prompts: int,
     max_new_tokens: int,
@@ -501,11 +522,9 @@ def _diagnose(
     import torch
 
     from dflash_plugin.doctor import TargetTexts, diagnose
-    from dflash_plugin.doctor.server import ask
     from dflash_plugin.doctor.texts import PROMPTS
     from dflash_plugin.fetch import resolve_drafter, resolve_model
     from dflash_plugin.prompts import Prompt, load_prompts
-    from dflash_plugin.serving.scrape import ServerClient
     from dflash_plugin.transformers import load_target
 
     directory = resolve_drafter(drafter, target)
@@ -515,8 +534,6 @@ def _diagnose(
     questions = (
         load_prompts(data, prompts) if data else [Prompt.user(text) for text in PROMPTS[:prompts]]
     )
-    # A server that does not answer is found out before a minute of drafting.
-    served = ask(ServerClient(server)) if server else None
     with errors.status("loading") as status:
         loaded, tokenizer = load_target(
             model, getattr(torch, dtype.value) if dtype else None, device

@@ -139,6 +139,31 @@ def measure(
     return Acceptance(((drafts == blocks.labels) & blocks.label_valid)[valid])
 
 
+@torch.inference_mode()
+def walked(drafter: Drafter, texts: Texts) -> float:
+    """τ of decoding these texts pass by pass, as an engine does: a block begins where one ended.
+
+    Args:
+        drafter: bound to the target of ``texts``.
+        texts: greedy ones.
+    """
+    room = texts.batch.lengths - texts.batch.prompt_lengths - 1
+    runs = []
+    for offsets in torch.arange(int(room.max()), device=room.device).split(BLOCKS):
+        valid = offsets[None] < room[:, None]
+        anchors = texts.batch.prompt_lengths[:, None] + torch.where(valid, offsets, 0)
+        blocks = blocks_of(drafter, texts, anchors, valid)
+        drafts = chosen(drafter, block_hidden(drafter, texts, blocks), blocks.tokens[..., 0], None)
+        runs.append(accepted_run((drafts == blocks.labels) & blocks.label_valid))
+    passes = 0
+    for accepted, length in zip(torch.cat(runs, dim=1).tolist(), room.tolist(), strict=True):
+        at = 0
+        while at < length:
+            at += int(accepted[at]) + 1
+            passes += 1
+    return int(room.sum()) / passes
+
+
 def chosen(drafter: Drafter, hidden: Tensor, anchors: Tensor, among: Tensor | None) -> Tensor:
     """Drafts int64 [..., K] of hidden states [..., K, hidden] behind anchors int64 [...].
 

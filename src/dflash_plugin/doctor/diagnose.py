@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 from dflash_plugin.checkpoint import Checkpoint, load_checkpoint, load_config
 from dflash_plugin.config import Dialect, DraftWeights
 from dflash_plugin.doctor import numerics, settings
-from dflash_plugin.doctor.acceptance import Acceptance, KnownBlocks, measure
+from dflash_plugin.doctor.acceptance import (
+    Acceptance,
+    KnownBlocks,
+    measure,
+    walked,
+    with_config,
+)
+from dflash_plugin.doctor.probe import Question
 from dflash_plugin.doctor.report import Certainty, Check, Diagnosis
 from dflash_plugin.doctor.server import Served, check_server
 from dflash_plugin.doctor.settings import Trials
@@ -44,6 +51,7 @@ class Asked(BaseModel):
         num_speculative_tokens: what the engine is told.
         draft_weights: "fp8" rounds the drafter.
         raw: prompts reach the target without the chat template.
+        thinking: ``enable_thinking`` of the chat template; None leaves it alone.
         compare_float32: load the target a second time, in float32, where it runs in another dtype.
     """
 
@@ -53,6 +61,7 @@ class Asked(BaseModel):
     num_speculative_tokens: int | None = None
     draft_weights: DraftWeights = "checkpoint"
     raw: bool = False
+    thinking: bool | None = None
     compare_float32: bool = True
 
 
@@ -192,7 +201,7 @@ def _measured(
     """Every check that drafts."""
     config, where = checkpoint.config, checkpoint.directory
     tell("the target answers")
-    served_form: Form = "no template" if asked.raw else forms(on.tokenizer)[0]
+    served_form = asked_form(asked, on.tokenizer)
     prompts = on.encoded(served_form)
     texts = on.answers(prompts)
     drafter = bound(checkpoint, on.target)
@@ -251,9 +260,42 @@ def _measured(
         tell(name)
         checks.append(check())
     if served is not None:
-        tell("server")
-        checks += check_server(served, trials.base.tau, expected)
+        tell("asking the server")
+        probe = served.probe(questions(texts), lambda: walked(_cut(drafter, served), texts))
+        checks += check_server(served, trials.base.tau, expected, probe)
     return checks
+
+
+def asked_form(asked: Asked, tokenizer: Any) -> Form:
+    """How prompts reach the target.
+
+    Raises:
+        DFlashError: ``thinking`` where the chat template knows none.
+    """
+    known = forms(tokenizer)
+    if asked.raw:
+        return "no template"
+    if asked.thinking is None:
+        return known[0]
+    form: Form = "thinking on" if asked.thinking else "thinking off"
+    if form not in known:
+        raise DFlashError("the target's chat template has no enable_thinking: leave --thinking out")
+    return form
+
+
+def questions(texts: Texts) -> list[Question]:
+    """The texts as a server is asked for them."""
+    pairs = (texts.sequences[index] for index in range(len(texts.sequences)))
+    return [
+        Question(tokens[:prompt].tolist(), tokens[prompt:].tolist()) for tokens, prompt in pairs
+    ]
+
+
+def _cut(drafter: Drafter, served: Served) -> Drafter:
+    """The drafter with as many drafts as the server makes."""
+    config, drafts = drafter.config, served.drafts or drafter.config.num_draft_tokens
+    size = config.block_size - max(0, config.num_draft_tokens - drafts)
+    return with_config(drafter, config.model_copy(update={"block_size": size}))
 
 
 def bound(checkpoint: Checkpoint, target: PreTrainedModel) -> Drafter:

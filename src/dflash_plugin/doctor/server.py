@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dflash_plugin.doctor.probe import Asking, Probe, Question, Round
 from dflash_plugin.doctor.report import Certainty, Check
 from dflash_plugin.serving.acceptance import likely
 from dflash_plugin.serving.hosted import KEY
-from dflash_plugin.serving.scrape import Reading, ServerClient, ServerError
+from dflash_plugin.serving.scrape import EngineName, Reading, ServerClient, ServerError
 
 # Verify passes by which acceptance can be judged.
 MIN_PASSES = 50
-# Share of τ - 1 here that a server should reach.
-LOW = 0.7
+# Share of τ - 1 here that a server should reach, and that its other requests should.
+LOW, LOW_ELSEWHERE = 0.7, 0.5
 # Share of prompt tokens from the prefix cache, and of drafts left unverified, that can explain it.
 MANY_HITS, MANY_SAVED = 0.3, 0.1
+# Share of an answer's tokens that a server of the same target agrees on, whatever its dtype.
+SAME = 0.05
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,19 @@ class Served:
         reading: its metrics, completed by what ``/server_info`` counts.
         info: SGLang's ``/server_info``.
         missing: why there are no metrics, or None.
+        asking: puts prompts to it; None to look only.
     """
 
     url: str
     reading: Reading
     info: Mapping[str, Any]
     missing: str | None = None
+    asking: Asking | None = None
+
+    @property
+    def engine(self) -> EngineName:
+        """What serves."""
+        return self.reading.engine or "sglang"
 
     @property
     def plugin(self) -> bool:
@@ -52,9 +62,24 @@ class Served:
         block = self.info.get("speculative_num_draft_tokens")
         return int(block) - 1 if block else len(self.reading.accepted) or None
 
+    def probe(self, questions: Sequence[Question], here: Callable[[], float]) -> Probe | None:
+        """Ask it what Transformers was asked; None where that tells nothing.
 
-def ask(client: ServerClient) -> Served:
+        Args:
+            questions: token ids.
+            here: gives τ of the same texts in Transformers.
+        """
+        if self.asking is None or not self.speculates:
+            return None
+        return self.asking.probe(self.engine, questions, here())
+
+
+def ask(client: ServerClient, asking: Asking | None = None) -> Served:
     """Read a server's metrics and information.
+
+    Args:
+        client: of the server.
+        asking: of the same, to put prompts to it later.
 
     Raises:
         ServerError: it does not answer, or tells nothing.
@@ -68,7 +93,7 @@ def ask(client: ServerClient) -> Served:
             raise
         missing = str(error)
         reading = Reading(engine="sglang")
-    return Served(client.url, _completed(reading, info), info, missing)
+    return Served(client.url, _completed(reading, info), info, missing, asking)
 
 
 def _summary(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,17 +122,27 @@ def _completed(reading: Reading, info: Mapping[str, Any]) -> Reading:
     )
 
 
-def check_server(served: Served, tau: float, expected: float | None) -> list[Check]:
+def check_server(
+    served: Served, tau: float, expected: float | None, probe: Probe | None = None
+) -> list[Check]:
     """Hold what a server accepts against what the drafter reaches here.
 
     Args:
         served: the server.
         tau: of this pair in Transformers.
         expected: τ of the training record.
+        probe: the same texts on the server, if it was asked.
     """
     checks = [_engine(served)]
     if not served.speculates:
         return checks
+    fresh = probe.fresh if probe else None
+    if probe is not None and fresh is not None and fresh.tau is not None:
+        slow = fresh.tau - 1 < LOW * (probe.here - 1)
+        adaptive, cut = _adaptive(served, slow)
+        checks += [adaptive, _asked(served, probe, fresh, slow and not cut)]
+        checks.append(_repeated(served, fresh, probe.again, fresh.tau))
+        return [*checks, _traffic(served, fresh.tau, expected, cut)]
     reading = served.reading
     reached, passes = reading.tau, reading.passes
     low = (
@@ -116,13 +151,13 @@ def check_server(served: Served, tau: float, expected: float | None) -> list[Che
         and reached - 1 < LOW * (tau - 1)
     )
     adaptive, cut = _adaptive(served, low)
-    cache, cached = _prefix_cache(served, low and not cut)
-    return [*checks, adaptive, cache, _acceptance(served, tau, expected, low, cut or cached)]
+    checks += [adaptive, *([_refused(probe)] if probe else []), _prefix_cache(served, low)]
+    return [*checks, _acceptance(served, tau, expected, low and not cut)]
 
 
 def _engine(served: Served) -> Check:
     reading, info = served.reading, served.info
-    engine = reading.engine or "sglang"
+    engine = served.engine
     evidence: dict[str, Any] = {"engine": engine, "plugin": dict(reading.drafter)}
     evidence |= {
         key: info[key]
@@ -192,8 +227,105 @@ def _adaptive(served: Served, low: bool) -> tuple[Check, bool]:
     return check, low
 
 
-def _prefix_cache(served: Served, low: bool) -> tuple[Check, bool]:
-    """The check, and whether prefix hits are likely to explain a low τ."""
+def _asked(served: Served, probe: Probe, fresh: Round, low: bool) -> Check:
+    """The same texts on the server and here."""
+    tau = fresh.tau or 0.0
+    check = Check(
+        name="asked acceptance",
+        status="ok",
+        looked_at="τ of these prompts on the server, against the same texts in Transformers",
+        finding=f"τ {tau:.2f} on the server, {probe.here:.2f} here",
+        evidence={
+            "tau_served": round(tau, 3),
+            "tau_here": round(probe.here, 3),
+            "passes": fresh.passes,
+            "passes_counted": fresh.counted,
+            "same_text": round(fresh.same, 3),
+        },
+    )
+    if fresh.same < SAME:
+        return check.model_copy(
+            update={
+                "status": "fault" if low else "note",
+                "finding": f"{check.finding}: its target answers otherwise from the first tokens "
+                "on, so it is another one, or another revision",
+                "fix": "give doctor the target that the server runs, or serve this one",
+                "certainty": Certainty.LIKELY,
+            }
+        )
+    if not low:
+        return check
+    if not served.plugin:
+        return check.model_copy(
+            update={
+                "status": "fault",
+                "finding": f"the engine's own speculation reaches τ {tau:.2f} on these prompts, "
+                f"this drafter {probe.here:.2f} here",
+                "fix": "install dflash-plugin in the server's environment, without "
+                "DFLASH_PLUGIN=off",
+                "certainty": Certainty.LIKELY,
+            }
+        )
+    return check.model_copy(
+        update={
+            "status": "fault",
+            "finding": f"the same prompts reach τ {tau:.2f} on the server and {probe.here:.2f} "
+            "here, so that it runs the drafter otherwise than this check does",
+            "fix": "serve the drafter that is given here; run doctor with the server's --dtype, "
+            "--draft-weights and --dialect",
+            "certainty": Certainty.LIKELY,
+        }
+    )
+
+
+def _repeated(served: Served, fresh: Round, again: Round | None, tau: float) -> Check:
+    """The same prompts once more, out of the prefix cache."""
+    check = Check(
+        name="prefix cache",
+        status="ok",
+        looked_at="τ of these prompts when their first tokens come from the prefix cache, against "
+        "the first time",
+        finding="asking again hit nothing: these prompts are shorter than a cached block, or the "
+        "cache is off",
+    )
+    if again is None or again.tau is None or not again.hit_rate:
+        return check
+    check.evidence = {
+        "hit_rate": round(again.hit_rate, 3),
+        "tau_first": round(tau, 3),
+        "tau_again": round(again.tau, 3),
+    }
+    check.finding = (
+        f"τ {again.tau:.2f} with {again.hit_rate:.0%} of the prompt tokens cached, {tau:.2f} "
+        "without"
+    )
+    if again.tau - 1 >= LOW * (tau - 1):
+        return check
+    return check.model_copy(
+        update={
+            "status": "fault",
+            "finding": f"{check.finding}: the drafter lacks the features of cached tokens",
+            "fix": "serve with --no-enable-prefix-caching (SGLang: --disable-radix-cache)"
+            + ("" if served.plugin else ", or install dflash-plugin, which keeps the features"),
+            "certainty": Certainty.MEASURED,
+            "gain": tau - again.tau,
+        }
+    )
+
+
+def _refused(probe: Probe) -> Check:
+    why = probe.refused or "it verified nothing"
+    return Check(
+        name="asked acceptance",
+        status="unchecked",
+        looked_at="τ of these prompts on the server, against the same texts in Transformers",
+        finding=f"the server did not answer the prompts: {why}",
+        fix="see the server's log, or look only, with --no-ask",
+    )
+
+
+def _prefix_cache(served: Served, low: bool) -> Check:
+    """Hits of a server that was not asked, whose other requests may be drafted worse anyhow."""
     rate = served.reading.hit_rate
     check = Check(
         name="prefix cache",
@@ -203,39 +335,69 @@ def _prefix_cache(served: Served, low: bool) -> tuple[Check, bool]:
         evidence={} if rate is None else {"hit_rate": round(rate, 3)},
     )
     if rate is None or rate < MANY_HITS or not low:
-        return check, False
+        return check
     return check.model_copy(
         update={
-            "status": "fault",
-            "finding": f"{rate:.0%} of the prompt tokens come from the prefix cache and τ is low: "
-            "the drafter may lack the features of cached tokens",
-            "fix": "serve with --no-enable-prefix-caching (SGLang: --disable-radix-cache) and "
-            "compare τ"
-            + ("" if served.plugin else ", or install dflash-plugin, which keeps the features"),
+            "status": "note",
+            "finding": f"{rate:.0%} of the prompt tokens come from the prefix cache: the drafter "
+            "may lack their features",
+            "fix": "leave --no-ask out, by which the server is asked with and without hits",
+        }
+    )
+
+
+def _traffic(served: Served, tau: float, expected: float | None, cut: bool) -> Check:
+    """τ of all requests so far, against that of these prompts on the same server."""
+    reading = served.reading
+    reached, passes = reading.tau, reading.passes
+    check = Check(
+        name="served acceptance",
+        status="ok",
+        looked_at="τ of all requests that the server had before, against these prompts there and "
+        "the training record",
+        finding="the server had verified nothing before",
+        evidence=_evidence(reading, expected) | {"tau_asked": round(tau, 3)},
+    )
+    if reached is None:
+        return check
+    check.finding = f"τ {reached:.2f} of all requests before, {tau:.2f} of these prompts"
+    if passes is not None and passes < MIN_PASSES:
+        check.finding += f"; {passes:.0f} verify passes are too few to judge by"
+        return check
+    if cut or reached - 1 >= LOW * (tau - 1):
+        return check
+    cause = likely(reading.rates) if reading.rates else "the requests are unlike these prompts"
+    bar = min(tau, expected or tau)
+    return check.model_copy(
+        update={
+            "status": "fault" if reached - 1 < LOW_ELSEWHERE * (bar - 1) else "note",
+            "finding": f"{check.finding}, on the same server: {cause}",
+            "fix": "run doctor with --data, and --raw or --thinking, on prompts as the server gets "
+            "them",
             "certainty": Certainty.LIKELY,
         }
-    ), True
+    )
 
 
-def _acceptance(
-    served: Served, tau: float, expected: float | None, low: bool, explained: bool
-) -> Check:
-    reading = served.reading
-    reached = reading.tau
-    evidence = {
-        "tau_served": None if reached is None else round(reached, 3),
-        "tau_here": round(tau, 3),
+def _evidence(reading: Reading, expected: float | None) -> dict[str, Any]:
+    return {
+        "tau_served": None if reading.tau is None else round(reading.tau, 3),
         "tau_of_training": expected,
         "passes": reading.passes,
         "by_position": [round(rate, 3) for rate in reading.rates],
         "warnings": reading.warnings,
     }
+
+
+def _acceptance(served: Served, tau: float, expected: float | None, low: bool) -> Check:
+    reading = served.reading
+    reached = reading.tau
     check = Check(
         name="served acceptance",
         status="ok",
         looked_at="τ of the server, against τ in Transformers and the training record",
         finding=f"τ {reached or 0:.2f} on the server, {tau:.2f} here",
-        evidence=evidence,
+        evidence=_evidence(reading, expected) | {"tau_here": round(tau, 3)},
     )
     if reached is None or (reading.passes is not None and reading.passes < MIN_PASSES):
         count = int(reading.passes or 0)
@@ -246,7 +408,7 @@ def _acceptance(
                 "fix": f"send requests until it has verified {MIN_PASSES} blocks",
             }
         )
-    if not low or explained:
+    if not low:
         return check
     if not served.plugin:
         return check.model_copy(
