@@ -19,8 +19,14 @@ from typer.testing import CliRunner
 from dflash_plugin.checkpoint import load_checkpoint
 from dflash_plugin.cli import app
 from dflash_plugin.doctor import Asked, Check, Diagnosis, TargetTexts, diagnose
-from dflash_plugin.doctor.acceptance import Acceptance, KnownBlocks, measure, with_config
-from dflash_plugin.doctor.diagnose import bound
+from dflash_plugin.doctor.acceptance import (
+    Acceptance,
+    KnownBlocks,
+    measure,
+    walked,
+    with_config,
+)
+from dflash_plugin.doctor.diagnose import asked_form, bound, questions
 from dflash_plugin.doctor.numerics import (
     check_dtype,
     check_fp8,
@@ -28,17 +34,19 @@ from dflash_plugin.doctor.numerics import (
     check_quantised_target,
     distinct_values,
 )
+from dflash_plugin.doctor.probe import Asking, Probe, Question
 from dflash_plugin.doctor.server import Served, ask, check_server
 from dflash_plugin.doctor.settings import Trials, check_block, mask_tokens, orders, shifted
 from dflash_plugin.doctor.template import check_template
 from dflash_plugin.doctor.texts import PROMPTS, encode_as, forms
 from dflash_plugin.drafter import Drafter
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.fetch import resolve_drafter
 from dflash_plugin.fp8 import quantise_drafter
 from dflash_plugin.known_answer import answer, load_record
 from dflash_plugin.prompts import Prompt
 from dflash_plugin.serving.scrape import ServerClient, ServerError
-from dflash_plugin.transformers import load_target
+from dflash_plugin.transformers import Engine, Request, load_target
 from tiny import tiny_config, tiny_target, write_target, write_tiny
 
 SHIPPED = resolve_drafter(None, "smollm2")
@@ -298,6 +306,11 @@ def test_raw_prompts_where_training_had_a_template(pair, trials):
     assert raw.status == "fault"
     assert "its known answers hold <|im_start|>" in raw.finding
     assert "/v1/chat/completions" in str(raw.fix)
+    fine = check_template(
+        pair.tokenizer, "no template", prompts, record, lambda: by_form, expected=3.3
+    )
+    assert fine.status == "note"
+    assert "all the same" in fine.finding
 
 
 @pytest.mark.parametrize(("expected", "status"), [(3.3, "fault"), (1.0, "ok"), (None, "note")])
@@ -323,6 +336,10 @@ def test_forms_of_a_template_that_thinks(pair):
     )
     assert thinks.endswith("THINK")
     assert "THINK" not in silent
+    assert asked_form(Asked(thinking=True), tokenizer) == "thinking on"
+    assert asked_form(Asked(), tokenizer) == "chat template"
+    with pytest.raises(DFlashError, match="no enable_thinking: leave --thinking out"):
+        asked_form(Asked(thinking=False), pair.tokenizer)
 
 
 def test_a_dtype_that_overflows_is_named_with_its_layer(pair, trials):
@@ -435,7 +452,7 @@ CUT = (
     ("metrics", "fault", "finding"),
     [
         (vllm_metrics(100, FINE, hits=900), None, ""),
-        (vllm_metrics(100, POOR, hits=900), "prefix cache", "90% of the prompt tokens"),
+        (vllm_metrics(100, POOR, hits=900), "served acceptance", "τ is 1.60 on the server"),
         (vllm_metrics(100, POOR), "served acceptance", "τ is 1.60 on the server and 3.90 here"),
         (vllm_metrics(100, POOR, plugin=False), "served acceptance", "the engine's own"),
         (vllm_metrics(100, POOR, hits=900, more=CUT), None, ""),
@@ -452,6 +469,165 @@ def test_a_server_is_held_against_this_pair(metrics, fault, finding):
     if "saved" in metrics:
         assert check(found, "adaptive verification").status == "note"
         assert check(found, "adaptive verification").evidence["share_saved"] == 0.571
+
+
+QUESTIONS = [Question([1, 2, 3], [10 + k for k in range(9)]), Question([4] * 5, [7] * 9)]
+# Drafts accepted by each pass of an answer of nine tokens.
+WELL, BADLY = (3, 3), (1, 1, 1, 1)
+
+
+class Answering:
+    """A server that is asked.
+
+    Args:
+        engine: vllm or sglang.
+        rounds: for each time that all questions are asked, drafts that each pass accepts.
+        hits: whether the second round comes out of the prefix cache.
+        chunks: passes that are sent as one chunk.
+        others: tokens of other requests beside every answer.
+        saved: drafts left unverified by each pass.
+        shift: what is added to every token of an answer.
+        status: of an answer.
+    """
+
+    def __init__(self, engine: str, rounds: list[tuple[int, ...]], **options: Any) -> None:
+        self.engine, self.rounds, self.options = engine, rounds, options
+        self.asked: list[dict[str, Any]] = []
+        self.generated = self.passes = self.prompt = self.cached = self.saved = 0
+
+    def asking(self) -> Asking:
+        transport = httpx.MockTransport(self.answer)
+        client = ServerClient("localhost:8000", transport)
+        return Asking(client, "secret", transport, sleep=lambda _: None)
+
+    def probe(self, here: float = 4.0) -> Probe:
+        return self.asking().probe(self.engine, QUESTIONS, here)
+
+    def answer(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/metrics":
+            return httpx.Response(200, text=self.metrics())
+        if request.url.path == "/server_info":
+            return httpx.Response(404)
+        if "status" in self.options:
+            return httpx.Response(self.options["status"], text="Unauthorized")
+        assert request.headers["Authorization"] == "Bearer secret"
+        body = json.loads(request.content)
+        self.asked.append(body)
+        again = len(self.asked) > len(QUESTIONS)
+        question = QUESTIONS[(len(self.asked) - 1) % len(QUESTIONS)]
+        plan = self.rounds[again]
+        cached = len(question.prompt) - 1 if again and self.options.get("hits") else 0
+        tokens = [token + self.options.get("shift", 0) for token in question.answer]
+        self.generated += len(tokens) + self.options.get("others", 0)
+        self.passes += len(plan)
+        self.prompt += len(question.prompt)
+        self.cached += cached
+        self.saved += len(plan) * self.options.get("saved", 0)
+        if self.engine == "sglang":
+            assert body["input_ids"] == question.prompt
+            meta = {"spec_verify_ct": len(plan), "cached_tokens": cached}
+            return httpx.Response(200, json={"output_ids": tokens, "meta_info": meta})
+        assert body["prompt"] == question.prompt
+        return httpx.Response(200, text=self.stream(tokens, plan))
+
+    def stream(self, tokens: list[int], plan: tuple[int, ...]) -> str:
+        merged = self.options.get("chunks", 1)
+        sizes = [accepted + 1 for accepted in plan]
+        sizes = [1, *(sum(sizes[at : at + merged]) for at in range(0, len(sizes), merged))]
+        lines, at = [], 0
+        for size in sizes:
+            chunk = {"choices": [{"text": "x", "token_ids": tokens[at : at + size]}]}
+            lines.append(f"data: {json.dumps(chunk)}\n\n")
+            at += size
+        return "".join([*lines, 'data: {"choices": [], "usage": {}}\n\n', "data: [DONE]\n\n"])
+
+    def metrics(self) -> str:
+        lines = [
+            f"{self.engine}:generation_tokens_total {self.generated}",
+            f"vllm:spec_decode_num_drafts_total {self.passes}",
+            f"vllm:prefix_cache_queries_total {self.prompt}",
+            f"vllm:prefix_cache_hits_total {self.cached}",
+        ]
+        if "saved" in self.options:
+            lines += [
+                f"dflash:verified_drafts_total {7 * self.passes - self.saved}",
+                f"dflash:saved_drafts_total {self.saved}",
+            ]
+        return "\n".join(lines if self.engine == "vllm" else [lines[0], *lines[4:]]) + "\n"
+
+
+def test_a_server_is_asked_twice_past_its_prefix_cache():
+    server = Answering("vllm", [WELL, WELL], hits=True)
+    found = server.probe()
+    assert found.refused is None
+    assert (found.fresh.tau, found.fresh.passes, found.fresh.counted) == (4.0, 4, 4)
+    assert (found.fresh.hit_rate, found.again.hit_rate) == (0.0, 6 / 8)
+    assert found.fresh.same == 1.0
+    assert len({body["cache_salt"] for body in server.asked}) == 1
+    assert server.probe().again.tau == 4.0
+    assert len({body["cache_salt"] for body in server.asked}) == 2
+    # Two passes a chunk: the counter tells.
+    assert Answering("vllm", [WELL, WELL], chunks=2).probe().fresh.tau == 4.0
+    # Beside other requests the chunks do.
+    busy = Answering("vllm", [WELL, BADLY], others=5, hits=True).probe()
+    assert (busy.fresh.tau, busy.again.tau) == (4.0, 2.0)
+    assert (busy.fresh.counted, busy.again.hit_rate) == (None, None)
+    sglang = Answering("sglang", [BADLY, WELL], hits=True).probe()
+    assert (sglang.fresh.tau, sglang.again.tau, sglang.again.hit_rate) == (2.0, 4.0, 6 / 8)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "answering", "traffic", "fault", "finding"),
+    [
+        (True, ([WELL, WELL], {"hits": True}), FINE, None, "healthy: nothing"),
+        # What other requests accept is no fault of the server's, and the cache none of it.
+        (True, ([WELL, WELL], {"hits": True}), POOR, "served acceptance", "it is the requests"),
+        (True, ([WELL, BADLY], {"hits": True}), FINE, "prefix cache", "lacks the features"),
+        (True, ([WELL, BADLY], {}), FINE, None, "healthy: nothing"),
+        (True, ([BADLY, BADLY], {}), FINE, "asked acceptance", "4.00 here"),
+        (False, ([BADLY, BADLY], {}), FINE, "asked acceptance", "the engine's own speculation"),
+        (True, ([BADLY, BADLY], {"shift": 1}), FINE, "asked acceptance", "its target answers"),
+        (True, ([BADLY, BADLY], {"saved": 3}), FINE, None, "see the notes on adaptive"),
+        (True, ([WELL, BADLY], {"hits": True, "saved": 3}), FINE, None, "healthy"),
+    ],
+    ids=["fine", "traffic", "prefix", "no hits", "low", "native", "target", "adaptive", "widths"],
+)
+def test_an_asked_server_is_told_from_its_traffic(plugin, answering, traffic, fault, finding):
+    rounds, options = answering
+    more = CUT if "saved" in options else ""
+    shown = served(vllm_metrics(100, traffic, hits=900, plugin=plugin, more=more))
+    probe = Answering("vllm", rounds, **options).probe()
+    found = Diagnosis(
+        target="", drafter="", checks=check_server(shown, 3.9, expected=3.31, probe=probe)
+    )
+    assert [each.name for each in found.faults] == ([fault] if fault else []), found.verdict
+    assert finding in found.verdict
+
+
+def test_a_server_that_refuses_to_be_asked_is_not_judged():
+    refused = Answering("vllm", [WELL, WELL], status=401).probe()
+    checks = check_server(served(vllm_metrics(100, FINE)), 3.9, expected=3.31, probe=refused)
+    found = Diagnosis(target="", drafter="", checks=checks)
+    assert found.exit_code == 2
+    assert "give its key in the environment" in check(found, "asked acceptance").finding
+
+
+def test_a_server_without_a_drafter_is_not_asked():
+    asking = Answering("vllm", [WELL, WELL]).asking()
+    plain = replace(served("vllm:num_requests_running 0\n"), asking=asking)
+    assert plain.probe(QUESTIONS, lambda: 4.0) is None
+
+
+def test_walking_a_text_gives_the_engines_acceptance_length(pair, trials):
+    """Pass by pass, as the Transformers engine decodes the same prompts."""
+    texts = trials.texts
+    asked = questions(texts)
+    engine = Engine(pair.target, trials.drafter, max_batch=len(asked), max_length=256)
+    results = engine.generate([Request(each.prompt, len(each.answer)) for each in asked])
+    assert [result.tokens for result in results] == [each.answer for each in asked]
+    committed = sum(len(result.tokens) - 1 for result in results)
+    passes = sum(len(result.accepted) for result in results)
+    assert walked(trials.drafter, texts) == pytest.approx(committed / passes)
 
 
 def test_few_passes_are_no_finding():

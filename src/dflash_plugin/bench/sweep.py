@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dflash_plugin.bench.averages import check_counts, make_cell
-from dflash_plugin.bench.http_endpoint import HttpEndpoint, settle, unreachable
+from dflash_plugin.bench.http_endpoint import HttpEndpoint, settle
 from dflash_plugin.bench.observation import Counters, Endpoint, Observation, turns_of
 from dflash_plugin.bench.record import Cell, KeptText, Record, Repeat, Role, Server, Settings
 from dflash_plugin.bench.secrets import without_credentials
@@ -31,9 +31,8 @@ def connect(url: str, api_key: str | None = None) -> HttpEndpoint:
     Raises:
         DFlashError: nothing does, or neither vLLM nor SGLang.
     """
+    url = url if "://" in url else f"http://{url}"
     shown = without_credentials(url)
-    if not url.startswith(("http://", "https://")):
-        raise unreachable(shown, ValueError("no http:// in front"))
     probe = VllmServer(url, api_key)
     owners = {
         model.get("owned_by") for model in (probe.get_json("/v1/models") or {}).get("data", [])

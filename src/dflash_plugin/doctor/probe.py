@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
+from dflash_plugin.doctor.reading import completed
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.serving.scrape import EngineName, Reading, ServerClient
 
@@ -56,6 +57,8 @@ class Round:
         passes: verify passes.
         counted: by which the server's counter of them grew; None where other requests grew it too.
         hit_rate: share of the prompt tokens out of the prefix cache, or None.
+        saved: share of the drafts that were left unverified meanwhile; None without adaptive
+            verification.
         same: share of an answer's tokens before it leaves the one in Transformers, the median.
     """
 
@@ -63,6 +66,7 @@ class Round:
     passes: int
     counted: int | None
     hit_rate: float | None
+    saved: float | None
     same: float
 
 
@@ -139,12 +143,15 @@ class Asking:
         if len(cached) == len(answers):
             hits: float | None = sum(cached) / sum(len(each.prompt) for each in questions)
         else:
-            hits = _share(before, after) if alone else None
+            prompt = _grown(before.prompt_tokens, after.prompt_tokens)
+            found = _grown(before.cached_tokens, after.cached_tokens)
+            hits = found / prompt if alone and prompt and found is not None else None
         return Round(
             committed / passes if passes else None,
             passes,
             None if counted is None else int(counted),
             hits,
+            _share(_grown(before.verified, after.verified), _grown(before.saved, after.saved)),
             sorted(
                 agreement(one.tokens, other.answer)
                 for one, other in zip(answers, questions, strict=True)
@@ -152,10 +159,11 @@ class Asking:
         )
 
     def _reading(self) -> Reading:
+        info = self.client.info() or {}
         try:
-            return self.client.reading()
+            return completed(self.client.reading(), info)
         except DFlashError:
-            return Reading()
+            return completed(Reading(), info)
 
     def _settled(self, before: Reading, tokens: int) -> Reading:
         step = 0.1
@@ -233,7 +241,7 @@ def _grown(before: float | None, after: float | None) -> float | None:
     return None if after is None else after - (before or 0.0)
 
 
-def _share(before: Reading, after: Reading) -> float | None:
-    prompt = _grown(before.prompt_tokens, after.prompt_tokens)
-    cached = _grown(before.cached_tokens, after.cached_tokens)
-    return cached / prompt if prompt and cached is not None else None
+def _share(verified: float | None, saved: float | None) -> float | None:
+    if verified is None or saved is None or verified + saved == 0:
+        return None
+    return saved / (verified + saved)

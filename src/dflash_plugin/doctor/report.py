@@ -77,6 +77,9 @@ class Diagnosis(BaseModel):
         missing = [check.name for check in self.checks if check.status == "unchecked"]
         if missing:
             return f"no fault found, but not everything could be checked: {', '.join(missing)}"
+        noted = [check.name for check in self.checks if check.status == "note" and check.fix]
+        if noted:
+            return f"healthy: no fault found; see the notes on {', '.join(noted)}"
         return "healthy: nothing lowers acceptance"
 
     @property

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from dflash_plugin.doctor.probe import Asking, Probe, Question, Round
+from dflash_plugin.doctor.reading import completed, summary
 from dflash_plugin.doctor.report import Certainty, Check
 from dflash_plugin.serving.acceptance import likely
-from dflash_plugin.serving.hosted import KEY
 from dflash_plugin.serving.scrape import EngineName, Reading, ServerClient, ServerError
 
 # Verify passes by which acceptance can be judged.
@@ -48,7 +48,7 @@ class Served:
     @property
     def plugin(self) -> bool:
         """Whether this plugin drafts there, and not the engine's own DFlash."""
-        return bool(self.reading.drafter) or bool(_summary(self.info))
+        return bool(self.reading.drafter) or bool(summary(self.info))
 
     @property
     def speculates(self) -> bool:
@@ -93,33 +93,7 @@ def ask(client: ServerClient, asking: Asking | None = None) -> Served:
             raise
         missing = str(error)
         reading = Reading(engine="sglang")
-    return Served(client.url, _completed(reading, info), info, missing, asking)
-
-
-def _summary(info: Mapping[str, Any]) -> dict[str, Any]:
-    states = info.get("internal_states") or [{}]
-    found = states[0].get(KEY) if isinstance(states[0], dict) else None
-    return found or {}
-
-
-def _completed(reading: Reading, info: Mapping[str, Any]) -> Reading:
-    """With SGLang's own counts, which need no metrics and are not a step behind."""
-    states = info.get("internal_states") or [{}]
-    native = states[0].get("avg_spec_accept_length")
-    summary = _summary(info)
-    if not summary:
-        return replace(reading, length=native) if native and not reading.length else reading
-    passes = summary.get("verify_passes", 0)
-    rates = summary.get("accept_by_position", [])
-    adaptive = summary.get("adaptive", {})
-    return replace(
-        reading,
-        passes=passes,
-        accepted={position: rate * passes for position, rate in enumerate(rates)},
-        expected=summary.get("expected_acceptance_length"),
-        verified=adaptive.get("drafts_verified", reading.verified),
-        saved=adaptive.get("drafts_saved", reading.saved),
-    )
+    return Served(client.url, completed(reading, info), info, missing, asking)
 
 
 def check_server(
@@ -139,10 +113,10 @@ def check_server(
     fresh = probe.fresh if probe else None
     if probe is not None and fresh is not None and fresh.tau is not None:
         slow = fresh.tau - 1 < LOW * (probe.here - 1)
-        adaptive, cut = _adaptive(served, slow)
-        checks += [adaptive, _asked(served, probe, fresh, slow and not cut)]
+        cut = slow and (fresh.saved or 0.0) >= MANY_SAVED
+        checks += [_adaptive(served, cut)[0], _asked(served, probe, fresh, slow and not cut)]
         checks.append(_repeated(served, fresh, probe.again, fresh.tau))
-        return [*checks, _traffic(served, fresh.tau, expected, cut)]
+        return [*checks, _traffic(served, fresh.tau, expected)]
     reading = served.reading
     reached, passes = reading.tau, reading.passes
     low = (
@@ -301,6 +275,9 @@ def _repeated(served: Served, fresh: Round, again: Round | None, tau: float) -> 
     )
     if again.tau - 1 >= LOW * (tau - 1):
         return check
+    if (again.saved or 0.0) >= MANY_SAVED:
+        check.finding += f"; {again.saved:.0%} of the drafts were left unverified"
+        return check
     return check.model_copy(
         update={
             "status": "fault",
@@ -346,7 +323,7 @@ def _prefix_cache(served: Served, low: bool) -> Check:
     )
 
 
-def _traffic(served: Served, tau: float, expected: float | None, cut: bool) -> Check:
+def _traffic(served: Served, tau: float, expected: float | None) -> Check:
     """τ of all requests so far, against that of these prompts on the same server."""
     reading = served.reading
     reached, passes = reading.tau, reading.passes
@@ -364,16 +341,17 @@ def _traffic(served: Served, tau: float, expected: float | None, cut: bool) -> C
     if passes is not None and passes < MIN_PASSES:
         check.finding += f"; {passes:.0f} verify passes are too few to judge by"
         return check
-    if cut or reached - 1 >= LOW * (tau - 1):
+    if reached - 1 >= LOW * (tau - 1) or (reading.saved_share or 0.0) >= MANY_SAVED:
         return check
-    cause = likely(reading.rates) if reading.rates else "the requests are unlike these prompts"
     bar = min(tau, expected or tau)
     return check.model_copy(
         update={
             "status": "fault" if reached - 1 < LOW_ELSEWHERE * (bar - 1) else "note",
-            "finding": f"{check.finding}, on the same server: {cause}",
+            "finding": f"{check.finding}, so that it is the requests that are drafted worse: "
+            "they are probably unlike the training text (chat template, thinking mode, language, "
+            "high temperature)",
             "fix": "run doctor with --data, and --raw or --thinking, on prompts as the server gets "
-            "them",
+            "them; train the drafter on such text where that gives no other fault",
             "certainty": Certainty.LIKELY,
         }
     )

@@ -472,8 +472,9 @@ def _shortened(trials: Trials, found: Check, requested: int) -> Check:
         update={
             "status": "fault",
             "finding": finding,
-            "fix": f"--num-speculative-tokens {config.num_draft_tokens}, and adaptive verification "
-            "(docs/adaptive.md) where verifying all of them does not pay",
+            "fix": f"--num-speculative-tokens {config.num_draft_tokens} (SGLang: "
+            f"--speculative-num-draft-tokens {config.num_draft_tokens + 1}), and adaptive "
+            "verification (docs/adaptive.md) where verifying all of them does not pay",
             "certainty": Certainty.MEASURED,
             "gain": whole.tau - cut.tau,
         }

@@ -60,6 +60,7 @@ def check_template(
         },
     )
     templated = bool(getattr(tokenizer, "chat_template", None))
+    low = expected is None or own.tau - 1 < LOW * (expected - 1)
     if missing and not here:
         fix = (
             "send chats (/v1/chat/completions), or put the chat template around each prompt"
@@ -68,15 +69,16 @@ def check_template(
         )
         return check.model_copy(
             update={
-                "status": "fault",
+                # Texts may be as easy without it, if that is meant.
+                "status": "fault" if low or not templated else "note",
                 "finding": f"prompts reach the target with {served}, but the drafter was trained "
-                f"with one: its known answers hold {' '.join(missing[:3])}",
+                f"with one: its known answers hold {' '.join(missing[:3])}"
+                + ("" if low or not templated else f"; τ is {own.tau:.2f} all the same"),
                 "fix": fix,
                 "certainty": Certainty.LIKELY,
             }
         )
     best = max(by_form, key=lambda form: by_form[form].tau)
-    low = expected is None or own.tau - 1 < LOW * (expected - 1)
     if not (low and _beyond_chance(by_form[best], own)):
         return check
     return check.model_copy(
