@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,18 @@ def dflash2() -> str:
     facts = f"{where(runs[0])}, batch {runs[0]['batch']}. {commands}"
     whole = table(header, [*rows, ["mean", *means]])
     return f"{whole}\n\n{table(by_place, places)}\n\n{facts}"
+
+
+def dflash2_greedy() -> str:
+    """τ of both drafters by set, of greedy text alone."""
+    one, two = load("smollm2-dflash2-acceptance")["runs"][:2]
+    rows = [
+        [a["set_name"], *beside(a["tau"], b["tau"])]
+        for a, b in zip(one["sets"], two["sets"], strict=True)
+    ]
+    mean = ["mean", *beside(one["mean_tau"], two["mean_tau"])]
+    header = ["set", "DFlash", "DFlash 2", ""]
+    return f"{table(header, [*rows, mean])}\n\n{where(one)}, batch {one['batch']}."
 
 
 def beside(one: float, two: float) -> list[str]:
@@ -305,26 +318,28 @@ def budget(name: str) -> str:
 
 
 ALONE_AND_TWO = ("none", "native", "plugin")
-SECTIONS = {
-    "vllm-h100": lambda: serving("vllm-h100-smollm2", ALONE_AND_TWO),
+REPLAYS = {
     "vllm-replay": lambda: serving("vllm-h200-qwen3-8b-replay"),
     "sglang-replay": lambda: serving("sglang-h200-qwen3-8b-replay"),
-    "vllm-qwen3-8b": lambda: serving("vllm-h100-qwen3-8b"),
-    "vllm-cpu": lambda: serving("vllm-cpu"),
-    "vllm-soak": lambda: soak("vllm-soak-cpu", "vLLM", "preempted"),
-    "sglang-qwen3-8b": lambda: serving("sglang-h100-qwen3-8b"),
-    "sglang-timelines": lambda: timelines("sglang-h100-timelines"),
-    "sglang-h100": lambda: serving("sglang-h100"),
-    "sglang-soak": lambda: soak("sglang-soak-cpu", "SGLang", "retracted"),
-    "acceptance": acceptance,
-    "draft-weights": draft_weights,
-    "h200": lambda: engine("transformers-h200"),
-    "cpu": lambda: engine("transformers-cpu"),
 }
-
-
-# Sections of other files.
-ELSEWHERE = {
+# Sections by file.
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"acceptance": acceptance, "dflash2-greedy": dflash2_greedy, **REPLAYS},
+    "docs/results.md": {
+        "acceptance": acceptance,
+        "draft-weights": draft_weights,
+        "h200": lambda: engine("transformers-h200"),
+        "cpu": lambda: engine("transformers-cpu"),
+        **REPLAYS,
+        "vllm-qwen3-8b": lambda: serving("vllm-h100-qwen3-8b"),
+        "vllm-h100": lambda: serving("vllm-h100-smollm2", ALONE_AND_TWO),
+        "vllm-cpu": lambda: serving("vllm-cpu"),
+        "vllm-soak": lambda: soak("vllm-soak-cpu", "vLLM", "preempted"),
+        "sglang-qwen3-8b": lambda: serving("sglang-h100-qwen3-8b"),
+        "sglang-timelines": lambda: timelines("sglang-h100-timelines"),
+        "sglang-h100": lambda: serving("sglang-h100"),
+        "sglang-soak": lambda: soak("sglang-soak-cpu", "SGLang", "retracted"),
+    },
     "docs/design.md": {
         "kernels": lambda: kernels("kernels-h100"),
         "budget": lambda: budget("budget-simulator"),
@@ -339,7 +354,7 @@ ELSEWHERE = {
 }
 
 
-def filled(text: str, sections: dict = SECTIONS) -> str:
+def filled(text: str, sections: dict[str, Callable[[], str]]) -> str:
     """Text with every section between its markers made anew."""
     for name, make in sections.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
@@ -349,7 +364,7 @@ def filled(text: str, sections: dict = SECTIONS) -> str:
 
 
 def main() -> None:
-    for name, sections in {"README.md": SECTIONS, **ELSEWHERE}.items():
+    for name, sections in SECTIONS.items():
         path = ROOT / name
         text = path.read_text()
         if "--check" not in sys.argv:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,15 @@ def test_a_character_of_several_tokens_is_shown_whole():
     assert token_texts([0, 1, 2, 3], detokenize) == ["a", "", "€", "b"]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also where the tests run in the background of a script, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupting_keeps_what_was_measured(tmp_path, prompts, output):
     """Ctrl-C while the second cell waits for its answer."""
     never = threading.Event()

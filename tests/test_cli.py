@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dflash_plugin.cli import app
+from dflash_plugin.config import LayerAttention
 from tiny import DFLASH2, write_target, write_tiny
 
 DATA = Path(__file__).parent / "data"
@@ -53,6 +54,33 @@ def test_inspect_shows_what_makes_a_drafter_dflash2(target, tmp_path):
 def test_inspect_replays_known_answers(target, tmp_path):
     missing = run("inspect", write_tiny(tmp_path / "a"), "--target", target, "--replay", code=1)
     assert "--replay needs" in missing
+
+
+def test_inspect_records_known_answers_once(target, drafter):
+    run("inspect", drafter, "--target", target, "--record", "--replay")
+    record = drafter / "known_answer.json"
+    written = record.read_text()
+    assert len(json.loads(written)["answers"]) == 3
+    again = run("inspect", drafter, "--target", target, "--record", code=1)
+    assert "is already there" in " ".join(again.split())
+    assert record.read_text() == written
+    record.unlink()
+    assert "--record needs --target" in run("inspect", drafter, "--record", code=1)
+    assert not record.exists()
+
+
+def test_a_record_is_made_and_replayed_in_the_dialect_that_is_given(target, tmp_path):
+    # Without is_causal, SpecForge's sliding layers are not causal and z-lab's are.
+    sliding = [LayerAttention(sliding_window=6)] * 2
+    drafter = write_tiny(tmp_path / "sliding", layers=sliding, dialect="z-lab")
+    config = drafter / "config.json"
+    raw = json.loads(config.read_text())
+    raw.pop("is_causal", None)
+    raw["dflash_config"].pop("is_causal", None)
+    config.write_text(json.dumps(raw))
+    arguments = ["inspect", drafter, "--target", target, "--dialect", "specforge"]
+    run(*arguments, "--record", "--replay")
+    assert "known answer" in run("inspect", drafter, "--target", target, "--replay", code=1)
 
 
 def test_convert(drafter, tmp_path):

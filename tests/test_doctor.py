@@ -13,6 +13,7 @@ import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from typer.testing import CliRunner
 
 from dflash_plugin.checkpoint import load_checkpoint
@@ -382,7 +383,16 @@ def test_a_quantised_target_is_noted():
     assert check_quantised_target(target).status == "ok"
     target.config.quantization_config = {"quant_method": "awq"}
     assert check_quantised_target(target).status == "note"
-    assert "awq" in check_quantised_target(target).finding
+    assert "(awq), its head is not" in check_quantised_target(target).finding
+    rounded = nn.Module()
+    rounded.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    target.set_output_embeddings(rounded)
+    assert "(awq), its head too" in check_quantised_target(target).finding
+    del target.config.quantization_config
+    found = check_quantised_target(target)
+    assert found.status == "note"
+    assert "head is quantised" in found.finding
+    assert "leave the head out" in str(found.fix)
 
 
 def test_fp8_weights_that_cost_acceptance_are_named(trials):

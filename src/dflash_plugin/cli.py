@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from enum import Enum
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dflash_plugin.errors import DFlashError
+
+if TYPE_CHECKING:
+    from dflash_plugin.config import Dialect
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -338,6 +341,9 @@ def inspect(
     replay: Annotated[
         bool, typer.Option(help="Run the known answers on the target in float32.")
     ] = False,
+    record: Annotated[
+        bool, typer.Option(help="Write what the float32 core drafts beside a checkpoint.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print what a checkpoint is and every mismatch with its target; exit 1 on an error."""
@@ -346,11 +352,12 @@ def inspect(
     from dflash_plugin.inspect import inspect_checkpoint
 
     model = resolve_model(target) if target else None
-    report = inspect_checkpoint(
-        directory, model, num_speculative_tokens, dialect.value if dialect else None
-    )
+    name: Dialect | None = dialect.value if dialect else None
+    report = inspect_checkpoint(directory, model, num_speculative_tokens, name)
+    if record:
+        _record(directory, model, report.fits, name)
     if replay:
-        _replay(directory, model, report.fits)
+        _replay(directory, model, report.fits, name)
     if as_json:
         print_json({**report.model_dump(mode="json"), "fits": report.fits, "replayed": replay})
     else:
@@ -359,7 +366,24 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _replay(directory: Path, target: Path | None, fits: bool) -> None:
+def _record(directory: Path, target: Path | None, fits: bool, dialect: Dialect | None) -> None:
+    import torch
+
+    from dflash_plugin.known_answer import FILE_NAME
+    from dflash_plugin.train.export import record_known_answers
+    from dflash_plugin.transformers import load_target
+
+    if target is None or not fits:
+        raise DFlashError("--record needs --target and a report without errors")
+    if (directory / FILE_NAME).exists():
+        raise DFlashError(
+            f"{str(directory / FILE_NAME)!r} is already there: check it with --replay, or move it "
+            "away to record another"
+        )
+    record_known_answers(directory, *load_target(target, torch.float32), dialect=dialect)
+
+
+def _replay(directory: Path, target: Path | None, fits: bool, dialect: Dialect | None) -> None:
     import torch
 
     from dflash_plugin.known_answer import load_record
@@ -373,7 +397,7 @@ def _replay(directory: Path, target: Path | None, fits: bool) -> None:
             "errors"
         )
     model, _ = load_target(target, torch.float32)
-    replay_record(load_drafter(directory, model), model, record)
+    replay_record(load_drafter(directory, model, dialect=dialect), model, record)
 
 
 def _listed(values: dict[str, Any]) -> str:

@@ -427,7 +427,7 @@ def _answer(label: str, text: KeptText, number: int) -> str:
         if one.rejected is not None:
             title += f", {len(rejected)} rejected"
         inner = "".join(f'<span class="a">{_token(token)}</span>' for token in one.accepted)
-        inner += "".join(f'<span class="r">{_token(token)}</span>' for token in rejected)
+        inner += "".join(f'<span class="r">{_token(token, "↵")}</span>' for token in rejected)
         if one.bonus is not None:
             inner += f'<span class="b">{_token(one.bonus)}</span>'
         spans.append(f'<span class="pass" title="{escape(title)}">{inner}</span>')
@@ -440,9 +440,9 @@ def _answer(label: str, text: KeptText, number: int) -> str:
     )
 
 
-def _token(text: str) -> str:
-    """A token as HTML; a line break can be seen."""
-    return escape(text).replace("\n", "↵\n")
+def _token(text: str, line_break: str = "↵\n") -> str:
+    """A token as HTML; a line break can be seen, and breaks the line where it was written."""
+    return escape(text).replace("\n", line_break)
 
 
 def _circumstances(runs: Sequence[tuple[str, Record]]) -> str:

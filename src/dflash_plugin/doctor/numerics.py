@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dflash_plugin.checkpoint import Checkpoint
@@ -148,28 +148,38 @@ def _usual(counts: Mapping[str, float]) -> dict[str, float]:
 
 
 def check_quantised_target(target: PreTrainedModel) -> Check:
-    """Whether the target is quantised, which its features then are too."""
+    """Whether the target is quantised, which its features feel, or its head, which drafts do."""
+    head = target.get_output_embeddings()
+    rounded_head = not (isinstance(head, nn.Linear) and head.weight.element_size() > 1)
     quantised = getattr(target.config, "quantization_config", None)
-    looked_at = "quantization_config of the target"
-    if not quantised:
-        return Check(
-            name="quantised target", status="ok", looked_at=looked_at, finding="it has none"
-        )
+    check = Check(
+        name="quantised target",
+        status="ok",
+        looked_at="quantization_config of the target, and its output head",
+        finding="neither is quantised",
+    )
+    if not quantised and not rounded_head:
+        return check
     method = (
         quantised.get("quant_method")
         if isinstance(quantised, dict)
         else getattr(quantised, "quant_method", None)
     )
     name = str(getattr(method, "value", method) or "unknown")
-    return Check(
-        name="quantised target",
-        status="note",
-        looked_at=looked_at,
-        finding=f"the target is quantised ({name}): a drafter trained on the unquantised target "
-        "reads features that are a little off",
-        evidence={"quant_method": name},
-        fix="run doctor on the unquantised target too; where its τ is much higher, train the "
-        "drafter on the quantised one",
+    what = f"the target is quantised ({name}), its head {'too' if rounded_head else 'is not'}"
+    if not quantised:
+        what = f"the target's head is quantised ({type(head).__name__})"
+    return check.model_copy(
+        update={
+            "status": "note",
+            "finding": f"{what}: a drafter trained on the unquantised target reads "
+            + ("features that are a little off" if quantised else "the right features")
+            + (" and drafts with another head than its own training's" if rounded_head else ""),
+            "evidence": {"quant_method": name, "head": type(head).__name__},
+            "fix": "run doctor on the unquantised target too; where its τ is much higher, train "
+            "the drafter on the quantised one"
+            + (", or leave the head out of the quantisation" if rounded_head else ""),
+        }
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dflash_plugin.checkpoint import load_checkpoint, save_checkpoint
-from dflash_plugin.config import DrafterConfig
+from dflash_plugin.config import Dialect, DrafterConfig
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.known_answer import KnownAnswers, answer, save_record
 from dflash_plugin.prompts import Prompt, encode
@@ -54,9 +54,17 @@ def export_drafter(
     return output
 
 
-def record_known_answers(output: Path, target: PreTrainedModel, tokenizer: Any) -> None:
-    """Compute a checkpoint's known answers with a float32 target and write them beside it."""
-    drafter = Drafter.from_checkpoint(load_checkpoint(output, dtype=torch.float32))
+def record_known_answers(
+    output: Path, target: PreTrainedModel, tokenizer: Any, dialect: Dialect | None = None
+) -> None:
+    """Compute a checkpoint's known answers with a float32 target and write them beside it.
+
+    Args:
+        output: the checkpoint's directory.
+        target, tokenizer: from ``load_target``.
+        dialect: overrides detection.
+    """
+    drafter = Drafter.from_checkpoint(load_checkpoint(output, torch.float32, dialect))
     drafter.to(target.device)
     bind_drafter(drafter, target)
     prompts = [encode(tokenizer, Prompt.user(text)) for text in KNOWN_PROMPTS]

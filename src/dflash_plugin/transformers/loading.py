@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dflash_plugin.checkpoint import load_checkpoint
-from dflash_plugin.config import DraftWeights
+from dflash_plugin.config import Dialect, DraftWeights
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.fp8 import quantise_drafter
@@ -53,6 +53,7 @@ def load_drafter(
     target: PreTrainedModel,
     dtype: torch.dtype | None = None,
     weights: DraftWeights = "checkpoint",
+    dialect: Dialect | None = None,
 ) -> Drafter:
     """Load a drafter of any dialect and lend it the target's embedding and head.
 
@@ -61,11 +62,12 @@ def load_drafter(
         target: the model that it drafts for.
         dtype: the target's when None.
         weights: "fp8" rounds the linears of the draft pass to FP8, see ``fp8``.
+        dialect: overrides detection.
 
     Raises:
         DFlashError: the checkpoint is malformed or was made for another target.
     """
-    checkpoint = load_checkpoint(Path(directory), dtype=dtype or target.dtype)
+    checkpoint = load_checkpoint(Path(directory), dtype or target.dtype, dialect)
     drafter = Drafter.from_checkpoint(checkpoint).to(target.device)
     bind_drafter(drafter, target)
     if weights == "fp8":
