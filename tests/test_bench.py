@@ -17,6 +17,7 @@ from dflash_plugin.bench.http_endpoint import token_texts
 from dflash_plugin.bench.observation import turns_of
 from dflash_plugin.bench.record import Record, read_record
 from dflash_plugin.bench.secrets import without_credentials, without_secrets
+from dflash_plugin.bench.sweep import connect
 from dflash_plugin.cli import app
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Message, Prompt
@@ -366,6 +367,14 @@ def test_servers_that_cannot_be_measured(kind, answers, options, message, prompt
             fake.url, "--data", prompts, "--concurrency", 1, "-o", output, *options, code=1
         )
     assert message in printed
+
+
+def test_a_url_may_lack_its_scheme():
+    """As those of `top` and `doctor` may."""
+    with serving("vllm") as fake:
+        assert connect(fake.url.removeprefix("http://")).url == fake.url
+    with pytest.raises(DFlashError, match="cannot be reached"):
+        connect("ftp://somewhere")
 
 
 def test_a_server_without_a_drafter_can_be_measured_alone(prompts, output):

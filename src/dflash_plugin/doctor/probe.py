@@ -55,7 +55,7 @@ class Round:
     Attributes:
         tau: tokens committed per verify pass; None without verify passes.
         passes: verify passes.
-        counted: by which the server's counter of them grew; None where other requests grew it too.
+        counted: by which vLLM's counter of them grew; None where other requests grew it too.
         hit_rate: share of the prompt tokens out of the prefix cache, or None.
         saved: share of the drafts that were left unverified meanwhile; None without adaptive
             verification.
@@ -129,14 +129,16 @@ class Asking:
     def _round(self, engine: EngineName, questions: Sequence[Question], salt: str) -> Round:
         ask = self._vllm if engine == "vllm" else self._sglang
         before = self._reading()
-        answers = [ask(question, salt) for question in questions]
+        # A salt each, since prompts share the beginning of a chat template.
+        answers = [ask(question, f"{salt}-{number}") for number, question in enumerate(questions)]
         generated = sum(len(answer.tokens) for answer in answers)
-        after = self._settled(before, generated)
-        alone = _grown(before.generated, after.generated) == generated
+        # SGLang's answers tell their passes; its counter of tokens may leave out first ones.
+        after = self._settled(before, generated) if engine == "vllm" else self._reading()
+        alone = engine == "vllm" and _grown(before.generated, after.generated) == generated
         committed = sum(max(0, len(answer.tokens) - 1) for answer in answers)
         passes = sum(answer.passes or 0 for answer in answers)
         counted = _grown(before.passes, after.passes) if alone else None
-        if engine == "vllm" and counted is not None:
+        if counted is not None:
             # A chunk may hold two passes, and a pass without drafts is not counted.
             passes = max(passes, int(counted))
         cached = [answer.cached for answer in answers if answer.cached is not None]
@@ -202,7 +204,9 @@ class Asking:
                 cached = details.get("cached_tokens", cached)
                 for choice in chunk.get("choices", []):
                     chunks += [choice["token_ids"]] if choice.get("token_ids") else []
-        return Answer([token for chunk in chunks for token in chunk], len(chunks) - 1, cached)
+        return Answer(
+            [token for chunk in chunks for token in chunk], max(0, len(chunks) - 1), cached
+        )
 
     def _sglang(self, question: Question, salt: str) -> Answer:
         body = {
