@@ -19,7 +19,7 @@ from dflash_plugin.vllm import arguments, compat, metrics, plugin
 from dflash_plugin.vllm.cpu import expand_kernel, without_empty_rows
 from dflash_plugin.vllm.options import hosted, read_options
 from dflash_plugin.vllm.proposals import Proposals
-from tiny import DFLASH2, tiny_config, write_tiny
+from tiny import DFLASH2, tiny_config, tiny_target, write_tiny
 
 TARGET = SimpleNamespace(
     get_hidden_size=lambda: 32,
@@ -101,6 +101,15 @@ def test_position_range_follows_the_target(tmp_path):
 def test_number_of_drafts_is_checked_against_the_block(tmp_path, asked):
     with pytest.raises(DFlashError, match=rf"is {asked} but a block of 4 drafts 3"):
         prepared(tmp_path, spec_tokens=asked)
+
+
+def test_a_drafter_of_the_last_layers_output_is_refused(tmp_path):
+    """Features come from ``hidden_states``, whose last entry is behind the target's norm."""
+    target = tiny_target()
+    out = target.model(torch.tensor([[5, 6, 7]]), output_hidden_states=True)
+    assert torch.equal(out.hidden_states[4], out.last_hidden_state)
+    with pytest.raises(DFlashError, match=r"\[0, 3\], and vLLM gives .* last one \(3\) without"):
+        prepared(tmp_path, changes={"target_layer_ids": (0, 3)})
 
 
 def test_a_dflash2_drafter_is_staged_under_our_architecture(tmp_path):

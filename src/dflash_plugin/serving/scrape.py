@@ -231,8 +231,8 @@ class ServerClient:
         if found.engine is None:
             status = "" if answer.status_code == 200 else f" (status {answer.status_code})"
             raise ServerError(
-                f"{self.url}/metrics has no metrics of vLLM or SGLang{status}: start SGLang with "
-                "--enable-metrics, vLLM without --disable-log-stats"
+                f"{self.url}/metrics has no metrics of vLLM or SGLang{status}: give the root URL "
+                "of one, and start SGLang with --enable-metrics, vLLM without --disable-log-stats"
             )
         return found
 

@@ -98,6 +98,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
         target_model_config.get_total_num_hidden_layers(),
         target_model_config.get_vocab_size(),
     )
+    check_layers(config, target_model_config.get_total_num_hidden_layers())
     settings["num_speculative_tokens"] = number_of_drafts(
         config, settings.get("num_speculative_tokens")
     )
@@ -148,6 +149,22 @@ def asks_for_dflash(settings: dict[str, Any]) -> bool:
     """Whether the method is DFlash, by name or, as in vLLM, by the drafter's name."""
     method = settings.get("method")
     return method == METHOD or (method is None and "dflash" in str(settings.get("model")).lower())
+
+
+def check_layers(config: DrafterConfig, num_target_layers: int) -> None:
+    """Check that vLLM's targets give what the drafter reads.
+
+    Raises:
+        DFlashError: it reads the last layer's output, which drafters know behind the target's norm
+            and vLLM gives before it.
+    """
+    last = num_target_layers - 1
+    if last in config.target_layer_ids:
+        raise DFlashError(
+            f"the drafter reads target layers {list(config.target_layer_ids)}, and vLLM gives the "
+            f"output of the last one ({last}) without the target's norm, with which drafters are "
+            "trained: use the Transformers engine"
+        )
 
 
 def number_of_drafts(config: DrafterConfig, asked: int | None) -> int:
