@@ -26,7 +26,7 @@ from dflash_plugin.doctor.acceptance import (
     walked,
     with_config,
 )
-from dflash_plugin.doctor.diagnose import asked_form, bound, questions
+from dflash_plugin.doctor.diagnose import asked_form, questions
 from dflash_plugin.doctor.numerics import (
     check_dtype,
     check_fp8,
@@ -47,6 +47,7 @@ from dflash_plugin.known_answer import answer, load_record
 from dflash_plugin.prompts import Prompt
 from dflash_plugin.serving.scrape import ServerClient, ServerError
 from dflash_plugin.transformers import Engine, Request, load_target
+from dflash_plugin.transformers.loading import bound
 from tiny import tiny_config, tiny_target, write_target, write_tiny
 
 SHIPPED = resolve_drafter(None, "smollm2")

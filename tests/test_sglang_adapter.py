@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.serving.hosted import KEY
+from dflash_plugin.serving import KEY
 from dflash_plugin.sglang import arguments, compat, metrics, penalties, register, sampling
 from dflash_plugin.sglang.options import Hosted, Options, hosted, read_options
 from tiny import DFLASH2, tiny_config, write_tiny

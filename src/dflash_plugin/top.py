@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dflash_plugin.serving.scrape import Reading, ServerClient, ServerError
+from dflash_plugin.serving.scrape import Reading, ServerClient, ServerError, grown
 
 BARS = "▁▂▃▄▅▆▇█"
 HISTORY = 60
@@ -51,14 +51,14 @@ def between(before: Reading, after: Reading, seconds: float) -> Rates:
     restarted = _restarted(before, after)
     if restarted:
         before = Reading(engine=after.engine)
-    passes = _grown(before.passes, after.passes)
+    passes = grown(before.passes, after.passes)
     accepted = {
         position: count - before.accepted.get(position, 0.0)
         for position, count in after.accepted.items()
     }
-    generated = _grown(before.generated, after.generated)
-    prompt = _grown(before.prompt_tokens, after.prompt_tokens)
-    cached = _grown(before.cached_tokens, after.cached_tokens)
+    generated = grown(before.generated, after.generated)
+    prompt = grown(before.prompt_tokens, after.prompt_tokens)
+    cached = grown(before.cached_tokens, after.cached_tokens)
     steps = {
         rows: count - before.steps.get(rows, 0.0)
         for rows, count in after.steps.items()
@@ -72,16 +72,12 @@ def between(before: Reading, after: Reading, seconds: float) -> Rates:
         tau=after.length if after.passes is None else tau,
         by_position=tuple(accepted[p] / passes for p in sorted(accepted)) if passes else (),
         hit_rate=(cached or 0.0) / prompt if prompt and cached is not None else None,
-        verified=_grown(before.verified, after.verified),
-        saved=_grown(before.saved, after.saved),
+        verified=grown(before.verified, after.verified),
+        saved=grown(before.saved, after.saved),
         steps=steps,
-        warnings=_grown(before.warnings, after.warnings),
+        warnings=grown(before.warnings, after.warnings),
         restarted=restarted,
     )
-
-
-def _grown(before: float | None, after: float | None) -> float | None:
-    return None if after is None else after - (before or 0.0)
 
 
 def _restarted(before: Reading, after: Reading) -> bool:

@@ -16,18 +16,13 @@ import httpx
 import pytest
 import torch
 from sglang_server import ENVIRONMENT, Server, command, dflash, serving, tokens
-from typer.testing import CliRunner
 
+import live
 from core_drafts import core_drafts
 from dflash_plugin import known_answer
-from dflash_plugin.bench.record import read_record
-from dflash_plugin.cli import app
-from dflash_plugin.doctor.probe import Asking, Question
-from dflash_plugin.doctor.server import ask, check_server
 from dflash_plugin.evaluate import acceptance_by_position
 from dflash_plugin.known_answer import KnownAnswers, save_record
 from dflash_plugin.prompts import encode, load_prompts
-from dflash_plugin.serving.scrape import ServerClient
 from dflash_plugin.sglang import compat
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
 from distribution import check_distribution, continuations
@@ -35,7 +30,6 @@ from tiny import DFLASH2, tiny_target, write_target, write_tiny
 from tiny import ENGINE_SIZES as SIZES
 
 DATA = Path(__file__).parents[1] / "data"
-PASSES = "dflash:verify_passes_total"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
 TOKENS, DRAFTS, CHUNK = 24, 7, 96
 # All prompts on one version, a part on the others.
@@ -247,71 +241,22 @@ def test_acceptance_is_in_meta_info_server_info_and_prometheus(server, reference
 @pytest.mark.versions
 def test_bench_counts_what_the_server_counts(server, reference, tmp_path):
     """Of requests, of SGLang's metrics and by position, with two turns and several in flight."""
-    result = tmp_path / "bench.json"
-    bench = ["bench", str(server.client.base_url), "--limit", "2", "--concurrency", "1,2"]
-    sets = [
-        part for name in ("gsm8k_test", "mt_bench") for part in ("--data", DATA / f"{name}.jsonl")
-    ]
-    limits = ["--repeats", "1", "--max-tokens", str(TOKENS), "--keep-text", "1"]
-    arguments = [*bench, *map(str, sets), *limits, "--output", str(result)]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, done.output
-    record = read_record(result)
-    assert len(record.cells) == 4
+    record = live.bench(server, tmp_path / "bench.json", 2, TOKENS)
     for cell in record.cells:
         assert [check.agrees for check in cell.repeats[0].checks] == [True, True], cell
-        assert cell.tau.pooled > 1.3
-        assert len(cell.acceptance.unconditional) == DRAFTS
-        assert cell.tau.pooled <= 1 + sum(cell.acceptance.unconditional) + 1e-9
-    kept = record.texts[0]
-    assert kept.exact
-    ids = reference["results"][0].tokens
-    text = "".join([*kept.first, *(t for p in kept.passes for t in (*p.accepted, p.bonus))])
-    assert text == reference["tokenizer"].decode(ids)
-
-
-def counted_now(server: Server) -> dict[str, float]:
-    """Metrics with what came since the plugin last exported; ``/server_info`` has it export."""
-    server.info()
-    return server.metrics()
+    live.check_kept_text(record, reference)
 
 
 @pytest.mark.versions
 def test_doctor_and_top_read_what_the_server_counts(server, reference):
-    """Doctor's part of a server finds it healthy: the same texts, the same passes."""
-    results = reference["results"][-2:]
-    asked = [
-        Question(prompt, result.tokens)
-        for prompt, result in zip(reference["prompts"][-2:], results, strict=True)
-    ]
-    committed = [tokens for result in results for tokens in result.committed]
-    here = sum(committed) / len(committed)
-    client = ServerClient(str(server.client.base_url))
-    served = ask(client, Asking(client))
-    before = counted_now(server)
-    probe = served.probe(asked, lambda: here)
-    after = counted_now(server)
-    assert probe.fresh.tau == pytest.approx(here)
-    assert probe.again.tau == pytest.approx(here)
-    assert (probe.fresh.same, probe.fresh.hit_rate) == (1.0, 0.0)
-    assert probe.again.hit_rate > 0.3
-    assert probe.fresh.passes == len(committed)
-    assert after[PASSES] - before[PASSES] == 2 * len(committed)
-    checks = {each.name: each for each in check_server(served, here, 3.31, probe)}
-    assert not [each for each in checks.values() if each.status in ("fault", "unchecked")]
-    assert checks["server"].finding == "sglang drafts with this plugin"
-    counted = checks["served acceptance"].evidence
-    assert counted["passes"] == before[PASSES]
-    accepted, more = (
-        sum(found[f"dflash:accepted_drafts_total[{k}]"] for k in range(7))
-        for found in (before, after)
-    )
-    if before[PASSES]:
-        assert counted["tau_served"] == pytest.approx(1 + accepted / before[PASSES], abs=1e-3)
-    top = ["top", "--server", str(server.client.base_url), "--interval", "0.1", "--once"]
-    shown = CliRunner().invoke(app, top)
-    assert shown.exit_code == 0, shown.output
-    assert f"{1 + more / after[PASSES]:.2f}, 3.31 expected" in shown.output
+    def counted_now() -> dict[str, float]:
+        """With what came since the plugin last exported; ``/server_info`` has it export."""
+        server.info()
+        return server.metrics()
+
+    names = "dflash:verify_passes_total", "dflash:accepted_drafts_total"
+    _, finding = live.check_doctor_and_top(server, reference, 2, *names, counted_now)
+    assert finding == "sglang drafts with this plugin"
 
 
 @pytest.mark.versions

@@ -12,20 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 from vllm_helpers import BLOCK, TOKENS, Server, command, serving
 
-from dflash_plugin.bench.record import read_record
-from dflash_plugin.cli import app
-from dflash_plugin.doctor.probe import Asking, Question
-from dflash_plugin.doctor.server import ask, check_server
+import live
 from dflash_plugin.evaluate import acceptance_by_position
 from dflash_plugin.prompts import encode, load_prompts
-from dflash_plugin.serving.scrape import ServerClient
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
 
 DATA = Path(__file__).parents[1] / "data"
-PASSES = "vllm:spec_decode_num_drafts_total"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
 
 
@@ -101,68 +95,24 @@ def test_metrics(server):
 
 def test_bench_counts_what_the_server_counts(server, reference, tmp_path):
     """By chunk, by pass and by position, with two turns and several in flight."""
-    result = tmp_path / "bench.json"
-    bench = ["bench", str(server.client.base_url), "--limit", "3", "--concurrency", "1,3"]
-    sets = [
-        part for name in ("gsm8k_test", "mt_bench") for part in ("--data", DATA / f"{name}.jsonl")
-    ]
-    limits = ["--repeats", "1", "--max-tokens", str(TOKENS), "--keep-text", "1"]
-    arguments = [*bench, *map(str, sets), *limits, "--output", str(result)]
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, done.output
-    record = read_record(result)
-    assert len(record.cells) == 4
+    record = live.bench(server, tmp_path / "bench.json", 3, TOKENS)
     for cell in record.cells:
         tokens, passes = cell.repeats[0].checks
         assert tokens.agrees is True, cell
         # With several in flight a busy machine may stream two passes in one chunk.
         assert passes.agrees is True or (passes.agrees is None and cell.concurrency > 1), cell
         assert (cell.tau.mean_per_request is None) == (passes.agrees is None)
-        assert cell.tau.pooled > 1.3
-        assert len(cell.acceptance.unconditional) == 7
-        assert cell.tau.pooled <= 1 + sum(cell.acceptance.unconditional) + 1e-9
-    kept = record.texts[0]
-    assert kept.exact
-    ids = reference["results"][0].tokens
-    text = "".join([*kept.first, *(t for p in kept.passes for t in (*p.accepted, p.bonus))])
-    assert text == reference["tokenizer"].decode(ids)
+    live.check_kept_text(record, reference)
 
 
 def test_doctor_and_top_read_what_the_server_counts(server, reference):
-    """Doctor's part of a server finds it healthy: the same texts, the same passes."""
-    results = reference["results"][-4:]
-    asked = [
-        Question(prompt, result.tokens)
-        for prompt, result in zip(reference["prompts"][-4:], results, strict=True)
-    ]
-    committed = [tokens for result in results for tokens in result.committed]
-    here = sum(committed) / len(committed)
-    client = ServerClient(str(server.client.base_url))
-    served = ask(client, Asking(client))
-    before = server.metrics()
-    probe = served.probe(asked, lambda: here)
-    after = server.metrics()
-    assert probe.fresh.tau == pytest.approx(here)
-    assert probe.again.tau == pytest.approx(here)
-    assert (probe.fresh.same, probe.fresh.hit_rate) == (1.0, 0.0)
-    assert probe.again.hit_rate > 0.3
-    assert probe.fresh.passes == probe.fresh.counted == len(committed)
-    assert after[PASSES] - before[PASSES] == 2 * len(committed)
-    checks = {each.name: each for each in check_server(served, here, 3.31, probe)}
-    assert not [each for each in checks.values() if each.status in ("fault", "unchecked")]
-    assert checks["server"].finding == "vllm drafts with this plugin"
-    counted = checks["served acceptance"].evidence
-    assert counted["passes"] == before[PASSES]
-    accepted, more = (
-        sum(found[f"vllm:spec_decode_num_accepted_tokens_per_pos_total[{k}]"] for k in range(7))
-        for found in (before, after)
+    names = (
+        "vllm:spec_decode_num_drafts_total",
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total",
     )
-    if before[PASSES]:
-        assert counted["tau_served"] == pytest.approx(1 + accepted / before[PASSES], abs=1e-3)
-    top = ["top", "--server", str(server.client.base_url), "--interval", "0.1", "--once"]
-    shown = CliRunner().invoke(app, top)
-    assert shown.exit_code == 0, shown.output
-    assert f"{1 + more / after[PASSES]:.2f}, 3.31 expected" in shown.output
+    probe, finding = live.check_doctor_and_top(server, reference, 4, *names, server.metrics)
+    assert finding == "vllm drafts with this plugin"
+    assert probe.fresh.passes == probe.fresh.counted
 
 
 def test_aborted_streams_leave_the_others_alone(server, reference, alone):

@@ -23,6 +23,7 @@ from dflash_plugin.bench.record import Pass, Role, Server, Settings
 from dflash_plugin.bench.secrets import without_credentials
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Message, Prompt
+from dflash_plugin.serving.scrape import Samples
 
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
@@ -92,6 +93,13 @@ class HttpEndpoint(ABC):
         except json.JSONDecodeError:
             return None
         return found if isinstance(found, dict) else None
+
+    def samples(self) -> Samples:
+        """Its metrics; none where it exports none."""
+        answer = self.request("GET", "/metrics")
+        if answer.status_code in (401, 403):
+            raise refused(self.shown, "/metrics", answer.status_code, answer.text)
+        return Samples(answer.text if answer.status_code == 200 else "")
 
     def run(
         self, prompts: Sequence[Prompt], concurrency: int, settings: Settings, on_done: OnDone

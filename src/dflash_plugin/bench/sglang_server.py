@@ -13,7 +13,7 @@ from dflash_plugin.bench.record import Role, Server, Settings
 from dflash_plugin.bench.secrets import without_secrets
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Message
-from dflash_plugin.serving.scrape import Samples
+from dflash_plugin.serving.scrape import plugin_states
 
 TOKENS = "sglang:generation_tokens_total"
 CALLS = "sglang:spec_verify_calls_total"
@@ -32,8 +32,8 @@ class SglangServer(HttpEndpoint):
         self.model = str(info.get("served_model_name") or info.get("model_path"))
         self.speculative = bool(info.get("speculative_algorithm"))
         block = info.get("speculative_num_draft_tokens")
-        plugin = _plugin_states(info)
-        samples = self._samples()
+        plugin = plugin_states(info)
+        samples = self.samples()
         version = samples.labels("dflash:drafter_info").get("plugin")
         flags = without_secrets({k: v for k, v in info.items() if k != "internal_states"})
         sizes = [int(info.get(name) or 1) for name in ("tp_size", "pp_size")]
@@ -65,13 +65,9 @@ class SglangServer(HttpEndpoint):
             )
         return info
 
-    def _samples(self) -> Samples:
-        answer = self.request("GET", "/metrics")
-        return Samples(answer.text if answer.status_code == 200 else "")
-
     def counters(self) -> Counters:
         """Prometheus where it is exported, else the plugin's passes; positions are in answers."""
-        samples, plugin = self._samples(), _plugin_states(self._info())
+        samples, plugin = self.samples(), plugin_states(self._info())
         # SGLang names a counter only once it has counted.
         exported = samples.engine() == "sglang"
         tokens = samples.count(TOKENS)
@@ -160,9 +156,3 @@ class SglangServer(HttpEndpoint):
         if answer.status_code != 200:
             raise refused(self.shown, "/detokenize", answer.status_code, answer.text)
         return list(answer.json()["text"])
-
-
-def _plugin_states(info: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the plugin shows of each data-parallel rank."""
-    states = info.get("internal_states") or []
-    return [state["dflash_plugin"] for state in states if "dflash_plugin" in state]

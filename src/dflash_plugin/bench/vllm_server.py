@@ -31,7 +31,7 @@ class VllmServer(HttpEndpoint):
         """What it is; flags only under ``VLLM_SERVER_DEV_MODE=1``."""
         models = self.get_json("/v1/models") or {}
         self.model = models["data"][0]["id"]
-        samples = self._samples()
+        samples = self.samples()
         counters = self._counters(samples)
         version = (self.get_json("/version") or {}).get("version")
         info = self.get_json("/server_info?config_format=json")
@@ -61,15 +61,9 @@ class VllmServer(HttpEndpoint):
             notes=notes,
         )
 
-    def _samples(self) -> Samples:
-        answer = self.request("GET", "/metrics")
-        if answer.status_code in (401, 403):
-            raise refused(self.shown, "/metrics", answer.status_code, answer.text)
-        return Samples(answer.text if answer.status_code == 200 else "")
-
     def counters(self) -> Counters:
         """Its counters now."""
-        return self._counters(self._samples())
+        return self._counters(self.samples())
 
     def _counters(self, samples: Samples) -> Counters:
         accepted = samples.by(POSITIONS, "position").values()

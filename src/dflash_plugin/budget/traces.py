@@ -18,7 +18,7 @@ from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.train.blocks import choose_anchors, make_blocks
 from dflash_plugin.train.features import FeatureSource
-from dflash_plugin.train.losses import accepted_run
+from dflash_plugin.train.losses import accepted_run, walk
 from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet, collate
 
@@ -53,13 +53,8 @@ class Traces:
 
     def passes(self) -> list[int]:
         """Of each text, when all drafts are verified."""
-        found = []
-        for start, end in zip(self.starts.tolist(), self.starts[1:].tolist(), strict=False):
-            place, count = start, 0
-            while place < end:
-                place, count = place + int(self.right[place]) + 1, count + 1
-            found.append(count)
-        return found
+        ends = zip(self.starts.tolist(), self.starts[1:].tolist(), strict=False)
+        return [sum(1 for _ in walk(self.right[start:end].tolist())) for start, end in ends]
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""

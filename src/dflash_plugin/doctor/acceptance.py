@@ -21,8 +21,8 @@ from dflash_plugin.drafter import Drafter
 from dflash_plugin.known_answer import KnownAnswers, first_values
 from dflash_plugin.rope import RotaryEmbedding
 from dflash_plugin.serving.check import FLOAT32, HALF
-from dflash_plugin.train.blocks import Blocks, make_blocks
-from dflash_plugin.train.losses import accepted_run
+from dflash_plugin.train.blocks import Blocks, choose_anchors, make_blocks
+from dflash_plugin.train.losses import accepted_run, walk
 from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet
 
@@ -96,6 +96,13 @@ def with_config(drafter: Drafter, config: DrafterConfig) -> Drafter:
     return other
 
 
+def shortened(drafter: Drafter, drafts: int) -> Drafter:
+    """The drafter with blocks of so many drafts; its weights are shared."""
+    config = drafter.config
+    size = config.block_size - config.num_draft_tokens + drafts
+    return with_config(drafter, config.model_copy(update={"block_size": size}))
+
+
 def block_positions(texts: Texts, stride: int = STRIDE) -> tuple[Tensor, Tensor]:
     """Anchors int64 [B, A] at every ``stride``-th position of the responses, and the valid ones."""
     batch = texts.batch
@@ -147,21 +154,15 @@ def walked(drafter: Drafter, texts: Texts) -> float:
         drafter: bound to the target of ``texts``.
         texts: greedy ones.
     """
-    room = texts.batch.lengths - texts.batch.prompt_lengths - 1
+    every, valid = choose_anchors(texts.batch, texts.batch.longest_response, None)
     runs = []
-    for offsets in torch.arange(int(room.max()), device=room.device).split(BLOCKS):
-        valid = offsets[None] < room[:, None]
-        anchors = texts.batch.prompt_lengths[:, None] + torch.where(valid, offsets, 0)
-        blocks = blocks_of(drafter, texts, anchors, valid)
+    for part in zip(every.split(BLOCKS, dim=1), valid.split(BLOCKS, dim=1), strict=True):
+        blocks = blocks_of(drafter, texts, *part)
         drafts = chosen(drafter, block_hidden(drafter, texts, blocks), blocks.tokens[..., 0], None)
         runs.append(accepted_run((drafts == blocks.labels) & blocks.label_valid))
-    passes = 0
-    for accepted, length in zip(torch.cat(runs, dim=1).tolist(), room.tolist(), strict=True):
-        at = 0
-        while at < length:
-            at += int(accepted[at]) + 1
-            passes += 1
-    return int(room.sum()) / passes
+    counts: list[int] = valid.sum(dim=1).tolist()
+    rows = zip(torch.cat(runs, dim=1).tolist(), counts, strict=True)
+    return sum(counts) / sum(1 for row, count in rows for _ in walk(row[:count]))
 
 
 def chosen(drafter: Drafter, hidden: Tensor, anchors: Tensor, among: Tensor | None) -> Tensor:

@@ -17,8 +17,8 @@ from dflash_plugin.doctor.acceptance import (
     Acceptance,
     KnownBlocks,
     measure,
+    shortened,
     walked,
-    with_config,
 )
 from dflash_plugin.doctor.probe import Question
 from dflash_plugin.doctor.report import Certainty, Check, Diagnosis
@@ -34,7 +34,7 @@ from dflash_plugin.known_answer import KnownAnswers, load_record
 from dflash_plugin.prompts import Prompt
 from dflash_plugin.serving.acceptance import likely
 from dflash_plugin.serving.hosted import Options, expected_acceptance
-from dflash_plugin.transformers.loading import bind_drafter, load_target
+from dflash_plugin.transformers.loading import bound, load_target
 
 # Share of the training record's τ - 1 that the texts here, which are others, should reach.
 LOW = 0.5
@@ -292,17 +292,9 @@ def questions(texts: Texts) -> list[Question]:
 
 
 def _cut(drafter: Drafter, served: Served) -> Drafter:
-    """The drafter with as many drafts as the server makes."""
-    config, drafts = drafter.config, served.drafts or drafter.config.num_draft_tokens
-    size = config.block_size - max(0, config.num_draft_tokens - drafts)
-    return with_config(drafter, config.model_copy(update={"block_size": size}))
-
-
-def bound(checkpoint: Checkpoint, target: PreTrainedModel) -> Drafter:
-    """The drafter of a checkpoint, on the target's device, with its embedding and head."""
-    drafter = Drafter.from_checkpoint(checkpoint).to(target.device)
-    bind_drafter(drafter, target)
-    return drafter
+    """The drafter with as many drafts as the server makes, and no more than a block has."""
+    most = drafter.config.num_draft_tokens
+    return shortened(drafter, min(served.drafts or most, most))
 
 
 def stored_dtype(directory: Path, asked: Asked) -> str:

@@ -18,7 +18,7 @@ import httpx
 
 from dflash_plugin.doctor.reading import completed
 from dflash_plugin.errors import DFlashError, reason
-from dflash_plugin.serving.scrape import EngineName, Reading, ServerClient
+from dflash_plugin.serving.scrape import EngineName, Reading, ServerClient, grown, share_saved
 
 TIMEOUT = httpx.Timeout(300.0, connect=10.0)
 # Seconds in which a server's counters follow its answers.
@@ -134,10 +134,10 @@ class Asking:
         generated = sum(len(answer.tokens) for answer in answers)
         # SGLang's answers tell their passes; its counter of tokens may leave out first ones.
         after = self._settled(before, generated) if engine == "vllm" else self._reading()
-        alone = engine == "vllm" and _grown(before.generated, after.generated) == generated
+        alone = engine == "vllm" and grown(before.generated, after.generated) == generated
         committed = sum(max(0, len(answer.tokens) - 1) for answer in answers)
         passes = sum(answer.passes or 0 for answer in answers)
-        counted = _grown(before.passes, after.passes) if alone else None
+        counted = grown(before.passes, after.passes) if alone else None
         if counted is not None:
             # A chunk may hold two passes, and a pass without drafts is not counted.
             passes = max(passes, int(counted))
@@ -145,15 +145,15 @@ class Asking:
         if len(cached) == len(answers):
             hits: float | None = sum(cached) / sum(len(each.prompt) for each in questions)
         else:
-            prompt = _grown(before.prompt_tokens, after.prompt_tokens)
-            found = _grown(before.cached_tokens, after.cached_tokens)
+            prompt = grown(before.prompt_tokens, after.prompt_tokens)
+            found = grown(before.cached_tokens, after.cached_tokens)
             hits = found / prompt if alone and prompt and found is not None else None
         return Round(
             committed / passes if passes else None,
             passes,
             None if counted is None else int(counted),
             hits,
-            _share(_grown(before.verified, after.verified), _grown(before.saved, after.saved)),
+            share_saved(grown(before.verified, after.verified), grown(before.saved, after.saved)),
             sorted(
                 agreement(one.tokens, other.answer)
                 for one, other in zip(answers, questions, strict=True)
@@ -171,8 +171,8 @@ class Asking:
         step = 0.1
         for _ in range(int(SETTLED / step)):
             now = self._reading()
-            grown = _grown(before.generated, now.generated)
-            if grown is None or grown >= tokens:
+            written = grown(before.generated, now.generated)
+            if written is None or written >= tokens:
                 break
             self._sleep(step)
         return self._reading()
@@ -239,13 +239,3 @@ def _accept(answer: httpx.Response) -> None:
         f"{answer.request.url.path} answered {answer.status_code}: {answer.text[:200].strip()}"
         f"{advice}"
     )
-
-
-def _grown(before: float | None, after: float | None) -> float | None:
-    return None if after is None else after - (before or 0.0)
-
-
-def _share(verified: float | None, saved: float | None) -> float | None:
-    if verified is None or saved is None or verified + saved == 0:
-        return None
-    return saved / (verified + saved)

@@ -6,15 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dflash_plugin.serving.hosted import KEY
-from dflash_plugin.serving.scrape import Reading
+from dflash_plugin.serving.scrape import Reading, plugin_states
 
 
 def summary(info: Mapping[str, Any]) -> dict[str, Any]:
     """The plugin's part of SGLang's ``/server_info``; empty without it."""
-    states = info.get("internal_states") or [{}]
-    found = states[0].get(KEY) if isinstance(states[0], dict) else None
-    return found or {}
+    return next(iter(plugin_states(info)), {})
 
 
 def completed(reading: Reading, info: Mapping[str, Any]) -> Reading:

@@ -20,6 +20,7 @@ LOW, LOW_ELSEWHERE = 0.7, 0.5
 MANY_HITS, MANY_SAVED = 0.3, 0.1
 # Share of an answer's tokens that a server of the same target agrees on, whatever its dtype.
 SAME = 0.05
+INSTALL = "install dflash-plugin in the server's environment, without DFLASH_PLUGIN=off"
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,7 @@ def _engine(served: Served) -> Check:
             update={
                 "status": "note",
                 "finding": f"{engine}'s own speculation runs, not this plugin's",
-                "fix": "install dflash-plugin in the server's environment, without DFLASH_PLUGIN="
-                "off",
+                "fix": INSTALL,
             }
         )
     if served.missing is not None:
@@ -230,16 +230,7 @@ def _asked(served: Served, probe: Probe, fresh: Round, low: bool) -> Check:
     if not low:
         return check
     if not served.plugin:
-        return check.model_copy(
-            update={
-                "status": "fault",
-                "finding": f"the engine's own speculation reaches τ {tau:.2f} on these prompts, "
-                f"this drafter {probe.here:.2f} here",
-                "fix": "install dflash-plugin in the server's environment, without "
-                "DFLASH_PLUGIN=off",
-                "certainty": Certainty.LIKELY,
-            }
-        )
+        return _native(check, f"τ {tau:.2f} on these prompts", probe.here)
     return check.model_copy(
         update={
             "status": "fault",
@@ -247,6 +238,19 @@ def _asked(served: Served, probe: Probe, fresh: Round, low: bool) -> Check:
             "here, so that it runs the drafter otherwise than this check does",
             "fix": "serve the drafter that is given here; run doctor with the server's --dtype, "
             "--draft-weights and --dialect",
+            "certainty": Certainty.LIKELY,
+        }
+    )
+
+
+def _native(check: Check, reached: str, here: float) -> Check:
+    """The fault of an engine's own speculation that accepts less than the drafter does here."""
+    return check.model_copy(
+        update={
+            "status": "fault",
+            "finding": f"the engine's own speculation reaches {reached}, this drafter {here:.2f} "
+            "here",
+            "fix": INSTALL,
             "certainty": Certainty.LIKELY,
         }
     )
@@ -389,15 +393,7 @@ def _acceptance(served: Served, tau: float, expected: float | None, low: bool) -
     if not low:
         return check
     if not served.plugin:
-        return check.model_copy(
-            update={
-                "status": "fault",
-                "finding": f"the engine's own speculation reaches τ {reached:.2f}, this drafter "
-                f"{tau:.2f} here",
-                "fix": "install dflash-plugin in the server's environment",
-                "certainty": Certainty.LIKELY,
-            }
-        )
+        return _native(check, f"τ {reached:.2f}", tau)
     cause = likely(reading.rates) if reading.rates else "no acceptance by position is counted"
     return check.model_copy(
         update={

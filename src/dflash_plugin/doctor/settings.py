@@ -20,6 +20,7 @@ from dflash_plugin.doctor.acceptance import (
     KnownBlocks,
     far_above,
     measure,
+    shortened,
     with_config,
 )
 from dflash_plugin.doctor.report import Certainty, Check
@@ -455,9 +456,7 @@ def check_block(trials: Trials, requested: int | None, where: Path) -> Check:
 def _shortened(trials: Trials, found: Check, requested: int) -> Check:
     """What a block costs that is cut to fewer drafts than it was trained with."""
     config = trials.drafter.config
-    size = config.block_size - config.num_draft_tokens + requested
-    short = with_config(trials.drafter, config.model_copy(update={"block_size": size}))
-    cut, whole = measure(short, trials.texts), trials.base
+    cut, whole = measure(shortened(trials.drafter, requested), trials.texts), trials.base
     found.evidence["tau_by_drafts"] = {
         requested: round(cut.tau, 3),
         config.num_draft_tokens: round(whole.tau, 3),

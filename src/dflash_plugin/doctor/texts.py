@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.prompts import Prompt
+from dflash_plugin.prompts import Prompt, encode
 from dflash_plugin.train.sequences import SequenceSet, collate
 from dflash_plugin.transformers.engine import Engine, Request
 
@@ -92,18 +92,10 @@ def forms(tokenizer: Any) -> list[Form]:
 
 def encode_as(tokenizer: Any, prompt: Prompt, form: Form) -> list[int]:
     """Token ids of a prompt, put to the target in one of the ``forms``."""
-    if form == "no template" or prompt.text is not None:
+    if form == "no template":
         text = prompt.text or "\n".join(message.content for message in prompt.messages)
         return list(tokenizer.encode(text))
-    thinking = {"thinking on": True, "thinking off": False}
-    options = {"enable_thinking": thinking[form]} if form in thinking else {}
-    text = tokenizer.apply_chat_template(
-        [message.model_dump() for message in prompt.messages],
-        tokenize=False,
-        add_generation_prompt=True,
-        **options,
-    )
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return encode(tokenizer, prompt, {"thinking on": True, "thinking off": False}.get(form))
 
 
 def write_texts(

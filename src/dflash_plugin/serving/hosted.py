@@ -15,8 +15,8 @@ from dflash_plugin.checkpoint import CONFIG, replacing
 from dflash_plugin.config import Dialect, DrafterConfig, DraftWeights
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.fetch import cache_directory
+from dflash_plugin.serving import KEY
 
-KEY = "dflash_plugin"
 SWITCH = "DFLASH_PLUGIN"
 
 

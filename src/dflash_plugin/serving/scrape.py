@@ -11,6 +11,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from dflash_plugin.errors import DFlashError, reason
+from dflash_plugin.serving import KEY
 
 EngineName = Literal["vllm", "sglang"]
 TIMEOUT = 5.0
@@ -85,9 +86,19 @@ class Reading:
     @property
     def saved_share(self) -> float | None:
         """Share of the drafts that adaptive verification left unverified; None without it."""
-        if self.verified is None or self.saved is None or self.verified + self.saved == 0:
-            return None
-        return self.saved / (self.verified + self.saved)
+        return share_saved(self.verified, self.saved)
+
+
+def grown(before: float | None, after: float | None) -> float | None:
+    """By how much a counter grew; one that was not there before had counted nothing."""
+    return None if after is None else after - (before or 0.0)
+
+
+def share_saved(verified: float | None, saved: float | None) -> float | None:
+    """Drafts left unverified as a share of all; None where either is not known, or both are 0."""
+    if verified is None or saved is None or verified + saved == 0:
+        return None
+    return saved / (verified + saved)
 
 
 class Samples:
@@ -206,6 +217,12 @@ def _sglang(samples: Samples) -> dict[str, Any]:
         "accepted": samples.by("dflash:accepted_drafts_total", "position"),
         "length": samples.largest("sglang:spec_accept_length"),
     }
+
+
+def plugin_states(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The plugin's part of SGLang's ``/server_info``, of each data-parallel rank; [] without it."""
+    states = info.get("internal_states") or []
+    return [state[KEY] for state in states if isinstance(state, dict) and KEY in state]
 
 
 class ServerClient:

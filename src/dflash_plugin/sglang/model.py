@@ -24,6 +24,7 @@ from dflash_plugin.config import DrafterConfig, LayerAttention
 from dflash_plugin.drafter import Attend, Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.fp8 import Fp8Rows, RoundedRows, fits, quantise
+from dflash_plugin.serving import KEY
 from dflash_plugin.serving.fp8 import product
 from dflash_plugin.serving.head import (
     Candidates,
@@ -33,7 +34,6 @@ from dflash_plugin.serving.head import (
     choice_of_ranks,
     first_token,
 )
-from dflash_plugin.serving.hosted import KEY
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.sglang.block_attention import is_plain
 from dflash_plugin.sglang.host import HostedQKV, SglangHost, round_to_fp8

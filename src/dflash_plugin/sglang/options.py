@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from dflash_plugin.checkpoint import CONFIG
 from dflash_plugin.errors import DFlashError, reason
+from dflash_plugin.serving import KEY
 from dflash_plugin.serving import hosted as shared
-from dflash_plugin.serving.hosted import KEY, SWITCH, is_staged, validated
+from dflash_plugin.serving.hosted import SWITCH, is_staged, validated
 
 ENGINE = "sglang"
 FILE = f"{SWITCH}_CONFIG"

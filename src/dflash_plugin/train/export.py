@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dflash_plugin.checkpoint import load_checkpoint, save_checkpoint
+from dflash_plugin.checkpoint import save_checkpoint
 from dflash_plugin.config import Dialect, DrafterConfig
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.known_answer import KnownAnswers, answer, save_record
 from dflash_plugin.prompts import Prompt, encode
-from dflash_plugin.transformers.loading import bind_drafter, load_target
+from dflash_plugin.transformers.loading import load_drafter, load_target
 
 KNOWN_PROMPTS = (
     "What is 17 + 25?",
@@ -64,9 +64,7 @@ def record_known_answers(
         target, tokenizer: from ``load_target``.
         dialect: overrides detection.
     """
-    drafter = Drafter.from_checkpoint(load_checkpoint(output, torch.float32, dialect))
-    drafter.to(target.device)
-    bind_drafter(drafter, target)
+    drafter = load_drafter(output, target, torch.float32, dialect=dialect)
     prompts = [encode(tokenizer, Prompt.user(text)) for text in KNOWN_PROMPTS]
     save_record(
         output, KnownAnswers(answers=[answer(drafter, target, prompt) for prompt in prompts])

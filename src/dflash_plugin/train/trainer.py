@@ -33,7 +33,7 @@ from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.train.blocks import choose_anchors, make_blocks
 from dflash_plugin.train.features import FeatureSource
-from dflash_plugin.train.losses import gamma_for
+from dflash_plugin.train.losses import gamma_for, walk
 from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet, batches, collate
 
@@ -392,14 +392,11 @@ class Trainer:
             with self._autocast():
                 outcome = self.objective(self.held_out_features(batch), blocks)
             runs = outcome.runs.cpu()
-            for row, count in enumerate(valid.sum(dim=1).tolist()):
-                place = 0
-                while place < count:
-                    run = int(runs[row, place])
-                    reached[:run] += 1
-                    committed += min(run + 1, count - place)
+            for row, count in zip(runs.tolist(), valid.sum(dim=1).tolist(), strict=True):
+                committed += count
+                for place in walk(row[:count]):
+                    reached[: row[place]] += 1
                     passes += 1
-                    place += run + 1
         return {
             "tau": committed / max(1, passes),
             "acceptance": (reached / max(1, passes)).tolist(),

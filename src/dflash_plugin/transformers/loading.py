@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dflash_plugin.checkpoint import load_checkpoint
+from dflash_plugin.checkpoint import Checkpoint, load_checkpoint
 from dflash_plugin.config import Dialect, DraftWeights
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError
@@ -67,11 +67,20 @@ def load_drafter(
     Raises:
         DFlashError: the checkpoint is malformed or was made for another target.
     """
-    checkpoint = load_checkpoint(Path(directory), dtype or target.dtype, dialect)
-    drafter = Drafter.from_checkpoint(checkpoint).to(target.device)
-    bind_drafter(drafter, target)
+    drafter = bound(load_checkpoint(Path(directory), dtype or target.dtype, dialect), target)
     if weights == "fp8":
         quantise_drafter(drafter)
+    return drafter
+
+
+def bound(checkpoint: Checkpoint, target: PreTrainedModel) -> Drafter:
+    """The drafter of a checkpoint, on the target's device, with its embedding and head.
+
+    Raises:
+        DFlashError: it was made for another target.
+    """
+    drafter = Drafter.from_checkpoint(checkpoint).to(target.device)
+    bind_drafter(drafter, target)
     return drafter
 
 

@@ -11,8 +11,8 @@ from dflash_plugin.checkpoint import load_config
 from dflash_plugin.config import DrafterConfig
 from dflash_plugin.dialects.common import FULL, SLIDING, sizes
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.serving import KEY
 from dflash_plugin.serving.hosted import (
-    KEY,
     Hosted,
     expected_acceptance,
     is_off,

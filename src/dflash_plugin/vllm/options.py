@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dflash_plugin.serving.hosted import KEY, Hosted, Options, validated
+from dflash_plugin.serving import KEY
+from dflash_plugin.serving.hosted import Hosted, Options, validated
 
 
 def read_options(additional_config: Any) -> Options:
