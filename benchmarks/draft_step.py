@@ -3,7 +3,8 @@
     python benchmarks/draft_step.py --output FILE.json
 
 A step embeds the blocks, runs the layers with attention over 512 positions of context each, and
-takes drafts from the head: the likeliest tokens, or a walk through a selector's candidates. Shapes
+takes drafts from the head as in the engines: the likeliest tokens, or a walk through a selector's
+candidates. Shapes
 are those of a Qwen3-8B drafter in bfloat16. "convolutions" has those and takes drafts as DFlash
 does, "selector" the other way round. Steps are replayed from CUDA graphs, in turns; figures are
 medians in microseconds.
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,6 +51,10 @@ PARTS = {
 KINDS = ("dflash", "convolutions", "selector", "dflash2", "dflash2_sampled")
 
 
+class Unquantised:
+    """An engine's method of a head that is not quantised."""
+
+
 def drafter(parts: dict[str, Any]) -> Drafter:
     """With made-up weights, on the device."""
     config = DrafterConfig(
@@ -78,9 +84,9 @@ def step(
     made: Drafter, kind: str, batch: int, embedding: Tensor, head: Tensor
 ) -> Callable[[], Any]:
     """What is captured: a step of ``batch`` requests."""
-    from dflash_plugin.kernels.block import propose, run_block
+    from dflash_plugin.kernels.block import run_block
     from dflash_plugin.kernels.draft_attention import PagedContext, draft_attention
-    from dflash_plugin.kernels.draft_head import draft_head
+    from dflash_plugin.serving.head import best_of_shard, candidates, walk
 
     count = batch * CONTEXT
     caches = [
@@ -96,6 +102,8 @@ def step(
         noise = torch.rand(batch, BLOCK - 1, dtype=torch.float64, device="cuda")
         drawing = (torch.full((batch,), 0.8, device="cuda"), noise)
 
+    engine_head = SimpleNamespace(weight=head, quant_method=Unquantised())
+
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         block = [part.unflatten(0, (batch, BLOCK)) for part in (query, key, value)]
         paged = PagedContext(*caches[layer], slots, lengths)
@@ -105,11 +113,13 @@ def step(
     def run() -> Any:
         hidden = run_block(made, embedding[tokens.flatten()], positions, attend)
         rows = hidden.unflatten(0, (batch, BLOCK))[:, 1:].reshape(-1, HIDDEN)
-        walks = made.candidate_selector is not None
-        choice = draft_head(rows, head, top_k=CANDIDATES if walks else 1)
-        if not walks:
-            return choice.tokens
-        return propose(made, rows, choice.tokens, choice.logits, tokens[:, 0], *drawing)
+        if made.candidate_selector is None:
+            choice = best_of_shard(engine_head, rows, VOCABULARY, Unquantised)
+            return rows.mm(head.T).argmax(dim=-1) if choice is None else choice.tokens
+        found = candidates(
+            made, engine_head, rows, VOCABULARY, Unquantised, lambda x: x.mm(head.T), None
+        )
+        return walk(made, found, tokens[:, 0], *drawing)
 
     return run
 

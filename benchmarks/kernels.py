@@ -98,6 +98,29 @@ def kernel_projection(rows: int) -> Case:
     return Case(lambda: F.linear(x, weight), lambda: F.linear(x, weight), weight.nbytes)
 
 
+def projected_convolution(rows: int) -> Case:
+    """The convolution of a sublayer's input with its kernels' product; "engine" is one by one."""
+    from dflash_plugin.kernels.grouped_convolution import grouped_convolution
+    from dflash_plugin.kernels.projected_convolution import (
+        projected_convolution,
+        projected_convolution_naive,
+    )
+
+    x, weight = random(rows, HIDDEN), random(2 * TAPS * HIDDEN // GROUP, HIDDEN)
+    arguments = (x, weight, random(TAPS, HIDDEN), BLOCK)
+
+    def one_by_one() -> object:
+        kernels = F.linear(x, weight).unflatten(-1, (2, TAPS, HIDDEN // GROUP))
+        return grouped_convolution(x, kernels[:, 0], *arguments[2:])
+
+    return Case(
+        lambda: projected_convolution(*arguments),
+        lambda: projected_convolution_naive(*arguments),
+        weight.nbytes,
+        one_by_one,
+    )
+
+
 def select_path(batch: int) -> Case:
     """Every second request draws."""
     return selector(batch, sampled=True)
@@ -431,6 +454,7 @@ OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     grouped_convolution: ROWS,
     convolve_add_rms_norm: ROWS,
     kernel_projection: (16, 64, 256, 1024),
+    projected_convolution: (16, 32, 64),
     select_path: REQUESTS,
     select_path_greedy: REQUESTS,
     uniforms: REQUESTS,

@@ -80,6 +80,7 @@ def elementwise(rows: int) -> None:
     from dflash_plugin.kernels.gated_act import gated_act
     from dflash_plugin.kernels.grouped_convolution import grouped_convolution
     from dflash_plugin.kernels.inject_kv import KVPools, inject_kv
+    from dflash_plugin.kernels.projected_convolution import projected_convolution
     from dflash_plugin.kernels.qk_norm_rope import qk_norm_rope
 
     add_rms_norm(of(rows, HIDDEN), of(rows, HIDDEN), of(HIDDEN), EPS)
@@ -90,6 +91,9 @@ def elementwise(rows: int) -> None:
             of(rows, HIDDEN), of(rows, HIDDEN), of(HIDDEN), EPS,
             rounds=rounds, convolved_with=kernels,
         )  # fmt: skip
+    projection = of(2 * TAPS * HIDDEN // GROUP, HIDDEN)
+    for rounds in (False, True):
+        projected_convolution(of(rows, HIDDEN), projection, of(TAPS, HIDDEN), 8, rounds)
     gated_act(of(rows, 2 * INTERMEDIATE))
     inverse = torch.ones(HEAD_DIM // 2)
     weight = of(HEAD_DIM)
@@ -217,6 +221,9 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET is 1, with which nothing is compiled: unset it")
     driver.set_active(Driver())
+    from dflash_plugin.kernels import common
+
+    common.overlap = lambda device: {"launch_pdl": True}  # As on an H100.
     JITFunction.__getitem__ = lambda kernel, grid: Compile(kernel, grid)
     elementwise(16)
     for rows in (15, 60, 960):

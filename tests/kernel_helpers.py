@@ -11,6 +11,8 @@ import triton.language as tl
 import triton.runtime.interpreter
 from torch import Tensor
 
+from dflash_plugin.fp8 import RoundedRows
+
 # Compiled on a GPU, interpreted elsewhere (see conftest.py).
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # A rounding step left out shows above these.
@@ -26,6 +28,11 @@ def error(out: Tensor, reference: Tensor) -> float:
         return 0.0
     difference = (out.double() - reference.double()).norm()
     return float(difference / reference.double().norm())
+
+
+def values(rows: Tensor | RoundedRows) -> Tensor:
+    """Rows as they are multiplied."""
+    return rows if isinstance(rows, Tensor) else rows.values.float() * rows.scales[:, None]
 
 
 def random(

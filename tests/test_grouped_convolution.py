@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dflash_plugin.fp8 import RoundedRows
 from dflash_plugin.kernels.add_rms_norm import Convolution, add_rms_norm, add_rms_norm_naive
@@ -14,7 +13,7 @@ from dflash_plugin.kernels.grouped_convolution import (
     grouped_convolution,
     grouped_convolution_naive,
 )
-from kernel_helpers import BOUND, DTYPES, error, random
+from kernel_helpers import BOUND, DTYPES, error, random, values
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 
@@ -25,10 +24,6 @@ def convolution_of(
     """The second side of a projection's result."""
     dynamic = random(rows, 2, taps, groups, dtype=dtype)[:, 1]
     return Convolution(dynamic, random(taps, width, dtype=dtype), block_size)
-
-
-def values(rows: Tensor | RoundedRows) -> Tensor:
-    return rows if isinstance(rows, Tensor) else rows.values.float() * rows.scales[:, None]
 
 
 shapes = given(

@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
@@ -465,7 +466,11 @@ def test_run_block_is_the_cores(kind: str, weights: str) -> None:
         assert error(out, expected) < 0.05
         assert error(fused, context) < 0.05
     else:
-        assert error(out, expected) < 3 * BOUND[torch.float32]
+        # What layers and taps add up is off in the core as well: the kernels are no further off.
+        with torch.no_grad():
+            exact = deepcopy(drafter).double().run_block(embedded.double(), positions, attend)
+        bound = 2 * error(expected.double(), exact) + BOUND[torch.float32]
+        assert error(out.double(), exact) < bound
         assert error(fused, context) < BOUND[torch.float32]
 
 
@@ -488,7 +493,8 @@ def test_propose_is_the_cores(by: str, sampled: bool) -> None:
             best = draft_head(rows, head.weight, top_k=5, scale=0.5, softcap=4.0)
         else:
             best = best_logits(head(rows), 5, scale=0.5, softcap=4.0)
-        out = ops.block.propose(drafter, rows, best.tokens, best.logits, anchors, temperature, u)
+        gates = drafter.candidate_selector.hidden_projection(rows)
+        out = ops.block.propose(drafter, gates, best.tokens, best.logits, anchors, temperature, u)
     assert torch.equal(out.tokens, expected.tokens)
     torch.testing.assert_close(out.scores, expected.scores)
     torch.testing.assert_close(out.confidence, expected.confidence)

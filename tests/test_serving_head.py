@@ -115,7 +115,7 @@ def test_candidates_and_path_are_the_cores(monkeypatch, by, shards):
         kinds = (lambda part: part.logits, lambda part: part.tokens.int().view(torch.float32))
         gathered = torch.cat([kind(part) for part in parts for kind in kinds], dim=-1)
         found = rank(0, 60, lambda _: gathered)
-    path = walk(drafter, rows, found, anchors)
+    path = walk(drafter, found, anchors)
     assert torch.equal(path.tokens, expected.tokens)
     torch.testing.assert_close(path.scores, expected.scores)
     torch.testing.assert_close(path.confidence, expected.confidence)

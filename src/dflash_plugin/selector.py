@@ -155,10 +155,23 @@ class CandidateSelector(nn.Module):
         u: Tensor | None = None,
     ) -> Proposal:
         """``select_path`` for hidden states [B, K, hidden] of the rows that predict."""
+        gates = self.hidden_projection(hidden)
+        return self.path(candidates, logits, gates, anchors, temperature, u)
+
+    def path(
+        self,
+        candidates: Tensor,
+        logits: Tensor,
+        gates: Tensor,
+        anchors: Tensor,
+        temperature: Tensor | None = None,
+        u: Tensor | None = None,
+    ) -> Proposal:
+        """``select_path`` with the own codebooks, where ``hidden_projection`` is done."""
         return select_path(
             candidates,
             logits,
-            self.hidden_projection(hidden),
+            gates,
             anchors,
             self.predecessor_codebook,
             self.successor_codebook,

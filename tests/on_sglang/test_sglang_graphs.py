@@ -88,7 +88,8 @@ class Selecting:
 
     def candidates(self, hidden: torch.Tensor) -> Candidates:
         best = self.drafter.logits(hidden).topk(self.drafter.config.selector.top_k)
-        return Candidates(best.indices, best.values)
+        gates = self.drafter.candidate_selector.hidden_projection(hidden)
+        return Candidates(best.indices, best.values, gates)
 
 
 def test_drafts_of_a_captured_pass_are_walked_through_its_candidates():

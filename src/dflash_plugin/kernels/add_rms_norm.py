@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from dflash_plugin.convolution import grouped_convolution
 from dflash_plugin.fp8 import FP8, RoundedRows, round_rows
-from dflash_plugin.kernels.common import norm_weight, rounded, row_warps, scaled_weight
+from dflash_plugin.kernels.common import norm_weight, overlap, rounded, row_warps, scaled_weight
 from dflash_plugin.kernels.grouped_convolution import check_convolution, convolved
 
 
@@ -54,8 +55,11 @@ def _kernel(
     BLOCK: tl.constexpr,
     GEMMA: tl.constexpr,
     LIMIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x.dtype.element_ty
+    if OVERLAP:
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -145,6 +149,7 @@ def add_rms_norm(
         BLOCK=block,
         GEMMA=gemma,
         LIMIT=torch.finfo(FP8).max,
+        OVERLAP=bool(overlap(x.device)),
         num_warps=row_warps(block),
     )
     return out, total

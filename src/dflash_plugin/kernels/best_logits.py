@@ -1,7 +1,7 @@
 """The best tokens of rows of logits, which are read once.
 
-A first launch keeps the maximum and the log-sum-exp of every tile of a row; a second one looks into
-the tiles with the largest maxima, as ``draft_head`` does.
+A first launch keeps the maximum and the log-sum-exp of every tile of a row; two more find the tiles
+with the largest maxima and look into these, as ``draft_head`` does.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def best_logits(
             BLOCK_TILES=block,
             num_warps=4,
         )
-    scored = ScoredTiles(logits, logits, maxima, log_sum_exp, COLUMNS)
+    scored = ScoredTiles(logits, None, maxima, log_sum_exp, COLUMNS)
     return best_of_tiles(scored, top_k, first_token, scale, softcap)
 
 

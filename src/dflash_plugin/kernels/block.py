@@ -20,6 +20,7 @@ from dflash_plugin.fp8 import RoundedRows, takes_rounded
 from dflash_plugin.kernels.add_rms_norm import Convolution, add_rms_norm
 from dflash_plugin.kernels.gated_act import gated_act
 from dflash_plugin.kernels.grouped_convolution import grouped_convolution
+from dflash_plugin.kernels.projected_convolution import projected_convolution, projects
 from dflash_plugin.kernels.qk_norm_rope import qk_norm_rope
 from dflash_plugin.kernels.select_path import Path, select_path
 
@@ -76,15 +77,19 @@ def _enter(
         return *_norm(norm, hidden, residual, rounds, after), None
     rows, residual = _norm(norm, hidden, residual, rounds=False, after=after)
     assert isinstance(rows, Tensor)
-    before, dynamic = convolution.kernels(rows)
     bases = convolution.base_kernel
-    rows = grouped_convolution(rows, before, bases[0], block_size, rounds)
-    return rows, residual, Convolution(dynamic, bases[1], block_size)
+    weight = getattr(convolution.kernel_projection, "weight", None)
+    if projects(weight, rows):
+        convolved, dynamic = projected_convolution(rows, weight, bases[0], block_size, rounds)
+    else:
+        before, dynamic = convolution.kernels(rows)
+        convolved = grouped_convolution(rows, before, bases[0], block_size, rounds)
+    return convolved, residual, Convolution(dynamic, bases[1], block_size)
 
 
 def propose(
     drafter: Drafter,
-    hidden: Tensor,
+    gates: Tensor,
     tokens: Tensor,
     logits: Tensor,
     anchors: Tensor,
@@ -95,7 +100,7 @@ def propose(
 
     Args:
         drafter: its linears may be an engine's.
-        hidden: [B * K, hidden], the rows that predict.
+        gates: [B * K, R], the selector's projection of the rows that predict.
         tokens: int64 [B * K, C], candidates of these rows, as many as the selector has.
         logits: [B * K, C], of the candidates, scaled and capped.
         anchors: int64 [B], the blocks' anchors.
@@ -108,7 +113,7 @@ def propose(
     return select_path(
         tokens.view(shape),
         logits.view(shape),
-        selector.hidden_projection(hidden).unflatten(0, shape[:2]),
+        gates.unflatten(0, shape[:2]),
         anchors,
         selector.predecessor_codebook,
         selector.successor_codebook,

@@ -123,8 +123,8 @@ def row_warps(block: int) -> int:
 
 @triton.jit
 def rounded(row, LIMIT: tl.constexpr):
-    """A row scaled so that its largest value is ``LIMIT``, and what it is multiplied by."""
-    largest = tl.max(tl.abs(row), axis=0)
+    """A row, of any shape, scaled so that its largest value is ``LIMIT``, and what undoes it."""
+    largest = tl.max(tl.abs(row))
     scale = tl.where(largest > 0, largest / LIMIT, 1.0)
     return tl.minimum(tl.maximum(row / scale, -LIMIT), LIMIT), scale
 
@@ -286,3 +286,15 @@ def dot(x, y, total, PRECISION: tl.constexpr):
     if PRECISION == "upcast":
         return tl.dot(x.to(tl.float32), y.to(tl.float32), total, input_precision="ieee")
     return tl.dot(x, y, total, input_precision=PRECISION)
+
+
+@cache
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Options of a launch that may begin before what it waits for is done; none where none may.
+
+    Such a kernel calls ``gdc_wait`` before it reads what others write (CUDA's programmatic
+    dependent launch, from compute capability 9.0).
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return {}
+    return {"launch_pdl": True} if torch.cuda.get_device_capability(device) >= (9, 0) else {}

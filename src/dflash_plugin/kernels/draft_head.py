@@ -1,9 +1,9 @@
 """The output head with the choice of tokens in its epilogue: logits are not written.
 
 A first launch multiplies tiles of rows by tiles of the vocabulary and keeps each tile's best token
-and log-sum-exp; a second one merges the tiles. Where several tokens are wanted, it keeps the scores
-too, and the second looks only into the tiles with the largest of them. Ranks that hold shards of
-the vocabulary merge like tiles, by ``merge_heads``.
+and log-sum-exp; a second one merges the tiles. Where several tokens are wanted, the first keeps the
+scores too, a second finds the tiles with the largest of them, and a third looks only into these.
+Ranks that hold shards of the vocabulary merge like tiles, by ``merge_heads``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dflash_plugin.kernels.common import ProductTile, dot, dot_precision, noise_bits
+from dflash_plugin.kernels.common import ProductTile, dot, dot_precision, noise_bits, overlap
 from dflash_plugin.sampling import Stream, philox
 
 MAX_TOP_K = 16
 NO_TOKEN = (1 << 31) - 1
+# Tiles of a row that one program looks through for the best.
+SEGMENT = 128
 
 
 class HeadChoice(NamedTuple):
@@ -171,56 +174,119 @@ def _tile_kernel(
 
 
 @triton.jit
+def _ranked(scores, index):
+    """Keys int64 that sort as scores float32 do; of equal ones the least index is the largest."""
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)  # No zero is below another.
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (order.to(tl.int64) << 32) | (0xFFFFFFFF - index.to(tl.int64))
+
+
+@triton.jit
+def _score(keys):
+    """The scores of ``_ranked``."""
+    order = (keys >> 32).to(tl.int32)
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _index(keys):
+    """The indices of ``_ranked``."""
+    return (0xFFFFFFFF - (keys & 0xFFFFFFFF)).to(tl.int32)
+
+
+@triton.jit
+def _largest(keys, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The largest keys, in order; one reduction each."""
+    rank = tl.arange(0, BLOCK_K)
+    LEAST: tl.constexpr = -(1 << 63)
+    best = tl.full((BLOCK_K,), LEAST, dtype=tl.int64)
+    for place in tl.static_range(TOP_K):
+        found = tl.max(keys, axis=0)
+        best = tl.where(rank == place, found, best)
+        keys = tl.where(keys == found, LEAST, keys)
+    return best
+
+
+@triton.jit
+def _segment_kernel(
+    maxima,
+    log_sum_exp,
+    keys_out,
+    sums_out,
+    tiles,
+    TOP_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1) * SEGMENT + tl.arange(0, SEGMENT)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = row * tiles + tile
+    maximum = tl.load(maxima + at, mask=tile < tiles, other=float("-inf"))
+    part = row * tl.num_programs(1) + tl.program_id(1)
+    best = _largest(_ranked(maximum, tile), TOP_K, BLOCK_K)
+    tl.store(keys_out + part * BLOCK_K + tl.arange(0, BLOCK_K), best)
+    sums = tl.load(log_sum_exp + at, mask=tile < tiles, other=float("-inf"))
+    top = tl.max(sums, axis=0)
+    # A segment may hold nothing but -inf.
+    base = tl.where(top == float("-inf"), 0.0, top)
+    tl.store(sums_out + part, base + tl.log(tl.sum(tl.exp(sums - base), axis=0)))
+
+
+@triton.jit
 def _best_kernel(
     all_scores,
     all_logits,
-    maxima,
-    log_sum_exp,
+    keys,
+    sums,
     tokens_out,
     scores_out,
     logits_out,
     log_sum_exp_out,
     vocabulary,
     tiles,
+    segments,
     row_stride,
     first_token,
     scale,
     softcap,
     COLUMNS: tl.constexpr,
     TOP_K: tl.constexpr,
-    NO_TOKEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
+    BLOCK_SEGMENTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    tile = tl.arange(0, BLOCK_TILES)
-    maximum = tl.load(maxima + row * tiles + tile, mask=tile < tiles, other=float("-inf"))
-    # As many tokens come before any of another tile as there are tiles here.
+    if OVERLAP:
+        gdc_wait()
+    slot = tl.arange(0, BLOCK_SEGMENTS * BLOCK_K)
+    filled = segments * BLOCK_K
+    key = tl.load(keys + row * filled + slot, mask=slot < filled, other=-(1 << 63))
     rank = tl.arange(0, BLOCK_K)
-    best_tiles = tl.full((BLOCK_K,), tiles, dtype=tl.int32)
-    for place in tl.static_range(TOP_K):
-        best, found = tl.max(maximum, axis=0, return_indices=True)
-        found = tl.where(best > float("-inf"), found, tiles)
-        best_tiles = tl.where(rank == place, found, best_tiles)
-        maximum = tl.where(tile == found, float("-inf"), maximum)
+    is_rank = rank < TOP_K
+    # As many tokens come before any of another tile as there are tiles here.
+    best_tiles = tl.where(is_rank, _index(_largest(key, TOP_K, BLOCK_K)), tiles)
     token = best_tiles[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     token = tl.reshape(token, (BLOCK_K * COLUMNS,))
-    inside = token < vocabulary
-    token = tl.where(inside, token, NO_TOKEN)
-    source = row * row_stride + token
-    score = tl.load(all_scores + source, mask=inside, other=float("-inf")).to(tl.float32)
-    logit = tl.load(all_logits + source, mask=inside, other=float("-inf")).to(tl.float32)
-    for place in tl.static_range(TOP_K):
-        best = tl.max(score, axis=0)
-        found = tl.min(tl.where(score == best, token, NO_TOKEN), axis=0)
-        chosen = token == found
-        value = tl.max(tl.where(chosen, logit, float("-inf")), axis=0)
-        found = tl.minimum(found, vocabulary - 1)
-        tl.store(tokens_out + row * TOP_K + place, (found + first_token).to(tl.int64))
-        tl.store(scores_out + row * TOP_K + place, bent(best, scale, softcap))
-        tl.store(logits_out + row * TOP_K + place, bent(value, scale, softcap))
-        score = tl.where(chosen, float("-inf"), score)
-    parts = tl.load(log_sum_exp + row * tiles + tile, mask=tile < tiles, other=float("-inf"))
+    all_scores += row * row_stride
+    score = tl.load(all_scores + token, mask=token < vocabulary, other=float("-inf"))
+    best = _largest(_ranked(score.to(tl.float32), token), TOP_K, BLOCK_K)
+    token = tl.minimum(_index(best), vocabulary - 1)
+    score = _score(best)
+    if all_logits is None:
+        logit = score
+    else:
+        logit = tl.load(all_logits + row * row_stride + token, mask=is_rank, other=0.0)
+    out = row * TOP_K + rank
+    tl.store(tokens_out + out, (token + first_token).to(tl.int64), mask=is_rank)
+    tl.store(scores_out + out, bent(score, scale, softcap), mask=is_rank)
+    tl.store(logits_out + out, bent(logit, scale, softcap), mask=is_rank)
+    segment = tl.arange(0, BLOCK_SEGMENTS)
+    parts_at = sums + row * segments + segment
+    parts = tl.load(parts_at, mask=segment < segments, other=float("-inf"))
     top = tl.max(parts, axis=0)
     tl.store(log_sum_exp_out + row, top + tl.log(tl.sum(tl.exp(parts - top), axis=0)))
 
@@ -326,7 +392,7 @@ def draft_head(
 
     parts = HeadChoice(empty(tiles, torch.int32), empty(tiles), empty(tiles), empty(tiles))
     all_scores = empty(vocabulary) if top_k > 1 else None
-    all_logits = all_scores if drawing is None or top_k == 1 else empty(vocabulary)
+    all_logits = None if drawing is None or top_k == 1 else empty(vocabulary)
     if rows > 0:
         _tile_kernel[(triton.cdiv(rows, tile.rows) * tiles,)](
             hidden,
@@ -354,7 +420,7 @@ def draft_head(
             num_warps=tile.warps,
             num_stages=tile.stages_that_fit(hidden, weight),
         )
-    if all_scores is None or all_logits is None:
+    if all_scores is None:
         return merge_heads(parts, top_k)
     scored = ScoredTiles(all_scores, all_logits, parts.scores, parts.log_sum_exp, tile.columns)
     return best_of_tiles(scored, top_k, first_token)
@@ -365,14 +431,14 @@ class ScoredTiles(NamedTuple):
 
     Attributes:
         scores: [T, V], what tokens are ranked by.
-        logits: alike, the same tensor where nothing is drawn.
+        logits: alike, None where nothing is drawn and they are the scores.
         maxima: float32 [T, tiles], the largest score of each tile.
         log_sum_exp: float32 [T, tiles], over each tile's logits.
         columns: of a tile, a power of two.
     """
 
     scores: Tensor
-    logits: Tensor
+    logits: Tensor | None
     maxima: Tensor
     log_sum_exp: Tensor
     columns: int
@@ -397,22 +463,45 @@ def best_of_tiles(
     (rows, tiles), vocabulary = scored.maxima.shape, scored.scores.shape[1]
     best = _empty_choice(rows, top_k, scored.scores.device)
     if rows > 0:
-        block = triton.next_power_of_2(tiles)
+        device, block_k = scored.scores.device, triton.next_power_of_2(top_k)
+        segment = max(block_k, min(SEGMENT, triton.next_power_of_2(tiles)))
+        segments = triton.cdiv(tiles, segment)
+        keys = torch.empty(rows, segments, block_k, dtype=torch.int64, device=device)
+        sums = torch.empty(rows, segments, dtype=torch.float32, device=device)
+        overlaps = overlap(device)
+        _segment_kernel[rows, segments](
+            scored.maxima,
+            scored.log_sum_exp,
+            keys,
+            sums,
+            tiles,
+            TOP_K=top_k,
+            BLOCK_K=block_k,
+            SEGMENT=segment,
+            OVERLAP=bool(overlaps),
+            num_warps=1,
+            **overlaps,
+        )
         _best_kernel[(rows,)](
-            *scored[:4],
+            scored.scores,
+            scored.logits,
+            keys,
+            sums,
             *best,
             vocabulary,
             tiles,
+            segments,
             scored.scores.stride(0),
             first_token,
             scale,
             softcap,
             COLUMNS=scored.columns,
             TOP_K=top_k,
-            NO_TOKEN=NO_TOKEN,
-            BLOCK_K=triton.next_power_of_2(top_k),
-            BLOCK_TILES=block,
-            num_warps=max(4, min(8, block // 256)),
+            BLOCK_K=block_k,
+            BLOCK_SEGMENTS=triton.next_power_of_2(segments),
+            OVERLAP=bool(overlaps),
+            num_warps=4,
+            **overlaps,
         )
     return best
 

@@ -1,7 +1,8 @@
 """The walk of a DFlash 2 drafter's selector in one launch, with what tokens were drawn from.
 
-Scores after every candidate that may come before are made at once, and what each of them would be
-followed by; the walk then only looks up one after the other.
+A program scores a position's candidates after every candidate that may come before, and finds what
+each of these would be followed by. The last of a block's programs walks: it only looks up one after
+the other.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from dflash_plugin import selector
 from dflash_plugin.budget.acceptance import LEAST, MOST
 from dflash_plugin.kernels.common import dot
 
-# Scores that a program holds at a time, and candidates of a position, in its registers.
-SCORES, MAX_CANDIDATES = 4096, 32
-BLOCK_RANK = 32
+# Candidates of a position.
+MAX_CANDIDATES = 32
+# Of the rank, what a program multiplies at a time, and warps that share it.
+BLOCK_RANK, WARPS = 256, 4
 
 
 class Path(NamedTuple):
@@ -67,6 +69,9 @@ def _kernel(
     scores_out,
     probs_out,
     confidence_out,
+    all_scores,
+    followers,
+    done,
     count,
     choices,
     rank,
@@ -78,72 +83,76 @@ def _kernel(
     PRECISION: tl.constexpr,
     PLACES: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
+    SHARES: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
-    anchor = tl.load(anchors + request * anchor_stride)
+    place = tl.program_id(1)
+    row = request * count + place
     choice = tl.arange(0, BLOCK)
-    depth = tl.arange(0, BLOCK_RANK)
-    # Of the token before, among its place's candidates; any stands for the anchor.
-    index = tl.zeros((), dtype=tl.int32)
-    for start in range(0, count, PLACES):
-        place = start + tl.arange(0, PLACES)
-        is_place = place < count
-        row = request * count + place
-        at = row[:, None] * choices + choice[None, :]
-        is_choice = is_place[:, None] & (choice < choices)[None, :]
-        token = tl.load(candidates + at, mask=is_choice, other=0)
-        follows = is_choice & (place > 0)[:, None]
-        before = tl.load(candidates + at - choices, mask=follows, other=anchor)
-        # Of [place, the candidate before, the candidate].
-        scores = tl.zeros((PLACES, BLOCK, BLOCK), dtype=tl.float32)
-        for deep in range(0, rank, BLOCK_RANK):
-            within = deep + depth
-            is_deep = within < rank
-            gate_at = gates + row[:, None] * rank + within[None, :]
-            gate = tl.load(gate_at, mask=is_place[:, None] & is_deep[None, :], other=0.0)
-            left_at = predecessors + before[:, :, None] * predecessor_stride + within[None, None, :]
-            left = tl.load(left_at, mask=is_deep[None, None, :], other=0.0)
-            right_at = successors + token[:, None, :] * successor_stride + within[None, :, None]
-            right = tl.load(right_at, mask=is_deep[None, :, None], other=0.0)
-            gated = left.to(tl.float32) * gate.to(tl.float32)[:, None, :]
-            scores = dot(gated, right.to(tl.float32), scores, PRECISION)
-        logit = tl.load(logits + at, mask=is_choice, other=float("-inf"))
-        scores += logit.to(tl.float32)[:, None, :]
-        following = _best(scores, 2)
-        if temperature is not None:
-            heat = tl.load(temperature + request)
-            if heat > 0:
-                probs = _softmax(scores, heat, 2)
-                cumulative = tl.cumsum(probs.to(tl.float64), axis=2)
-                noise = tl.load(u + row, mask=is_place, other=0.0)
-                threshold = noise.to(tl.float64)[:, None] * tl.max(cumulative, axis=2)
-                drawn = tl.sum((cumulative <= threshold[:, :, None]).to(tl.int32), axis=2)
-                last = tl.max(tl.where(probs > 0, choice[None, None, :], 0), axis=2)
-                following = tl.minimum(drawn, last)
-
+    is_choice = choice < choices
+    token = tl.load(candidates + row * choices + choice, mask=is_choice, other=0)
+    # Any candidate of the place before the first stands for the anchor.
+    anchor = tl.load(anchors + request * anchor_stride)
+    follows = choice < tl.where(place > 0, choices, 0)
+    before = tl.load(candidates + (row - 1) * choices + choice, mask=follows, other=anchor)
+    # Of [a warp's share of the rank, the candidate before, the candidate].
+    parts = tl.zeros((SHARES, BLOCK, BLOCK), dtype=tl.float32)
+    depth = tl.arange(0, SHARES)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+    for start in range(0, rank, SHARES * SHARE):
+        deep = start + depth
+        gate = tl.load(gates + row * rank + deep, mask=deep < rank, other=0.0)
+        left_at = predecessors + before[None, :, None] * predecessor_stride + deep[:, None, :]
+        left = tl.load(left_at, mask=(deep < rank)[:, None, :], other=0.0)
+        right_at = successors + token[None, None, :] * successor_stride + deep[:, :, None]
+        right = tl.load(right_at, mask=(deep < rank)[:, :, None], other=0.0)
+        gated = left.to(tl.float32) * gate.to(tl.float32)[:, None, :]
+        parts = dot(gated, right.to(tl.float32), parts, PRECISION)
+    logit = tl.load(logits + row * choices + choice, mask=is_choice, other=float("-inf"))
+    scores = tl.sum(parts, axis=0) + logit.to(tl.float32)[None, :]
+    following = _best(scores, 1)
+    if temperature is not None:
+        heat = tl.load(temperature + request)
+        if heat > 0:
+            probs = _softmax(scores, heat, 1)
+            cumulative = tl.cumsum(probs.to(tl.float64), axis=1)
+            noise = tl.load(u + row).to(tl.float64)
+            threshold = noise * tl.max(cumulative, axis=1)
+            drawn = tl.sum((cumulative <= threshold[:, None]).to(tl.int32), axis=1)
+            last = tl.max(tl.where(probs > 0, choice[None, :], 0), axis=1)
+            following = tl.minimum(drawn, last)
+    at = (row * BLOCK + choice[:, None]) * BLOCK + choice[None, :]
+    tl.store(all_scores + at, scores)
+    tl.store(followers + row * BLOCK + choice, following.to(tl.int8))
+    tl.debug_barrier()  # Every warp's stores come before what tells of them.
+    if tl.atomic_add(done + request, 1, sem="acq_rel") == count - 1:
+        places = tl.arange(0, PLACES)
+        is_place = places < count
+        rows = request * count + places
         came_from = tl.zeros((PLACES,), dtype=tl.int32)
-        for step in range(PLACES):
-            here = tl.arange(0, PLACES) == step
-            came_from = tl.where(here, index, came_from)
-            taken = here[:, None] & (choice == index)[None, :]
-            index = tl.sum(tl.sum(tl.where(taken, following, 0), axis=1), axis=0)
-
-        is_before = choice[None, :] == came_from[:, None]
-        chosen = tl.sum(tl.where(is_before, following, 0), axis=1)
-        is_chosen = choice[None, :] == chosen[:, None]
-        realised = tl.sum(tl.where(is_before[:, :, None], scores, 0.0), axis=1)
-        tl.store(tokens_out + row, tl.sum(tl.where(is_chosen, token, 0), axis=1), mask=is_place)
-        tl.store(scores_out + at, realised, mask=is_choice)
+        index = tl.zeros((), dtype=tl.int32)
+        for step in range(count):
+            came_from = tl.where(places == step, index, came_from)
+            index = tl.load(followers + (request * count + step) * BLOCK + index).to(tl.int32)
+        before_at = rows * BLOCK + came_from
+        chosen = tl.load(followers + before_at, mask=is_place, other=0).to(tl.int32)
+        chosen_token = tl.load(candidates + rows * choices + chosen, mask=is_place, other=0)
+        tl.store(tokens_out + rows, chosen_token, mask=is_place)
+        realised_at = all_scores + before_at[:, None] * BLOCK + choice[None, :]
+        realised = tl.load(realised_at, mask=is_place[:, None], other=0.0)
+        out = rows[:, None] * choices + choice[None, :]
+        is_out = is_place[:, None] & is_choice[None, :]
+        tl.store(scores_out + out, realised, mask=is_out)
         if probs_out is not None:
-            share = is_chosen.to(tl.float32)
+            share = (choice[None, :] == chosen[:, None]).to(tl.float32)
             if heat > 0:
                 share = _softmax(realised, heat, 1)
-            tl.store(probs_out + at, share, mask=is_choice)
+            tl.store(probs_out + out, share, mask=is_out)
         is_best = choice[None, :] == _best(realised, 1)[:, None]
         others = tl.where(is_best, float("-inf"), realised) - tl.max(realised, axis=1)[:, None]
         odds = -tl.log(tl.sum(tl.exp(others), axis=1))
-        tl.store(confidence_out + row, tl.minimum(tl.maximum(odds, LEAST), MOST), mask=is_place)
+        odds = tl.minimum(tl.maximum(odds, LEAST), MOST)
+        tl.store(confidence_out + rows, odds, mask=is_place)
 
 
 def select_path(
@@ -156,7 +165,7 @@ def select_path(
     temperature: Tensor | None = None,
     u: Tensor | None = None,
 ) -> Path:
-    """``selector.select_path``, one program a request.
+    """``selector.select_path``, one program a position.
 
     Args:
         candidates: int64 [B, K, C], contiguous, different token ids of a position; C is at most 32.
@@ -182,32 +191,39 @@ def select_path(
         probs=None if temperature is None else torch.empty_like(scores),
         confidence=torch.empty(batch, count, dtype=torch.float32, device=device),
     )
+    if batch == 0:
+        return path
     block = max(16, triton.next_power_of_2(choices))
-    if batch > 0:
-        _kernel[(batch,)](
-            candidates,
-            logits,
-            gates,
-            anchors,
-            predecessors,
-            successors,
-            temperature,
-            u,
-            *path,
-            count,
-            choices,
-            gates.shape[2],
-            anchors.stride(0),
-            predecessors.stride(0),
-            successors.stride(0),
-            LEAST=LEAST,
-            MOST=MOST,
-            PRECISION="tf32x3",
-            PLACES=min(triton.next_power_of_2(count), SCORES // block**2),
-            BLOCK=block,
-            BLOCK_RANK=BLOCK_RANK,
-            num_warps=8,
-        )
+    whole = min(BLOCK_RANK, max(16, triton.next_power_of_2(gates.shape[2])))
+    share = max(16, whole // WARPS)
+    _kernel[batch, count](
+        candidates,
+        logits,
+        gates,
+        anchors,
+        predecessors,
+        successors,
+        temperature,
+        u,
+        *path,
+        torch.empty(batch, count, block, block, dtype=torch.float32, device=device),
+        torch.empty(batch, count, block, dtype=torch.int8, device=device),
+        torch.zeros(batch, dtype=torch.int32, device=device),
+        count,
+        choices,
+        gates.shape[2],
+        anchors.stride(0),
+        predecessors.stride(0),
+        successors.stride(0),
+        LEAST=LEAST,
+        MOST=MOST,
+        PRECISION="tf32x3",
+        PLACES=triton.next_power_of_2(count),
+        BLOCK=block,
+        SHARES=whole // share,
+        SHARE=share,
+        num_warps=WARPS,
+    )
     return path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,15 +26,43 @@ FEW_ROWS_IN_FP8 = 512
 
 
 class Candidates(NamedTuple):
-    """The likeliest tokens of rows that draft, for a selector.
+    """What a selector chooses among, of rows that draft.
 
     Attributes:
-        tokens: int64 [T, C], ids of the target.
+        tokens: int64 [T, C], the likeliest, ids of the target.
         logits: float32 [T, C], scaled and bent.
+        gates: [T, R], the selector's projection of the rows.
     """
 
     tokens: Tensor
     logits: Tensor
+    gates: Tensor
+
+    def first(self, rows: int) -> Candidates:
+        """Those of so many rows."""
+        return Candidates(*(part[:rows] for part in self))
+
+
+def _beside(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """Start what takes little of a GPU beside what is launched until its result is asked for."""
+    if device.type != "cuda":
+        made = run()
+        return lambda: made
+    own, other = torch.cuda.current_stream(device), _second_stream(device)
+    other.wait_stream(own)
+    with torch.cuda.stream(other):
+        made = run()
+
+    def result() -> Tensor:
+        own.wait_stream(other)
+        return made
+
+    return result
+
+
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def first_token(head: Any) -> int:
@@ -162,25 +190,30 @@ def candidates(
         make_logits: this rank's [T, rows] of ``hidden``, as the head gives them.
         gather: puts every rank's float32 [T, 2 * C] side by side; None where there is one rank.
     """
-    assert drafter.candidate_selector is not None
-    top_k, config = drafter.candidate_selector.top_k, drafter.config
+    selector = drafter.candidate_selector
+    assert selector is not None
+    top_k, config = selector.top_k, drafter.config
     scale, softcap = config.logit_scale, config.logit_softcap
+    gates = _beside(partial(selector.hidden_projection, hidden), hidden.device)
     choice = best_of_shard(head, hidden, rows, plain, top_k=top_k, scale=scale, softcap=softcap)
     if choice is not None:
-        found = Candidates(choice.tokens, choice.logits)
+        tokens, logits = choice.tokens, choice.logits
     else:
-        found = _best_of_logits(drafter, make_logits(hidden), top_k, first_token(head))
-    if gather is None:
-        return found
-    # Once for both, as numbers of one kind.
-    both = torch.cat([found.logits, found.tokens.to(torch.int32).view(torch.float32)], dim=-1)
-    logits, tokens = gather(both).unflatten(-1, (-1, 2, top_k)).unbind(-2)
-    best = logits.flatten(1).topk(top_k, dim=-1)
-    chosen = tokens.flatten(1).contiguous().view(torch.int32).gather(-1, best.indices)
-    return Candidates(chosen.long(), best.values)
+        tokens, logits = _best_of_logits(drafter, make_logits(hidden), top_k, first_token(head))
+    if gather is not None:
+        # Once for both, as numbers of one kind.
+        both = torch.cat([logits, tokens.to(torch.int32).view(torch.float32)], dim=-1)
+        all_logits, all_tokens = gather(both).unflatten(-1, (-1, 2, top_k)).unbind(-2)
+        best = all_logits.flatten(1).topk(top_k, dim=-1)
+        all_tokens = all_tokens.flatten(1).contiguous().view(torch.int32)
+        tokens, logits = all_tokens.gather(-1, best.indices).long(), best.values
+    return Candidates(tokens, logits, gates())
 
 
-def _best_of_logits(drafter: Drafter, logits: Tensor, top_k: int, first: int) -> Candidates:
+def _best_of_logits(
+    drafter: Drafter, logits: Tensor, top_k: int, first: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens and logits of a shard."""
     if kernels.available(logits.device):
         from dflash_plugin.kernels.best_logits import best_logits
         from dflash_plugin.kernels.draft_head import MAX_TOP_K
@@ -188,17 +221,16 @@ def _best_of_logits(drafter: Drafter, logits: Tensor, top_k: int, first: int) ->
         if top_k <= min(MAX_TOP_K, logits.shape[1]):
             scale, softcap = drafter.config.logit_scale, drafter.config.logit_softcap
             best = best_logits(logits, top_k, first_token=first, scale=scale, softcap=softcap)
-            return Candidates(best.tokens, best.logits)
+            return best.tokens, best.logits
     # Other ranks have what a small shard lacks.
     missing = max(0, top_k - logits.shape[1])
     values = F.pad(drafter.scale_logits(logits.float()), (0, missing), value=float("-inf"))
     ranked = values.topk(top_k, dim=-1)
-    return Candidates(ranked.indices + first, ranked.values)
+    return ranked.indices + first, ranked.values
 
 
 def walk(
     drafter: Drafter,
-    hidden: Tensor,
     found: Candidates,
     anchors: Tensor,
     temperature: Tensor | None = None,
@@ -208,30 +240,29 @@ def walk(
 
     Args:
         drafter: with a selector; its linears may be an engine's.
-        hidden: [B * K, hidden], the rows that predict.
-        found: their candidates.
+        found: of the B * K rows that predict.
         anchors: int64 [B], the blocks' anchors.
         temperature: float32 [B], rows at 0 take the best; None takes it everywhere.
         u: [B, K] in [0, 1), the noise of draws; goes with ``temperature``.
     """
     selector = drafter.candidate_selector
     assert selector is not None
-    if kernels.available(hidden.device):
+    tokens, logits, gates = found
+    if kernels.available(gates.device):
         from dflash_plugin.kernels.block import propose
         from dflash_plugin.kernels.select_path import MAX_CANDIDATES
 
         if selector.top_k <= MAX_CANDIDATES:
-            return propose(drafter, hidden, *found, anchors, temperature, u)
+            return propose(drafter, gates, tokens, logits, anchors, temperature, u)
     shape = anchors.shape[0], -1, selector.top_k
-    path: Proposal = selector(
-        found.tokens.view(shape),
-        found.logits.view(shape),
-        hidden.unflatten(0, shape[:2]),
+    return selector.path(
+        tokens.view(shape),
+        logits.view(shape),
+        gates.unflatten(0, shape[:2]),
         anchors,
         temperature,
         u,
     )
-    return path
 
 
 def noise(seed: Tensor, position: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class Drafting(NamedTuple):
         """Those of the first requests of a padded batch, with so many drafts each."""
         rows, found = batch * drafts, self.candidates
         if found is not None:
-            found = Candidates(found.tokens[:rows], found.logits[:rows])
+            found = found.first(rows)
         return Drafting(self.hidden[:rows], self.anchors[:batch], found)
 
 
@@ -299,9 +299,9 @@ class Worker(DFlashWorkerV2):
         self, drafting: Drafting, temperature: Tensor | None = None, u: Tensor | None = None
     ) -> Path | Proposal:
         """The selector's path; notes how likely its drafts are."""
-        hidden, anchors, found = drafting
-        assert found is not None
-        path = walk(self.draft_model.drafter, hidden, found, anchors, temperature, u)
+        assert drafting.candidates is not None
+        found, anchors = drafting.candidates, drafting.anchors
+        path = walk(self.draft_model.drafter, found, anchors, temperature, u)
         if self.widths is not None:
             self.widths.chances.predict(path.confidence.flatten(), None)
         return path

@@ -134,7 +134,7 @@ class Proposer(DFlashProposer):
             seeds = torch.randint(1 << 62, (batch,), device=heat.device)
             u = noise_of_walks(seeds, torch.zeros_like(seeds), drafts)
         drafter, found = self.model.drafter, self.model.candidates(hidden_states)
-        path = walk(drafter, hidden_states, found, anchors, heat, u)
+        path = walk(drafter, found, anchors, heat, u)
         if path.probs is None:
             return path.tokens.flatten(), None
         shares = path.probs.flatten(0, 1)

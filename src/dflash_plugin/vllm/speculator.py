@@ -160,7 +160,7 @@ class Speculator(DFlashSpeculator):
             heat = temperature[requests]
             u = noise_of_walks(seeds[requests] ^ SALT, before[::drafts], drafts)
         found = self.model.candidates(hidden)
-        path = walk(self.model.drafter, hidden, found, anchors, heat, u)
+        path = walk(self.model.drafter, found, anchors, heat, u)
         if self.proposals is not None:
             scores = path.scores.flatten(0, 1)
             self.proposals.write(found.tokens, scores, slots, draft_step)
