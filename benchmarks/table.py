@@ -36,9 +36,9 @@ def acceptance() -> str:
     return f"{table(header, rows)}\n\n{mean}`{record['command']}`"
 
 
-def dflash2() -> str:
+def dflash2(name: str) -> str:
     """τ of both drafters by set, then how often a draft stands if those before it do."""
-    runs = load("smollm2-dflash2-acceptance")["runs"]
+    runs = load(name)["runs"]
     pairs = [runs[:2], runs[2:]]
     names = [result["set_name"] for result in runs[0]["sets"]]
     rows = [
@@ -91,6 +91,30 @@ def conditional(sets: list[dict]) -> list[float]:
     places = range(len(sets[0]["acceptance"]))
     stood = [sum(result["passes"] * result["acceptance"][k] for result in sets) for k in places]
     return [now / before for before, now in zip([passes, *stood[:-1]], stood, strict=True)]
+
+
+def first_draft() -> str:
+    """How often first drafts stand at temperature 1, by what they are drawn from."""
+    record = load("first-draft-cpu")
+    columns = {
+        "vocabulary": "from the vocabulary",
+        "candidates": "from the candidates",
+        "after_candidate": "behind a candidate",
+        "after_other": "behind another token",
+        "mass": "the target's share of candidates",
+    }
+    rows = [
+        [f"`{name}`", *(f"{found[key]:.2f}" if key in found else "" for key in columns)]
+        for name, found in record["drafters"].items()
+    ]
+    positions = next(iter(record["drafters"].values()))["positions"]
+    versions = record["versions"]
+    facts = (
+        f"{positions:,} positions of {record['texts']} texts, CPU, float32, torch "
+        f"{versions['torch']}, Transformers {versions['transformers']}, {record['date']}. "
+        f"`{record['command']}`"
+    )
+    return f"{table(['drafter', *columns.values()], rows)}\n\n{facts}"
 
 
 def draft_step() -> str:
@@ -273,9 +297,12 @@ SHOWN = (
     "inject_kv", "draft_head", "draft_head_fp8", "fp8_product", "fp8_product_down",
     "draft_attention", "draft_attention_batch",
 )  # fmt: skip
+SHOWN_OF_DFLASH2 = (
+    "projected_convolution", "convolve_add_rms_norm", "draft_head_candidates", "best_logits",
+)  # fmt: skip
 
 
-def kernels(name: str) -> str:
+def kernels(name: str, ops: tuple[str, ...] = SHOWN) -> str:
     """Microseconds of the kernels that replace something of an engine's."""
     record = load(name)
     rows = [
@@ -286,7 +313,7 @@ def kernels(name: str) -> str:
             f"{row['engine_us'] / row['kernel_us']:.2f}",
         ]
         for row in record["rows"]
-        if row["op"] in SHOWN
+        if row["op"] in ops
     ]
     header = ["operation", "size", "kernel", "instead", "copy of as many bytes", "twin"]
     versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
@@ -350,7 +377,13 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "sglang-texts": lambda: serving("sglang-h200-qwen3-8b-replay-texts"),
         "mixed": lambda: mixed("budget-simulator"),
     },
-    "docs/dflash2.md": {"dflash2": dflash2, "draft-step": draft_step},
+    "docs/dflash2.md": {
+        "dflash2": lambda: dflash2("smollm2-dflash2-acceptance"),
+        "dflash2-mixed": lambda: dflash2("smollm2-dflash2-mixed-acceptance"),
+        "first-draft": first_draft,
+        "draft-step": draft_step,
+        "dflash2-kernels": lambda: kernels("kernels-h200-dflash2", SHOWN_OF_DFLASH2),
+    },
 }
 
 
