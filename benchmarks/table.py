@@ -38,7 +38,7 @@ def acceptance() -> str:
 
 def dflash2(name: str) -> str:
     """τ of both drafters by set, then how often a draft stands if those before it do."""
-    runs = load(name)["runs"]
+    runs = load(name)["runs"][:4]
     pairs = [runs[:2], runs[2:]]
     names = [result["set_name"] for result in runs[0]["sets"]]
     rows = [
@@ -67,6 +67,26 @@ def dflash2(name: str) -> str:
     facts = f"{where(runs[0])}, batch {runs[0]['batch']}. {commands}"
     whole = table(header, [*rows, ["mean", *means]])
     return f"{whole}\n\n{table(by_place, places)}\n\n{facts}"
+
+
+def dflash2_by_temperature() -> str:
+    """Mean τ of both drafters, and what DFlash 2 gains on every set."""
+    runs = load("smollm2-dflash2-mixed-acceptance")["runs"]
+    pairs = sorted(zip(runs[::2], runs[1::2], strict=True), key=lambda pair: pair[0]["temperature"])
+    rows = [
+        [
+            f"T = {one['temperature']}",
+            *beside(one["mean_tau"], two["mean_tau"]),
+            *(
+                beside(a["tau"], b["tau"])[-1]
+                for a, b in zip(one["sets"], two["sets"], strict=True)
+            ),
+        ]
+        for one, two in pairs
+    ]
+    names = [result["set_name"] for result in runs[0]["sets"]]
+    commands = "; ".join(f"`{run['command']}`" for run in runs[4:])
+    return f"{table(['', 'DFlash', 'DFlash 2', 'mean', *names], rows)}\n\nAs above; {commands}"
 
 
 def dflash2_greedy() -> str:
@@ -380,6 +400,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/dflash2.md": {
         "dflash2": lambda: dflash2("smollm2-dflash2-acceptance"),
         "dflash2-mixed": lambda: dflash2("smollm2-dflash2-mixed-acceptance"),
+        "dflash2-heat": dflash2_by_temperature,
         "first-draft": first_draft,
         "draft-step": draft_step,
         "dflash2-kernels": lambda: kernels("kernels-h200-dflash2", SHOWN_OF_DFLASH2),
