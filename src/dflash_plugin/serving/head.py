@@ -44,7 +44,10 @@ class Candidates(NamedTuple):
 
 
 def _beside(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Start what takes little of a GPU beside what is launched until its result is asked for."""
+    """Start what takes little of a GPU beside what is launched until its result is asked for.
+
+    The result's memory is the second stream's, which waits for the first before it is used again.
+    """
     if device.type != "cuda":
         made = run()
         return lambda: made
