@@ -4,10 +4,9 @@
 
 A step embeds the blocks, runs the layers with attention over 512 positions of context each, and
 takes drafts from the head as in the engines: the likeliest tokens, or a walk through a selector's
-candidates. Shapes
-are those of a Qwen3-8B drafter in bfloat16. "convolutions" has those and takes drafts as DFlash
-does, "selector" the other way round. Steps are replayed from CUDA graphs, in turns; figures are
-medians in microseconds.
+candidates. Shapes are those of a Qwen3-8B drafter in bfloat16. "convolutions" has those and takes
+drafts as DFlash does, "selector" the other way round. Steps are replayed from CUDA graphs, in
+turns; figures are medians in microseconds.
 """
 
 from __future__ import annotations

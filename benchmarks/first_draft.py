@@ -21,12 +21,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from dflash_plugin.budget.traces import drafted
 from dflash_plugin.fetch import resolve_model
 from dflash_plugin.prompts import load_prompts
-from dflash_plugin.train.blocks import choose_anchors, make_blocks
 from dflash_plugin.train.data import respond
 from dflash_plugin.train.features import OnlineFeatures
-from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet, collate
 from dflash_plugin.transformers.engine import Engine
 from dflash_plugin.transformers.loading import load_drafter, load_target
@@ -36,17 +35,14 @@ from dflash_plugin.transformers.loading import load_drafter, load_target
 def shares(name: str, target: transformers.PreTrainedModel, texts: SequenceSet) -> dict[str, float]:
     """Means over all positions of the responses."""
     drafter = load_drafter(name, target).requires_grad_(False)
-    selector, objective = drafter.candidate_selector, Objective(drafter, "exponential", 1.0, 0.0)
+    selector = drafter.candidate_selector
     features = OnlineFeatures(target, drafter.config.target_layer_ids)
     found: dict[str, list[Tensor]] = {}
-    for index in range(len(texts)):
-        batch = collate(texts, torch.tensor([index]))
-        anchors, valid = choose_anchors(batch, batch.longest_response, None)
-        anchors = anchors[:, valid[0]]
-        here = torch.ones_like(anchors, dtype=torch.bool)
-        blocks = make_blocks(batch.tokens, batch.lengths, anchors, here, drafter.config)
-        hidden = objective.block_hidden(features(batch), blocks)[0, :, 0]
-        truth = target(batch.tokens).logits[0].softmax(dim=-1)[blocks.anchors[0]]
+    for index, parts in enumerate(drafted(drafter, features, texts)):
+        hidden = torch.cat([states[:, 0] for _, states in parts])
+        anchors = torch.cat([blocks.anchors[0] for blocks, _ in parts])
+        tokens = collate(texts, torch.tensor([index])).tokens
+        truth = target(tokens).logits[0].softmax(dim=-1)[anchors]
         logits = drafter.logits(hidden)
         draws = logits.softmax(dim=-1)
         best = logits.argmax(dim=-1, keepdim=True)
@@ -56,7 +52,7 @@ def shares(name: str, target: transformers.PreTrainedModel, texts: SequenceSet) 
         }
         if selector is not None:
             likeliest = logits.topk(selector.top_k, dim=-1)
-            before = blocks.tokens[0, :, 0]
+            before = tokens[0, anchors]
             scores = selector.scores(likeliest.indices, likeliest.values, hidden, before)
             given = truth.gather(-1, likeliest.indices)
             seen["candidates"] = torch.minimum(given, scores.softmax(dim=-1)).sum(dim=-1)

@@ -26,6 +26,7 @@ from dflash_plugin.kernels.best_logits import best_logits
 from dflash_plugin.kernels.draft_head import draft_head
 from dflash_plugin.rope import RotaryEmbedding
 from dflash_plugin.sampling import SamplingParams, SamplingTensors, Stream, uniforms
+from dflash_plugin.serving.head import Candidates, walk
 from kernel_helpers import BOUND, DEVICE, DTYPES, error, integers, random
 from tiny import DFLASH2, tiny_config, tiny_drafter, tiny_target
 
@@ -471,12 +472,14 @@ def test_run_block_is_the_cores(kind: str, weights: str) -> None:
             exact = deepcopy(drafter).double().run_block(embedded.double(), positions, attend)
         bound = 2 * error(expected.double(), exact) + BOUND[torch.float32]
         assert error(out.double(), exact) < bound
+        if DEVICE.type == "cpu":  # A GPU's library adds up in an order of its own.
+            assert error(out, expected) < 3 * BOUND[torch.float32]
         assert error(fused, context) < BOUND[torch.float32]
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("by", ["draft_head", "best_logits"])
-def test_propose_is_the_cores(by: str, sampled: bool) -> None:
+def test_the_walk_is_the_cores(by: str, sampled: bool) -> None:
     drafter = tiny_drafter(tiny_target(), logit_scale=0.5, logit_softcap=4.0, **DFLASH2).to(DEVICE)
     hidden, anchors, positions = random(2, 3, 32), integers(0, 97, 2), integers(0, 90, 2)
     rows = hidden.flatten(0, 1)
@@ -494,7 +497,9 @@ def test_propose_is_the_cores(by: str, sampled: bool) -> None:
         else:
             best = best_logits(head(rows), 5, scale=0.5, softcap=4.0)
         gates = drafter.candidate_selector.hidden_projection(rows)
-        out = ops.block.propose(drafter, gates, best.tokens, best.logits, anchors, temperature, u)
+        found = Candidates(best.tokens, best.logits, gates)
+        with mock.patch("dflash_plugin.kernels.available", return_value=True):
+            out = walk(drafter, found, anchors, temperature, u)
     assert torch.equal(out.tokens, expected.tokens)
     torch.testing.assert_close(out.scores, expected.scores)
     torch.testing.assert_close(out.confidence, expected.confidence)

@@ -1,4 +1,4 @@
-"""A sublayer's convolution with the product before it in one launch, against the core's."""
+"""A sublayer's convolution with the product before it, against the core's."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ policy: a step at a position commits the drafts that are right and verified, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dflash_plugin.drafter import Drafter
 from dflash_plugin.errors import DFlashError, reason
-from dflash_plugin.train.blocks import choose_anchors, make_blocks
+from dflash_plugin.train.blocks import Blocks, choose_anchors, make_blocks
 from dflash_plugin.train.features import FeatureSource
 from dflash_plugin.train.losses import accepted_run, walk
 from dflash_plugin.train.objective import Objective
@@ -90,6 +91,33 @@ class Traces:
         return found
 
 
+def drafted(
+    drafter: Drafter, features: FeatureSource, sequences: SequenceSet
+) -> Iterator[list[tuple[Blocks, Tensor]]]:
+    """Of each text, the blocks at every position of its response, in parts that fit one pass.
+
+    Args:
+        drafter: bound to its target.
+        features: of the target.
+        sequences: prompts and responses.
+
+    Yields:
+        Blocks [1, A] and the hidden states [A, K, hidden] of the rows that predict.
+    """
+    objective = Objective(drafter, "exponential", 1.0, 0.0)
+    device = drafter.norm.weight.device
+    for index in range(len(sequences)):
+        batch = collate(sequences, torch.tensor([index])).to(device)
+        context = features(batch).to(drafter.norm.weight.dtype)
+        anchors, valid = choose_anchors(batch, batch.longest_response, None)
+        parts = []
+        for part in anchors[:, valid[0]].split(BLOCKS, dim=1):
+            here = torch.ones_like(part, dtype=torch.bool)
+            blocks = make_blocks(batch.tokens, batch.lengths, part, here, drafter.config)
+            parts.append((blocks, objective.block_hidden(context, blocks)[0]))
+        yield parts
+
+
 @torch.no_grad()
 def record(drafter: Drafter, features: FeatureSource, sequences: SequenceSet) -> Traces:
     """Draft at every position of every response.
@@ -99,21 +127,12 @@ def record(drafter: Drafter, features: FeatureSource, sequences: SequenceSet) ->
         features: of the target.
         sequences: prompts and greedy responses.
     """
-    objective = Objective(drafter, "exponential", 1.0, 0.0)
-    device = drafter.norm.weight.device
     confidences, rights, starts = [], [], [0]
-    for index in range(len(sequences)):
-        batch = collate(sequences, torch.tensor([index])).to(device)
-        context = features(batch).to(drafter.norm.weight.dtype)
-        anchors, valid = choose_anchors(batch, batch.longest_response, None)
-        anchors = anchors[:, valid[0]]
-        for part in anchors.split(BLOCKS, dim=1):
-            here = torch.ones_like(part, dtype=torch.bool)
-            blocks = make_blocks(batch.tokens, batch.lengths, part, here, drafter.config)
-            hidden = objective.block_hidden(context, blocks)[0]
+    for parts in drafted(drafter, features, sequences):
+        for blocks, hidden in parts:
             proposal = drafter.propose(hidden, blocks.tokens[0, :, 0], blocks.anchors[0])
             stands = (proposal.tokens == blocks.labels[0]) & blocks.label_valid[0]
             confidences.append(proposal.confidence.half().cpu())
             rights.append(accepted_run(stands).cpu())
-        starts.append(starts[-1] + anchors.shape[1])
+        starts.append(starts[-1] + sum(len(hidden) for _, hidden in parts))
     return Traces(torch.cat(confidences), torch.cat(rights), torch.tensor(starts))

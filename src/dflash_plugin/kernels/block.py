@@ -22,7 +22,6 @@ from dflash_plugin.kernels.gated_act import gated_act
 from dflash_plugin.kernels.grouped_convolution import grouped_convolution
 from dflash_plugin.kernels.projected_convolution import projected_convolution, projects
 from dflash_plugin.kernels.qk_norm_rope import qk_norm_rope
-from dflash_plugin.kernels.select_path import Path, select_path
 
 
 def run_block(
@@ -85,41 +84,6 @@ def _enter(
         before, dynamic = convolution.kernels(rows)
         convolved = grouped_convolution(rows, before, bases[0], block_size, rounds)
     return convolved, residual, Convolution(dynamic, bases[1], block_size)
-
-
-def propose(
-    drafter: Drafter,
-    gates: Tensor,
-    tokens: Tensor,
-    logits: Tensor,
-    anchors: Tensor,
-    temperature: Tensor | None = None,
-    u: Tensor | None = None,
-) -> Path:
-    """Drafts of B blocks, as ``Drafter.propose`` chooses or draws them by a selector.
-
-    Args:
-        drafter: its linears may be an engine's.
-        gates: [B * K, R], the selector's projection of the rows that predict.
-        tokens: int64 [B * K, C], candidates of these rows, as many as the selector has.
-        logits: [B * K, C], of the candidates, scaled and capped.
-        anchors: int64 [B], the blocks' anchors.
-        temperature: float32 [B], rows at 0 take the best; None takes it everywhere.
-        u: [B, K] in [0, 1), the noise of draws; goes with ``temperature``.
-    """
-    selector = drafter.candidate_selector
-    assert selector is not None
-    shape = (anchors.shape[0], -1, selector.top_k)
-    return select_path(
-        tokens.view(shape),
-        logits.view(shape),
-        gates.unflatten(0, shape[:2]),
-        anchors,
-        selector.predecessor_codebook,
-        selector.successor_codebook,
-        temperature,
-        u,
-    )
 
 
 def fuse(drafter: Drafter, features: Tensor, rounds: bool) -> Tensor | RoundedRows:

@@ -24,6 +24,8 @@ MAX_TOP_K = 16
 NO_TOKEN = (1 << 31) - 1
 # Tiles of a row that one program looks through for the best.
 SEGMENT = 128
+# A key below that of any score.
+NO_KEY = tl.constexpr(-(1 << 63))
 
 
 class HeadChoice(NamedTuple):
@@ -198,12 +200,11 @@ def _index(keys):
 def _largest(keys, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
     """The largest keys, in order; one reduction each."""
     rank = tl.arange(0, BLOCK_K)
-    LEAST: tl.constexpr = -(1 << 63)
-    best = tl.full((BLOCK_K,), LEAST, dtype=tl.int64)
+    best = tl.full((BLOCK_K,), NO_KEY, dtype=tl.int64)
     for place in tl.static_range(TOP_K):
         found = tl.max(keys, axis=0)
         best = tl.where(rank == place, found, best)
-        keys = tl.where(keys == found, LEAST, keys)
+        keys = tl.where(keys == found, NO_KEY, keys)
     return best
 
 
@@ -264,7 +265,7 @@ def _best_kernel(
         gdc_wait()
     slot = tl.arange(0, BLOCK_SEGMENTS * BLOCK_K)
     filled = segments * BLOCK_K
-    key = tl.load(keys + row * filled + slot, mask=slot < filled, other=-(1 << 63))
+    key = tl.load(keys + row * filled + slot, mask=slot < filled, other=NO_KEY)
     rank = tl.arange(0, BLOCK_K)
     is_rank = rank < TOP_K
     # As many tokens come before any of another tile as there are tiles here.

@@ -242,7 +242,7 @@ def walk(
     """Drafts of B blocks along the selector's path, with what they were drawn from.
 
     Args:
-        drafter: with a selector; its linears may be an engine's.
+        drafter: with a selector.
         found: of the B * K rows that predict.
         anchors: int64 [B], the blocks' anchors.
         temperature: float32 [B], rows at 0 take the best; None takes it everywhere.
@@ -250,22 +250,14 @@ def walk(
     """
     selector = drafter.candidate_selector
     assert selector is not None
-    tokens, logits, gates = found
+    tokens, logits, gates = (part.unflatten(0, (len(anchors), -1)) for part in found)
     if kernels.available(gates.device):
-        from dflash_plugin.kernels.block import propose
-        from dflash_plugin.kernels.select_path import MAX_CANDIDATES
+        from dflash_plugin.kernels.select_path import MAX_CANDIDATES, select_path
 
         if selector.top_k <= MAX_CANDIDATES:
-            return propose(drafter, gates, tokens, logits, anchors, temperature, u)
-    shape = anchors.shape[0], -1, selector.top_k
-    return selector.path(
-        tokens.view(shape),
-        logits.view(shape),
-        gates.unflatten(0, shape[:2]),
-        anchors,
-        temperature,
-        u,
-    )
+            codebooks = selector.predecessor_codebook, selector.successor_codebook
+            return select_path(tokens, logits, gates, anchors, *codebooks, temperature, u)
+    return selector.path(tokens, logits, gates, anchors, temperature, u)
 
 
 def noise(seed: Tensor, position: Tensor) -> Tensor:
