@@ -20,9 +20,9 @@ from typing import Annotated
 import torch
 import typer
 
-from dflash_plugin.budget.cost import StepCost, interpolated
-from dflash_plugin.budget.simulate import compare
-from dflash_plugin.budget.traces import Traces
+from dflash_plugin.adaptive.simulation.simulate import compare
+from dflash_plugin.adaptive.simulation.traces import Traces
+from dflash_plugin.adaptive.step_cost import StepCost, interpolated
 
 
 def points(text: str) -> dict[int, float]:

@@ -39,8 +39,8 @@ from kernels import (
 )
 from torch import Tensor
 
-from dflash_plugin.config import DrafterConfig, LayerAttention, RopeConfig, build_config
-from dflash_plugin.drafter import Drafter
+from dflash_plugin.drafter.config import DrafterConfig, LayerAttention, RopeConfig, build_config
+from dflash_plugin.drafter.model import Drafter
 
 CONTEXT = 512
 PARTS = {
@@ -50,8 +50,8 @@ PARTS = {
 KINDS = ("dflash", "convolutions", "selector", "dflash2", "dflash2_sampled")
 
 
-class Unquantised:
-    """An engine's method of a head that is not quantised."""
+class Unquantized:
+    """An engine's method of a head that is not quantized."""
 
 
 def drafter(parts: dict[str, Any]) -> Drafter:
@@ -83,9 +83,9 @@ def step(
     made: Drafter, kind: str, batch: int, embedding: Tensor, head: Tensor
 ) -> Callable[[], Any]:
     """What is captured: a step of ``batch`` requests."""
-    from dflash_plugin.kernels.block import run_block
     from dflash_plugin.kernels.draft_attention import PagedContext, draft_attention
-    from dflash_plugin.serving.head import best_of_shard, candidates, walk
+    from dflash_plugin.kernels.fused_block import run_block
+    from dflash_plugin.serving.draft_tokens import best_of_shard, candidates, walk
 
     count = batch * CONTEXT
     caches = [
@@ -101,7 +101,7 @@ def step(
         noise = torch.rand(batch, BLOCK - 1, dtype=torch.float64, device="cuda")
         drawing = (torch.full((batch,), 0.8, device="cuda"), noise)
 
-    engine_head = SimpleNamespace(weight=head, quant_method=Unquantised())
+    engine_head = SimpleNamespace(weight=head, quant_method=Unquantized())
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         block = [part.unflatten(0, (batch, BLOCK)) for part in (query, key, value)]
@@ -113,10 +113,10 @@ def step(
         hidden = run_block(made, embedding[tokens.flatten()], positions, attend)
         rows = hidden.unflatten(0, (batch, BLOCK))[:, 1:].reshape(-1, HIDDEN)
         if made.candidate_selector is None:
-            choice = best_of_shard(engine_head, rows, VOCABULARY, Unquantised)
+            choice = best_of_shard(engine_head, rows, VOCABULARY, Unquantized)
             return rows.mm(head.T).argmax(dim=-1) if choice is None else choice.tokens
         found = candidates(
-            made, engine_head, rows, VOCABULARY, Unquantised, lambda x: x.mm(head.T), None
+            made, engine_head, rows, VOCABULARY, Unquantized, lambda x: x.mm(head.T), None
         )
         return walk(made, found, tokens[:, 0], *drawing)
 

@@ -21,8 +21,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from dflash_plugin.budget.traces import drafted
-from dflash_plugin.fetch import resolve_model
+from dflash_plugin.adaptive.simulation.traces import drafted
+from dflash_plugin.checkpoints.hub import resolve_model
 from dflash_plugin.prompts import load_prompts
 from dflash_plugin.train.data import respond
 from dflash_plugin.train.features import OnlineFeatures

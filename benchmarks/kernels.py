@@ -284,15 +284,15 @@ def best_logits(rows: int) -> Case:
 
 def draft_head_fp8(rows: int) -> Case:
     """With hidden states that are rounded first, as engines call it."""
-    from dflash_plugin.fp8 import quantise
     from dflash_plugin.kernels.draft_head import draft_head, draft_head_naive
-    from dflash_plugin.kernels.quantise_rows import quantise_rows
+    from dflash_plugin.kernels.fp8_rows import quantize
+    from dflash_plugin.kernels.quantize_rows import quantize_rows
 
     hidden, weight = random(rows, HIDDEN), random(VOCABULARY, HIDDEN)
-    values, scales = quantise(weight)
+    values, scales = quantize(weight)
 
     def through(head: Callable[..., object]) -> object:
-        rounded = quantise_rows(hidden)
+        rounded = quantize_rows(hidden)
         return head(rounded.values, values, hidden_scale=rounded.scales, weight_scale=scales)
 
     return Case(
@@ -305,10 +305,11 @@ def draft_head_fp8(rows: int) -> Case:
 
 def fp8_linear(rows: int) -> Case:
     """The gate and up projection, the largest, by the library's product; "engine" is bfloat16's."""
-    from dflash_plugin.fp8 import linear, linear_naive, quantise
+    from dflash_plugin.drafter.fp8_linear import linear, linear_naive
+    from dflash_plugin.kernels.fp8_rows import quantize
 
     x, weight = random(rows, HIDDEN), random(2 * INTERMEDIATE, HIDDEN)
-    rounded = quantise(weight)
+    rounded = quantize(weight)
     return Case(
         lambda: linear(x, rounded),
         lambda: linear_naive(x, *rounded),
@@ -328,10 +329,11 @@ def fp8_product_down(rows: int) -> Case:
 
 
 def few_rows(rows: int, columns: int, width: int) -> Case:
-    from dflash_plugin.fp8 import library_product, quantise
+    from dflash_plugin.drafter.fp8_linear import library_product
     from dflash_plugin.kernels.fp8_product import fp8_product, fp8_product_naive
+    from dflash_plugin.kernels.fp8_rows import quantize
 
-    x, weight = quantise(random(rows, width)), quantise(random(columns, width))
+    x, weight = quantize(random(rows, width)), quantize(random(columns, width))
     return Case(
         lambda: fp8_product(x, weight, torch.bfloat16),
         lambda: fp8_product_naive(x, weight, torch.bfloat16),
@@ -340,12 +342,12 @@ def few_rows(rows: int, columns: int, width: int) -> Case:
     )
 
 
-def quantise_rows(rows: int) -> Case:
-    from dflash_plugin.kernels.quantise_rows import quantise_rows, quantise_rows_naive
+def quantize_rows(rows: int) -> Case:
+    from dflash_plugin.kernels.quantize_rows import quantize_rows, quantize_rows_naive
 
     x = random(rows, INTERMEDIATE)
     moved = x.nbytes * 3 // 2
-    return Case(lambda: quantise_rows(x), lambda: quantise_rows_naive(x), moved)
+    return Case(lambda: quantize_rows(x), lambda: quantize_rows_naive(x), moved)
 
 
 def fuse_features(rows: int) -> Case:
@@ -406,7 +408,7 @@ def draft_attention_batch(batch: int) -> Case:
 
 def attention(batch: int, context: int) -> Case:
     """The block of ``batch`` requests, as SGLang lists their slots."""
-    from dflash_plugin.config import LayerAttention
+    from dflash_plugin.drafter.config import LayerAttention
     from dflash_plugin.kernels.draft_attention import (
         PagedContext,
         draft_attention,
@@ -460,7 +462,7 @@ OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     uniforms: REQUESTS,
     gated_act: ROWS,
     qk_norm_rope: ROWS,
-    quantise_rows: ROWS,
+    quantize_rows: ROWS,
     inject_kv: ROWS,
     draft_head: DRAFTING,
     draft_head_candidates: DRAFTING,

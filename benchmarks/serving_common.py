@@ -19,7 +19,7 @@ import torch
 from engine_process import Served
 from timeline import load, timeline
 
-from dflash_plugin.config import DrafterConfig, LayerAttention
+from dflash_plugin.drafter.config import DrafterConfig, LayerAttention
 from dflash_plugin.prompts import encode, load_prompts
 
 TRACES = Path(__file__).parent / "results" / "traces-smollm2-250.safetensors"
@@ -199,7 +199,7 @@ def first_difference(one: list[int], other: list[int]) -> int | None:
 
 def made_up_pair(directory: Path) -> tuple[Path, Path]:
     """Configurations of Qwen3-8B and its z-lab drafter; the weights are drawn by the engine."""
-    from dflash_plugin.checkpoint import expected_tensors, save_checkpoint
+    from dflash_plugin.checkpoints.io import expected_tensors, save_checkpoint
 
     target = directory / "target"
     target.mkdir()

@@ -37,7 +37,7 @@ from serving_common import (
 )
 from sglang_engine import arguments, served
 
-from dflash_plugin.fetch import resolve_drafter, resolve_model
+from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
 from dflash_plugin.sglang.compat import installed
 
 # Positions that a request takes beyond its text, as Spec V2 reserves two blocks ahead.

@@ -25,7 +25,7 @@ import typer
 from serving_common import circumstances, first_difference, real_prompts, resident_mb
 from sglang_engine import acceptance_length, arguments
 
-from dflash_plugin.fetch import resolve_drafter, resolve_model
+from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
 from dflash_plugin.sglang.compat import installed
 from dflash_plugin.transformers import Engine, Request, load_target
 

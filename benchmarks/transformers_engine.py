@@ -22,8 +22,8 @@ import torch
 import typer
 from dflash import model as dflash_model
 
-from dflash_plugin.evaluate import machine, pooled_tau
-from dflash_plugin.fetch import resolve_drafter, resolve_model
+from dflash_plugin.bench.evaluate import machine, pooled_tau
+from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
 

@@ -34,7 +34,7 @@ from serving_common import (
 )
 from vllm_engine import served
 
-from dflash_plugin.fetch import resolve_drafter, resolve_model
+from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
 from dflash_plugin.vllm.compat import installed
 
 

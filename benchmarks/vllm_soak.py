@@ -21,7 +21,7 @@ import typer
 from serving_common import circumstances, first_difference, real_prompts, resident_mb
 from vllm_engine import counters, served
 
-from dflash_plugin.fetch import resolve_drafter, resolve_model
+from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
 from dflash_plugin.vllm.compat import installed
 
 

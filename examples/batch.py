@@ -5,7 +5,7 @@ python examples/batch.py "What is a prime number?" "Name three rivers."
 
 import sys
 
-from dflash_plugin.fetch import resolve_drafter, resolve_model
+from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
 from dflash_plugin.prompts import Prompt, encode
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
 

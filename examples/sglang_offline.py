@@ -10,7 +10,7 @@ import torch
 from sglang import Engine
 from transformers import AutoTokenizer
 
-from dflash_plugin.fetch import fetch_model
+from dflash_plugin.checkpoints.hub import fetch_model
 
 PROMPTS = ["Write a Python function that reverses a list.", "Why is the sky blue?"]
 CPU = {

@@ -7,7 +7,7 @@ import sys
 
 from vllm import LLM, SamplingParams
 
-from dflash_plugin.fetch import resolve_drafter, resolve_model
+from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
 
 
 def main(questions: list[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from dflash_plugin.fetch import fetch_model
+from dflash_plugin.checkpoints.hub import fetch_model
 
 # The same examples in every run; HYPOTHESIS_PROFILE=explore looks for new ones.
 settings.register_profile("fixed", derandomize=True)
@@ -39,7 +39,7 @@ def kernel_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """New tensors are where kernels run; the interpreter rounds as a GPU does."""
     import triton.runtime.interpreter
 
-    from kernel_helpers import DEVICE, rounded
+    from tests.helpers.kernel_helpers import DEVICE, rounded
 
     monkeypatch.setattr(triton.runtime.interpreter, "_convert_float", rounded)
     with DEVICE:

@@ -11,7 +11,7 @@ import pytest
 import typer
 import yaml
 
-from dflash_plugin.cli import app
+from dflash_plugin.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -27,7 +27,7 @@ def test_importing_the_core_pulls_in_no_engine():
 
 def test_the_example_answers_every_question(smollm2):
     done = subprocess.run(
-        [sys.executable, ROOT.parents[1] / "examples" / "batch.py", "Name a colour.", "Say hello."],
+        [sys.executable, ROOT.parents[1] / "examples" / "batch.py", "Name a color.", "Say hello."],
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,6 @@
 """A plugin for engines with made-up weights: acceptance and confidences come from recorded traces.
 
-A trace (``benchmarks/record_traces.py``) knows of every position of real texts how sure the drafter
+A trace (``tools/record_traces.py``) knows of every position of real texts how sure the drafter
 was of each draft and how many stood. Each request slot of an engine walks through such a text: a
 pass commits as many tokens as the trace says, or as were verified, and the draft pass is as sure as
 the trace was there, so that confidence and outcome belong together. Tokens mean nothing.
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dflash_plugin.budget.acceptance import LEAST
+from dflash_plugin.adaptive.acceptance_model import LEAST
 
 # Requests that a replay keeps apart, at most; a last row takes what padding writes.
 SLOTS = 1024
@@ -42,7 +42,7 @@ class Replay:
     """
 
     def __init__(self, path: Path, drafts: int, tau: float, device: torch.device) -> None:
-        from dflash_plugin.budget.traces import Traces
+        from dflash_plugin.adaptive.simulation.traces import Traces
 
         traces = longer(Traces.load(path), drafts)
         chance = weights(traces, tau)
@@ -251,7 +251,7 @@ def into_sglang() -> None:
         chances.predictions[:count] = chances.model.probabilities(confidences)
 
     def estimating(module: Any) -> None:
-        module.Chances.predict = lambda self, choice: None
+        module.AcceptancePredictor.predict = lambda self, choice: None
 
     after_import("sglang.srt.speculative.dflash_worker_v2", worker)
-    after_import("dflash_plugin.sglang.chances", estimating)
+    after_import("dflash_plugin.sglang.acceptance_probs", estimating)

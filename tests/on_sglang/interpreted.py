@@ -13,7 +13,8 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.sglang import attention, block_attention, cpu
+from dflash_plugin.sglang import triton_attention
+from dflash_plugin.sglang.cpu import attention, setup
 
 COUNTS = {"blocks": 0, "blocks_natively": 0, "heads": 0}
 
@@ -23,7 +24,7 @@ def turn_on() -> None:
     import triton.runtime.interpreter
 
     from dflash_plugin.kernels import draft_head
-    from kernel_helpers import rounded
+    from tests.helpers.kernel_helpers import rounded
 
     # As a GPU rounds.
     triton.runtime.interpreter._convert_float = rounded
@@ -39,10 +40,10 @@ def turn_on() -> None:
 
     kernels.available = lambda device: True
     attention.CpuAttention = TritonAttnBackend
-    native_install, native_attend = block_attention.install, block_attention.attend
+    native_install, native_attend = triton_attention.install, triton_attention.attend
     native_head = draft_head.draft_head
 
-    def install(backend: Any, device: torch.device) -> block_attention.Passes:
+    def install(backend: Any, device: torch.device) -> triton_attention.Passes:
         backend.req_to_token = backend.req_to_token_pool.req_to_token
         passes = native_install(backend, device)
         assert passes is not None
@@ -66,6 +67,6 @@ def turn_on() -> None:
         COUNTS["heads"] += 1
         return native_head(*args, **kwargs)
 
-    block_attention.install, block_attention.attend = install, attend
+    triton_attention.install, triton_attention.attend = install, attend
     draft_head.draft_head = head
-    assert cpu.BACKEND in ATTENTION_BACKENDS
+    assert setup.BACKEND in ATTENTION_BACKENDS

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from sglang_server import ENVIRONMENT
+from tests.on_sglang.sglang_server import ENVIRONMENT
 
 SETTINGS = {
     "device": "cpu",
@@ -136,7 +136,7 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
     import torch
     from sglang.srt.managers.scheduler import Scheduler
 
-    from dflash_plugin.sglang import width
+    from dflash_plugin.sglang import adaptive
     from dflash_plugin.sglang.selfcheck import make_request, run
 
     counts = {}
@@ -160,7 +160,7 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
     if job["widths"] == "chosen":
         drawn = random.Random(rank)
         clock = itertools.accumulate(10 ** drawn.uniform(-1, 1) for _ in itertools.count())
-        width.time = SimpleNamespace(monotonic=lambda: next(clock))
+        adaptive.time = SimpleNamespace(monotonic=lambda: next(clock))
     elif job["widths"]:
         cycle = itertools.cycle(job["widths"])
         widths.policy.choose = lambda *_: next(cycle)

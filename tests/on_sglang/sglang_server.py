@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from http_server import HttpServer, free_port, started
+from tests.helpers.http_server import HttpServer, free_port, started
 
 # One core a server.
 ENVIRONMENT = {

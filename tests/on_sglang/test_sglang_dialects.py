@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from schedulers import Schedulers
-from sglang_server import serving, tokens
 from transformers import PreTrainedModel
 
-from dflash_plugin.known_answer import KnownAnswers, answer, save_record
+from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
 from dflash_plugin.transformers.loading import load_drafter
-from distribution import check_distribution, continuations
-from tiny import DFLASH2, tiny_target, write_target, write_tiny
-from tiny import ENGINE_SIZES as SIZES
+from tests.helpers.distribution import check_distribution, continuations
+from tests.helpers.tiny import DFLASH2, tiny_target, write_target, write_tiny
+from tests.helpers.tiny import ENGINE_SIZES as SIZES
+from tests.on_sglang.schedulers import Schedulers
+from tests.on_sglang.sglang_server import serving, tokens
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53]]
 WINDOW = {"sliding_window": 8}
@@ -331,7 +331,7 @@ def test_two_ranks_serve_with_as_many_drafts_as_pay(pair, tmp_path):
     sizes = {**SIZES, "target_hidden_size": 64}
     checkpoint = write_tiny(tmp_path / "drafter", **sizes, draft_vocab_size=24, own_head=True)
     drafter = load_drafter(checkpoint, target)
-    record = KnownAnswers(answers=[answer(drafter, target, prompt) for prompt in PROMPTS])
+    record = ReferenceDrafts(answers=[answer(drafter, target, prompt) for prompt in PROMPTS])
     save_record(checkpoint, record)
     flags = [
         "--speculative-algorithm=DFLASH",

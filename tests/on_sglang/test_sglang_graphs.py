@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dflash_plugin.sampling import SamplingParams, SamplingTensors
-from dflash_plugin.serving.head import Candidates, noise_of_walks
+from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors
+from dflash_plugin.serving.draft_tokens import Candidates, noise_of_walks
 from dflash_plugin.sglang.worker import DraftGraphHead, Step, Worker
-from tiny import DFLASH2, tiny_drafter, tiny_target
+from tests.helpers.tiny import DFLASH2, tiny_drafter, tiny_target
 
 
 class Drafter:

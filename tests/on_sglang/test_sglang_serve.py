@@ -15,19 +15,19 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from sglang_server import ENVIRONMENT, Server, command, dflash, serving, tokens
 
-import live
-from core_drafts import core_drafts
-from dflash_plugin import known_answer
-from dflash_plugin.evaluate import acceptance_by_position
-from dflash_plugin.known_answer import KnownAnswers, save_record
+from dflash_plugin.bench.evaluate import acceptance_by_position
+from dflash_plugin.checkpoints import reference_drafts
+from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, save_record
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.sglang import compat
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
-from distribution import check_distribution, continuations
-from tiny import DFLASH2, tiny_target, write_target, write_tiny
-from tiny import ENGINE_SIZES as SIZES
+from tests.helpers import live
+from tests.helpers.core_drafts import core_drafts
+from tests.helpers.distribution import check_distribution, continuations
+from tests.helpers.tiny import DFLASH2, tiny_target, write_target, write_tiny
+from tests.helpers.tiny import ENGINE_SIZES as SIZES
+from tests.on_sglang.sglang_server import ENVIRONMENT, Server, command, dflash, serving, tokens
 
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
@@ -149,8 +149,8 @@ def test_a_dflash2_drafter(tmp_path):
     checkpoint = write_tiny(tmp_path / "drafter", **SIZES, target_hidden_size=64, **DFLASH2)
     drafter = load_drafter(checkpoint, target)
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [50, 51, 52, 53], [7, 8, 9]]
-    known = [known_answer.answer(drafter, target, prompt) for prompt in prompts]
-    save_record(checkpoint, KnownAnswers(answers=known))
+    known = [reference_drafts.answer(drafter, target, prompt) for prompt in prompts]
+    save_record(checkpoint, ReferenceDrafts(answers=known))
     alone = [
         target.generate(
             torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None,
@@ -305,7 +305,7 @@ PENALTIES: dict[str, dict[str, Any]] = {
 
 
 @torch.inference_mode()
-def penalised(
+def penalized(
     target: Any, prompt: list[int], length: int, stops: set[int], **params: Any
 ) -> list[int]:
     """Greedy text under penalties, step by step from the target's logits."""
@@ -331,7 +331,7 @@ def test_penalties_count_every_token_of_a_block(server, synchronous, reference, 
     # A token that ends the text too early for a minimum length.
     stop = plain[0][5]
     stops = {stop, reference["tokenizer"].eos_token_id}
-    expected = [penalised(reference["target"], p, 20, stops, **params) for p in prompts]
+    expected = [penalized(reference["target"], p, 20, stops, **params) for p in prompts]
     assert expected[0] != plain[0]
     for running in (server, synchronous):
         with ThreadPoolExecutor(1) as pool:

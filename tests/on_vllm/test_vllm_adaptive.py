@@ -14,18 +14,18 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 from vllm import SamplingParams
-from vllm_helpers import ON_V2, Server, on_worker, running, serving
 
-from core_drafts import core_proposals
+from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
 from dflash_plugin.kernels import admit_drafts
-from dflash_plugin.known_answer import KnownAnswers, answer, save_record
-from dflash_plugin.serving import head
+from dflash_plugin.serving import draft_tokens
 from dflash_plugin.transformers import load_drafter
 from dflash_plugin.vllm import adaptive
 from dflash_plugin.vllm.selfcheck import draft
-from distribution import check_distribution, continuations
-from tiny import DFLASH2, tiny_target, write_target, write_tiny
-from tiny import ENGINE_SIZES as SIZES
+from tests.helpers.core_drafts import core_proposals
+from tests.helpers.distribution import check_distribution, continuations
+from tests.helpers.tiny import DFLASH2, tiny_target, write_target, write_tiny
+from tests.helpers.tiny import ENGINE_SIZES as SIZES
+from tests.on_vllm.vllm_helpers import ON_V2, Server, on_worker, running, serving
 
 pytestmark = pytest.mark.skipif(not ON_V2, reason="adaptive verification needs the V2 runner")
 
@@ -56,7 +56,7 @@ def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path, Path]:
     drafter = tmp_path_factory.mktemp("drafter")
     write_tiny(drafter, **SIZES, target_hidden_size=64, block_size=8)
     known = answer(load_drafter(drafter, target), target, PROMPTS[0])
-    save_record(drafter, KnownAnswers(answers=[known]))
+    save_record(drafter, ReferenceDrafts(answers=[known]))
     return target, directory, drafter
 
 
@@ -68,7 +68,7 @@ def test_greedy_text_is_the_targets(pair, monkeypatch, turns, interpreted):
     admitted = []
     if interpreted:
         native = admit_drafts.admit_drafts
-        monkeypatch.setattr(head.kernels, "available", lambda device: True)
+        monkeypatch.setattr(draft_tokens.kernels, "available", lambda device: True)
         monkeypatch.setattr(
             admit_drafts,
             "admit_drafts",
@@ -180,7 +180,7 @@ def test_a_dflash2_drafter(pair, monkeypatch, tmp_path):
     ) as (engine, _):  # fmt: skip
         prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
         completions = engine.generate(prompts[:1], params, use_tqdm=False)[0].outputs
-        monkeypatch.setattr(head.kernels, "available", lambda device: True)
+        monkeypatch.setattr(draft_tokens.kernels, "available", lambda device: True)
         for prompt in PROMPTS:
             (core,) = core_proposals(reference, prompt, [len(prompt) - 1])
             assert on_worker(engine, draft, prompt) == core.tokens[0].tolist()

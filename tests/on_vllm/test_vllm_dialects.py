@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 from vllm import SamplingParams
-from vllm_helpers import ON_V2, on_worker, running
 
-from dflash_plugin.known_answer import answer
-from dflash_plugin.serving import head
+from dflash_plugin.checkpoints.reference_drafts import answer
+from dflash_plugin.serving import draft_tokens
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
-from distribution import check_distribution, continuations
-from tiny import DFLASH2, tiny_target, write_target, write_tiny
-from tiny import ENGINE_SIZES as SIZES
+from tests.helpers.distribution import check_distribution, continuations
+from tests.helpers.tiny import DFLASH2, tiny_target, write_target, write_tiny
+from tests.helpers.tiny import ENGINE_SIZES as SIZES
+from tests.on_vllm.vllm_helpers import ON_V2, on_worker, running
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53]]
 WINDOW = {"sliding_window": 8}
@@ -137,7 +137,7 @@ def test_the_head_kernel_drafts_what_logits_do(pair, tmp_path, monkeypatch):
         return native(*args, **kwargs)
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setattr(head.kernels, "available", lambda device: True)
+    monkeypatch.setattr(draft_tokens.kernels, "available", lambda device: True)
     monkeypatch.setattr(draft_head, "draft_head", counted)
     target, directory = pair
     changes = {**SIZES, "target_hidden_size": 64, **KINDS["reduced vocabulary"]}

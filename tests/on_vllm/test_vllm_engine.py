@@ -17,19 +17,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
-from vllm_helpers import (
+
+from dflash_plugin.bench.evaluate import acceptance_by_position, pooled_tau
+from dflash_plugin.prompts import encode, load_prompts
+from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
+from tests.helpers.core_drafts import core_drafts
+from tests.helpers.distribution import check_distribution, continuations
+from tests.on_vllm.vllm_helpers import (
     BLOCK,
     ON_V2,
     counter,
     on_worker,
     running,
 )
-
-from core_drafts import core_drafts
-from dflash_plugin.evaluate import acceptance_by_position, pooled_tau
-from dflash_plugin.prompts import encode, load_prompts
-from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
-from distribution import check_distribution, continuations
 
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")

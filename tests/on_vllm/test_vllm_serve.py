@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_helpers import BLOCK, TOKENS, Server, command, serving
 
-import live
-from dflash_plugin.evaluate import acceptance_by_position
+from dflash_plugin.bench.evaluate import acceptance_by_position
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
+from tests.helpers import live
+from tests.on_vllm.vllm_helpers import BLOCK, TOKENS, Server, command, serving
 
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")

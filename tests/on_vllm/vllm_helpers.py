@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from http_server import HttpServer, free_port, started
+from tests.helpers.http_server import HttpServer, free_port, started
 
 ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 BLOCK = 32

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, coloured by the page's style sheet."""
+"""Line charts as inline SVG, colored by the page's style sheet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from html import escape
 WIDTH, HEIGHT = 400, 270
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 44
 # Colours of the style sheet: .s0 to .s7.
-COLOURS = 8
+COLORS = 8
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Line:
     Attributes:
         name: in the legend.
         points: x, y.
-        colour: number of the style sheet's colour.
+        color: number of the style sheet's color.
         dashed: for a baseline.
         labels: beside the points; none by default.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
-    colour: int
+    color: int
     dashed: bool = False
     labels: Sequence[str] = ()
 
@@ -89,7 +89,7 @@ def line_chart(
     for line in lines:
         places = [(across(x), down(y)) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        style = f"s{line.colour % COLOURS}" + (" dashed" if line.dashed else "")
+        style = f"s{line.color % COLORS}" + (" dashed" if line.dashed else "")
         parts.append(f'<polyline class="{style}" points="{path}"/>')
         for (x, y), (value_x, value_y) in zip(places, line.points, strict=True):
             tip = f"{line.name}: {_number(value_x)}, {value_y:.4g}"
@@ -105,7 +105,7 @@ def line_chart(
 
 def _legend(lines: Sequence[Line]) -> str:
     items = "".join(
-        f'<li><i class="s{line.colour % COLOURS}{" dashed" if line.dashed else ""}"></i>'
+        f'<li><i class="s{line.color % COLORS}{" dashed" if line.dashed else ""}"></i>'
         f"{escape(line.name)}</li>"
         for line in lines
     )

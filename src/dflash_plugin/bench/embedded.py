@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+from dflash_plugin.bench.evaluate import machine
 from dflash_plugin.bench.http_endpoint import token_texts
-from dflash_plugin.bench.observation import Counters, KeptPasses, Observation, OnDone, turns_of
-from dflash_plugin.bench.record import Pass, Role, Server, Settings
-from dflash_plugin.evaluate import machine
+from dflash_plugin.bench.measurements import Counters, KeptPasses, OnDone, RequestTrace, turns_of
+from dflash_plugin.bench.schema import Pass, Role, Server, Settings
+from dflash_plugin.decoding.sampling import SamplingParams
 from dflash_plugin.prompts import Message, Prompt, encode
-from dflash_plugin.sampling import SamplingParams
 from dflash_plugin.transformers.engine import Engine, Request, generate_timed
 
 LENGTH_STEP = 256
@@ -77,17 +77,17 @@ class EmbeddedEngine:
             },
         )
 
-    def fill_passes(self, observations: Sequence[Observation], grown: Counters) -> str | None:
+    def fill_passes(self, observations: Sequence[RequestTrace], grown: Counters) -> str | None:
         """They are known."""
         return None if self.drafter is not None else "there is no drafter"
 
     def run(
         self, prompts: Sequence[Prompt], concurrency: int, settings: Settings, on_done: OnDone
-    ) -> tuple[list[Observation], float]:
+    ) -> tuple[list[RequestTrace], float]:
         """Answer every turn of every prompt, one turn of all after the other."""
         talks: list[list[Message]] = [[] for _ in prompts]
         turns = [turns_of(prompt) for prompt in prompts]
-        found: dict[tuple[int, int], Observation] = {}
+        found: dict[tuple[int, int], RequestTrace] = {}
         seconds = 0.0
         for turn in range(max(map(len, turns))):
             active = [number for number, mine in enumerate(turns) if turn < len(mine)]
@@ -95,7 +95,7 @@ class EmbeddedEngine:
                 talks[number] += turns[number][turn]
             asked = [talks[number] for number in active]
             observations = [
-                Observation(prompts[number].id, turn, turns[number][turn][-1].content)
+                RequestTrace(prompts[number].id, turn, turns[number][turn][-1].content)
                 for number in active
             ]
             seconds += self._generate(asked, observations, concurrency, settings, on_done)
@@ -107,7 +107,7 @@ class EmbeddedEngine:
     def _generate(
         self,
         asked: list[list[Message]],
-        observations: list[Observation],
+        observations: list[RequestTrace],
         concurrency: int,
         settings: Settings,
         on_done: OnDone,
@@ -169,7 +169,7 @@ class EmbeddedEngine:
             )
         return self.engine
 
-    def passes_of(self, observation: Observation) -> KeptPasses | None:
+    def passes_of(self, observation: RequestTrace) -> KeptPasses | None:
         """The passes that wrote the last answer to this prompt, with their rejected drafts."""
         ids = observation.token_ids
 

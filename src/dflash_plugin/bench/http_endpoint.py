@@ -11,19 +11,19 @@ from typing import Any
 
 import httpx
 
-from dflash_plugin.bench.observation import (
+from dflash_plugin.bench.measurements import (
     Counters,
     Endpoint,
     KeptPasses,
-    Observation,
     OnDone,
+    RequestTrace,
     turns_of,
 )
-from dflash_plugin.bench.record import Pass, Role, Server, Settings
-from dflash_plugin.bench.secrets import without_credentials
+from dflash_plugin.bench.redact import without_credentials
+from dflash_plugin.bench.schema import Pass, Role, Server, Settings
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.monitor.client import Samples
 from dflash_plugin.prompts import Message, Prompt
-from dflash_plugin.serving.scrape import Samples
 
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
@@ -54,7 +54,7 @@ class HttpEndpoint(ABC):
         """Its counters now."""
 
     @abstractmethod
-    def fill_passes(self, observations: Sequence[Observation], grown: Counters) -> str | None:
+    def fill_passes(self, observations: Sequence[RequestTrace], grown: Counters) -> str | None:
         """Set the requests' ``passes`` of one run; why they are not known, or None."""
 
     @abstractmethod
@@ -64,7 +64,7 @@ class HttpEndpoint(ABC):
         """Path and body of a request; not timed."""
 
     @abstractmethod
-    def read(self, observation: Observation, chunk: dict[str, Any]) -> int:
+    def read(self, observation: RequestTrace, chunk: dict[str, Any]) -> int:
         """Take a streamed chunk; how many tokens it brought."""
 
     @abstractmethod
@@ -103,19 +103,19 @@ class HttpEndpoint(ABC):
 
     def run(
         self, prompts: Sequence[Prompt], concurrency: int, settings: Settings, on_done: OnDone
-    ) -> tuple[list[Observation], float]:
+    ) -> tuple[list[RequestTrace], float]:
         """Answer every turn of every prompt; see ``Endpoint.run``."""
         return asyncio.run(self._run(prompts, concurrency, settings, on_done))
 
     async def _run(
         self, prompts: Sequence[Prompt], concurrency: int, settings: Settings, on_done: OnDone
-    ) -> tuple[list[Observation], float]:
+    ) -> tuple[list[RequestTrace], float]:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
         async with httpx.AsyncClient(
             base_url=self.url, timeout=TIMEOUT, limits=limits, headers=self.headers
         ) as client:
             first = [await self.prepare(client, turns_of(p)[0], settings) for p in prompts]
-            answers: list[list[Observation]] = [[] for _ in prompts]
+            answers: list[list[RequestTrace]] = [[] for _ in prompts]
             waiting = iter(range(len(prompts)))
 
             async def work() -> None:
@@ -129,7 +129,7 @@ class HttpEndpoint(ABC):
                             if turn == 0
                             else await self.prepare(client, messages, settings)
                         )
-                        observation = Observation(prompt.id, turn, added[-1].content)
+                        observation = RequestTrace(prompt.id, turn, added[-1].content)
                         await self._ask(client, path, body, observation)
                         answers[number].append(observation)
                         on_done()
@@ -147,7 +147,7 @@ class HttpEndpoint(ABC):
         return [observation for turns in answers for observation in turns], seconds
 
     async def _ask(
-        self, client: httpx.AsyncClient, path: str, body: dict[str, Any], observation: Observation
+        self, client: httpx.AsyncClient, path: str, body: dict[str, Any], observation: RequestTrace
     ) -> None:
         start = time.perf_counter()
         try:
@@ -170,7 +170,7 @@ class HttpEndpoint(ABC):
                 f"{observation.prompt_id}: see the server's log"
             ) from error
 
-    def passes_of(self, observation: Observation) -> KeptPasses | None:
+    def passes_of(self, observation: RequestTrace) -> KeptPasses | None:
         """The passes that wrote an answer, taken from streamed chunks."""
         ids, chunks = observation.token_ids, observation.chunks
         if not ids or len(ids) != sum(chunks):

@@ -8,7 +8,7 @@ from importlib.resources import files
 from statistics import geometric_mean
 
 from dflash_plugin.bench.charts import Line, line_chart
-from dflash_plugin.bench.record import Cell, KeptText, Record, Role, Server
+from dflash_plugin.bench.schema import Cell, KeptText, Record, Role, Server
 from dflash_plugin.errors import DFlashError
 
 COLUMNS = {
@@ -232,9 +232,9 @@ def _speeds(runs: Sequence[tuple[str, Record]]) -> str:
 def _speed_charts(runs: Sequence[tuple[str, Record]], only: str | None) -> str:
     """Speedup, and one user against the GPU, of one set or of the mean over all."""
     gains, trades = [], []
-    for colour, (label, record) in enumerate(runs):
-        gains.append(_gain_line(label, record, only, colour))
-        trades += [_trade_line(label, record, server, only, colour) for server in record.servers]
+    for color, (label, record) in enumerate(runs):
+        gains.append(_gain_line(label, record, only, color))
+        trades += [_trade_line(label, record, server, only, color) for server in record.servers]
     gains = [line for line in gains if line.points]
     trades = [line for line in trades if line.points]
     where = "geometric mean over the sets" if only is None else only
@@ -253,15 +253,15 @@ def _speed_charts(runs: Sequence[tuple[str, Record]], only: str | None) -> str:
     )
 
 
-def _gain_line(label: str, record: Record, only: str | None, colour: int) -> Line:
+def _gain_line(label: str, record: Record, only: str | None, color: int) -> Line:
     gains = {
         n: mean_over_sets(record, n, lambda cell: speedup(record, cell), only=only)
         for n in _levels(record)
     }
-    return Line(label, [(float(n), gain) for n, gain in gains.items() if gain], colour)
+    return Line(label, [(float(n), gain) for n, gain in gains.items() if gain], color)
 
 
-def _trade_line(label: str, record: Record, server: Server, only: str | None, colour: int) -> Line:
+def _trade_line(label: str, record: Record, server: Server, only: str | None, color: int) -> Line:
     role, points, levels = server.role, [], []
     for n in _levels(record, role):
         user = mean_over_sets(record, n, lambda cell: cell.per_user, role, only)
@@ -270,7 +270,7 @@ def _trade_line(label: str, record: Record, server: Server, only: str | None, co
             points.append((user, total / server.gpus))
             levels.append(str(n))
     baseline = role == "baseline"
-    return Line(f"{label}, baseline" if baseline else label, points, colour, baseline, levels)
+    return Line(f"{label}, baseline" if baseline else label, points, color, baseline, levels)
 
 
 def _acceptance(runs: Sequence[tuple[str, Record]]) -> str:
@@ -290,9 +290,9 @@ def _acceptance(runs: Sequence[tuple[str, Record]]) -> str:
             continue
         level = found[0].concurrency
         shares, given = [], []
-        for colour, cell in enumerate(found):
-            shares.append(_positions(cell.set_name, cell.acceptance.unconditional or [], colour))
-            given.append(_positions(cell.set_name, cell.acceptance.conditional or [], colour))
+        for color, cell in enumerate(found):
+            shares.append(_positions(cell.set_name, cell.acceptance.unconditional or [], color))
+            given.append(_positions(cell.set_name, cell.acceptance.conditional or [], color))
         figures.append(
             _figure(
                 f"{label}: accepted at position k",
@@ -318,9 +318,9 @@ def _first_accepting(record: Record, name: str) -> Cell | None:
     return next((cell for cell in cells if cell and cell.acceptance.unconditional), None)
 
 
-def _positions(name: str, shares: Sequence[float | None], colour: int) -> Line:
+def _positions(name: str, shares: Sequence[float | None], color: int) -> Line:
     points = [(float(k), share) for k, share in enumerate(shares, start=1) if share is not None]
-    return Line(name, points, colour)
+    return Line(name, points, color)
 
 
 def _tables(runs: Sequence[tuple[str, Record]]) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 
 from dflash_plugin.bench.http_endpoint import HttpEndpoint, refused
-from dflash_plugin.bench.observation import Counters, Observation
-from dflash_plugin.bench.record import Role, Server, Settings
-from dflash_plugin.bench.secrets import without_secrets
+from dflash_plugin.bench.measurements import Counters, RequestTrace
+from dflash_plugin.bench.redact import without_secrets
+from dflash_plugin.bench.schema import Role, Server, Settings
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.monitor.client import plugin_states
 from dflash_plugin.prompts import Message
-from dflash_plugin.serving.scrape import plugin_states
 
 TOKENS = "sglang:generation_tokens_total"
 CALLS = "sglang:spec_verify_calls_total"
@@ -90,7 +90,7 @@ class SglangServer(HttpEndpoint):
             sources["passes"] = NO_METRICS
         return Counters(tokens, passes, None, sources)
 
-    def fill_passes(self, observations: Sequence[Observation], grown: Counters) -> str | None:
+    def fill_passes(self, observations: Sequence[RequestTrace], grown: Counters) -> str | None:
         """The answers brought them."""
         if not self.speculative:
             return "the server has no drafter"
@@ -129,7 +129,7 @@ class SglangServer(HttpEndpoint):
             "stream": True,
         }
 
-    def read(self, observation: Observation, chunk: dict[str, Any]) -> int:
+    def read(self, observation: RequestTrace, chunk: dict[str, Any]) -> int:
         """Take a chunk of ``/generate``; ids and text are the answer's so far, or what is new."""
         meta, ids = chunk["meta_info"], chunk.get("output_ids") or []
         tokens = int(meta["completion_tokens"])

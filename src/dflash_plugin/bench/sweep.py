@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from dflash_plugin.bench.averages import check_counts, make_cell
 from dflash_plugin.bench.http_endpoint import HttpEndpoint, settle
-from dflash_plugin.bench.observation import Counters, Endpoint, Observation, turns_of
-from dflash_plugin.bench.record import Cell, KeptText, Record, Repeat, Role, Server, Settings
-from dflash_plugin.bench.secrets import without_credentials
+from dflash_plugin.bench.measurements import Counters, Endpoint, RequestTrace, turns_of
+from dflash_plugin.bench.metrics import check_counts, make_cell
+from dflash_plugin.bench.redact import without_credentials
+from dflash_plugin.bench.schema import Cell, KeptText, Record, Repeat, Role, Server, Settings
 from dflash_plugin.bench.sglang_server import SglangServer
 from dflash_plugin.bench.vllm_server import VllmServer
 from dflash_plugin.errors import DFlashError
@@ -163,7 +163,7 @@ class _Gathered:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.repeats: list[Repeat] = []
-        self.observations: list[Observation] = []
+        self.observations: list[RequestTrace] = []
         self.grown: list[Counters] = []
         self.missing: str | None = None
 
@@ -174,7 +174,7 @@ class _Gathered:
         settings: Settings,
         what: str,
         progress: Progress,
-    ) -> list[Observation]:
+    ) -> list[RequestTrace]:
         endpoint = self.endpoint
         before, busy = endpoint.counters(), time.process_time()
         observations, seconds = _run(endpoint, prompts, level, settings, what, progress)
@@ -216,7 +216,7 @@ def _run(
     settings: Settings,
     what: str,
     progress: Progress,
-) -> tuple[list[Observation], float]:
+) -> tuple[list[RequestTrace], float]:
     total, done = sum(len(turns_of(prompt)) for prompt in prompts), 0
 
     def count() -> None:
@@ -236,7 +236,7 @@ def _put(cells: list[Cell], cell: Cell) -> None:
 
 
 def _keep(
-    endpoint: Endpoint, observations: list[Observation], role: Role, set_name: str, level: int
+    endpoint: Endpoint, observations: list[RequestTrace], role: Role, set_name: str, level: int
 ) -> list[KeptText]:
     texts = []
     for observation in observations:

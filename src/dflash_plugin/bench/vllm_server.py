@@ -8,13 +8,13 @@ from typing import Any
 
 import httpx
 
-from dflash_plugin.bench.averages import read_passes_off_chunks
 from dflash_plugin.bench.http_endpoint import HttpEndpoint, refused
-from dflash_plugin.bench.observation import Counters, Observation
-from dflash_plugin.bench.record import Role, Server, Settings
-from dflash_plugin.bench.secrets import without_secrets
+from dflash_plugin.bench.measurements import Counters, RequestTrace
+from dflash_plugin.bench.metrics import read_passes_off_chunks
+from dflash_plugin.bench.redact import without_secrets
+from dflash_plugin.bench.schema import Role, Server, Settings
+from dflash_plugin.monitor.client import Samples
 from dflash_plugin.prompts import Message
-from dflash_plugin.serving.scrape import Samples
 
 CHAT = "/v1/chat/completions"
 TOKENS = "vllm:generation_tokens_total"
@@ -79,7 +79,7 @@ class VllmServer(HttpEndpoint):
             found.sources[what] = name if there else f"/metrics has no {name}"
         return found
 
-    def fill_passes(self, observations: Sequence[Observation], grown: Counters) -> str | None:
+    def fill_passes(self, observations: Sequence[RequestTrace], grown: Counters) -> str | None:
         """Take chunks for passes where the counters agree."""
         return read_passes_off_chunks(observations, grown)
 
@@ -103,7 +103,7 @@ class VllmServer(HttpEndpoint):
             body["chat_template_kwargs"] = {"enable_thinking": settings.thinking}
         return CHAT, body
 
-    def read(self, observation: Observation, chunk: dict[str, Any]) -> int:
+    def read(self, observation: RequestTrace, chunk: dict[str, Any]) -> int:
         """Take a chunk of a chat completion; the last one brings the number of tokens."""
         if chunk.get("usage"):
             observation.tokens = chunk["usage"]["completion_tokens"]

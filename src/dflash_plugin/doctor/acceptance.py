@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from dflash_plugin.config import DrafterConfig
+from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, first_values
 from dflash_plugin.doctor.texts import Texts
-from dflash_plugin.drafter import Drafter
-from dflash_plugin.known_answer import KnownAnswers, first_values
-from dflash_plugin.rope import RotaryEmbedding
-from dflash_plugin.serving.check import FLOAT32, HALF
+from dflash_plugin.drafter.config import DrafterConfig
+from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.drafter.rope import RotaryEmbedding
+from dflash_plugin.serving.reference_check import FLOAT32, HALF
 from dflash_plugin.train.blocks import Blocks, choose_anchors, make_blocks
 from dflash_plugin.train.losses import accepted_run, walk
 from dflash_plugin.train.objective import Objective
@@ -197,7 +197,7 @@ class KnownBlocks:
         record: what the float32 core drafted.
     """
 
-    def __init__(self, texts: Texts, record: KnownAnswers) -> None:
+    def __init__(self, texts: Texts, record: ReferenceDrafts) -> None:
         self.texts = texts
         self.record = record
         dtype = texts.target.dtype
@@ -205,7 +205,7 @@ class KnownBlocks:
         self.min_margin, self.share = FLOAT32 if self.is_float32 else HALF
 
     @classmethod
-    def of(cls, target: PreTrainedModel, record: KnownAnswers) -> KnownBlocks:
+    def of(cls, target: PreTrainedModel, record: ReferenceDrafts) -> KnownBlocks:
         """The record's prompts, read by a target."""
         pairs = [(a.prompt, [a.anchor, *a.drafts]) for a in record.answers]
         return cls(Texts(target, SequenceSet.build(pairs)), record)

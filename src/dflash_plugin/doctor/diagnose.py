@@ -10,9 +10,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from dflash_plugin.checkpoint import Checkpoint, load_checkpoint, load_config
-from dflash_plugin.config import Dialect, DraftWeights
-from dflash_plugin.doctor import numerics, settings
+from dflash_plugin.checkpoints.inspection import inspect_checkpoint
+from dflash_plugin.checkpoints.io import Checkpoint, load_checkpoint, load_config
+from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, load_record
+from dflash_plugin.doctor import config_trials, numerics
 from dflash_plugin.doctor.acceptance import (
     Acceptance,
     KnownBlocks,
@@ -20,20 +21,19 @@ from dflash_plugin.doctor.acceptance import (
     shortened,
     walked,
 )
+from dflash_plugin.doctor.chat_template import check_template, special_tokens
+from dflash_plugin.doctor.config_trials import Trials
 from dflash_plugin.doctor.probe import Question
 from dflash_plugin.doctor.report import Certainty, Check, Diagnosis
 from dflash_plugin.doctor.server import Served, check_server
-from dflash_plugin.doctor.settings import Trials
-from dflash_plugin.doctor.template import check_template, special_tokens
 from dflash_plugin.doctor.texts import PROMPTS, Form, Texts, encode_as, forms, write_texts
-from dflash_plugin.drafter import Drafter
+from dflash_plugin.drafter.config import Dialect, DraftWeights
+from dflash_plugin.drafter.fp8_linear import quantize_drafter
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.fp8 import quantise_drafter
-from dflash_plugin.inspect import inspect_checkpoint
-from dflash_plugin.known_answer import KnownAnswers, load_record
 from dflash_plugin.prompts import Prompt
 from dflash_plugin.serving.acceptance import likely
-from dflash_plugin.serving.hosted import Options, expected_acceptance
+from dflash_plugin.serving.drafter_spec import Options, expected_acceptance
 from dflash_plugin.transformers.loading import bound, load_target
 
 # Share of the training record's τ - 1 that the texts here, which are others, should reach.
@@ -43,7 +43,7 @@ FEW = 3
 Tell = Callable[[str], None]
 
 
-class Asked(BaseModel):
+class DoctorOptions(BaseModel):
     """How the drafter is meant to run.
 
     Attributes:
@@ -102,7 +102,7 @@ class TargetTexts:
             self._texts[key] = write_texts(self.target, prompts, self.max_new_tokens)
         return self._texts[key]
 
-    def known(self, record: KnownAnswers | None) -> KnownBlocks | None:
+    def known(self, record: ReferenceDrafts | None) -> KnownBlocks | None:
         """A record's prompts, read once by the target; None where there is nothing recorded."""
         if record is None or not record.answers:
             return None
@@ -118,7 +118,7 @@ class TargetTexts:
 def diagnose(
     on: TargetTexts,
     directory: Path,
-    asked: Asked | None = None,
+    asked: DoctorOptions | None = None,
     served: Served | None = None,
     tell: Tell = lambda _: None,
 ) -> Diagnosis:
@@ -134,7 +134,7 @@ def diagnose(
     Raises:
         DFlashError: the target answers nothing.
     """
-    asked = asked or Asked()
+    asked = asked or DoctorOptions()
     tell("reading the checkpoint")
     first = check_configuration(directory, on.directory, asked.dialect)
     found = Diagnosis(target=str(on.directory), drafter=str(directory), checks=[first])
@@ -196,7 +196,7 @@ def _reads(directory: Path) -> bool:
 
 
 def _measured(
-    on: TargetTexts, checkpoint: Checkpoint, asked: Asked, served: Served | None, tell: Tell
+    on: TargetTexts, checkpoint: Checkpoint, asked: DoctorOptions, served: Served | None, tell: Tell
 ) -> list[Check]:
     """Every check that drafts."""
     config, where = checkpoint.config, checkpoint.directory
@@ -209,7 +209,7 @@ def _measured(
     known = on.known(record)
     num_layers = on.target.config.get_text_config().num_hidden_layers
     tell("the target reads its answers")
-    layers = {i for ids in settings.shifted(config, num_layers) for i in ids}
+    layers = {i for ids in config_trials.shifted(config, num_layers) for i in ids}
     for each in (texts, known.texts if known else None):
         if each is not None:
             each.prepare(layers | set(config.target_layer_ids))
@@ -221,13 +221,13 @@ def _measured(
         requested = served.drafts
     checks = [check_acceptance(trials.base, expected)]
     steps: list[tuple[str, Callable[[], Check]]] = [
-        ("dialect", lambda: settings.check_dialect(trials, checkpoint)),
-        ("target layers", lambda: settings.check_layers(trials, where)),
-        ("feature order", lambda: settings.check_order(trials, where)),
-        ("mask token", lambda: settings.check_mask(trials, on.tokenizer, where)),
-        ("rope", lambda: settings.check_rope(trials, where)),
-        ("window and causality", lambda: settings.check_attention(trials, where)),
-        ("block size", lambda: settings.check_block(trials, requested, where)),
+        ("dialect", lambda: config_trials.check_dialect(trials, checkpoint)),
+        ("target layers", lambda: config_trials.check_layers(trials, where)),
+        ("feature order", lambda: config_trials.check_order(trials, where)),
+        ("mask token", lambda: config_trials.check_mask(trials, on.tokenizer, where)),
+        ("rope", lambda: config_trials.check_rope(trials, where)),
+        ("window and causality", lambda: config_trials.check_attention(trials, where)),
+        ("block size", lambda: config_trials.check_block(trials, requested, where)),
         ("weights", lambda: numerics.check_weights(checkpoint)),
         ("known answers", lambda: numerics.check_known(drafter, known)),
         (
@@ -243,7 +243,7 @@ def _measured(
                 texts, trials.base, asked.draft_weights, lambda: _fp8(checkpoint, on.target)
             ),
         ),
-        ("quantised target", lambda: numerics.check_quantised_target(on.target)),
+        ("quantized target", lambda: numerics.check_quantized_target(on.target)),
         (
             "chat template",
             lambda: check_template(
@@ -266,7 +266,7 @@ def _measured(
     return checks
 
 
-def asked_form(asked: Asked, tokenizer: Any) -> Form:
+def asked_form(asked: DoctorOptions, tokenizer: Any) -> Form:
     """How prompts reach the target.
 
     Raises:
@@ -297,14 +297,14 @@ def _cut(drafter: Drafter, served: Served) -> Drafter:
     return shortened(drafter, min(served.drafts or most, most))
 
 
-def stored_dtype(directory: Path, asked: Asked) -> str:
+def stored_dtype(directory: Path, asked: DoctorOptions) -> str:
     """Dtype of the checkpoint's file."""
     return load_config(directory, asked.dialect).dtype
 
 
 def _fp8(checkpoint: Checkpoint, target: PreTrainedModel) -> Drafter:
     drafter = bound(checkpoint, target)
-    quantise_drafter(drafter)
+    quantize_drafter(drafter)
     return drafter
 
 
@@ -341,7 +341,7 @@ def check_acceptance(base: Acceptance, expected: float | None) -> Check:
 
 
 def _by_form(
-    on: TargetTexts, drafter: Drafter, served: Form, texts: Texts, record: KnownAnswers | None
+    on: TargetTexts, drafter: Drafter, served: Form, texts: Texts, record: ReferenceDrafts | None
 ) -> dict[str, Acceptance]:
     """Acceptance over the first prompts in every form; over the record's, if formed otherwise."""
     few = texts.first(min(FEW, len(texts.sequences)))

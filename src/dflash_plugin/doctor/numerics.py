@@ -1,4 +1,4 @@
-"""Checks of numbers: known answers by layer, rounded weights, dtypes, quantised targets."""
+"""Checks of numbers: known answers by layer, rounded weights, dtypes, quantized targets."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dflash_plugin.checkpoint import Checkpoint
-from dflash_plugin.config import DraftWeights
+from dflash_plugin.checkpoints.io import Checkpoint
+from dflash_plugin.checkpoints.reference_drafts import first_values, layer_outputs
 from dflash_plugin.doctor.acceptance import (
     Acceptance,
     KnownBlocks,
@@ -23,8 +23,8 @@ from dflash_plugin.doctor.acceptance import (
 )
 from dflash_plugin.doctor.report import Certainty, Check
 from dflash_plugin.doctor.texts import Texts
-from dflash_plugin.drafter import Drafter
-from dflash_plugin.known_answer import first_values, layer_outputs
+from dflash_plugin.drafter.config import DraftWeights
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.transformers.loading import bind_drafter
 
 # Root-mean-square difference from float32, as a share, that a rounded run may have.
@@ -122,11 +122,11 @@ def check_weights(checkpoint: Checkpoint) -> Check:
     return check.model_copy(
         update={
             "status": "fault",
-            "finding": f"draft layer {', '.join(map(str, layers))} was quantised: {rounded[0]} "
+            "finding": f"draft layer {', '.join(map(str, layers))} was quantized: {rounded[0]} "
             f"holds {counts[rounded[0]]:.0f} values a row, the other layers' "
             f"{usual[rounded[0]]:.0f}",
             "evidence": {name: counts[name] for name in rounded},
-            "fix": "fetch or export the drafter again without quantisation",
+            "fix": "fetch or export the drafter again without quantization",
             "certainty": Certainty.LIKELY,
         }
     )
@@ -147,38 +147,38 @@ def _usual(counts: Mapping[str, float]) -> dict[str, float]:
     return {name: statistics.median_high(kinds[name.split(".", 2)[2]]) for name in counts}
 
 
-def check_quantised_target(target: PreTrainedModel) -> Check:
-    """Whether the target is quantised, which its features feel, or its head, which drafts do."""
+def check_quantized_target(target: PreTrainedModel) -> Check:
+    """Whether the target is quantized, which its features feel, or its head, which drafts do."""
     head = target.get_output_embeddings()
     rounded_head = not (isinstance(head, nn.Linear) and head.weight.element_size() > 1)
-    quantised = getattr(target.config, "quantization_config", None)
+    quantized = getattr(target.config, "quantization_config", None)
     check = Check(
-        name="quantised target",
+        name="quantized target",
         status="ok",
         looked_at="quantization_config of the target, and its output head",
-        finding="neither is quantised",
+        finding="neither is quantized",
     )
-    if not quantised and not rounded_head:
+    if not quantized and not rounded_head:
         return check
     method = (
-        quantised.get("quant_method")
-        if isinstance(quantised, dict)
-        else getattr(quantised, "quant_method", None)
+        quantized.get("quant_method")
+        if isinstance(quantized, dict)
+        else getattr(quantized, "quant_method", None)
     )
     name = str(getattr(method, "value", method) or "unknown")
-    what = f"the target is quantised ({name}), its head {'too' if rounded_head else 'is not'}"
-    if not quantised:
-        what = f"the target's head is quantised ({type(head).__name__})"
+    what = f"the target is quantized ({name}), its head {'too' if rounded_head else 'is not'}"
+    if not quantized:
+        what = f"the target's head is quantized ({type(head).__name__})"
     return check.model_copy(
         update={
             "status": "note",
-            "finding": f"{what}: a drafter trained on the unquantised target reads "
-            + ("features that are a little off" if quantised else "the right features")
+            "finding": f"{what}: a drafter trained on the unquantized target reads "
+            + ("features that are a little off" if quantized else "the right features")
             + (" and drafts with another head than its own training's" if rounded_head else ""),
             "evidence": {"quant_method": name, "head": type(head).__name__},
-            "fix": "run doctor on the unquantised target too; where its τ is much higher, train "
-            "the drafter on the quantised one"
-            + (", or leave the head out of the quantisation" if rounded_head else ""),
+            "fix": "run doctor on the unquantized target too; where its τ is much higher, train "
+            "the drafter on the quantized one"
+            + (", or leave the head out of the quantization" if rounded_head else ""),
         }
     )
 

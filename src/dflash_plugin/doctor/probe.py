@@ -16,9 +16,15 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from dflash_plugin.doctor.reading import completed
 from dflash_plugin.errors import DFlashError, reason
-from dflash_plugin.serving.scrape import EngineName, Reading, ServerClient, grown, share_saved
+from dflash_plugin.monitor.client import (
+    EngineName,
+    MetricsSnapshot,
+    ServerClient,
+    grown,
+    share_saved,
+)
+from dflash_plugin.monitor.metrics import completed
 
 TIMEOUT = httpx.Timeout(300.0, connect=10.0)
 # Seconds in which a server's counters follow its answers.
@@ -87,7 +93,7 @@ class Probe:
     refused: str | None = None
 
 
-class Asking:
+class ServerProber:
     """Asks a server.
 
     Args:
@@ -160,14 +166,14 @@ class Asking:
             )[len(answers) // 2],
         )
 
-    def _reading(self) -> Reading:
+    def _reading(self) -> MetricsSnapshot:
         info = self.client.info() or {}
         try:
             return completed(self.client.reading(), info)
         except DFlashError:
-            return completed(Reading(), info)
+            return completed(MetricsSnapshot(), info)
 
-    def _settled(self, before: Reading, tokens: int) -> Reading:
+    def _settled(self, before: MetricsSnapshot, tokens: int) -> MetricsSnapshot:
         step = 0.1
         for _ in range(int(SETTLED / step)):
             now = self._reading()

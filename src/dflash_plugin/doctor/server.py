@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dflash_plugin.doctor.probe import Asking, Probe, Question, Round
-from dflash_plugin.doctor.reading import completed, summary
+from dflash_plugin.doctor.probe import Probe, Question, Round, ServerProber
 from dflash_plugin.doctor.report import Certainty, Check
+from dflash_plugin.monitor.client import EngineName, MetricsSnapshot, ServerClient, ServerError
+from dflash_plugin.monitor.metrics import completed, summary
 from dflash_plugin.serving.acceptance import likely
-from dflash_plugin.serving.scrape import EngineName, Reading, ServerClient, ServerError
 
 # Verify passes by which acceptance can be judged.
 MIN_PASSES = 50
@@ -36,10 +36,10 @@ class Served:
     """
 
     url: str
-    reading: Reading
+    reading: MetricsSnapshot
     info: Mapping[str, Any]
     missing: str | None = None
-    asking: Asking | None = None
+    asking: ServerProber | None = None
 
     @property
     def engine(self) -> EngineName:
@@ -75,7 +75,7 @@ class Served:
         return self.asking.probe(self.engine, questions, here())
 
 
-def ask(client: ServerClient, asking: Asking | None = None) -> Served:
+def ask(client: ServerClient, asking: ServerProber | None = None) -> Served:
     """Read a server's metrics and information.
 
     Args:
@@ -93,7 +93,7 @@ def ask(client: ServerClient, asking: Asking | None = None) -> Served:
         if not info:
             raise
         missing = str(error)
-        reading = Reading(engine="sglang")
+        reading = MetricsSnapshot(engine="sglang")
     return Served(client.url, completed(reading, info), info, missing, asking)
 
 
@@ -361,7 +361,7 @@ def _traffic(served: Served, tau: float, expected: float | None) -> Check:
     )
 
 
-def _evidence(reading: Reading, expected: float | None) -> dict[str, Any]:
+def _evidence(reading: MetricsSnapshot, expected: float | None) -> dict[str, Any]:
     return {
         "tau_served": None if reading.tau is None else round(reading.tau, 3),
         "tau_of_training": expected,
@@ -400,6 +400,6 @@ def _acceptance(served: Served, tau: float, expected: float | None, low: bool) -
             "status": "fault",
             "finding": f"τ is {reached:.2f} on the server and {tau:.2f} here: {cause}",
             "fix": "run doctor with --data on prompts as the server gets them, and with the "
-            "server's dtype and quantisation",
+            "server's dtype and quantization",
         }
     )

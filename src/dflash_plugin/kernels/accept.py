@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dflash_plugin.decoding.sampling import Stream, uniforms
+from dflash_plugin.decoding.verify import verify_greedy, verify_sampled
 from dflash_plugin.kernels.common import uniform
-from dflash_plugin.sampling import Stream, uniforms
-from dflash_plugin.verify import verify_greedy, verify_sampled
 
 
 class Accepted(NamedTuple):

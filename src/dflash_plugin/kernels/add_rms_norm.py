@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from dflash_plugin.convolution import grouped_convolution
-from dflash_plugin.fp8 import FP8, RoundedRows, round_rows
+from dflash_plugin.drafter.convolution import grouped_convolution
 from dflash_plugin.kernels.common import norm_weight, overlap, rounded, row_warps, scaled_weight
+from dflash_plugin.kernels.fp8_rows import FP8, RoundedRows, round_rows
 from dflash_plugin.kernels.grouped_convolution import check_convolution, convolved
 
 

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin.attention import masked_attention
-from dflash_plugin.config import LayerAttention
+from dflash_plugin.drafter.attention import masked_attention
+from dflash_plugin.drafter.config import LayerAttention
+from dflash_plugin.drafter.masks import WindowFrom, sees_block, sees_context
 from dflash_plugin.kernels.common import DTYPES, PROGRAMS, dot, dot_precision, stages_that_fit
-from dflash_plugin.visibility import WindowFrom, sees_block, sees_context
 
 INTEGERS = (torch.int32, torch.int64)
 # Query rows that share a key head, which one program holds.

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from dflash_plugin.decoding.sampling import Stream, philox
 from dflash_plugin.kernels.common import ProductTile, dot, dot_precision, noise_bits, overlap
-from dflash_plugin.sampling import Stream, philox
 
 MAX_TOP_K = 16
 NO_TOKEN = (1 << 31) - 1
@@ -29,7 +29,7 @@ NO_KEY = tl.constexpr(-(1 << 63))
 
 
 class HeadChoice(NamedTuple):
-    """The best tokens of each row, best first, and the normaliser of its distribution.
+    """The best tokens of each row, best first, and the normalizer of its distribution.
 
     Attributes:
         tokens: int64 [T, k].

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin.fp8 import FP8, Fp8Rows, product_naive
 from dflash_plugin.kernels.common import ProductTile, dot, dot_precision
+from dflash_plugin.kernels.fp8_rows import FP8, Fp8Rows, product_naive
 
 
 @triton.jit(do_not_specialize=["rows"])

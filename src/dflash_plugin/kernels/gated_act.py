@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from dflash_plugin.fp8 import FP8, RoundedRows, round_rows
 from dflash_plugin.kernels.common import rounded, row_warps
+from dflash_plugin.kernels.fp8_rows import FP8, RoundedRows, round_rows
 
 BLOCK = 1024
 

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin import convolution
-from dflash_plugin.fp8 import FP8, RoundedRows, round_rows
+from dflash_plugin.drafter import convolution
 from dflash_plugin.kernels.common import rounded, row_warps
+from dflash_plugin.kernels.fp8_rows import FP8, RoundedRows, round_rows
 
 BLOCK = 1024
 

@@ -236,7 +236,7 @@ def inject_kv(
         committed: int32 [B], or None for all. T is then B times the rows of a request, and of each
             request's rows only the first ``committed`` are written.
         gemma: multiply by ``1 + weight``.
-        interleaved: pairs are neighbours, not the two halves.
+        interleaved: pairs are neighbors, not the two halves.
         factor: on cosines and sines.
         value_scale: on values, or None to leave them.
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin.budget.acceptance import LEAST, LEAST_SLOPE, MOST, AcceptanceModel
+from dflash_plugin.adaptive.acceptance_model import LEAST, LEAST_SLOPE, MOST, AcceptanceModel
 
 
 @triton.jit(do_not_specialize=["batch"])

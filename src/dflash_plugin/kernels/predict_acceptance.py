@@ -1,4 +1,4 @@
-"""From the head's normaliser, or a draft's log-odds, to the probability that it stands."""
+"""From the head's normalizer, or a draft's log-odds, to the probability that it stands."""
 
 from __future__ import annotations
 

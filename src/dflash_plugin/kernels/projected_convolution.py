@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dflash_plugin import convolution
-from dflash_plugin.fp8 import FP8, RoundedRows, round_rows
+from dflash_plugin.drafter import convolution
 from dflash_plugin.kernels.common import dot, dot_precision, overlap, rounded, row_warps
+from dflash_plugin.kernels.fp8_rows import FP8, RoundedRows, round_rows
 from dflash_plugin.kernels.grouped_convolution import BLOCK
 
 # Rows beyond which a library's product is faster.
@@ -142,7 +142,7 @@ def projects(weight: object, x: Tensor) -> TypeGuard[Tensor]:
     """Whether rows are few and a weight is as it was read, for ``projected_convolution``.
 
     Args:
-        weight: an engine's linear's, which may be quantised or packed.
+        weight: an engine's linear's, which may be quantized or packed.
         x: [T, H].
     """
     return (

@@ -113,7 +113,7 @@ def qk_norm_rope(
         head_dim: any size.
         eps: added to the mean square.
         gemma: multiply by ``1 + weight``.
-        interleaved: pairs are neighbours, not the two halves.
+        interleaved: pairs are neighbors, not the two halves.
         factor: on cosines and sines.
         value_scale: on values, or None to leave them.
 

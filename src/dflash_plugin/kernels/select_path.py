@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin import selector
-from dflash_plugin.budget.acceptance import LEAST, MOST
+from dflash_plugin.adaptive.acceptance_model import LEAST, MOST
+from dflash_plugin.drafter import selector
 from dflash_plugin.kernels.common import dot
 
 # Candidates of a position.

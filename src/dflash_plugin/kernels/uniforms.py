@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin import sampling
+from dflash_plugin.decoding import sampling
 from dflash_plugin.kernels.common import uniform
 
 

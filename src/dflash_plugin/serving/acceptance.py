@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dflash_plugin.serving.hosted import Hosted
+from dflash_plugin.serving.drafter_spec import DrafterSpec
 
 
 class AcceptanceWatch:
@@ -14,7 +14,7 @@ class AcceptanceWatch:
         info: the drafter, with its expectation and options.
     """
 
-    def __init__(self, info: Hosted) -> None:
+    def __init__(self, info: DrafterSpec) -> None:
         self.expected = info.expected_acceptance_length
         self.share = info.options.acceptance_warning
         self.window = info.options.acceptance_window
@@ -52,7 +52,7 @@ def likely(rates: Sequence[float]) -> str:
     if rates[0] < 0.1:
         return (
             "hardly any first draft is accepted, so the drafter probably belongs to another "
-            "target, or to another revision or quantisation of it; `dflash-plugin inspect "
+            "target, or to another revision or quantization of it; `dflash-plugin inspect "
             "DRAFTER --target TARGET --replay` compares the two"
         )
     if len(rates) > 1 and rates[1] < 0.3 * rates[0]:

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-from dflash_plugin.serving.hosted import Hosted
+from dflash_plugin.serving.drafter_spec import DrafterSpec
 
 
 @cache
@@ -84,7 +84,7 @@ def count_budget(
         counters[kind].labels(*values, *rows).inc(count)
 
 
-def introduce(made: dict[str, Any], info: Hosted, values: list[object]) -> None:
+def introduce(made: dict[str, Any], info: DrafterSpec, values: list[object]) -> None:
     """Set what does not change while an engine serves.
 
     Args:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dflash_plugin.checkpoint import load_checkpoint
-from dflash_plugin.drafter import Drafter
+from dflash_plugin.checkpoints.io import load_checkpoint
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.serving.hosted import Hosted
+from dflash_plugin.serving.drafter_spec import DrafterSpec
 
 
-def fill(drafter: Drafter, info: Hosted, rank: int) -> None:
+def fill(drafter: Drafter, info: DrafterSpec, rank: int) -> None:
     """Read the checkpoint into the drafter's parameters, each by its own loader.
 
     Args:
@@ -72,7 +72,7 @@ def sorted_columns(weight: Tensor, layer_ids: Sequence[int]) -> Tensor:
     return torch.cat([parts[place] for place in order], dim=1)
 
 
-def check_features(width: int, info: Hosted) -> None:
+def check_features(width: int, info: DrafterSpec) -> None:
     """Check the width of the target's features.
 
     Raises:

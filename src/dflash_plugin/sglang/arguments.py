@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dflash_plugin.checkpoint import load_config
-from dflash_plugin.config import DrafterConfig
-from dflash_plugin.dialects.common import FULL, SLIDING, sizes
+from dflash_plugin.checkpoints.dialects.common import FULL, SLIDING, sizes
+from dflash_plugin.checkpoints.io import load_config
+from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
-from dflash_plugin.serving.hosted import (
+from dflash_plugin.serving.drafter_spec import (
     expected_acceptance,
     is_staged,
     resolve,
@@ -21,7 +21,7 @@ from dflash_plugin.serving.hosted import (
 )
 from dflash_plugin.sglang import compat
 from dflash_plugin.sglang.compat import argument, set_argument
-from dflash_plugin.sglang.options import ENGINE, Hosted, read_options
+from dflash_plugin.sglang.options import ENGINE, DrafterSpec, read_options
 
 ALGORITHM = "DFLASH"
 ARCHITECTURE = "DFlashPluginDraftModel"
@@ -53,7 +53,7 @@ def handle_dflash(native: Callable[..., Any], server_args: Any) -> Any:
     """SGLang's own checks, which would refuse a CPU."""
     if argument(server_args, "device") != "cpu":
         return native(server_args)
-    from dflash_plugin.sglang.cpu import prepare_cpu
+    from dflash_plugin.sglang.cpu.setup import prepare_cpu
 
     with compat.as_cuda(server_args):
         result = native(server_args)
@@ -100,7 +100,7 @@ def prepare(server_args: Any) -> None:
         set_argument(server_args, "speculative_num_draft_tokens", config.block_size)
     if str(argument(server_args, "load_format")).rpartition(".")[2].lower() == "dummy":
         options = without_checks(options)
-    info = Hosted(
+    info = DrafterSpec(
         checkpoint=checkpoint,
         config=config,
         options=options,
@@ -170,7 +170,7 @@ def check_layers(config: DrafterConfig, num_target_layers: int) -> None:
 
 
 def engine_config(
-    info: Hosted, vocab_size: int, num_target_layers: int, length: int
+    info: DrafterSpec, vocab_size: int, num_target_layers: int, length: int
 ) -> dict[str, Any]:
     """config.json of the draft model, with what SGLang itself reads of it and our own entry."""
     config = info.config

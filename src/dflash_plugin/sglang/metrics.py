@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from dflash_plugin.budget.width import growth
+from dflash_plugin.adaptive.policy import growth
 from dflash_plugin.serving.acceptance import AcceptanceWatch
 from dflash_plugin.serving.prometheus import (
     collectors,
@@ -18,9 +18,9 @@ from dflash_plugin.serving.prometheus import (
     introduce,
     position_counters,
 )
+from dflash_plugin.sglang.adaptive import AdaptiveVerifier
 from dflash_plugin.sglang.compat import argument
-from dflash_plugin.sglang.options import Hosted
-from dflash_plugin.sglang.width import Widths
+from dflash_plugin.sglang.options import DrafterSpec
 
 logger = logging.getLogger("sglang.dflash_plugin")
 
@@ -40,7 +40,7 @@ class Acceptance:
         model_name: label of the metrics, or None where SGLang exports none.
     """
 
-    def __init__(self, info: Hosted, num_drafts: int, model_name: str | None) -> None:
+    def __init__(self, info: DrafterSpec, num_drafts: int, model_name: str | None) -> None:
         self.info = info
         self.watch = AcceptanceWatch(info)
         # How many passes accepted exactly so many drafts; all, and those not yet looked at.
@@ -122,16 +122,16 @@ def shares(histogram: Sequence[int]) -> list[float]:
 
 
 _acceptance: Acceptance | None = None
-_widths: Widths | None = None
+_widths: AdaptiveVerifier | None = None
 
 
-def listen(widths: Widths) -> None:
+def listen(widths: AdaptiveVerifier) -> None:
     """Let the choice of this process's widths learn from what is accepted."""
     global _widths
     _widths = widths
 
 
-def start(info: Hosted, server_args: Any, num_drafts: int) -> None:
+def start(info: DrafterSpec, server_args: Any, num_drafts: int) -> None:
     """Begin to count in this process.
 
     Args:

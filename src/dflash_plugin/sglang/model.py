@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflash_plugin import kernels
-from dflash_plugin.config import DrafterConfig, LayerAttention
-from dflash_plugin.drafter import Attend, Drafter
+from dflash_plugin.drafter.config import DrafterConfig, LayerAttention
+from dflash_plugin.drafter.interfaces import Attend
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.fp8 import Fp8Rows, RoundedRows, fits, quantise
+from dflash_plugin.kernels.fp8_rows import Fp8Rows, RoundedRows, fits, quantize
 from dflash_plugin.serving import KEY
-from dflash_plugin.serving.fp8 import product
-from dflash_plugin.serving.head import (
+from dflash_plugin.serving.draft_tokens import (
     Candidates,
     best_of_ranks,
     best_of_shard,
@@ -34,16 +34,17 @@ from dflash_plugin.serving.head import (
     choice_of_ranks,
     first_token,
 )
+from dflash_plugin.serving.fp8_weights import product
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
-from dflash_plugin.sglang.block_attention import is_plain
-from dflash_plugin.sglang.host import HostedQKV, SglangHost, round_to_fp8
-from dflash_plugin.sglang.options import Hosted
+from dflash_plugin.sglang.layers import SglangLayers, ShardedQKV, round_to_fp8
+from dflash_plugin.sglang.options import DrafterSpec
+from dflash_plugin.sglang.triton_attention import is_plain
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.draft_head import HeadChoice
 
 
-class HostedDrafter(DFlashDraftModel):
+class EngineDrafter(DFlashDraftModel):
     """What SGLang's draft runner loads and calls; a subclass for what its versions ask of one.
 
     Args:
@@ -60,9 +61,9 @@ class HostedDrafter(DFlashDraftModel):
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         nn.Module.__init__(self)
         self.config = config
-        self.info = Hosted.model_validate(getattr(config, KEY))
+        self.info = DrafterSpec.model_validate(getattr(config, KEY))
         drafter_config = self.info.config
-        host = SglangHost(quant_config)
+        host = SglangLayers(quant_config)
         _check_shards(drafter_config, host.shards)
         self.drafter = Drafter(drafter_config, host)
         self.drafter.requires_grad_(False)
@@ -130,7 +131,7 @@ class HostedDrafter(DFlashDraftModel):
         self.drafter.borrow(embedding.weight, head, embedding)
         self._draft_columns = draft_columns(self.drafter, self.vocab_size)
         attentions = self.drafter.attentions()
-        linears = [cast(HostedQKV, attention.qkv_proj) for attention in attentions]
+        linears = [cast(ShardedQKV, attention.qkv_proj) for attention in attentions]
         if all(linear.is_plain for linear in linears):
             self._kv_weight = torch.cat([q.weight[q.query_width :] for q in linears])
             if self.info.config.attention_bias:
@@ -138,7 +139,7 @@ class HostedDrafter(DFlashDraftModel):
         if self.info.options.draft_weights == "fp8":
             round_to_fp8(self.drafter)
             if isinstance(self._kv_weight, Tensor):
-                self._kv_weight = quantise(self._kv_weight)
+                self._kv_weight = quantize(self._kv_weight)
         if self.info.config.qk_norm:
             norms = [cast(Tensor, attention.key_norm.weight) for attention in attentions]
             self._key_weights = torch.stack(norms)
@@ -167,7 +168,7 @@ class HostedDrafter(DFlashDraftModel):
 
     def _run_block(self, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         if self._fused:
-            from dflash_plugin.kernels.block import run_block
+            from dflash_plugin.kernels.fused_block import run_block
 
             return run_block(self.drafter, embedded, positions, attend, self.block_size)
         return self.drafter.run_block(embedded, positions, attend, self.block_size)
@@ -242,7 +243,7 @@ class HostedDrafter(DFlashDraftModel):
         """Context rows [T, hidden], rounded where their projection multiplies FP8."""
         if not self._fused:
             return self.drafter.fuse(features)
-        from dflash_plugin.kernels.block import fuse
+        from dflash_plugin.kernels.fused_block import fuse
 
         weight = self._kv_weight
         return fuse(self.drafter, features, isinstance(weight, Fp8Rows) and fits(weight.values))
@@ -254,7 +255,7 @@ class HostedDrafter(DFlashDraftModel):
             kv = product(context, self._kv_weight, self._kv_bias)
         else:
             assert isinstance(context, Tensor)
-            linears = [cast(HostedQKV, attention.qkv_proj) for attention in attentions]
+            linears = [cast(ShardedQKV, attention.qkv_proj) for attention in attentions]
             kv = torch.cat([linear.keys_values(context) for linear in linears], dim=-1)
         first = attentions[0]
         return kv.view(kv.shape[0], len(attentions), 2, first.kv_heads, first.head_dim)
@@ -311,7 +312,7 @@ class HostedDrafter(DFlashDraftModel):
         return self.drafter.token_ids(best)
 
     def best_choice(self, hidden: Tensor) -> HeadChoice:
-        """The likeliest draft of each row with its normaliser, the same bits on every rank.
+        """The likeliest draft of each row with its normalizer, the same bits on every rank.
 
         Args:
             hidden: [T, hidden].

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from dflash_plugin.checkpoint import CONFIG
+from dflash_plugin.checkpoints.io import CONFIG
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.serving import KEY
-from dflash_plugin.serving import hosted as shared
-from dflash_plugin.serving.hosted import SWITCH, is_staged, validated
+from dflash_plugin.serving import drafter_spec as shared
+from dflash_plugin.serving.drafter_spec import SWITCH, is_staged, validated
 
 ENGINE = "sglang"
 FILE = f"{SWITCH}_CONFIG"
@@ -29,7 +29,7 @@ class Options(shared.Options):
     draft_sampling: Literal["probabilistic", "greedy"] = "probabilistic"
 
 
-class Hosted(shared.Hosted):
+class DrafterSpec(shared.DrafterSpec):
     """What the workers know of a drafter, with SGLang's options."""
 
     options: Options
@@ -60,20 +60,20 @@ def read_options() -> Options:
     return validated(Options, {**values, **own}, f"{file or 'environment'}")
 
 
-def hosted(path: Any) -> Hosted | None:
+def drafter_spec(path: Any) -> DrafterSpec | None:
     """What is hosted at a draft model path, or None where the drafter is not ours."""
     if path is None or not is_staged(ENGINE, path):
         return None
-    return Hosted.model_validate(json.loads((Path(path) / CONFIG).read_text())[KEY])
+    return DrafterSpec.model_validate(json.loads((Path(path) / CONFIG).read_text())[KEY])
 
 
-def require_hosted(path: Any) -> Hosted:
+def require_hosted(path: Any) -> DrafterSpec:
     """What is hosted at a draft model path.
 
     Raises:
         DFlashError: the directory was not made by the plugin.
     """
-    info = hosted(path)
+    info = drafter_spec(path)
     if info is None:
         raise DFlashError(
             f"the draft model {str(path)!r} was not prepared by dflash-plugin: start SGLang with "

@@ -9,7 +9,7 @@ from typing import Any
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.after_import import after_import
-from dflash_plugin.serving.hosted import is_off
+from dflash_plugin.serving.drafter_spec import is_off
 from dflash_plugin.sglang import compat, metrics
 from dflash_plugin.sglang.arguments import (
     ARCHITECTURE,
@@ -18,7 +18,7 @@ from dflash_plugin.sglang.arguments import (
     handle_speculative_decoding,
     refuse_version,
 )
-from dflash_plugin.sglang.options import Hosted, hosted
+from dflash_plugin.sglang.options import DrafterSpec, drafter_spec
 
 _SRT = "sglang.srt."
 
@@ -26,7 +26,7 @@ _SRT = "sglang.srt."
 def _worker(native: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
     """The worker class of a speculative algorithm: ours for a drafter that is ours."""
     worker = native(algorithm, server_args)
-    if not algorithm.is_dflash() or hosted(draft_model_path(server_args)) is None:
+    if not algorithm.is_dflash() or drafter_spec(draft_model_path(server_args)) is None:
         return worker
     from dflash_plugin.sglang.worker import Worker
 
@@ -37,7 +37,7 @@ def _before_event_loop(native: Callable[..., Any], scheduler: Any) -> Any:
     """The start-up check, when everything is warm and no request has come."""
     worker = getattr(scheduler, "draft_worker", None)
     info = getattr(worker, "info", None)
-    if worker is not None and isinstance(info, Hosted):
+    if worker is not None and isinstance(info, DrafterSpec):
         from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank
 
         from dflash_plugin.sglang.selfcheck import check
@@ -98,7 +98,7 @@ def require_hooks() -> None:
 
 
 def _register_architecture(module: ModuleType) -> None:
-    from dflash_plugin.sglang.model import HostedDrafter
+    from dflash_plugin.sglang.model import EngineDrafter
 
     registry: Any = module.ModelRegistry
-    registry.models[ARCHITECTURE] = HostedDrafter
+    registry.models[ARCHITECTURE] = EngineDrafter

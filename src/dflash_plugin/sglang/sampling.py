@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dflash_plugin.sampling import SamplingTensors, Stream, probabilities, sample, uniforms
+from dflash_plugin.decoding.sampling import SamplingTensors, Stream, probabilities, sample, uniforms
 from dflash_plugin.sglang.penalties import to_device
 
 SEEDS = "dflash_seeds"

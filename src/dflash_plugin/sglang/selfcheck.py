@@ -12,17 +12,17 @@ from collections import deque
 from typing import Any
 from uuid import uuid4
 
+from dflash_plugin.checkpoints.reference_drafts import ReferenceDraft, ReferenceDrafts, load_record
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.known_answer import KnownAnswer, KnownAnswers, load_record
-from dflash_plugin.serving.check import trouble
+from dflash_plugin.serving.reference_check import trouble
 from dflash_plugin.sglang.compat import argument
-from dflash_plugin.sglang.options import Hosted
+from dflash_plugin.sglang.options import DrafterSpec
 
 IDLE_TURNS = 10
 logger = logging.getLogger("sglang.dflash_plugin")
 
 
-def check(scheduler: Any, info: Hosted) -> None:
+def check(scheduler: Any, info: DrafterSpec) -> None:
     """Compare the server's drafts with the checkpoint's known answers.
 
     Raises:
@@ -48,20 +48,20 @@ def check(scheduler: Any, info: Hosted) -> None:
         logger.info("the drafter's %d known answers agree", len(record.answers))
         return
     args = scheduler.server_args
-    quantised = argument(args, "quantization") or "fp8" in str(argument(args, "kv_cache_dtype"))
-    if mode == "warn" or quantised:
+    quantized = argument(args, "quantization") or "fp8" in str(argument(args, "kv_cache_dtype"))
+    if mode == "warn" or quantized:
         logger.warning("%s", found)
         return
     raise DFlashError(f"{found}. To serve all the same, set DFLASH_PLUGIN_KNOWN_ANSWERS=warn")
 
 
-def _compare(scheduler: Any, record: KnownAnswers, info: Hosted) -> str | None:
+def _compare(scheduler: Any, record: ReferenceDrafts, info: DrafterSpec) -> str | None:
     """What is wrong, or None."""
     worker = scheduler.draft_worker
     limit = int(worker.target_worker.model_runner.model_config.context_len)
     compared = 0
 
-    def drafts(expected: KnownAnswer) -> list[int] | None:
+    def drafts(expected: ReferenceDraft) -> list[int] | None:
         nonlocal compared
         if len(expected.prompt) + 1 + worker.block_size > limit:
             return None

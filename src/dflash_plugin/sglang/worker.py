@@ -23,18 +23,24 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.sampling import SamplingTensors, Stream, sample
-from dflash_plugin.serving.head import Candidates, noise, noise_of_walks, walk
-from dflash_plugin.sglang import block_attention, metrics, penalties, sampling
+from dflash_plugin.decoding.sampling import SamplingTensors, Stream, sample
+from dflash_plugin.serving.draft_tokens import Candidates, noise, noise_of_walks, walk
+from dflash_plugin.sglang import metrics, penalties, sampling, triton_attention
+from dflash_plugin.sglang.adaptive import (
+    AdaptiveVerifier,
+    agreement,
+    route_inputs,
+    skipping,
+    widths_of,
+)
 from dflash_plugin.sglang.arguments import draft_model_path
 from dflash_plugin.sglang.compat import argument
-from dflash_plugin.sglang.model import HostedDrafter
+from dflash_plugin.sglang.model import EngineDrafter
 from dflash_plugin.sglang.options import require_hosted
-from dflash_plugin.sglang.width import Widths, agreement, route_inputs, skipping, widths_of
 
 if TYPE_CHECKING:
+    from dflash_plugin.drafter.selector import Proposal
     from dflash_plugin.kernels.select_path import Path
-    from dflash_plugin.selector import Proposal
 
 # No batch that is captured is larger, unless the server runs more requests.
 MAX_CAPTURED = 1024
@@ -117,18 +123,18 @@ class DraftGraphHead:
 class Worker(DFlashWorkerV2):
     """Drives the hosted drafter; takes whatever constructor arguments its version passes."""
 
-    widths: Widths | None = None
+    widths: AdaptiveVerifier | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.step: Step | None = None
         server_args = kwargs.get("server_args", args[0] if args else None)
         self.info = require_hosted(draft_model_path(server_args))
         if argument(server_args, "device") == "cpu":
-            from dflash_plugin.sglang.cpu import install
+            from dflash_plugin.sglang.cpu.setup import install
 
             install()
         super().__init__(*args, **kwargs)
-        self.draft_model: HostedDrafter
+        self.draft_model: EngineDrafter
         self.draft_model.bind(self.target_worker.model_runner.model)
         self.draft_model.set_block_size(self.block_size)
         self.noise = sampling.Noise(
@@ -217,8 +223,8 @@ class Worker(DFlashWorkerV2):
         super().init_attention_backends()
         device = torch.device(self.device)
         target, drafter = self.target_worker.model_runner, self.draft_model_runner
-        attention = block_attention.install(target.attn_backend, device)
-        block_attention.install(drafter.attn_backend, device)
+        attention = triton_attention.install(target.attn_backend, device)
+        triton_attention.install(drafter.attn_backend, device)
         self.widths = widths_of(
             self.info,
             target,
@@ -231,7 +237,7 @@ class Worker(DFlashWorkerV2):
         if self.widths is not None:
             drafter.forward = skipping(drafter.forward, self)
             metrics.listen(self.widths)
-        if kernels.available(device) and block_attention.is_plain(drafter.token_to_kv_pool):
+        if kernels.available(device) and triton_attention.is_plain(drafter.token_to_kv_pool):
             self.graph_injects = True
             target.capture_tail_hooks.append(self.capture_injection)
 
@@ -349,7 +355,7 @@ class Worker(DFlashWorkerV2):
     def inject(
         self, features: Tensor, positions: Tensor, slots: Tensor, committed: Tensor | None = None
     ) -> None:
-        """Write context rows to the drafter's cache; arguments as ``HostedDrafter.inject``'s."""
+        """Write context rows to the drafter's cache; arguments as ``EngineDrafter.inject``'s."""
         with torch.inference_mode():
             self.draft_model.inject(
                 features,
@@ -421,9 +427,9 @@ class Worker(DFlashWorkerV2):
             if blocks.dtype == torch.float32:
                 step.penalties.apply(blocks, drafts)
             else:
-                penalised = blocks.float()
-                step.penalties.apply(penalised, drafts)
-                blocks.copy_(penalised)
+                penalized = blocks.float()
+                step.penalties.apply(penalized, drafts)
+                blocks.copy_(penalized)
         if info.logit_bias is not None:
             blocks += info.logit_bias[:, None].to(blocks.dtype)
         if info.has_custom_logit_processor:

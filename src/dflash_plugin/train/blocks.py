@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dflash_plugin.config import DrafterConfig, LayerAttention
+from dflash_plugin.drafter.config import DrafterConfig, LayerAttention
+from dflash_plugin.drafter.masks import WindowFrom, sees_block, sees_context
 from dflash_plugin.train.sequences import Batch
-from dflash_plugin.visibility import WindowFrom, sees_block, sees_context
 
 
 class Blocks(NamedTuple):

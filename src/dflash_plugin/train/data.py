@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dflash_plugin.decoding.sampling import SamplingParams
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Prompt, encode
-from dflash_plugin.sampling import SamplingParams
 from dflash_plugin.train.sequences import SequenceSet
 from dflash_plugin.transformers.engine import Engine, Request
 

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dflash_plugin.checkpoint import save_checkpoint
-from dflash_plugin.config import Dialect, DrafterConfig
-from dflash_plugin.drafter import Drafter
-from dflash_plugin.known_answer import KnownAnswers, answer, save_record
+from dflash_plugin.checkpoints.io import save_checkpoint
+from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
+from dflash_plugin.drafter.config import Dialect, DrafterConfig
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.prompts import Prompt, encode
 from dflash_plugin.transformers.loading import load_drafter, load_target
 
 KNOWN_PROMPTS = (
     "What is 17 + 25?",
     "Write a Python function that returns the square of a number.",
-    "Name three colours of the rainbow.",
+    "Name three colors of the rainbow.",
 )
 
 
@@ -67,7 +67,7 @@ def record_known_answers(
     drafter = load_drafter(output, target, torch.float32, dialect=dialect)
     prompts = [encode(tokenizer, Prompt.user(text)) for text in KNOWN_PROMPTS]
     save_record(
-        output, KnownAnswers(answers=[answer(drafter, target, prompt) for prompt in prompts])
+        output, ReferenceDrafts(answers=[answer(drafter, target, prompt) for prompt in prompts])
     )
 
 
@@ -94,7 +94,7 @@ def model_card(drafter: Drafter, target: str, facts: dict[str, Any], command: st
         f"| started from | {facts.get('start_from') or 'new weights'} |",
         f"| sequences | {facts.get('sequences')}, written by the target |",
         f"| response tokens | {facts.get('response_tokens')} |",
-        f"| optimiser steps | {facts.get('steps')} |",
+        f"| optimizer steps | {facts.get('steps')} |",
         f"| anchors seen | {facts.get('anchors')} |",
         f"| held-out τ | {held_out.get('held_out_tau', float('nan')):.2f} |",
         f"| machine | {facts.get('processes')} × {facts.get('device')}, torch "

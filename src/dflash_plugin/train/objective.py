@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dflash_plugin.attention import masked_attention
-from dflash_plugin.config import LayerAttention
-from dflash_plugin.drafter import Drafter
+from dflash_plugin.drafter.attention import masked_attention
+from dflash_plugin.drafter.config import LayerAttention
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.train.blocks import Blocks, training_mask
 from dflash_plugin.train.losses import accepted_run, dpace_weights, exponential_weights
 
@@ -88,11 +88,11 @@ class Objective(nn.Module):
         """Mean of cross-entropies [B, A, K] by position; infinite ones count as no loss."""
         if self.weighting == "dpace":
             weights = dpace_weights(cross_entropy, counted, self.dpace_alpha)
-            normaliser = counted[..., 0].sum().clamp(min=1)
+            normalizer = counted[..., 0].sum().clamp(min=1)
         else:
             weights = exponential_weights(counted.shape[-1], self.gamma, counted.device) * counted
-            normaliser = weights.sum().clamp(min=1e-6)
-        return (cross_entropy.masked_fill(cross_entropy.isinf(), 0.0) * weights).sum() / normaliser
+            normalizer = weights.sum().clamp(min=1e-6)
+        return (cross_entropy.masked_fill(cross_entropy.isinf(), 0.0) * weights).sum() / normalizer
 
     def block_hidden(self, features: Tensor, blocks: Blocks) -> Tensor:
         """Hidden states [B, A, K, hidden] of the rows that predict, for every anchor's block."""

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from dflash_plugin.checkpoint import load_checkpoint, load_config
-from dflash_plugin.config import (
+from dflash_plugin.checkpoints.dialects import write_config
+from dflash_plugin.checkpoints.io import load_checkpoint, load_config
+from dflash_plugin.drafter.config import (
     DrafterConfig,
     LayerAttention,
     RopeConfig,
     build_config,
     spread_layers,
 )
-from dflash_plugin.dialects import write_config
-from dflash_plugin.drafter import Drafter
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.train.blocks import choose_anchors, make_blocks
 from dflash_plugin.train.features import FeatureSource
@@ -68,7 +68,7 @@ class TrainConfig(BaseModel):
         mask_token_id: token whose embedding stands for "to be drafted"; needed without
             ``start_from``.
         sliding_window: window of every layer, or None.
-        steps, batch_size, anchors: optimiser steps, sequences a step and process, anchors a
+        steps, batch_size, anchors: optimizer steps, sequences a step and process, anchors a
             sequence.
         learning_rate, weight_decay, warmup, clip, betas: AdamW with linear warm-up (a share of the
             steps), cosine decay to a tenth, and gradient-norm clipping.
@@ -191,14 +191,14 @@ def _config_for(target: PreTrainedModel, train: TrainConfig) -> DrafterConfig:
 def new_drafter(config: DrafterConfig, train: TrainConfig) -> Drafter:
     """The drafter before the first step: a checkpoint's weights, where one is started from."""
     drafter = Drafter(config)
-    initialise(drafter, train.seed)
+    initialize(drafter, train.seed)
     if train.start_from is not None:
         kept = load_checkpoint(train.start_from, dtype=torch.float32).tensors
         drafter.load_canonical({**drafter.canonical(), **kept})
     return drafter
 
 
-def initialise(drafter: Drafter, seed: int) -> None:
+def initialize(drafter: Drafter, seed: int) -> None:
     """Normal weights of width 0.02, residual outputs narrower by the depth, norms at one.
 
     A DFlash 2 drafter begins as the DFlash drafter of the same seed: its convolutions are the

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dflash_plugin.budget.width import WidthPolicy, choose_widths
-from dflash_plugin.drafter import Drafter
-from dflash_plugin.errors import DFlashError
-from dflash_plugin.sampling import (
+from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_widths
+from dflash_plugin.decoding.sampling import (
     SamplingParams,
     SamplingTensors,
 )
+from dflash_plugin.decoding.verify import FinishReason, commit, verify
+from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.transformers.graphs import Graphs
 from dflash_plugin.transformers.loading import bind_drafter
 from dflash_plugin.transformers.store import StaticStore
 from dflash_plugin.transformers.target import Target, TargetPass
-from dflash_plugin.verify import FinishReason, commit, verify
 
 MAX_STOP_IDS = 8
 PREFILL_TOKENS = 8192
@@ -148,10 +148,10 @@ class Engine:
         self.graphs = Graphs(self.device, cuda_graphs)
         self.vocabulary = self.target.embedding.shape[0]
         self.stop_ids = _default_stop_ids(model)
-        self.policy: WidthPolicy | None = None
+        self.policy: VerifyLenPolicy | None = None
         if adaptive and drafter is not None:
             sizes = {min(1 << n, max_batch) for n in range(max_batch.bit_length() + 1)}
-            self.policy = WidthPolicy(choose_widths(rows, 0, None), sorted(sizes))
+            self.policy = VerifyLenPolicy(choose_widths(rows, 0, None), sorted(sizes))
         self._allocate(rows, len(self.layer_ids) * self.target.config.hidden_size)
 
     def _allocate(self, rows: int, feature_width: int) -> None:

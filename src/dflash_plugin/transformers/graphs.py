@@ -18,7 +18,7 @@ class Graphs:
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Run ``step``: eagerly the first time with this ``key``, then from its graph.
 
-        ``step`` must not synchronise, and must take its inputs from and leave its results in
+        ``step`` must not synchronize, and must take its inputs from and leave its results in
         tensors that outlive it.
         """
         if not self.enabled:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dflash_plugin.checkpoint import Checkpoint, load_checkpoint
-from dflash_plugin.config import Dialect, DraftWeights
-from dflash_plugin.drafter import Drafter
+from dflash_plugin.checkpoints.io import Checkpoint, load_checkpoint
+from dflash_plugin.drafter.config import Dialect, DraftWeights
+from dflash_plugin.drafter.fp8_linear import quantize_drafter
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.fp8 import quantise_drafter
 
 
 def load_target(
@@ -69,7 +69,7 @@ def load_drafter(
     """
     drafter = bound(load_checkpoint(Path(directory), dtype or target.dtype, dialect), target)
     if weights == "fp8":
-        quantise_drafter(drafter)
+        quantize_drafter(drafter)
     return drafter
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dflash_plugin.attention import masked_attention
-from dflash_plugin.drafter import Attend, Drafter
-from dflash_plugin.kv import KVShape, StaticKV
-from dflash_plugin.visibility import dense_block_mask
+from dflash_plugin.drafter.attention import masked_attention
+from dflash_plugin.drafter.interfaces import Attend
+from dflash_plugin.drafter.masks import dense_block_mask
+from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.drafter.static_kv import KVShape, StaticKV
 
 
 class StaticStore:

@@ -15,9 +15,9 @@ from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from dflash_plugin.attention import masked_attention
+from dflash_plugin.drafter.attention import masked_attention
+from dflash_plugin.drafter.static_kv import KVShape, StaticKV
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.kv import KVShape, StaticKV
 
 # Transformers takes any name with "flash" in it for a Flash Attention kernel.
 ATTENTION = "static_kv"

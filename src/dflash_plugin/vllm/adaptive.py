@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.budget.acceptance import LEARNING
-from dflash_plugin.budget.cost import StepCost
-from dflash_plugin.budget.promise import Promise
-from dflash_plugin.budget.width import WidthPolicy, choose_widths
-from dflash_plugin.serving.hosted import Options
+from dflash_plugin.adaptive.acceptance_model import LEARNING
+from dflash_plugin.adaptive.expected_tokens import ExpectedTokens
+from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_widths
+from dflash_plugin.adaptive.step_cost import StepCost
+from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.vllm import compat
-from dflash_plugin.vllm.options import hosted
+from dflash_plugin.vllm.options import drafter_spec
 
 logger = logging.getLogger("vllm.dflash_plugin")
 
@@ -74,9 +74,9 @@ class Budget:
         self.device = torch.device(req_states.device)
         size = int(req_states.max_num_reqs)
         self.chances = torch.zeros(size, self.drafts, device=self.device)
-        self.promise = Promise(self.drafts, size, self.device)
+        self.promise = ExpectedTokens(self.drafts, size, self.device)
         widths = choose_widths(self.drafts + 1, options.min_draft_tokens, options.max_draft_tokens)
-        self.policy = WidthPolicy(
+        self.policy = VerifyLenPolicy(
             widths, (), options.latency_vs_throughput, expected=self._expected
         )
         self.width = widths[-1]
@@ -245,7 +245,7 @@ class Budget:
         return self._steps % LEARNING == 0
 
     def summary(self) -> dict[str, object]:
-        """What has been learnt and chosen so far, as ``WidthPolicy.summary`` has it."""
+        """What has been learnt and chosen so far, as ``VerifyLenPolicy.summary`` has it."""
         return self.policy.summary()
 
     def _counts_on_device(self, send: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
@@ -352,7 +352,7 @@ def patch(module: ModuleType) -> None:
         global _latest
         _latest = None
         made = native(vllm_config=vllm_config, **given)
-        info = hosted(vllm_config.speculative_config)
+        info = drafter_spec(vllm_config.speculative_config)
         parallel = vllm_config.parallel_config
         ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
         if made is None or info is None or ranks > 1 or given["num_bonus_tokens"] != 1:

@@ -7,13 +7,13 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from dflash_plugin.checkpoint import load_config
-from dflash_plugin.config import DrafterConfig
-from dflash_plugin.dialects.common import FULL, SLIDING, sizes
+from dflash_plugin.checkpoints.dialects.common import FULL, SLIDING, sizes
+from dflash_plugin.checkpoints.io import load_config
+from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
-from dflash_plugin.serving.hosted import (
-    Hosted,
+from dflash_plugin.serving.drafter_spec import (
+    DrafterSpec,
     expected_acceptance,
     is_off,
     is_staged,
@@ -109,7 +109,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
         options = without_checks(options)
     else:
         settings.setdefault("draft_load_config", _load_config())
-    info = Hosted(
+    info = DrafterSpec(
         checkpoint=checkpoint,
         config=config,
         options=options,
@@ -184,7 +184,7 @@ def number_of_drafts(config: DrafterConfig, asked: int | None) -> int:
     return asked
 
 
-def engine_config(info: Hosted, target_model_config: Any) -> dict[str, Any]:
+def engine_config(info: DrafterSpec, target_model_config: Any) -> dict[str, Any]:
     """config.json of the draft model, with what vLLM itself reads of it and our own entry."""
     config = info.config
     windows = [layer.sliding_window for layer in config.layers if layer.sliding_window]

@@ -19,7 +19,7 @@ class Version:
         drops_cached_block: it forgets the last block of a prefix-cache hit for every method that
             reads the target's hidden states; DFlash needs no such thing.
         cpu_expands_into_copy: on a CPU the per-request temperature is expanded into a temporary,
-            so that sampling reads uninitialised memory.
+            so that sampling reads uninitialized memory.
         top_k_needs_drafts: the V1 rejection sampler fails where no request of a batch has a draft
             left, as at the last token of a top-k sampled output.
         skips_drafts: the speculator can inject without drafting.

@@ -11,11 +11,11 @@ import logging
 from functools import wraps
 from typing import Any
 
-from dflash_plugin.budget.width import growth
+from dflash_plugin.adaptive.policy import growth
 from dflash_plugin.serving.acceptance import AcceptanceWatch
-from dflash_plugin.serving.hosted import Hosted
+from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.serving.prometheus import collectors, count_budget, introduce
-from dflash_plugin.vllm.options import hosted
+from dflash_plugin.vllm.options import drafter_spec
 
 logger = logging.getLogger("vllm.dflash_plugin")
 
@@ -26,7 +26,9 @@ PREFIX = "dflash:"
 class Metrics:
     """Gauges and counters of one engine process."""
 
-    def __init__(self, info: Hosted, labels: list[str], values: dict[int, list[object]]) -> None:
+    def __init__(
+        self, info: DrafterSpec, labels: list[str], values: dict[int, list[object]]
+    ) -> None:
         self.watches = {engine: AcceptanceWatch(info) for engine in values}
         self.labels, self.values = tuple(labels), values
         made = collectors(self.labels)
@@ -121,7 +123,7 @@ def patch(prometheus: Any) -> None:
         **kwargs: Any,
     ) -> None:
         init(self, speculative_config, labelnames, per_engine_labelvalues, *args, **kwargs)
-        info = hosted(speculative_config)
+        info = drafter_spec(speculative_config)
         self.dflash = info and Metrics(info, labelnames, per_engine_labelvalues)
 
     @wraps(observe)

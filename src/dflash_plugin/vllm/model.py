@@ -24,16 +24,16 @@ from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
 from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
 from vllm.platforms import current_platform
 
-from dflash_plugin.config import LayerAttention
-from dflash_plugin.drafter import Drafter
+from dflash_plugin.drafter.config import LayerAttention
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.fp8 import Fp8Rows, quantise
-from dflash_plugin.serving.fp8 import product
-from dflash_plugin.serving.head import Candidates, best_of_ranks, best_of_shard, candidates
-from dflash_plugin.serving.hosted import Hosted
+from dflash_plugin.kernels.fp8_rows import Fp8Rows, quantize
+from dflash_plugin.serving.draft_tokens import Candidates, best_of_ranks, best_of_shard, candidates
+from dflash_plugin.serving.drafter_spec import DrafterSpec
+from dflash_plugin.serving.fp8_weights import product
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
-from dflash_plugin.vllm.host import HostedQKV, VllmHost, head_in_fp8, round_to_fp8
-from dflash_plugin.vllm.options import hosted
+from dflash_plugin.vllm.layers import ShardedQKV, VllmLayers, head_in_fp8, round_to_fp8
+from dflash_plugin.vllm.options import drafter_spec
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.draft_head import HeadChoice
@@ -54,7 +54,7 @@ class DraftBlock(nn.Module):
         info = required(vllm_config)
         config = info.config
         first = vllm_config.model_config.get_total_num_hidden_layers()
-        host = VllmHost(get_draft_quant_config(vllm_config), prefix, first)
+        host = VllmLayers(get_draft_quant_config(vllm_config), prefix, first)
         self.drafter = Drafter(config, host)
         device = vllm_config.device_config.device
         self.drafter.rotary.to(device)
@@ -91,7 +91,7 @@ class DraftBlock(nn.Module):
         return out.view_as(query)
 
 
-class HostedDrafter(DFlashQwen3ForCausalLM):
+class EngineDrafter(DFlashQwen3ForCausalLM):
     """What vLLM's runners call; a subclass because the V1 runner asks for one."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -181,7 +181,7 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         """
         if self._kv_weight is not None:
             return
-        linears = [cast(HostedQKV, a.qkv_proj) for a in self.drafter.attentions()]
+        linears = [cast(ShardedQKV, a.qkv_proj) for a in self.drafter.attentions()]
         if all(linear.is_plain for linear in linears):
             self._kv_weight = torch.cat([q.weight[q.query_width :] for q in linears])
             if self.info.config.attention_bias:
@@ -189,7 +189,7 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         if self._in_fp8:
             round_to_fp8(self.drafter)
             if self._kv_weight is not None:
-                self._kv_weight = quantise(self._kv_weight)
+                self._kv_weight = quantize(self._kv_weight)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None
@@ -286,7 +286,7 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         return self.drafter.token_ids(best)
 
     def best_choice(self, hidden_states: Tensor) -> HeadChoice | None:
-        """The likeliest draft of each row with its normaliser, or None where it takes logits.
+        """The likeliest draft of each row with its normalizer, or None where it takes logits.
 
         Args:
             hidden_states: [T, hidden].
@@ -334,13 +334,13 @@ class HostedDrafter(DFlashQwen3ForCausalLM):
         return [layer.causal for layer in self.info.config.layers]
 
 
-def required(vllm_config: Any) -> Hosted:
+def required(vllm_config: Any) -> DrafterSpec:
     """What is hosted under a configuration that the plugin made.
 
     Raises:
         DFlashError: the configuration was not made by the plugin.
     """
-    info = hosted(vllm_config.speculative_config)
+    info = drafter_spec(vllm_config.speculative_config)
     if info is None:
         raise DFlashError(
             "the draft model's configuration has no 'dflash_plugin' entry: start vLLM with "
@@ -357,13 +357,13 @@ def _window(layer: LayerAttention, window_from: str) -> int | None:
     return layer.sliding_window + (window_from == "anchor")
 
 
-def _check_parallel(vllm_config: Any, info: Hosted) -> None:
+def _check_parallel(vllm_config: Any, info: DrafterSpec) -> None:
     config = info.config
     stages = get_pp_group().world_size
     if stages > 1:
         raise DFlashError(
             f"pipeline_parallel_size is {stages}: the drafter needs the target's embedding "
-            "and all its features on one rank; use tensor parallelism"
+            "and all its features on one rank; use tensor parallelizm"
         )
     shards = vllm_config.parallel_config.tensor_parallel_size
     if config.num_attention_heads % shards:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dflash_plugin.serving import KEY
-from dflash_plugin.serving.hosted import Hosted, Options, validated
+from dflash_plugin.serving.drafter_spec import DrafterSpec, Options, validated
 
 
 def read_options(additional_config: Any) -> Options:
@@ -18,8 +18,8 @@ def read_options(additional_config: Any) -> Options:
     return validated(Options, values, "additional_config")
 
 
-def hosted(speculative_config: Any) -> Hosted | None:
+def drafter_spec(speculative_config: Any) -> DrafterSpec | None:
     """What is hosted under a ``SpeculativeConfig``, or None where the drafter is not ours."""
     draft = getattr(speculative_config, "draft_model_config", None)
     values = getattr(getattr(draft, "hf_config", None), KEY, None)
-    return None if values is None else Hosted.model_validate(values)
+    return None if values is None else DrafterSpec.model_validate(values)

@@ -6,9 +6,9 @@ from types import ModuleType
 from typing import Any
 
 from dflash_plugin.serving.after_import import after_import
-from dflash_plugin.serving.hosted import is_off
+from dflash_plugin.serving.drafter_spec import is_off
 from dflash_plugin.vllm import compat
-from dflash_plugin.vllm.options import hosted
+from dflash_plugin.vllm.options import drafter_spec
 
 ARCHITECTURE = "DFlashPluginDraftModel"
 LOAD_FORMAT = "dflash_plugin"
@@ -47,7 +47,7 @@ def _patch_arguments(module: ModuleType) -> None:
 
 
 def _register_architecture(module: ModuleType) -> None:
-    module.ModelRegistry.register_model(ARCHITECTURE, "dflash_plugin.vllm.model:HostedDrafter")
+    module.ModelRegistry.register_model(ARCHITECTURE, "dflash_plugin.vllm.model:EngineDrafter")
 
 
 def _register_loader(module: ModuleType) -> None:
@@ -76,7 +76,7 @@ def _substitute(native: Any, ours: Any) -> None:
     """
 
     def new(cls: Any, vllm_config: Any, *_: Any, **__: Any) -> Any:
-        is_ours = cls is native and hosted(vllm_config.speculative_config) is not None
+        is_ours = cls is native and drafter_spec(vllm_config.speculative_config) is not None
         return object.__new__(ours if is_ours else cls)
 
     native.__new__ = new
@@ -118,13 +118,13 @@ def _count_budget(module: ModuleType) -> None:
 
 
 def _mend_cpu_kernels(module: ModuleType) -> None:
-    from dflash_plugin.vllm.cpu import expand_kernel
+    from dflash_plugin.vllm.workarounds import expand_kernel
 
     module._expand_kernel_impl = expand_kernel  # type: ignore[attr-defined]
 
 
 def _mend_rejection_sampler(module: ModuleType) -> None:
-    from dflash_plugin.vllm.cpu import without_empty_rows
+    from dflash_plugin.vllm.workarounds import without_empty_rows
 
     sampler: Any = module
     sampler.apply_sampling_constraints = without_empty_rows(sampler.apply_sampling_constraints)

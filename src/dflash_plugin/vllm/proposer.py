@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
-from dflash_plugin.serving.head import noise_of_walks, walk
+from dflash_plugin.serving.draft_tokens import noise_of_walks, walk
 from dflash_plugin.vllm.model import required
 
 NO_SLOT = -1

@@ -11,11 +11,11 @@ import logging
 from functools import wraps
 from typing import Any
 
+from dflash_plugin.checkpoints.reference_drafts import ReferenceDraft, ReferenceDrafts, load_record
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.known_answer import KnownAnswer, KnownAnswers, load_record
-from dflash_plugin.serving.check import trouble
-from dflash_plugin.serving.hosted import Hosted
-from dflash_plugin.vllm.options import hosted
+from dflash_plugin.serving.drafter_spec import DrafterSpec
+from dflash_plugin.serving.reference_check import trouble
+from dflash_plugin.vllm.options import drafter_spec
 
 logger = logging.getLogger("vllm.dflash_plugin")
 
@@ -27,7 +27,7 @@ def patch(worker: Any) -> None:
     @wraps(warm_up)
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = warm_up(self, *args, **kwargs)
-        info = hosted(self.vllm_config.speculative_config)
+        info = drafter_spec(self.vllm_config.speculative_config)
         if info is not None:
             check(self, info)
         return result
@@ -35,7 +35,7 @@ def patch(worker: Any) -> None:
     worker.compile_or_warm_up_model = compile_or_warm_up_model
 
 
-def check(worker: Any, info: Hosted) -> None:
+def check(worker: Any, info: DrafterSpec) -> None:
     """Compare the engine's drafts with the checkpoint's known answers.
 
     Raises:
@@ -64,8 +64,8 @@ def check(worker: Any, info: Hosted) -> None:
     if found is None:
         logger.info("the drafter's %d known answers agree", len(record.answers))
         return
-    quantised = config.model_config.quantization or "fp8" in str(config.cache_config.cache_dtype)
-    if mode == "warn" or quantised:
+    quantized = config.model_config.quantization or "fp8" in str(config.cache_config.cache_dtype)
+    if mode == "warn" or quantized:
         logger.warning("%s", found)
         return
     raise DFlashError(
@@ -74,11 +74,11 @@ def check(worker: Any, info: Hosted) -> None:
     )
 
 
-def _compare(worker: Any, record: KnownAnswers, info: Hosted) -> str | None:
+def _compare(worker: Any, record: ReferenceDrafts, info: DrafterSpec) -> str | None:
     """What is wrong, or None."""
     limit = worker.model_config.max_model_len
 
-    def drafts(expected: KnownAnswer) -> list[int] | None:
+    def drafts(expected: ReferenceDraft) -> list[int] | None:
         if len(expected.prompt) + 1 + len(expected.drafts) > limit:
             return None
         return draft(worker, [*expected.prompt, expected.anchor])

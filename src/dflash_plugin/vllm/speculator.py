@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.serving.head import noise_of_walks, walk
+from dflash_plugin.serving.draft_tokens import noise_of_walks, walk
 from dflash_plugin.vllm import adaptive, compat
-from dflash_plugin.vllm.model import HostedDrafter, required
-from dflash_plugin.vllm.proposals import Proposals
+from dflash_plugin.vllm.draft_logits import Proposals
+from dflash_plugin.vllm.model import EngineDrafter, required
 
 # vLLM decides on drafts by noise of the same generator, keyed by the same seeds and positions.
 SALT = 0x5EED_D4AF_7000_0001
@@ -50,7 +50,7 @@ class Speculator(DFlashSpeculator):
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> nn.Module:
         """The hosted drafter, bound to the target."""
-        model: HostedDrafter = super().load_draft_model(target_model, target_attn_layer_names)
+        model: EngineDrafter = super().load_draft_model(target_model, target_attn_layer_names)
         model.bind(target_model)
         return model
 

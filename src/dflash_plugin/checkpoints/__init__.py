@@ -1,0 +1,1 @@
+"""Checkpoints: read every dialect, write, convert, inspect, fetch; reference drafts."""

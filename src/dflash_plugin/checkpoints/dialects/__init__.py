@@ -1,0 +1,78 @@
+"""Reading and writing the public checkpoint dialects as one ``DrafterConfig``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from dflash_plugin.checkpoints.dialects import speculators, zlab
+from dflash_plugin.checkpoints.dialects.common import Shapes
+from dflash_plugin.checkpoints.dialects.fields import section
+from dflash_plugin.drafter.config import Dialect, DrafterConfig, build_config
+from dflash_plugin.errors import DFlashError
+
+DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
+_SPECFORGE_KEYS = {"projector_type", "pure_draft_prefix_len", "shift_label", "attention_mode"}
+
+
+def detect(raw: Mapping[str, Any]) -> Dialect:
+    """The dialect of a config.json.
+
+    z-lab, SpecForge and ModelOpt share one layout: ModelOpt always writes ``dflash_config.causal``
+    and SpecForge has switches that nobody else has. What cannot be told apart reads the same in
+    all three, except sliding layers without ``is_causal``; ``is_ambiguous`` tells those.
+    """
+    if "speculators_model_type" in raw or "transformer_layer_config" in raw:
+        return "speculators"
+    draft = section(raw, "dflash_config")
+    if "causal" in draft:
+        return "modelopt"
+    auto_map = str(raw.get("auto_map") or "")
+    if _SPECFORGE_KEYS & set(draft) or "modeling_dflash." in auto_map:
+        return "specforge"
+    return "z-lab"
+
+
+def is_ambiguous(raw: Mapping[str, Any]) -> bool:
+    """Whether sliding layers leave open which of z-lab and SpecForge wrote them."""
+    draft = section(raw, "dflash_config")
+    says = raw.get("is_causal") is not None or draft.get("causal") is not None
+    return (
+        detect(raw) == "z-lab"
+        and "sliding_attention" in (raw.get("layer_types") or [])
+        and (not says)
+    )
+
+
+def read_config(
+    raw: Mapping[str, Any], shapes: Shapes, dialect: Dialect | None = None
+) -> DrafterConfig:
+    """Understand a config.json.
+
+    Args:
+        raw: the parsed file.
+        shapes: canonical names and shapes of the checkpoint's tensors.
+        dialect: the dialect; detected when None.
+
+    Raises:
+        DFlashError: names the value that is wrong and the fix.
+    """
+    if dialect is not None and dialect not in DIALECTS:
+        raise DFlashError(f"dialect is {dialect!r}: choose one of {', '.join(DIALECTS)}")
+    dialect = dialect or detect(raw)
+    if dialect == "speculators":
+        return build_config(speculators.read(raw, shapes))
+    return build_config(zlab.read(raw, shapes, dialect))
+
+
+def write_config(config: DrafterConfig, dialect: Dialect) -> dict[str, Any]:
+    """config.json of a drafter in a dialect.
+
+    Raises:
+        DFlashError: names the field that the dialect cannot express.
+    """
+    if dialect not in DIALECTS:
+        raise DFlashError(f"dialect is {dialect!r}: choose one of {', '.join(DIALECTS)}")
+    if dialect == "speculators":
+        return speculators.write(config)
+    return zlab.write(config, dialect)

@@ -1,0 +1,136 @@
+"""What the dialects share: a Qwen3-style transformer section and the per-layer attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dflash_plugin.checkpoints.dialects.fields import Fields
+from dflash_plugin.drafter.config import DrafterConfig
+from dflash_plugin.errors import DFlashError
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+Shapes = Mapping[str, Sequence[int]]
+
+
+def read_transformer(fields: Fields, shapes: Shapes) -> dict[str, Any]:
+    """Sizes and switches of the draft layers."""
+    heads = fields.integer("num_attention_heads")
+    query_rows = shapes.get("layers.0.self_attn.q_proj.weight", (0,))[0]
+    hidden = fields.integer("hidden_size")
+    bias = fields.flag("attention_bias", default=False)
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": fields.integer("intermediate_size"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.integer("num_key_value_heads", default=heads),
+        "head_dim": fields.integer("head_dim", default=(query_rows or hidden) // heads or 1),
+        "hidden_act": fields.text("hidden_act", default="silu"),
+        "rms_norm_eps": fields.number("rms_norm_eps", default=1e-6),
+        "vocab_size": fields.integer("vocab_size"),
+        "attention_bias": bias,
+        "attention_output_bias": bias,
+        "mlp_bias": fields.flag("mlp_bias", default=False),
+        "qk_norm": fields.flag("qk_norm", "use_qk_norm", default=True),
+        "dtype": fields.text("dtype", "torch_dtype", default="bfloat16").removeprefix("torch."),
+    }
+
+
+def read_layer_types(fields: Fields) -> list[str]:
+    """One of "full_attention" and "sliding_attention" for every draft layer."""
+    count = fields.integer("num_hidden_layers")
+    name, types = fields.find("layer_types")
+    if types is None:
+        return [FULL] * count
+    if not isinstance(types, list) or len(types) != count:
+        raise DFlashError(
+            f"{name} is {types!r}: list one type for each of the num_hidden_layers {count} layers"
+        )
+    for kind in types:
+        if kind not in (FULL, SLIDING):
+            raise DFlashError(f"{name} has {kind!r}: a draft layer is {FULL!r} or {SLIDING!r}")
+    return types
+
+
+def require_window_in_use(fields: Fields) -> None:
+    """Refuse sliding layers whose window is switched off."""
+    name, use = fields.find("use_sliding_window")
+    if use is False:
+        raise DFlashError(
+            f"{name} is False but layer_types has {SLIDING!r}: set it to true, or make the layers "
+            f"{FULL!r}"
+        )
+
+
+def own_tensors(shapes: Shapes) -> dict[str, bool]:
+    """Which of the optional tensors a checkpoint carries."""
+    return {
+        "own_embedding": "embed_tokens.weight" in shapes,
+        "own_head": "lm_head.weight" in shapes,
+        "own_mask_embedding": "mask_embedding" in shapes,
+    }
+
+
+def sizes(config: DrafterConfig) -> dict[str, Any]:
+    """Model type and sizes of the draft layers, in Transformers' keys."""
+    return {
+        "model_type": "qwen3",
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+    }
+
+
+def write_transformer(config: DrafterConfig) -> dict[str, Any]:
+    """The Transformers keys that every dialect writes."""
+    if config.attention_bias != config.attention_output_bias:
+        raise DFlashError(
+            f"attention_bias is {config.attention_bias} but attention_output_bias is "
+            f"{config.attention_output_bias}: the dialects have one switch for both"
+        )
+    windows = {layer.sliding_window for layer in config.layers} - {None}
+    if len(windows) > 1:
+        raise DFlashError(
+            f"the layers have different windows {sorted(w for w in windows if w)}: the dialects "
+            "have one window for all sliding layers"
+        )
+    window = next(iter(windows), None)
+    written: dict[str, Any] = {
+        **sizes(config),
+        "hidden_act": config.hidden_act,
+        "rms_norm_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "attention_bias": config.attention_bias,
+        "attention_dropout": 0.0,
+        "layer_types": [SLIDING if layer.sliding_window else FULL for layer in config.layers],
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "max_window_layers": len(config.layers),
+        "tie_word_embeddings": False,
+        "dtype": config.dtype,
+        "torch_dtype": config.dtype,
+    }
+    if config.mlp_bias:
+        written["mlp_bias"] = True
+    if not config.qk_norm:
+        written["qk_norm"] = False
+    return written
+
+
+def unsupported(config: DrafterConfig, dialect: str, **needed: bool) -> None:
+    """Refuse to write what a dialect has no word for.
+
+    Args:
+        config: what is written.
+        dialect: where to.
+        needed: field names with whether the drafter uses them.
+    """
+    for name, used in needed.items():
+        if used:
+            raise DFlashError(
+                f"{name} is {getattr(config, name)!r}, which the {dialect} dialect cannot "
+                "express: keep the drafter in its own dialect"
+            )

@@ -1,0 +1,141 @@
+"""The dialect of PyPI speculators 0.9.0 (``DFlashSpeculatorConfig``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig
+
+from dflash_plugin.checkpoints.dialects import common
+from dflash_plugin.checkpoints.dialects.fields import Fields, section
+from dflash_plugin.checkpoints.dialects.rope import read_rope, write_rope
+from dflash_plugin.drafter.config import DrafterConfig
+from dflash_plugin.errors import DFlashError, reason
+
+
+def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
+    """Values of a ``DrafterConfig`` from config.json and the canonical tensors' shapes."""
+    kind = raw.get("speculators_model_type")
+    if kind != "dflash":
+        raise DFlashError(
+            f"speculators_model_type is {kind!r}: only 'dflash' is supported, give a DFlash "
+            "checkpoint, or a DFlash 2 checkpoint in the z-lab dialect"
+        )
+    layer = _with_defaults(section(raw, "transformer_layer_config"))
+    fields = Fields(("", raw))
+    inner = Fields(("transformer_layer_config.", layer))
+    values = common.read_transformer(inner, shapes)
+    if raw.get("dtype") or raw.get("torch_dtype"):
+        values["dtype"] = fields.text("dtype", "torch_dtype").removeprefix("torch.")
+    draft_vocabulary = fields.integer("draft_vocab_size", default=32000)
+    full = draft_vocabulary == values["vocab_size"]
+    return {
+        **values,
+        **common.own_tensors(shapes),
+        "dialect": "speculators",
+        "layers": _read_layers(fields, inner),
+        "window_from": "anchor",
+        "rope": read_rope(layer, default_theta=10000.0, prefer=common.SLIDING),
+        "block_size": fields.integer("block_size", default=8, minimum=2),
+        "sample_from_anchor": fields.flag("sample_from_anchor", default=False),
+        "mask_token_id": fields.integer("mask_token_id", minimum=0),
+        "target_layer_ids": tuple(i - 1 for i in fields.integers("aux_hidden_state_layer_ids")),
+        "target_hidden_size": fields.integer("target_hidden_size", default=values["hidden_size"]),
+        "draft_vocab_size": None if full else draft_vocabulary,
+    }
+
+
+def _with_defaults(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Fill in what the writer left out because it is the model type's default."""
+    if not layer:
+        raise DFlashError(
+            "transformer_layer_config is missing: add the draft layers' Transformers configuration"
+        )
+    kind = layer.get("model_type", "qwen3")
+    try:
+        values = {name: value for name, value in layer.items() if name != "model_type"}
+        filled = AutoConfig.for_model(kind, **values).to_dict()
+    except Exception as error:  # Transformers raises many kinds here
+        raise DFlashError(
+            f"transformer_layer_config with model_type {kind!r} is not valid ({reason(error)}): "
+            "correct it"
+        ) from error
+    return {**filled, **{name: value for name, value in layer.items() if value is not None}}
+
+
+def _read_layers(fields: Fields, inner: Fields) -> list[dict[str, Any]]:
+    types = common.read_layer_types(inner)
+    causal = not fields.flag("sliding_window_non_causal", default=False)
+    window = inner.integer("sliding_window") if common.SLIDING in types else None
+    return [
+        {"sliding_window": window, "causal": causal}
+        if kind == common.SLIDING
+        else {"sliding_window": None, "causal": False}
+        for kind in types
+    ]
+
+
+def write(config: DrafterConfig) -> dict[str, Any]:
+    """config.json of a drafter.
+
+    Raises:
+        DFlashError: names the field that the dialect cannot express.
+    """
+    sliding = [layer for layer in config.layers if layer.sliding_window]
+    common.unsupported(
+        config,
+        "speculators",
+        window_from=bool(sliding) and config.window_from != "anchor",
+        norm_style=config.norm_style != "rms",
+        attention_sinks=config.attention_sinks,
+        attention_value_scale=config.attention_value_scale is not None,
+        own_mask_embedding=config.own_mask_embedding,
+        embedding_scale=config.embedding_scale != 1.0,
+        logit_scale=config.logit_scale != 1.0,
+        logit_softcap=config.logit_softcap is not None,
+        mlp_bias=config.mlp_bias,
+        qk_norm=not config.qk_norm,
+        selector=config.selector is not None,
+    )
+    if any(layer.causal for layer in config.layers if not layer.sliding_window):
+        raise DFlashError(
+            "a full-attention layer is causal, which the speculators dialect cannot express: "
+            "write z-lab instead"
+        )
+    causal = {layer.causal for layer in sliding}
+    if len(causal) > 1:
+        raise DFlashError(
+            "some sliding layers are causal and some are not, which the speculators dialect "
+            "cannot express"
+        )
+    layer = {**common.write_transformer(config), **write_rope(config.rope)}
+    written = {
+        "architectures": ["DFlashDraftModel"],
+        "speculators_model_type": "dflash",
+        "speculators_version": "0.9.0",
+        "speculators_config": {
+            "algorithm": "dflash",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {
+                    "proposal_type": "greedy",
+                    "speculative_tokens": config.num_draft_tokens,
+                    "accept_tolerance": 0.0,
+                    "verifier_accept_k": 1,
+                }
+            ],
+            "verifier": {"name_or_path": None, "architectures": []},
+        },
+        "transformer_layer_config": layer,
+        "block_size": config.block_size,
+        "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+        "aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
+        "mask_token_id": config.mask_token_id,
+        "sample_from_anchor": config.sample_from_anchor,
+        "sliding_window_non_causal": bool(sliding) and not next(iter(causal)),
+        "dtype": config.dtype,
+    }
+    if config.target_hidden_size != config.hidden_size:
+        written["target_hidden_size"] = config.target_hidden_size
+    return written

@@ -1,0 +1,240 @@
+"""z-lab's dialect and the two that share its file layout, SpecForge and ModelOpt.
+
+Source: PyPI dflash 0.1.0 (``DFlashDraftModel``, ``DFlash2DraftModel``), specforge 0.2.0
+(``modeling/draft/dflash.py``), nvidia-modelopt 0.47.0 (``DFlashExporter``); the keys of MiMo, Gemma
+and Laguna drafters are those that vLLM 0.33 reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dflash_plugin.checkpoints.dialects import common
+from dflash_plugin.checkpoints.dialects.fields import Fields, section
+from dflash_plugin.checkpoints.dialects.rope import read_rope, write_rope
+from dflash_plugin.drafter.config import Dialect, DrafterConfig, spread_layers
+from dflash_plugin.errors import DFlashError
+
+DFLASH, DFLASH2 = "DFlashDraftModel", "DFlash2DraftModel"
+
+
+def refuse_other_heads(raw: Mapping[str, Any]) -> None:
+    """Refuse drafters that look like DFlash but have another head or other layers."""
+    names = _architectures(raw)
+    draft = section(raw, "dflash_config")
+    if DFLASH not in names and DFLASH2 not in names:
+        raise DFlashError(
+            f"architectures is {names!r}, not a DFlash drafter: give a checkpoint whose "
+            f"architecture is {DFLASH!r} or {DFLASH2!r}"
+        )
+    projector = draft.get("projector_type")
+    if projector not in (None, "dflash"):
+        raise DFlashError(
+            f"dflash_config.projector_type is {projector!r}: only plain DFlash heads are "
+            f"supported, not Domino or DSpark; a DFlash 2 drafter's architecture is {DFLASH2!r}"
+        )
+    if draft.get("shift_label"):
+        raise DFlashError(
+            "dflash_config.shift_label is true: drafters trained on shifted labels are not "
+            "supported"
+        )
+
+
+def _architectures(raw: Mapping[str, Any]) -> list[Any]:
+    names = raw.get("architectures") or [DFLASH]
+    if not isinstance(names, list):
+        raise DFlashError(f"architectures is {names!r}: give a list like [{DFLASH!r}]")
+    return names
+
+
+def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dict[str, Any]:
+    """Values of a ``DrafterConfig``.
+
+    Args:
+        raw: config.json.
+        shapes: canonical tensor names and shapes.
+        dialect: "z-lab", "specforge" or "modelopt"; they differ in what a layer's causality is
+            when the file does not say.
+    """
+    refuse_other_heads(raw)
+    draft = section(raw, "dflash_config")
+    fields = Fields(("dflash_config.", draft), ("", raw))
+    values = common.read_transformer(fields, shapes)
+    num_target_layers = fields.integer("num_target_layers", default=None)
+    if fields.flag("has_own_lm_head", default=False) and "lm_head.weight" not in shapes:
+        raise DFlashError(
+            "has_own_lm_head is true but there is no lm_head.weight: add the tensor, or set it to "
+            "false where the head is the target's"
+        )
+    return {
+        **values,
+        **common.own_tensors(shapes),
+        "dialect": dialect,
+        "layers": _read_layers(fields, dialect),
+        "rope": read_rope({**raw, **_rope_overrides(draft)}, default_theta=None),
+        "norm_style": "gemma" if fields.flag("use_gemma_norm", default=False) else "rms",
+        "attention_sinks": fields.flag(
+            "attention_sink_bias", "add_swa_attention_sink_bias", default=False
+        ),
+        "attention_value_scale": fields.number("attention_value_scale", default=None),
+        "block_size": fields.integer("block_size", minimum=2),
+        "sample_from_anchor": fields.flag("sample_from_anchor", default=False),
+        "mask_token_id": fields.integer("mask_token_id", minimum=0),
+        "target_layer_ids": _read_target_layers(fields, num_target_layers),
+        "num_target_layers": num_target_layers,
+        "target_hidden_size": fields.integer("target_hidden_size", default=values["hidden_size"]),
+        "draft_vocab_size": _reduced(fields, values["vocab_size"]),
+        "embedding_scale": fields.number("input_embedding_scale", default=1.0),
+        "logit_scale": fields.number("output_multiplier", "logit_scale", default=1.0),
+        "logit_softcap": fields.number("final_logit_softcapping", default=None) or None,
+        **_read_dflash2(raw, fields),
+    }
+
+
+def _read_dflash2(raw: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
+    """Convolution and selector, of a drafter whose architecture has them."""
+    names = _architectures(raw)
+    if DFLASH2 in names:
+        return {
+            "convolution": {
+                "kernel_size": fields.integer("conv_kernel_size"),
+                "group_size": fields.integer("conv_group_size"),
+            },
+            "selector": {
+                "rank": fields.integer("selector_rank"),
+                "top_k": fields.integer("selector_top_k", minimum=2),
+            },
+        }
+    for key in ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"):
+        name, value = fields.find(key)
+        if value is not None:
+            raise DFlashError(
+                f"{name} is {value!r}, of a DFlash 2 drafter, but architectures is {names!r}: "
+                f"write [{DFLASH2!r}], or leave the key out"
+            )
+    return {}
+
+
+def _rope_overrides(draft: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("is_neox_style", "rope_is_neox_style")
+    return {name: draft[name] for name in names if name in draft}
+
+
+def _reduced(fields: Fields, vocab_size: int) -> int | None:
+    size: int | None = fields.integer("draft_vocab_size", default=None)
+    return None if size == vocab_size else size
+
+
+def _read_layers(fields: Fields, dialect: Dialect) -> list[dict[str, Any]]:
+    types = common.read_layer_types(fields)
+    use_swa = fields.flag("use_swa", default=False)
+    if use_swa and common.SLIDING not in types:
+        sliding = [True] * len(types)
+    else:
+        sliding = [kind == common.SLIDING for kind in types]
+    if common.SLIDING in types:
+        common.require_window_in_use(fields)
+    window = fields.integer("sliding_window", "swa_window_size") if any(sliding) else None
+    causal = fields.flag("is_causal", default=fields.flag("causal", default=None))
+    layers = []
+    for slides, kind in zip(sliding, types, strict=True):
+        by_type = kind == common.SLIDING and dialect != "specforge"
+        layers.append(
+            {
+                "sliding_window": window if slides else None,
+                "causal": by_type if causal is None else causal,
+            }
+        )
+    return layers
+
+
+def _read_target_layers(fields: Fields, num_target_layers: int | None) -> tuple[int, ...]:
+    ids: tuple[int, ...] | None = fields.integers("target_layer_ids", default=None)
+    if ids is not None:
+        return ids
+    count = fields.integer("num_hidden_layers")
+    if num_target_layers is None:
+        raise DFlashError(
+            "target_layer_ids is missing: add dflash_config.target_layer_ids, the target layers "
+            "whose outputs fc reads"
+        )
+    return spread_layers(num_target_layers, count)
+
+
+def write(config: DrafterConfig, dialect: Dialect) -> dict[str, Any]:
+    """config.json of a drafter.
+
+    Raises:
+        DFlashError: names the field that the dialect cannot express.
+    """
+    common.unsupported(
+        config,
+        dialect,
+        window_from=config.window_from != "query"
+        and any(layer.sliding_window for layer in config.layers),
+        selector=config.selector is not None and dialect != "z-lab",
+    )
+    draft: dict[str, Any] = {
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": list(config.target_layer_ids),
+    }
+    written = {
+        "architectures": [DFLASH if config.selector is None else DFLASH2],
+        **common.write_transformer(config),
+        **write_rope(config.rope),
+        "block_size": config.block_size,
+        "num_target_layers": config.num_target_layers,
+        **_write_causality(config, dialect, draft),
+    }
+    optional = {
+        "target_hidden_size": (config.target_hidden_size, config.hidden_size),
+        "draft_vocab_size": (config.draft_vocab_size, None),
+        "logit_scale": (config.logit_scale, 1.0),
+        "use_gemma_norm": (config.norm_style == "gemma", False),
+        "has_own_lm_head": (config.own_head, False),
+        "add_swa_attention_sink_bias": (config.attention_sinks, False),
+    }
+    written.update({name: value for name, (value, plain) in optional.items() if value != plain})
+    optional_draft = {
+        "sample_from_anchor": (config.sample_from_anchor, False),
+        "attention_sink_bias": (config.attention_sinks, False),
+        "attention_value_scale": (config.attention_value_scale, None),
+        "input_embedding_scale": (config.embedding_scale, 1.0),
+        "output_multiplier": (config.logit_scale, 1.0),
+        "final_logit_softcapping": (config.logit_softcap, None),
+    }
+    draft.update({name: value for name, (value, plain) in optional_draft.items() if value != plain})
+    if config.convolution is not None and config.selector is not None:
+        draft["conv_kernel_size"] = config.convolution.kernel_size
+        draft["conv_group_size"] = config.convolution.group_size
+        draft["selector_rank"] = config.selector.rank
+        draft["selector_top_k"] = config.selector.top_k
+    written["dflash_config"] = draft
+    return written
+
+
+def _write_causality(
+    config: DrafterConfig, dialect: Dialect, draft: dict[str, Any]
+) -> dict[str, Any]:
+    """Write causality so that every reader of the layout takes it the same way."""
+    kinds = {layer.causal for layer in config.layers}
+    if dialect == "specforge" and True in kinds:
+        raise DFlashError(
+            "a layer is causal, which the specforge dialect cannot express: write z-lab instead"
+        )
+    if len(kinds) == 1:
+        causal = next(iter(kinds))
+        if dialect == "modelopt":
+            draft["causal"] = causal
+        return {"is_causal": causal}
+    if any(layer.causal != (layer.sliding_window is not None) for layer in config.layers):
+        raise DFlashError(
+            f"the layers' causality {[layer.causal for layer in config.layers]} follows neither "
+            f"one rule nor the layer types: the {dialect} dialect cannot express it"
+        )
+    if dialect == "modelopt":
+        raise DFlashError(
+            "only some layers are causal, which the modelopt dialect cannot express: write z-lab"
+        )
+    return {}

@@ -1,0 +1,422 @@
+"""Drafter checkpoints on disk: safetensors in, safetensors out, every tensor checked.
+
+Canonical tensor names are z-lab's (PyPI dflash 0.1.0).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dflash_plugin.checkpoints.dialects import read_config, write_config
+from dflash_plugin.drafter.config import Dialect, DrafterConfig
+from dflash_plugin.errors import DFlashError
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# Buffers and frozen copies of the target's tensors that some exporters leave in.
+_IGNORED = re.compile(r"(.*rotary_emb\..*|verifier_norm\.weight|verifier_lm_head\.weight)")
+_RENAMED = (
+    (re.compile(r"^model\."), ""),
+    (re.compile(r"^encoder\.fc\."), "fc."),
+    (re.compile(r"^encoder\.output_norm_enc\."), "hidden_norm."),
+    (re.compile(r"^midlayer\."), "layers.0."),
+    (re.compile(r"\.self_attn\.sinks$"), ".self_attn.attention_sink_bias"),
+    # As the module of PyPI dflash has it; z-lab's files do not.
+    (re.compile(r"^(candidate_selector\.\w+_codebook)\.weight$"), r"\1"),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been read and checked.
+
+    Attributes:
+        config: what the drafter is.
+        tensors: canonical names; shapes as ``expected_tensors`` says.
+        directory: where it was read from.
+        raw: config.json as it stands.
+    """
+
+    config: DrafterConfig
+    tensors: dict[str, Tensor]
+    directory: Path
+    raw: dict[str, Any]
+
+
+def expected_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes of every tensor that a drafter has."""
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    query, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (hidden, len(config.target_layer_ids) * config.target_hidden_size),
+        "hidden_norm.weight": (hidden,),
+        "norm.weight": (hidden,),
+    }
+    linears = {
+        "self_attn.q_proj": (query, hidden, config.attention_bias),
+        "self_attn.k_proj": (kv, hidden, config.attention_bias),
+        "self_attn.v_proj": (kv, hidden, config.attention_bias),
+        "self_attn.o_proj": (hidden, query, config.attention_output_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    for index in range(len(config.layers)):
+        layer = f"layers.{index}"
+        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+        for name, (rows, columns, bias) in linears.items():
+            shapes[f"{layer}.{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{layer}.{name}.bias"] = (rows,)
+        if config.qk_norm:
+            shapes[f"{layer}.self_attn.q_norm.weight"] = (dim,)
+            shapes[f"{layer}.self_attn.k_norm.weight"] = (dim,)
+        if config.attention_sinks:
+            shapes[f"{layer}.self_attn.attention_sink_bias"] = (config.num_attention_heads,)
+        if config.convolution is not None:
+            taps = config.convolution.kernel_size
+            rows = 2 * taps * (hidden // config.convolution.group_size)
+            for name in ("attention_conv", "mlp_conv"):
+                shapes[f"{layer}.{name}.base_kernel"] = (2, taps, hidden)
+                shapes[f"{layer}.{name}.kernel_projection.weight"] = (rows, hidden)
+    if config.selector is not None:
+        rank = config.selector.rank
+        shapes["candidate_selector.predecessor_codebook"] = (config.vocab_size, rank)
+        shapes["candidate_selector.successor_codebook"] = (config.vocab_size, rank)
+        shapes["candidate_selector.hidden_projection.weight"] = (rank, hidden)
+    if config.own_embedding:
+        shapes["embed_tokens.weight"] = (config.vocab_size, hidden)
+    if config.own_head:
+        shapes["lm_head.weight"] = (config.draft_vocab_size or config.vocab_size, hidden)
+    if config.own_mask_embedding:
+        shapes["mask_embedding"] = (hidden,)
+    if config.draft_vocab_size:
+        shapes["d2t"] = (config.draft_vocab_size,)
+    return shapes
+
+
+def load_checkpoint(
+    directory: str | Path, dtype: torch.dtype | None = None, dialect: Dialect | None = None
+) -> Checkpoint:
+    """Read a drafter of any dialect.
+
+    Args:
+        directory: holds config.json and one or more .safetensors files.
+        dtype: floating-point tensors become this; that of the stored ``fc.weight`` when None,
+            whatever config.json says.
+        dialect: overrides detection, for files that do not say enough.
+
+    Raises:
+        DFlashError: names the file, field or tensor that is wrong and the fix; nothing is loaded.
+    """
+    with _naming(Path(directory)) as path:
+        return _load(path, dtype, dialect)
+
+
+def load_config(directory: str | Path, dialect: Dialect | None = None) -> DrafterConfig:
+    """What a drafter is, from config.json and the headers of its tensor files.
+
+    Args:
+        directory: holds config.json and one or more .safetensors files.
+        dialect: overrides detection.
+
+    Raises:
+        DFlashError: names the file, field or tensor that is wrong and the fix.
+    """
+    with _naming(Path(directory)) as path:
+        _, tensors, config = _read(path, dialect, headers_only=True)
+        tensors.pop("t2d", None)
+        _check_names_and_shapes(tensors, config)
+        return config
+
+
+@contextmanager
+def _naming(directory: Path) -> Iterator[Path]:
+    """Put the directory in front of what goes wrong in the block."""
+    try:
+        yield directory
+    except DFlashError as error:
+        raise DFlashError(f"{directory}: {error}") from error
+
+
+def _read(
+    directory: Path, dialect: Dialect | None, headers_only: bool
+) -> tuple[dict[str, Any], dict[str, Tensor], DrafterConfig]:
+    """config.json, the tensors (without values if only their headers are read), and the drafter."""
+    if not directory.is_dir():
+        raise DFlashError("not a directory: give a drafter checkpoint's directory")
+    raw = read_json(directory / CONFIG)
+    if raw.get("quantization_config") or (directory / "hf_quant_config.json").is_file():
+        raise DFlashError(
+            "the weights are quantized (quantization_config): give the checkpoint in bfloat16, "
+            "float16 or float32"
+        )
+    tensors = _split_fused(_read_tensors(directory, headers_only), raw)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return raw, tensors, read_config(raw, shapes, dialect)
+
+
+def _load(directory: Path, dtype: torch.dtype | None, dialect: Dialect | None) -> Checkpoint:
+    raw, tensors, config = _read(directory, dialect, headers_only=False)
+    to_target = tensors.pop("t2d", None)
+    _check_names_and_shapes(tensors, config)
+    stored = tensors["fc.weight"].dtype
+    for name, tensor in tensors.items():
+        if name != "d2t":
+            tensors[name] = _checked_values(name, tensor).to(dtype or stored)
+    if config.draft_vocab_size is not None:
+        _check_vocabulary_map(tensors, to_target, config)
+    config = config.model_copy(update={"dtype": str(stored).removeprefix("torch.")})
+    return Checkpoint(config, tensors, directory, raw)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        DFlashError: missing, unreadable or not an object.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DFlashError(f"{path.name} is missing: give a checkpoint that has it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DFlashError(f"{path.name} is not readable JSON ({error}): write it again") from error
+    if not isinstance(raw, dict):
+        raise DFlashError(f"{path.name} holds a {type(raw).__name__}: it must be a JSON object")
+    return raw
+
+
+def _read_tensors(directory: Path, headers_only: bool) -> dict[str, Tensor]:
+    """Every tensor of every shard, under canonical names; on the meta device if only headers."""
+    shards = sorted(directory.glob("*.safetensors"))
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
+    if "mask_embedding.pt" in pickles:
+        raise DFlashError(
+            "mask_embedding.pt is a pickle file, which can run code and is refused: store its "
+            "tensor as 'mask_embedding' in a .safetensors file and remove it"
+        )
+    if not shards and pickles:
+        raise DFlashError(
+            f"{pickles[0]} is a pickle file, which can run code and is refused: convert the "
+            "weights to safetensors"
+        )
+    if not shards:
+        raise DFlashError("there is no .safetensors file: give a checkpoint with its weights")
+    _check_index(directory, {shard.name for shard in shards})
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for stored in file.keys():  # noqa: SIM118 - not a mapping
+                    name = _canonical(stored)
+                    if _IGNORED.fullmatch(name):
+                        continue
+                    if name in tensors:
+                        raise DFlashError(
+                            f"tensor {name!r} stands twice, again in {shard.name}: remove one"
+                        )
+                    if headers_only:
+                        shape = file.get_slice(stored).get_shape()
+                        tensors[name] = torch.empty(shape, device="meta")
+                    else:
+                        tensors[name] = file.get_tensor(stored)
+        except (SafetensorError, OSError) as error:
+            raise DFlashError(
+                f"{shard.name} is not a whole safetensors file ({error}): fetch it again"
+            ) from error
+    return tensors
+
+
+def _canonical(name: str) -> str:
+    for pattern, replacement in _RENAMED:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _check_index(directory: Path, shards: set[str]) -> None:
+    path = directory / "model.safetensors.index.json"
+    if not path.is_file():
+        return
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise DFlashError(f"{path.name} has no weight_map: write the checkpoint again")
+    missing = sorted({str(name) for name in weight_map.values()} - shards)
+    if missing:
+        raise DFlashError(f"{path.name} names {missing[0]}, which is not there: fetch it again")
+
+
+def _split_fused(tensors: dict[str, Tensor], raw: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Split ``qkv_proj`` and ``gate_up_proj`` into the parts that the other dialects store."""
+    layer = raw.get("transformer_layer_config") or raw
+    split: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if ".qkv_proj." in name:
+            heads, kv_heads = layer.get("num_attention_heads"), layer.get("num_key_value_heads")
+            if not (isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads > 0):
+                raise DFlashError(
+                    f"{name} cannot be split: add num_attention_heads and num_key_value_heads to "
+                    "config.json"
+                )
+            dim, rest = divmod(tensor.shape[0], heads + 2 * kv_heads)
+            if rest:
+                raise DFlashError(
+                    f"{name} has {tensor.shape[0]} rows, which {heads} + 2 * {kv_heads} heads do "
+                    "not divide: correct the head counts"
+                )
+            sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
+            parts = zip(("q_proj", "k_proj", "v_proj"), tensor.split(sizes), strict=True)
+            fused = "qkv_proj"
+        elif ".gate_up_proj." in name:
+            if tensor.shape[0] % 2:
+                raise DFlashError(f"{name} has {tensor.shape[0]} rows: an even number is needed")
+            parts = zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True)
+            fused = "gate_up_proj"
+        else:
+            parts, fused = zip(("",), (tensor,), strict=True), ""
+        for part, value in parts:
+            target = name.replace(fused, part) if fused else name
+            if target in split:
+                raise DFlashError(f"tensor {target!r} is there both fused and alone: remove one")
+            split[target] = value.contiguous()
+    return split
+
+
+def _check_names_and_shapes(tensors: Mapping[str, Tensor], config: DrafterConfig) -> None:
+    expected = expected_tensors(config)
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise DFlashError(f"tensor {name!r} {list(shape)} is missing: {_advice(name)}")
+        if tuple(tensors[name].shape) != shape:
+            raise DFlashError(
+                f"tensor {name!r} has shape {list(tensors[name].shape)} but config.json makes it "
+                f"{list(shape)}: correct the sizes in config.json or the file"
+            )
+    extra = sorted(set(tensors) - set(expected))
+    if extra:
+        raise DFlashError(
+            f"tensor {extra[0]!r} does not belong to a DFlash drafter with this config.json: "
+            f"{_advice(extra[0])}"
+        )
+
+
+def _advice(name: str) -> str:
+    hints = {
+        "q_norm": "without norms on q and k, config.json must say qk_norm: false",
+        "k_norm": "without norms on q and k, config.json must say qk_norm: false",
+        ".bias": "check attention_bias in config.json",
+        "attention_sink_bias": "check attention_sink_bias in config.json",
+        "d2t": "d2t belongs to draft_vocab_size below vocab_size",
+        "_conv.": "convolutions belong to a DFlash 2 drafter, check architectures in config.json",
+        "candidate_selector.": "a selector belongs to a DFlash 2 drafter, check architectures in "
+        "config.json",
+        "layers.": "check num_hidden_layers in config.json",
+    }
+    found = (hint for part, hint in hints.items() if part in name)
+    return next(found, "give a complete, unmodified checkpoint")
+
+
+def _checked_values(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise DFlashError(
+            f"tensor {name!r} is {str(tensor.dtype).removeprefix('torch.')}: store it as float32, "
+            "bfloat16 or float16"
+        )
+    if not torch.isfinite(tensor).all():
+        raise DFlashError(f"tensor {name!r} has values that are not finite: train or fetch again")
+    return tensor
+
+
+def _check_vocabulary_map(
+    tensors: dict[str, Tensor], to_target: Tensor | None, config: DrafterConfig
+) -> None:
+    offsets = tensors["d2t"]
+    if offsets.dtype not in (torch.int64, torch.int32):
+        raise DFlashError(
+            f"tensor 'd2t' is {str(offsets.dtype).removeprefix('torch.')}: store int64 offsets"
+        )
+    offsets = tensors["d2t"] = offsets.long()
+    ids = offsets + torch.arange(len(offsets))
+    bad = ((ids < 0) | (ids >= config.vocab_size)).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise DFlashError(
+            f"d2t maps draft token {row} to {int(ids[row])}, outside the vocabulary of "
+            f"{config.vocab_size}: d2t holds offsets, target id minus draft id"
+        )
+    if len(ids.unique()) != len(ids):
+        raise DFlashError("d2t maps two draft tokens to one target token: write the map again")
+    if to_target is None:
+        return
+    expected = torch.zeros(config.vocab_size, dtype=torch.bool)
+    expected[ids] = True
+    if tuple(to_target.shape) != tuple(expected.shape) or bool(
+        (to_target.bool() != expected).any()
+    ):
+        raise DFlashError("t2d does not mark the tokens that d2t names: write both maps again")
+
+
+def save_checkpoint(
+    directory: str | Path,
+    config: DrafterConfig,
+    tensors: Mapping[str, Tensor],
+    dialect: Dialect = "z-lab",
+    overwrite: bool = False,
+) -> Path:
+    """Write a drafter; each file appears whole or not at all.
+
+    Args:
+        directory: made if need be.
+        config: what the drafter is; its dtype is taken from the tensors.
+        tensors: canonical names.
+        dialect: the dialect of the written files.
+        overwrite: replace a checkpoint that is already there.
+
+    Raises:
+        DFlashError: the dialect cannot express the drafter, a tensor is wrong, or a checkpoint is
+            in the way; nothing is written then.
+    """
+    directory = Path(directory)
+    if (directory / WEIGHTS).exists() and not overwrite:
+        raise DFlashError(
+            f"{directory / WEIGHTS} is already there: choose another directory or overwrite it"
+        )
+    dtype = str(tensors["norm.weight"].dtype).removeprefix("torch.")
+    config = config.model_copy(update={"dtype": dtype, "dialect": dialect})
+    _check_names_and_shapes(tensors, config)
+    written = write_config(config, dialect)
+    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if dialect == "speculators" and config.draft_vocab_size:
+        marks = torch.zeros(config.vocab_size, dtype=torch.bool)
+        marks[stored["d2t"] + torch.arange(config.draft_vocab_size)] = True
+        stored["t2d"] = marks
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing(directory / WEIGHTS) as path:
+        save_file(stored, path, metadata={"format": "pt"})
+    with replacing(directory / CONFIG) as path:
+        path.write_text(json.dumps(written, indent=2) + "\n")
+    return directory
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the place of ``path`` when the block ends well."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

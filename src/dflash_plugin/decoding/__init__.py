@@ -1,0 +1,1 @@
+"""Lossless decoding: sampling from the target, verification of drafts, acceptance statistics."""

@@ -1,0 +1,185 @@
+"""Sampling that does not depend on the batch: probabilities, counter-based noise, inverse CDF."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dflash_plugin.errors import DFlashError
+
+
+class Stream(IntEnum):
+    """Independent random streams of one request."""
+
+    DRAFT = 0
+    ACCEPT = 1
+    NEXT = 2
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request's tokens are drawn from the target.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
+        min_p: keep tokens at least this share as likely as the most likely one; 0 keeps all.
+        seed: makes the request's tokens repeatable in any batch; None draws a random one.
+
+    Raises:
+        DFlashError: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise DFlashError(f"temperature is {self.temperature}: give 0 (greedy) or more")
+        if self.top_k < 0:
+            raise DFlashError(f"top_k is {self.top_k}: give 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise DFlashError(f"top_p is {self.top_p}: give more than 0 and at most 1 (off)")
+        if not 0 <= self.min_p < 1:
+            raise DFlashError(f"min_p is {self.min_p}: give at least 0 (off) and less than 1")
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise DFlashError(f"seed is {self.seed}: give a whole number from 0 to 2**63 - 1")
+
+
+class SamplingTensors(NamedTuple):
+    """Sampling parameters of a batch, each [B]."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+
+    @classmethod
+    def build(cls, params: Sequence[SamplingParams], device: torch.device) -> SamplingTensors:
+        """Parameters of B requests on a device; a request without a seed gets a random one."""
+        seeds = [secrets.randbits(62) if p.seed is None else p.seed for p in params]
+        return cls(
+            torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+            torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
+            torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+            torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
+            torch.tensor(seeds, dtype=torch.int64, device=device),
+        )
+
+    def of_rows(self, requests: Tensor) -> SamplingTensors:
+        """Those of rows [N], each one's request given."""
+        return SamplingTensors(*(part[requests] for part in self))
+
+
+def probabilities(logits: Tensor, params: SamplingTensors) -> Tensor:
+    """The distribution that tokens are drawn from.
+
+    Temperature, then top-k, then top-p, then min-p, each on what the one before left (Hugging
+    Face's order). Tokens tied with the k-th are kept; top-p keeps a token while the probability of
+    those before it is below top_p. Greedy rows put all on the first largest logit. Penalties are
+    the target's: its processors have been applied to ``logits``.
+
+    Args:
+        logits: [B, T, V].
+        params: of the B requests.
+
+    Returns:
+        float32 [B, T, V], each row summing to one.
+    """
+    vocabulary = logits.shape[-1]
+    greedy = (params.temperature == 0)[:, None, None]
+    scaled = (
+        logits.float()
+        / torch.where(params.temperature == 0, 1.0, params.temperature)[:, None, None]
+    )
+    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(vocabulary, device=logits.device)
+    top_k = torch.where(params.top_k == 0, vocabulary, params.top_k).clamp(max=vocabulary)
+    threshold = ordered.gather(-1, (top_k - 1)[:, None, None].expand(*ordered.shape[:-1], 1))
+    kept = ordered >= threshold
+    probs = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    kept = kept & ((before < params.top_p[:, None, None]) | (params.top_p == 1)[:, None, None])
+    kept = kept & (probs >= params.min_p[:, None, None] * probs[..., :1])
+    kept = torch.where(greedy, rank == 0, kept | (rank == 0))
+    probs = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
+    return torch.zeros_like(probs).scatter(-1, order, probs)
+
+
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of ``constant * x`` for 32-bit values held in int64."""
+    low_half = constant * (x & 0xFFFF)
+    high_half = constant * (x >> 16)
+    total = (low_half >> 16) + high_half
+    return total >> 16, ((total & 0xFFFF) << 16) | (low_half & 0xFFFF)
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Philox 4x32-10 on 32-bit values held in int64 (Salmon et al., SC 2011).
+
+    Args:
+        counter: four tensors of one shape.
+        key: two tensors that broadcast with them.
+
+    Returns:
+        Four tensors of 32-bit values.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(_PHILOX_M[0], c0)
+        high1, low1 = _multiply(_PHILOX_M[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _PHILOX_W[0]) & _LOW, (k1 + _PHILOX_W[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def uniforms(seed: Tensor, position: Tensor, stream: int) -> Tensor:
+    """Noise keyed by request, token position and stream, and by nothing else.
+
+    Args:
+        seed: int64 [B].
+        position: int64 [B, T], absolute position of the token that is drawn or judged.
+        stream: a ``Stream``.
+
+    Returns:
+        float64 [B, T] in [0, 1).
+    """
+    key = ((seed & _LOW)[:, None], ((seed >> 32) & _LOW)[:, None])
+    zero = torch.zeros_like(position)
+    counter = (position & _LOW, (position >> 32) & _LOW, zero + int(stream), zero)
+    first, second, _, _ = philox(counter, key)
+    return ((first >> 6) * (1 << 27) + (second >> 5)).double() / float(1 << 53)
+
+
+def sample(probs: Tensor, u: Tensor) -> Tensor:
+    """Draw by inverse CDF; a token of probability zero is never drawn.
+
+    Args:
+        probs: [..., V], not necessarily normalized, at least one entry above zero.
+        u: [...] in [0, 1).
+
+    Returns:
+        int64 [...].
+    """
+    cumulative = probs.double().cumsum(dim=-1)
+    threshold = u.double()[..., None] * cumulative[..., -1:]
+    drawn = (cumulative <= threshold).sum(dim=-1)
+    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).to(torch.uint8).argmax(dim=-1)
+    return torch.minimum(drawn, last)

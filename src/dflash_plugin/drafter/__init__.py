@@ -1,0 +1,1 @@
+"""The drafter: configuration, modules, masks, and the interfaces an engine fills."""

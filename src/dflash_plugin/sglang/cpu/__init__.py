@@ -1,0 +1,1 @@
+"""What lets SGLang serve DFLASH on a CPU."""

@@ -1,0 +1,342 @@
+"""One number of drafts a step, chosen by outcomes and the clock."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from dflash_plugin.adaptive.policy import Acceptance, VerifyLenPolicy, choose_widths, growth
+from dflash_plugin.errors import DFlashError
+
+WIDTHS = choose_widths(16, 0, None)
+
+
+class Machine:
+    """Requests whose drafts stand with some chance, on a clock that only steps move.
+
+    Args:
+        chance: of a draft to stand if those before it do.
+        fixed: seconds of a step.
+        row: seconds of each row beyond what a step takes anyway.
+        free: rows that cost nothing.
+        lag: steps that the engine is ahead of the clock.
+        noise: share by which steps differ; one of twenty takes five times as long.
+    """
+
+    def __init__(
+        self,
+        chance: float,
+        fixed: float = 0.007,
+        row: float = 3e-5,
+        free: int = 64,
+        lag: int = 1,
+        noise: float = 0.0,
+    ) -> None:
+        self.noise = noise
+        self.chance, self.fixed, self.row, self.free, self.lag = chance, fixed, row, free, lag
+        self.random, self.now, self.tokens = random.Random(0), 0.0, 0
+        self.pending: list[float] = []
+
+    def seconds(self, requests: int, width: int) -> float:
+        draft = 0.001 if width > 1 else 0.0
+        return self.fixed + draft + self.row * max(0, requests * width - self.free)
+
+    def rate(self, requests: int, width: int) -> float:
+        stands = sum(self.chance**k for k in range(width))
+        return requests * stands / self.seconds(requests, width)
+
+    def step(self, policy: VerifyLenPolicy, requests: int) -> int:
+        width = policy.choose(requests, self.now)
+        accepted = []
+        for _ in range(requests):
+            count = 0
+            while count < width - 1 and self.random.random() < self.chance:
+                count += 1
+            accepted.append(count)
+        policy.observe(width, accepted)
+        self.tokens += requests + sum(accepted)
+        seconds = self.seconds(requests, width)
+        if self.noise:
+            seconds *= self.random.uniform(1 - self.noise, 1 + self.noise)
+            seconds *= 5 if self.random.random() < 0.05 else 1
+        self.pending.append(seconds)
+        if len(self.pending) > self.lag:
+            self.now += self.pending.pop(0)
+        return width
+
+    def run(self, policy: VerifyLenPolicy, requests: int, steps: int) -> list[int]:
+        return [self.step(policy, requests) for _ in range(steps)]
+
+
+def test_widths_begin_with_the_anchor_alone_and_end_with_the_block():
+    assert WIDTHS[0] == 1
+    assert WIDTHS[-1] == 16
+    assert list(WIDTHS) == sorted(set(WIDTHS))
+    assert all(later <= 2 * earlier for earlier, later in itertools.pairwise(WIDTHS))
+    assert choose_widths(16, 3, 7)[0] == 4
+    assert choose_widths(16, 3, 7)[-1] == 8
+    assert choose_widths(8, 0, 40)[-1] == 8
+    assert choose_widths(2, 1, None) == (2,)
+
+
+@pytest.mark.parametrize(("least", "most"), [(5, 4), (-1, 3), (16, None)])
+def test_limits_that_leave_nothing_are_named(least, most):
+    with pytest.raises(DFlashError, match=f"min_draft_tokens is {least}"):
+        choose_widths(16, least, most)
+
+
+def test_chances_are_learnt_from_what_was_judged():
+    acceptance = Acceptance(3)
+    for _ in range(400):
+        # The second falls half of the time; the third stands whenever it is judged.
+        acceptance.observe(3, [1, 3])
+    one, two, three, four = acceptance.expected()
+    assert one == 1.0
+    assert two == pytest.approx(2.0, abs=0.01)
+    assert three == pytest.approx(2.5, abs=0.02)
+    assert four == pytest.approx(3.0, abs=0.03)
+
+
+def test_drafts_that_were_never_verified_are_believed_like_the_one_before():
+    acceptance = Acceptance(4)
+    for _ in range(500):
+        acceptance.observe(1, [0, 1])
+    expected = acceptance.expected()
+    gains = [b - a for a, b in itertools.pairwise(expected)]
+    assert gains[0] == pytest.approx(0.5, abs=0.01)
+    assert gains[3] == pytest.approx(0.5**4, abs=0.01)
+
+
+def test_old_outcomes_fade():
+    acceptance = Acceptance(1)
+    for _ in range(2000):
+        acceptance.observe(1, [1] * 64)
+    for _ in range(2000):
+        acceptance.observe(1, [0] * 64)
+    assert acceptance.expected()[1] < 1.02
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("chance", [0.3, 0.6, 0.85, 0.97])
+@pytest.mark.parametrize("requests", [1, 8, 64, 256])
+def test_the_best_width_is_found_and_kept(requests, chance, lag):
+    machine = Machine(chance, lag=lag)
+    policy = VerifyLenPolicy(WIDTHS)
+    machine.run(policy, requests, 600)
+    rates = {width: machine.rate(requests, width) for width in WIDTHS}
+    widths = machine.run(policy, requests, 2000)
+    mean = sum(rates[width] for width in widths) / len(widths)
+    assert mean > 0.95 * max(rates.values())
+
+
+@pytest.mark.parametrize("requests", [1, 8, 64, 256])
+@pytest.mark.parametrize("row", [0.0, 3e-5, 3e-4])
+def test_times_that_scatter_mislead_little(requests, row):
+    machine = Machine(0.7, row=row, free=0, noise=0.4)
+    policy = VerifyLenPolicy(WIDTHS)
+    machine.run(policy, requests, 600)
+    rates = {width: machine.rate(requests, width) for width in WIDTHS}
+    widths = machine.run(policy, requests, 4000)
+    mean = sum(rates[width] for width in widths) / len(widths)
+    assert mean > 0.95 * max(rates.values())
+
+
+def test_a_time_that_was_wrong_is_found_out():
+    """The first times of the best width are five times too long."""
+    machine = Machine(0.9)
+    policy = VerifyLenPolicy(WIDTHS)
+    right = machine.seconds
+    machine.seconds = lambda requests, width: right(requests, width) * (5 if width == 16 else 1)
+    while (8, 16) not in policy.seconds:
+        machine.step(policy, 8)
+    machine.seconds = right
+    machine.run(policy, 8, 1500)
+    assert machine.run(policy, 8, 500).count(16) > 400
+
+
+@pytest.mark.parametrize("overhead", [0.0, 0.004])
+def test_a_profile_spares_trying(overhead):
+    machine = Machine(0.7, fixed=0.002, row=1e-4, free=0)
+    policy = VerifyLenPolicy(WIDTHS)
+    policy.prior = {
+        (size, width): machine.seconds(size, width) for size in (32, 64) for width in WIDTHS
+    }
+    machine.fixed += overhead
+    for requests in (64, 32):
+        rates = {width: machine.rate(requests, width) for width in WIDTHS}
+        tried = machine.run(policy, requests, 64)[8:]
+        mean = sum(rates[width] for width in tried) / len(tried)
+        assert mean > 0.98 * max(rates.values())
+        assert len(set(tried)) <= 2
+
+
+def test_a_profile_does_where_no_step_can_be_timed():
+    machine = Machine(0.5, fixed=0.002, row=1e-4, free=0)
+    policy = VerifyLenPolicy(WIDTHS)
+    policy.prior = {(64, width): machine.seconds(64, width) for width in WIDTHS}
+    for _ in range(200):
+        machine.step(policy, 64)
+        policy.interrupt()
+    assert not policy.seconds
+    best = max(WIDTHS, key=lambda width: machine.rate(64, width))
+    assert [machine.step(policy, 64) for _ in range(20)].count(best) >= 12
+
+
+def test_a_profile_that_misleads_is_corrected():
+    """The host takes as long whatever the width, which no pass by itself shows."""
+    machine = Machine(0.9, fixed=0.002, row=1e-4, free=0)
+    policy = VerifyLenPolicy(WIDTHS)
+    policy.prior = {(8, width): machine.seconds(8, width) for width in WIDTHS}
+    machine.seconds = lambda requests, width: 0.03
+    machine.run(policy, 8, 300)
+    assert machine.run(policy, 8, 400).count(16) > 300
+
+
+def test_rows_that_the_host_hides_are_found_at_once():
+    """By their passes fewer rows would pay, but the host takes longer than any of them."""
+    machine = Machine(0.8, fixed=0.001, row=4e-5, free=0)
+    policy = VerifyLenPolicy(WIDTHS)
+    policy.prior = {(8, width): machine.seconds(8, width) for width in WIDTHS}
+    assert machine.step(policy, 8) < 16
+    passes = machine.seconds
+    machine.seconds = lambda requests, width: max(0.008, passes(requests, width))
+    assert machine.run(policy, 8, 48)[16:].count(16) == 32
+
+
+def test_whole_blocks_need_no_cutting():
+    """What cutting takes is learnt at one number of requests and known at others."""
+    machine = Machine(0.6, fixed=0.001, row=2e-6, free=0)
+    policy = VerifyLenPolicy(WIDTHS)
+    policy.prior = {
+        (size, width): machine.seconds(size, width) for size in (8, 16, 32) for width in WIDTHS
+    }
+    passes = machine.seconds
+    machine.seconds = lambda requests, width: passes(requests, width) + 5e-4 * (width < 16)
+    machine.run(policy, 8, 600)
+    for requests in (16, 32):
+        assert machine.run(policy, requests, 40).count(16) == 40
+
+
+def test_speculation_is_left_off_where_it_does_not_pay_and_comes_back():
+    machine = Machine(0.05, fixed=0.001, row=1e-4, free=0)
+    policy = VerifyLenPolicy(WIDTHS)
+    machine.run(policy, 64, 600)
+    off = machine.run(policy, 64, 1000)
+    assert off.count(1) > 0.9 * len(off)
+    machine.chance, machine.row, machine.fixed = 0.95, 0.0, 0.01
+    machine.run(policy, 64, 6000)
+    assert 1 not in machine.run(policy, 64, 200)
+
+
+def test_a_step_is_not_charged_with_what_ran_between():
+    machine = Machine(0.8)
+    policy = VerifyLenPolicy(WIDTHS)
+    for _ in range(2000):
+        machine.step(policy, 8)
+        if machine.random.random() < 0.1:
+            machine.now += 0.5
+            policy.interrupt()
+    assert policy.seconds
+    for (size, width), seconds in policy.seconds.items():
+        assert seconds == pytest.approx(machine.seconds(size, width), rel=1e-6)
+
+
+def test_a_pause_of_the_host_hardly_counts():
+    machine = Machine(0.8)
+    policy = VerifyLenPolicy((16,))
+    machine.run(policy, 8, 100)
+    machine.now += 3600.0
+    machine.run(policy, 8, 1)
+    assert policy.seconds[8, 16] < 1.2 * machine.seconds(8, 16)
+
+
+def test_batches_between_captured_sizes_share_their_times():
+    machine = Machine(0.8)
+    policy = VerifyLenPolicy(WIDTHS, sizes=(1, 2, 4, 8))
+    for requests in (5, 6, 7, 8) * 200:
+        machine.step(policy, requests)
+    assert {size for size, _ in policy.seconds} == {8}
+
+
+def test_latency_verifies_more_than_throughput():
+    counts = []
+    for weight in (0.0, 0.5, 1.0):
+        machine = Machine(0.7, fixed=0.001, row=1e-4, free=0)
+        policy = VerifyLenPolicy(WIDTHS, latency_vs_throughput=weight)
+        machine.run(policy, 32, 1000)
+        widths = machine.run(policy, 32, 500)
+        counts.append(sum(widths) / len(widths))
+    assert counts[0] > counts[1] > counts[2]
+    assert counts[0] >= 12
+
+
+def test_drafts_are_counted():
+    policy = VerifyLenPolicy((1, 4, 8))
+    machine = Machine(0.7, row=1e-4, free=0)
+    widths = machine.run(policy, 16, 100)
+    summary = policy.summary()
+    assert summary["steps"] == {width: widths.count(width) for width in (1, 4, 8)}
+    assert summary["drafts_verified"] == 16 * sum(width - 1 for width in widths)
+    assert summary["drafts_saved"] == 16 * sum(8 - width for width in widths)
+    assert summary["drafts_proposed"] == 16 * 7 * (100 - widths.count(1))
+
+
+def test_growth_adds_up_to_what_was_counted():
+    policy, machine = VerifyLenPolicy((1, 4, 8)), Machine(0.7, row=1e-4, free=0)
+    before: dict[str, int] = {}
+    added = dict.fromkeys(policy.counts(), 0)
+    assert growth(policy.counts(), before) == added
+    for steps in (1, 40, 59):
+        machine.run(policy, 16, steps)
+        now = policy.counts()
+        for name, count in growth(now, before).items():
+            added[name] += count
+        before = now
+    summary = policy.summary()
+    assert added == {
+        **{name: summary[f"drafts_{name}"] for name in ("proposed", "verified", "saved")},
+        **{f"steps:{width}": summary["steps"][width] for width in (1, 4, 8)},
+    }
+    assert growth(policy.counts(), before) == {}
+    assert growth({"saved": 2}, {"saved": 3}) == {"saved": 2}  # begun anew
+
+
+def test_processes_that_agree_choose_alike_whatever_their_clocks_say():
+    """One knows a profile and decides; the other tries what it does not know, and hears."""
+    said: list[int] = []
+    overruled = 0
+
+    def lead(width: int) -> int:
+        said.append(width)
+        return width
+
+    def follow(width: int) -> int:
+        nonlocal overruled
+        overruled += width != said[-1]
+        return said.pop()
+
+    first, second = (VerifyLenPolicy(WIDTHS, (1, 8, 64), agree=agree) for agree in (lead, follow))
+    quick, slow = Machine(0.8), Machine(0.3, row=1e-3, free=0, noise=0.4)
+    first.prior = {(size, rows): quick.seconds(size, rows) for size in (1, 8) for rows in WIDTHS}
+    events = random.Random(0)
+    requests, widths = 8, set()
+    for _ in range(6000):
+        if events.random() < 0.02:
+            requests = events.randint(1, 80)
+            first.interrupt()
+            second.interrupt()
+        width = quick.step(first, requests)
+        assert slow.step(second, requests) == width
+        assert not said
+        widths.add(width)
+    assert overruled > 100
+    assert len(widths) > 4
+    assert first.counts() == second.counts()
+
+
+def test_limits_are_kept():
+    policy = VerifyLenPolicy(choose_widths(16, 2, 5))
+    machine = Machine(0.99, row=0.0)
+    assert set(machine.run(policy, 4, 2000)) == {3, 4, 6}

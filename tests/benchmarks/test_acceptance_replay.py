@@ -1,0 +1,64 @@
+"""Recorded acceptance in engines with made-up weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dflash_plugin.adaptive.simulation.traces import Traces
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS / "acceptance_replay"))
+from acceptance_replay import Replay, longer, weights  # noqa: E402
+
+CPU = torch.device("cpu")
+RECORDED = BENCHMARKS / "results" / "traces-smollm2-250.safetensors"
+
+
+def test_short_blocks_are_put_behind_each_other():
+    right = torch.tensor([2, 2, 1, 0, 2, 0])
+    sure = torch.arange(12.0).view(6, 2)
+    found = longer(Traces(sure, right, torch.tensor([0, 4, 6])), 5)
+    # At 0: both of 0, both missing of 2 but one: three stand. At 2: one stands, so no more count.
+    assert found.right.tolist() == [3, 2, 1, 0, 2, 0]
+    assert found.confidence[0].tolist() == [0, 1, 4, 5, -8]
+    # Behind the end of a text nothing is sure and nothing stands.
+    assert found.confidence[4].tolist() == [8, 9, -8, -8, -8]
+
+
+@pytest.mark.parametrize("tau", [3.45, 5.0, 6.4])
+def test_a_replay_commits_what_was_asked_for(tau):
+    replay = Replay(RECORDED, 15, tau, CPU)
+    slots, passes = torch.arange(200), 400
+    stood = sum(int(replay.commit(slots, torch.full((200,), 15)).sum()) for _ in range(passes))
+    assert 1 + stood / (200 * passes) == pytest.approx(tau, rel=0.03)
+
+
+def test_fewer_verified_drafts_commit_fewer():
+    replay = Replay(RECORDED, 15, 5.0, CPU)
+    slots = torch.arange(100)
+    verified = torch.arange(100) % 8
+    for _ in range(50):
+        place = replay.place[slots].clone()
+        stood = replay.commit(slots, verified)
+        assert torch.equal(stood, torch.minimum(replay.right[place], verified))
+
+
+def test_confidences_are_those_of_the_place():
+    replay = Replay(RECORDED, 15, 5.0, CPU)
+    slots = torch.tensor([3, 3, 9, -1])
+    places = torch.tensor([0, 14, 2, 5])
+    found = replay.confidences(slots, places)
+    assert found.tolist() == replay.confidence[replay.place[slots], places].tolist()
+    # A confidence tells of the outcome it was recorded with.
+    sure, right = replay.confidence[:, 0], replay.right > 0
+    assert sure[right].mean() > sure[~right].mean() + 1
+
+
+def test_texts_that_do_not_reach_it_are_named():
+    traces = longer(Traces.load(RECORDED), 7)
+    with pytest.raises(ValueError, match=r"REPLAY_TAU is 20\.0"):
+        weights(traces, 20.0)

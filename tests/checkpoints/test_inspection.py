@@ -1,0 +1,148 @@
+"""What inspect finds, and known answers."""
+
+import json
+
+import pytest
+import torch
+
+from dflash_plugin.checkpoints.hub import resolve_drafter
+from dflash_plugin.checkpoints.inspection import inspect_checkpoint
+from dflash_plugin.checkpoints.reference_drafts import (
+    ReferenceDrafts,
+    answer,
+    load_record,
+    replay,
+    save_record,
+)
+from dflash_plugin.drafter.config import LayerAttention, RopeConfig
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.transformers import load_drafter, load_target
+from tests.helpers.tiny import DFLASH2, tiny_drafter, tiny_target, write_target, write_tiny
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A tiny target's directory; token 3 is its mask token."""
+    return write_target(tmp_path / "target")
+
+
+def findings(directory, target=None, **options):
+    report = inspect_checkpoint(directory, target, **options)
+    return report, {(f.level, f.subject): f.message for f in report.findings}
+
+
+def test_a_drafter_that_fits_has_no_errors(target, tmp_path):
+    report, found = findings(write_tiny(tmp_path / "drafter"), target, num_speculative_tokens=3)
+    assert report.fits
+    assert report.num_draft_tokens == 3
+    # It was made for more positions than the target has, and has no known answers yet.
+    assert set(found) == {("note", "known answers")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "subject", "message"),
+    [
+        ({"target_hidden_size": 48}, "hidden_size", "48 wide, the target's hidden_size is 32"),
+        ({"hidden_size": 48, "target_hidden_size": 32}, "hidden_size", "borrows the target's"),
+        (
+            {"target_layer_ids": (0, 7), "num_target_layers": None},
+            "target_layer_ids",
+            "layer 7 is out of range: the target has layers 0 to 3",
+        ),
+        ({"num_target_layers": 9}, "num_target_layers", "9 layers, this one has 4"),
+        ({"vocab_size": 300, "mask_token_id": 200}, "mask_token_id", "200 is outside"),
+        ({"vocab_size": 300}, "vocab_size", "vocabulary of 300, the target's has 97"),
+    ],
+)
+def test_every_mismatch_with_the_target_is_an_error(changes, subject, message, target, tmp_path):
+    report, found = findings(write_tiny(tmp_path / "drafter", **changes), target)
+    assert not report.fits
+    assert message in found["error", subject]
+
+
+def test_speculative_tokens_are_held_against_the_block(tmp_path):
+    directory = write_tiny(tmp_path / "drafter")
+    _, found = findings(directory, num_speculative_tokens=4)
+    assert "ask for at most 3" in found["error", "num_speculative_tokens"]
+    report, found = findings(directory, num_speculative_tokens=2)
+    assert report.fits
+    assert "wasted" in found["warning", "num_speculative_tokens"]
+
+
+def test_what_is_likely_to_hurt_is_a_warning(target, tmp_path):
+    directory = write_tiny(
+        tmp_path / "drafter",
+        layers=(LayerAttention(sliding_window=5, causal=True),) * 2,
+        target_layer_ids=(0, 3),
+        mask_token_id=50,
+        dtype="bfloat16",
+    )
+    raw = json.loads((directory / "config.json").read_text())
+    del raw["is_causal"]
+    raw["max_position_embeddings"] = 128
+    (directory / "config.json").write_text(json.dumps(raw))
+    report, found = findings(directory, target)
+    assert report.fits
+    assert "--dialect specforge" in found["warning", "is_causal"]
+    assert "the target's last" in found["warning", "target_layer_ids"]
+    assert "'w46'" in found["warning", "mask_token_id"]
+    assert "128 positions, the target for 512" in found["warning", "max_position_embeddings"]
+    _, found = findings(directory, target, dialect="specforge")
+    assert ("warning", "is_causal") not in found
+
+
+def test_another_tokenizer_is_an_error(target, tmp_path):
+    directory = write_tiny(tmp_path / "drafter")
+    (directory / "tokenizer.json").write_text("{}")
+    report, found = findings(directory, target)
+    assert not report.fits
+    assert "differs from the target's" in found["error", "tokenizer"]
+
+
+def test_a_target_that_cannot_be_read_is_refused(tmp_path):
+    with pytest.raises(DFlashError, match=r"config\.json cannot be read"):
+        inspect_checkpoint(write_tiny(tmp_path / "drafter"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", [{}, DFLASH2], ids=["dflash", "dflash2"])
+def test_known_answers_tell_a_wrongly_run_drafter(kind, tmp_path):
+    target = tiny_target()
+    drafter = tiny_drafter(target, **kind)
+    prompts = ([5, 6, 7], list(range(10, 40)))
+    record = ReferenceDrafts(answers=[answer(drafter, target, prompt) for prompt in prompts])
+    save_record(tmp_path, record)
+    assert load_record(tmp_path) == record
+    replay(drafter, target, record)
+    wrong = [
+        {"target_layer_ids": (1, 2)},
+        {"layers": (LayerAttention(causal=True),) * 2},
+        {"mask_token_id": 9},
+        {"rope": RopeConfig(interleaved=True)},
+        {"seed": 1},
+    ]
+    for changes in wrong:
+        with pytest.raises(DFlashError, match="not run as it was trained"):
+            replay(tiny_drafter(target, **kind, **changes), target, record)
+    with pytest.raises(DFlashError, match="not the target that the drafter was made for"):
+        replay(drafter, tiny_target(seed=9), record)
+
+
+def test_a_broken_record_is_refused(tmp_path):
+    assert load_record(tmp_path) is None
+    (tmp_path / "known_answer.json").write_text('{"answers": [{"prompt": "x"}]}')
+    with pytest.raises(DFlashError, match="is not a known-answer record"):
+        load_record(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("dflash", 16_000_000), ("dflash2", 24_000_000)])
+def test_the_shipped_drafters_give_their_known_answers(smollm2, kind, size):
+    directory = resolve_drafter(None, "smollm2").with_name(f"smollm2-135m-{kind}")
+    record = load_record(directory)
+    assert record is not None
+    assert len(record.answers) == 3
+    target, _ = load_target(smollm2, torch.float32, "cpu")
+    replay(load_drafter(directory, target), target, record)
+    report = inspect_checkpoint(directory, smollm2, num_speculative_tokens=7)
+    assert report.fits
+    assert not [finding for finding in report.findings if finding.level == "warning"]
+    assert (directory / "model.safetensors").stat().st_size <= size

@@ -1,0 +1,38 @@
+"""Which drafts of a known answer count."""
+
+from __future__ import annotations
+
+import pytest
+
+from dflash_plugin.checkpoints.reference_drafts import ReferenceDraft, ReferenceDrafts, compare
+from dflash_plugin.serving.reference_check import trouble
+
+EXPECTED = ReferenceDraft(
+    prompt=[1], anchor=2, drafts=[5, 6, 7, 8], margins=[9.0, 0.1, 9.0, 9.0], hidden=[]
+)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "apart", "walked"),
+    [
+        ([5, 6, 7, 8], (3, []), (3, [])),
+        # Behind a draft that nothing decided, a path may go elsewhere.
+        ([5, 0, 0, 0], (3, [2, 3]), (1, [])),
+        ([0, 6, 7, 0], (3, [0, 3]), (1, [0])),
+        ([5, 6, 0, 8], (3, [2]), (2, [2])),
+    ],
+)
+def test_a_path_counts_up_to_where_it_differs(drafts, apart, walked):
+    assert compare(EXPECTED, drafts, 0.5, walked=False) == apart
+    assert compare(EXPECTED, drafts, 0.5, walked=True) == walked
+
+
+def test_what_is_wrong_with_a_path():
+    record = ReferenceDrafts(answers=[EXPECTED] * 4)
+    for drafts, message in (
+        ([5, 0, 0, 0], None),
+        ([0, 6, 7, 8], "4 of 4 known drafts differ; known answer 0: draft 1 is token 0 instead"),
+        ([5, 6, 7, 0], "4 of 12 known drafts differ; known answer 0: draft 4"),
+    ):
+        found = trouble(record, lambda _, drafts=drafts: drafts, is_float32=False, walked=True)
+        assert found is None if message is None else str(found).startswith(message)

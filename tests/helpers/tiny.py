@@ -1,0 +1,136 @@
+"""Tiny targets and drafters for tests: random weights, a few layers, a small vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from dflash_plugin.checkpoints.io import expected_tensors, save_checkpoint
+from dflash_plugin.drafter.config import (
+    ConvolutionConfig,
+    Dialect,
+    DrafterConfig,
+    LayerAttention,
+    SelectorConfig,
+)
+from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.transformers.loading import bind_drafter
+
+VOCABULARY = 97
+# Heads as wide as the engines' CPU attention takes them.
+ENGINE_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# What makes a tiny drafter DFlash 2.
+DFLASH2: dict[str, Any] = {
+    "convolution": ConvolutionConfig(kernel_size=2, group_size=8),
+    "selector": SelectorConfig(rank=6, top_k=5),
+}
+
+
+def tiny_target(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random float32 model whose greedy output wanders instead of repeating one token."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **{**SIZES, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return model.eval()
+
+
+def tiny_config(**changes: Any) -> DrafterConfig:
+    """A drafter for ``tiny_target``."""
+    values: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "layers": (LayerAttention(), LayerAttention()),
+        "block_size": 4,
+        "mask_token_id": 3,
+        "target_layer_ids": (0, 2),
+        "num_target_layers": 4,
+        "target_hidden_size": 32,
+        "vocab_size": VOCABULARY,
+        "dtype": "float32",
+    }
+    return DrafterConfig(**{**values, **changes})
+
+
+def tiny_tensors(config: DrafterConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random canonical tensors; d2t spreads the draft vocabulary over the target's."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in expected_tensors(config).items():
+        if name == "d2t":
+            rows = torch.arange(shape[0], device="cpu")
+            tensors[name] = rows * (config.vocab_size // shape[0]) - rows
+        elif "norm" in name:
+            tensors[name] = 1 + 0.1 * torch.randn(shape, generator=generator, device="cpu")
+        else:
+            # Wide enough that the token before decides between candidates.
+            width = 1.0 if "codebook" in name else 0.2
+            tensors[name] = width * torch.randn(shape, generator=generator, device="cpu")
+    return tensors
+
+
+def tiny_drafter(target: PreTrainedModel | None = None, seed: int = 0, **changes: Any) -> Drafter:
+    """A random drafter, bound to ``target`` if one is given."""
+    config = tiny_config(**changes)
+    drafter = Drafter(config)
+    drafter.load_canonical(tiny_tensors(config, seed))
+    if target is not None:
+        bind_drafter(drafter, target)
+    return drafter.eval()
+
+
+def write_tiny(directory: Path, dialect: Dialect = "z-lab", seed: int = 0, **changes: Any) -> Path:
+    """A tiny drafter checkpoint on disk."""
+    config = tiny_config(**changes)
+    return save_checkpoint(directory, config, tiny_tensors(config, seed), dialect)
+
+
+def write_target(directory: Path, kind: str = "llama") -> Path:
+    """A tiny target on disk, with a tokenizer of whole words and a chat template."""
+    words = ["<pad>", "<s>", "</s>", "<mask>", *(f"w{i}" for i in range(VOCABULARY - 4))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", mask_token="<mask>"
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<s> {{ message['content'] }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}<s>{% endif %}"
+    )
+    tiny_target(kind).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

@@ -1,0 +1,111 @@
+"""Adaptive verification on two tensor-parallel ranks: nothing that shapes a pass differs."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import distributed, multiprocessing
+
+from dflash_plugin.adaptive.policy import VerifyLenPolicy
+from dflash_plugin.kernels.best_logits import best_logits_naive
+from dflash_plugin.serving.draft_tokens import choice_of_ranks
+from dflash_plugin.serving.drafter_spec import Options
+from dflash_plugin.sglang import adaptive
+from dflash_plugin.sglang.adaptive import AdaptiveVerifier, agreement
+
+RANKS, STEPS, BATCH, BLOCK = 2, 240, 3, 5
+HIDDEN, VOCABULARY = 16, 50
+# The first rank's tokens; the second has the rest.
+SPLIT = 34
+ROWS = (1, 2, 3, BLOCK)
+
+
+def gather(part: torch.Tensor) -> torch.Tensor:
+    parts = [torch.empty_like(part) for _ in range(RANKS)]
+    distributed.all_gather(parts, part)
+    return torch.cat(parts, dim=-1)
+
+
+def serve(rank: int, folder: Path) -> None:
+    """In a process: what one rank drafts, verifies and learns."""
+    meet = f"file://{folder}/meet"
+    distributed.init_process_group(
+        "gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
+    common, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(rank)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=common)
+    first, rows = ((0, SPLIT), (SPLIT, VOCABULARY - SPLIT))[rank]
+    drawn = random.Random(rank)
+    clock = itertools.accumulate(10 ** drawn.uniform(-1, 1) for _ in itertools.count())
+    adaptive.time = SimpleNamespace(monotonic=lambda: next(clock))
+    group = SimpleNamespace(world_size=RANKS, ranks=[0, 1], cpu_group=distributed.group.WORLD)
+    agree, wanted = agreement(group), []
+    assert agree is not None
+
+    def noted(chosen: int) -> int:
+        wanted.append(chosen)
+        return agree(chosen)
+
+    policy = VerifyLenPolicy(ROWS, agree=noted)
+    widths = AdaptiveVerifier(policy, BLOCK, BATCH, torch.device("cpu"), Options())
+    worker: Any = SimpleNamespace(
+        target_worker=SimpleNamespace(
+            model_runner=SimpleNamespace(attn_backend=None, decode_cuda_graph_runner=None)
+        )
+    )
+    made: dict[str, list[Any]] = {name: [] for name in ("same", "alone", "whole")}
+    for _ in range(STEPS):
+        hidden = torch.randn(BATCH * (BLOCK - 1), HIDDEN, generator=common)
+        # As sums of other orders would leave it.
+        seen = hidden + 1e-6 * torch.randn(hidden.shape, generator=own)
+        shard = best_logits_naive(seen @ weight[first : first + rows].T, 1)
+        shard = shard._replace(tokens=shard.tokens + first)
+        choice = choice_of_ranks(shard, gather)
+        widths.chances.predict(choice.logits[:, 0], choice.log_sum_exp)
+        committed = torch.randint(1, BLOCK, (BATCH,), dtype=torch.int32, generator=common)
+        batch = SimpleNamespace(reqs=[None] * BATCH, return_logprob=False)
+        with widths.verifying(worker, batch):
+            tokens = torch.arange(BATCH * BLOCK)
+            cut = widths.narrow(tokens, tokens, tokens)
+            counts = widths.row_counts()
+            widths.learn(torch.minimum(committed, torch.tensor(counts)).int())
+        chances = widths.chances
+        same = [
+            *choice,
+            cut.tokens,
+            torch.tensor(counts),
+            chances.predictions,
+            *chances.model.state,
+        ]
+        made["same"].append([part.clone() for part in same])
+        made["alone"].append(best_logits_naive(seen @ weight.T, 1))
+        made["whole"].append(best_logits_naive(hidden @ weight.T, 1))
+    torch.save({**made, "wanted": wanted, "counts": policy.counts()}, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_ranks_verify_the_same_bit_by_bit(tmp_path):
+    """Their clocks differ, and so do the last bits of what their drafters give."""
+    multiprocessing.spawn(serve, (tmp_path,), nprocs=RANKS)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(RANKS))
+    for left, right in zip(one["same"], two["same"], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    for merged, whole in zip(one["same"], one["whole"], strict=True):
+        assert torch.equal(merged[0], whole.tokens)
+        for found, expected in zip(merged[1:4], whole[1:], strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    # Each by itself would have gone its own way.
+    assert any(
+        not torch.equal(a.log_sum_exp, b.log_sum_exp)
+        for a, b in zip(one["alone"], two["alone"], strict=True)
+    )
+    assert len(one["wanted"]) == len(two["wanted"])
+    assert one["wanted"] != two["wanted"]
+    assert one["counts"] == two["counts"]
+    assert sum(one["counts"][f"steps:{rows}"] > 0 for rows in ROWS) > 2

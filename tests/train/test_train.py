@@ -1,0 +1,389 @@
+"""The trainer: its blocks are the engine's, it resumes, and its estimate is the engine's τ."""
+
+import json
+import operator
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from dflash_plugin.bench.evaluate import pooled_tau
+from dflash_plugin.drafter.config import LayerAttention
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.train.blocks import choose_anchors, make_blocks
+from dflash_plugin.train.data import respond, write_prompts
+from dflash_plugin.train.features import CachedFeatures, OnlineFeatures, cache_features
+from dflash_plugin.train.losses import (
+    accepted_run,
+    dpace_weights,
+    exponential_weights,
+    gamma_for,
+)
+from dflash_plugin.train.objective import Objective
+from dflash_plugin.train.sequences import SequenceSet, batches, collate
+from dflash_plugin.train.trainer import TrainConfig, Trainer
+from dflash_plugin.transformers import Engine, Request, load_target
+from dflash_plugin.transformers.store import StaticStore
+from tests.helpers.tiny import (
+    DFLASH2,
+    VOCABULARY,
+    tiny_config,
+    tiny_drafter,
+    tiny_target,
+    write_target,
+)
+
+CPU = torch.device("cpu")
+# Settings that add DFlash 2's parts in ``tiny.DFLASH2``'s sizes.
+PARTS = {"dflash2": True, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 5}
+KINDS = pytest.mark.parametrize("parts", [{}, PARTS], ids=["dflash", "dflash2"])
+
+
+def sequences_of(target, count: int = 24, new_tokens: int = 20) -> SequenceSet:
+    """Random prompts with the target's greedy responses."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 9, (count,), generator=generator).tolist()
+    prompts = [torch.randint(4, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+    engine = Engine(target, max_batch=8, max_length=32)
+    results = engine.generate([Request(p, new_tokens, stop_ids=[]) for p in prompts])
+    return SequenceSet.build([(p, r.tokens) for p, r in zip(prompts, results, strict=True)])
+
+
+def trainer_of(target, directory: Path, **changes) -> Trainer:
+    sequences = sequences_of(target)
+    values = {
+        "block_size": 4,
+        "num_layers": 2,
+        "target_layer_ids": (0, 2),
+        "mask_token_id": 3,
+        "steps": 12,
+        "batch_size": 6,
+        "anchors": 8,
+        "learning_rate": 3e-3,
+        "eval_every": 6,
+        "save_every": 5,
+    }
+    config = TrainConfig(**{**values, **changes})
+    features = OnlineFeatures(target, config.target_layer_ids)
+    held_out = sequences.select(torch.arange(4))
+    training = sequences.select(torch.arange(4, len(sequences)))
+    return Trainer(target, config, training, held_out, features, features, directory)
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data(), alpha=st.floats(0, 1))
+def test_dpace_weights_are_the_expected_length_that_passes_through(data, alpha):
+    count = data.draw(st.integers(1, 6))
+    losses = data.draw(st.lists(st.floats(0, 5), min_size=count, max_size=count))
+    length = data.draw(st.integers(0, count))
+    valid = torch.arange(count) < length
+    found = dpace_weights(torch.tensor(losses), valid, alpha)
+    smooth = [(1 - alpha) * torch.tensor(loss).neg().exp().item() + alpha for loss in losses]
+    for k in range(count):
+        expected, reach = 0.0, 1.0
+        for j in range(length):
+            reach *= smooth[j]
+            expected += reach if j >= k and k < length else 0.0
+        assert found[k].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_position_weights_and_runs():
+    assert [gamma_for(size) for size in (8, 10, 16)] == [4.0, 5.0, 7.0]
+    weights = exponential_weights(3, 4.0, CPU)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 0.7788008, 0.6065307]))
+    correct = torch.tensor([[True, True, False, True], [False, True, True, True], [True] * 4])
+    assert accepted_run(correct).tolist() == [2, 0, 4]
+
+
+def test_anchors_are_distinct_places_of_the_response_with_a_token_after_them():
+    pairs = [([1] * 3, [5] * 9), ([1] * 7, [6] * 2), ([1], [7] * 30)]
+    batch = collate(SequenceSet.build(pairs), torch.arange(3))
+    anchors, valid = choose_anchors(batch, 8, torch.Generator().manual_seed(0))
+    assert valid.sum(1).tolist() == [8, 1, 8]
+    for row, (prompt, response) in enumerate(pairs):
+        chosen = anchors[row][valid[row]].tolist()
+        assert len(set(chosen)) == len(chosen)
+        assert all(len(prompt) <= a < len(prompt) + len(response) - 1 for a in chosen)
+    blocks = make_blocks(batch.tokens, batch.lengths, anchors, valid, tiny_config())
+    for row, (prompt, response) in enumerate(pairs):
+        whole = [*prompt, *response]
+        for column in range(8):
+            if not valid[row, column]:
+                assert not blocks.label_valid[row, column].any()
+                continue
+            place = int(anchors[row, column])
+            assert blocks.tokens[row, column].tolist() == [whole[place], 3, 3, 3]
+            following = whole[place + 1 : place + 4]
+            assert blocks.labels[row, column][: len(following)].tolist() == following
+            inside = [k < len(following) for k in range(3)]
+            assert blocks.label_valid[row, column].tolist() == inside
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"layers": (LayerAttention(sliding_window=5, causal=True), LayerAttention())},
+        {"layers": (LayerAttention(sliding_window=4),), "window_from": "anchor"},
+        {"sample_from_anchor": True},
+        DFLASH2,
+    ],
+)
+def test_a_packed_block_is_the_block_that_the_engine_drafts(changes):
+    target = tiny_target()
+    drafter = tiny_drafter(target, **changes)
+    batch = collate(sequences_of(target), torch.arange(3))
+    anchors, valid = choose_anchors(batch, 6, torch.Generator().manual_seed(1))
+    blocks = make_blocks(batch.tokens, batch.lengths, anchors, valid, drafter.config)
+    features = OnlineFeatures(target, drafter.config.target_layer_ids)(batch)
+    objective = Objective(drafter, "exponential", 4.0, 0.5)
+    with torch.no_grad():
+        packed = objective.block_hidden(features, blocks)
+        for row in range(3):
+            for column in range(6):
+                place = int(anchors[row, column])
+                drafter.store = StaticStore(drafter, 1, 48, torch.float32, CPU)
+                drafter.inject(features[row : row + 1, :place], torch.arange(place)[None])
+                token = batch.tokens[row, place][None]
+                drafted = drafter.draft(token, torch.tensor([place]))
+                torch.testing.assert_close(packed[row, column], drafted[0], atol=1e-4, rtol=1e-4)
+
+
+def compare_losses(drafter, loss, expected) -> None:
+    """Their values, and the gradients that each gives the drafter."""
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    found = [parameter.grad.clone() for parameter in drafter.parameters()]
+    drafter.zero_grad()
+    expected.backward()
+    for gradient, parameter in zip(found, drafter.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("weighting", ["exponential", "dpace"])
+def test_the_loss_is_weighted_cross_entropy(weighting):
+    target = tiny_target()
+    drafter = tiny_drafter(target)
+    batch = collate(sequences_of(target), torch.arange(4))
+    anchors, valid = choose_anchors(batch, 8, torch.Generator().manual_seed(1))
+    blocks = make_blocks(batch.tokens, batch.lengths, anchors, valid, drafter.config)
+    features = OnlineFeatures(target, drafter.config.target_layer_ids)(batch)
+    objective = Objective(drafter, weighting, 4.0, 0.5)
+    outcome = objective(features, blocks)
+    logits = drafter.logits(objective.block_hidden(features, blocks))
+    losses = F.cross_entropy(logits.flatten(0, 2), blocks.labels.flatten(), reduction="none")
+    losses = losses.view(blocks.labels.shape)
+    if weighting == "dpace":
+        weights = dpace_weights(losses, blocks.label_valid, 0.5)
+        expected = (losses * weights).sum() / blocks.label_valid[..., 0].sum()
+    else:
+        weights = exponential_weights(3, 4.0, CPU) * blocks.label_valid
+        expected = (losses * weights).sum() / weights.sum()
+    compare_losses(drafter, outcome.loss, expected)
+
+
+def test_a_label_outside_a_reduced_vocabulary_carries_no_loss():
+    target = tiny_target()
+    drafter = tiny_drafter(target, draft_vocab_size=24, own_head=True)
+    batch = collate(sequences_of(target), torch.arange(4))
+    anchors, valid = choose_anchors(batch, 8, torch.Generator().manual_seed(1))
+    blocks = make_blocks(batch.tokens, batch.lengths, anchors, valid, drafter.config)
+    features = OnlineFeatures(target, drafter.config.target_layer_ids)(batch)
+    outcome = Objective(drafter, "exponential", 4.0, 0.5)(features, blocks)
+    reachable = (blocks.labels % 4 == 0) & (blocks.labels < 96)
+    assert torch.isfinite(outcome.loss)
+    assert int(outcome.correct.sum()) <= int((reachable & blocks.label_valid).sum())
+
+
+def test_batches_cover_the_set_and_start_anywhere():
+    sequences = SequenceSet.build([([1], [2] * n) for n in range(2, 22)])
+    source = batches(sequences, 4, seed=3)
+    epoch = [next(source) for _ in range(5)]
+    assert sorted(i for batch in epoch for i in batch.indices.tolist()) == list(range(20))
+    following = next(source)
+    resumed = next(batches(sequences, 4, seed=3, start=5))
+    assert torch.equal(following.tokens, resumed.tokens)
+
+
+def test_cached_features_are_the_online_ones(tmp_path):
+    target = tiny_target()
+    sequences = sequences_of(target)
+    online = OnlineFeatures(target, (0, 2))
+    cached = cache_features(tmp_path, sequences, online, CPU, batch_size=5)
+    batch = collate(sequences, torch.tensor([3, 11, 7]))
+    for row, length in enumerate(batch.lengths.tolist()):
+        torch.testing.assert_close(
+            cached(batch)[row, :length], online(batch)[row, :length], atol=1e-4, rtol=1e-4
+        )
+    with pytest.raises(DFlashError, match="no features of these sequences"):
+        CachedFeatures(tmp_path, sequences.select(torch.arange(3)), (0, 2))
+
+
+@KINDS
+def test_training_learns_and_its_estimate_is_what_the_engine_gets(parts, tmp_path):
+    target = tiny_target()
+    trainer = trainer_of(target, tmp_path, steps=150, eval_every=150, save_every=1000, **parts)
+    records = []
+    trainer.run(records.append)
+    assert [record["step"] for record in records] == list(range(1, 151))
+    for name, better in (("loss", lambda old, new: new < 0.7 * old), ("tau", operator.lt)):
+        first, last = (mean(r[name] for r in part) for part in (records[:20], records[-20:]))
+        assert better(first, last), name
+    estimate = trainer.evaluate()
+    drafter = trainer.drafter.eval()
+    engine = Engine(target, drafter, max_batch=4, max_length=40)
+    held_out = trainer.held_out
+    requests = []
+    for index in range(len(held_out)):
+        tokens, prompt = held_out[index]
+        requests.append(Request(tokens[:prompt].tolist(), len(tokens) - prompt, stop_ids=[]))
+    assert pooled_tau(engine.generate(requests)) == pytest.approx(estimate["tau"])
+
+
+@KINDS
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(parts, tmp_path):
+    target = tiny_target()
+    whole = trainer_of(target, tmp_path / "whole", **parts)
+    whole.run()
+
+    class Killed(Exception):
+        pass
+
+    def kill(record):
+        if record["step"] == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        trainer_of(target, tmp_path / "killed", **parts).run(kill)
+    resumed = trainer_of(target, tmp_path / "killed", **parts)
+    steps = []
+    resumed.run(lambda record: steps.append(record["step"]))
+    assert steps == list(range(6, 13))
+    for ours, theirs in zip(resumed.drafter.parameters(), whole.drafter.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(DFlashError, match="made with another config"):
+        trainer_of(target, tmp_path / "killed", learning_rate=1e-3, **parts).run()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    target = tiny_target()
+    trainer = trainer_of(target, tmp_path)
+    with torch.no_grad():
+        trainer.drafter.fc.weight.fill_(float("nan"))
+    with pytest.raises(DFlashError, match="the loss became nan at step 1: lower learning_rate"):
+        trainer.run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"target_layer_ids": (0, 4)}, "target layer 4 does not exist"),
+        ({"mask_token_id": 97}, "mask_token_id 97 is outside"),
+    ],
+)
+def test_settings_that_the_target_lacks_are_refused(changes, named, tmp_path):
+    with pytest.raises(DFlashError, match=named):
+        trainer_of(tiny_target(), tmp_path, **changes)
+
+
+def test_the_target_writes_prompts_and_responses(tmp_path):
+    target, tokenizer = load_target(write_target(tmp_path), torch.float32, "cpu")
+    engine = Engine(target, max_batch=16, max_length=64)
+    prompts = write_prompts(engine, tokenizer, 60, seed=1, max_tokens=24)
+    assert prompts
+    assert len({prompt.messages[0].content for prompt in prompts}) == len(prompts)
+    again = write_prompts(engine, tokenizer, 60, seed=1, max_tokens=24)
+    assert again == prompts
+    written = respond(engine, tokenizer, prompts, 16, max_prompt_tokens=40)
+    tokens, prompt = written[0]
+    assert 1 < len(tokens) - prompt <= 16
+    with pytest.raises(DFlashError, match="2 samples at temperature 0"):
+        respond(engine, tokenizer, prompts, 16, samples=2)
+    tokenizer.chat_template = None
+    with pytest.raises(DFlashError, match="no chat template"):
+        write_prompts(engine, tokenizer, 4)
+
+
+TRAIN = (
+    "--mask-token 3 --self-prompts 80 --max-prompt-tokens 40 --max-new-tokens 12 --held-out 4 "
+    "--generation-batch 16 --block-size 4 --layers 1 --intermediate-size 16 --target-layers 0,2 "
+    "--batch-size 4 --anchors 4 --eval-every 20 --save-every 10 --json"
+)
+
+
+def command(target: Path, output: Path, *options: str, processes: int = 1) -> list[str]:
+    python = [sys.executable, "-m"]
+    if processes > 1:
+        python += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+    arguments = [
+        "train",
+        "--target",
+        str(target),
+        "--output",
+        str(output),
+        *shlex.split(TRAIN),
+        *options,
+    ]
+    return [*python, "dflash_plugin.cli.main", *arguments]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(arguments: list[str]) -> dict:
+    done = subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_killed_command_goes_on_where_it_was(tmp_path):
+    target = write_target(tmp_path / "target")
+    run(command(target, tmp_path / "whole", "--steps", "60"))
+    killed = subprocess.Popen(
+        command(target, tmp_path / "killed", "--steps", "60"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    )
+    snapshot = tmp_path / "killed" / "work" / "snapshot.safetensors"
+    deadline = time.monotonic() + 120
+    while not snapshot.is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert snapshot.is_file()
+    facts = run(command(target, tmp_path / "killed", "--steps", "60"))
+    assert facts["steps"] == 60
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    resumed = load_file(tmp_path / "killed" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    refused = subprocess.run(
+        command(target, tmp_path / "killed", "--steps", "60", "--max-new-tokens", "14"),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert refused.returncode == 1
+    assert "was made with max_new_tokens 12 instead of 14" in " ".join(refused.stderr.split())
+
+
+def test_two_processes_train_one_drafter(tmp_path):
+    target = write_target(tmp_path / "target")
+    options = "--steps 20 --cache-features --dflash2 --selector-rank 4 --selector-top-k 6"
+    facts = run(command(target, tmp_path / "out", *options.split(), processes=2))
+    assert facts["processes"] == 2
+    assert facts["anchors"] == 20 * 4 * 4 * 2
+    assert (tmp_path / "out" / "known_answer.json").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "torchrun --nproc-per-node 2 -m dflash_plugin.cli.main train" in card

@@ -1,0 +1,431 @@
+"""Writes the result tables of README.md and docs/ from the JSON files in benchmarks/results.
+
+python tools/make_tables.py          rewrite them
+python tools/make_tables.py --check  exit 1 if one is not up to date
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def acceptance() -> str:
+    record = load("smollm2-acceptance")
+    rows = []
+    for result in record["sets"]:
+        shares = [f"{share:.2f}" for share in result["acceptance"]]
+        equal = f"{result['equal']}/{result['prompts']}"
+        rows.append([result["set_name"], f"**{result['tau']:.2f}**", *shares, equal])
+    header = ["set", "τ", *(f"at {k}" for k in range(1, 8)), "same text"]
+    mean = f"Mean τ {record['mean_tau']:.2f}; {where(record)}, batch {record['batch']}. "
+    return f"{table(header, rows)}\n\n{mean}`{record['command']}`"
+
+
+def dflash2(name: str) -> str:
+    """τ of both drafters by set, then how often a draft stands if those before it do."""
+    runs = load(name)["runs"][:4]
+    pairs = [runs[:2], runs[2:]]
+    names = [result["set_name"] for result in runs[0]["sets"]]
+    rows = [
+        [
+            name,
+            *(
+                cell
+                for one, two in pairs
+                for cell in beside(one["sets"][place]["tau"], two["sets"][place]["tau"])
+            ),
+        ]
+        for place, name in enumerate(names)
+    ]
+    means = [cell for one, two in pairs for cell in beside(one["mean_tau"], two["mean_tau"])]
+    header = ["set", "DFlash", "DFlash 2", "", "T = 1: DFlash", "DFlash 2", ""]
+    count = len(runs[0]["sets"][0]["acceptance"])
+    places = [
+        [
+            f"{'DFlash 2' if run['drafter'] == 'dflash2' else 'DFlash'}, T = {run['temperature']}",
+            *(f"{share:.2f}" for share in conditional(run["sets"])),
+        ]
+        for run in runs
+    ]
+    by_place = ["", *(f"draft {k}" for k in range(1, count + 1))]
+    commands = "; ".join(f"`{run['command']}`" for run in runs)
+    facts = f"{where(runs[0])}, batch {runs[0]['batch']}. {commands}"
+    whole = table(header, [*rows, ["mean", *means]])
+    return f"{whole}\n\n{table(by_place, places)}\n\n{facts}"
+
+
+def dflash2_by_temperature() -> str:
+    """Mean τ of both drafters, and what DFlash 2 gains on every set."""
+    runs = load("smollm2-dflash2-mixed-acceptance")["runs"]
+    pairs = sorted(zip(runs[::2], runs[1::2], strict=True), key=lambda pair: pair[0]["temperature"])
+    rows = [
+        [
+            f"T = {one['temperature']}",
+            *beside(one["mean_tau"], two["mean_tau"]),
+            *(
+                beside(a["tau"], b["tau"])[-1]
+                for a, b in zip(one["sets"], two["sets"], strict=True)
+            ),
+        ]
+        for one, two in pairs
+    ]
+    names = [result["set_name"] for result in runs[0]["sets"]]
+    commands = "; ".join(f"`{run['command']}`" for run in runs[4:])
+    return f"{table(['', 'DFlash', 'DFlash 2', 'mean', *names], rows)}\n\nAs above; {commands}"
+
+
+def dflash2_greedy() -> str:
+    """τ of both drafters by set, of greedy text alone."""
+    one, two = load("smollm2-dflash2-acceptance")["runs"][:2]
+    rows = [
+        [a["set_name"], *beside(a["tau"], b["tau"])]
+        for a, b in zip(one["sets"], two["sets"], strict=True)
+    ]
+    mean = ["mean", *beside(one["mean_tau"], two["mean_tau"])]
+    header = ["set", "DFlash", "DFlash 2", ""]
+    return f"{table(header, [*rows, mean])}\n\n{where(one)}, batch {one['batch']}."
+
+
+def beside(one: float, two: float) -> list[str]:
+    return [f"{one:.2f}", f"**{two:.2f}**", f"{two / one - 1:+.1%}"]
+
+
+def conditional(sets: list[dict]) -> list[float]:
+    """Share of drafts that stood of those whose predecessors did, over all passes of all sets."""
+    passes = sum(result["passes"] for result in sets)
+    places = range(len(sets[0]["acceptance"]))
+    stood = [sum(result["passes"] * result["acceptance"][k] for result in sets) for k in places]
+    return [now / before for before, now in zip([passes, *stood[:-1]], stood, strict=True)]
+
+
+def first_draft() -> str:
+    """How often first drafts stand at temperature 1, by what they are drawn from."""
+    record = load("first-draft-cpu")
+    columns = {
+        "vocabulary": "from the vocabulary",
+        "candidates": "from the candidates",
+        "after_candidate": "behind a candidate",
+        "after_other": "behind another token",
+        "mass": "the target's share of candidates",
+    }
+    rows = [
+        [f"`{name}`", *(f"{found[key]:.2f}" if key in found else "" for key in columns)]
+        for name, found in record["drafters"].items()
+    ]
+    positions = next(iter(record["drafters"].values()))["positions"]
+    versions = record["versions"]
+    facts = (
+        f"{positions:,} positions of {record['texts']} texts, CPU, float32, torch "
+        f"{versions['torch']}, Transformers {versions['transformers']}, {record['date']}. "
+        f"`{record['command']}`"
+    )
+    return f"{table(['drafter', *columns.values()], rows)}\n\n{facts}"
+
+
+def draft_step() -> str:
+    """A step's microseconds, and by how much each part lengthens it."""
+    record = load("draft-step-h200")
+    kinds = {
+        "dflash": "DFlash",
+        "convolutions": "with convolutions",
+        "selector": "with a selector",
+        "dflash2": "DFlash 2",
+        "dflash2_sampled": "DFlash 2, sampled",
+    }
+    rows = [
+        [
+            str(row["requests"]),
+            f"{row['dflash']:,.0f} µs",
+            *(
+                f"{row[kind]:,.0f} µs ({row[kind] / row['dflash'] - 1:+.0%})"
+                for kind in list(kinds)[1:]
+            ),
+        ]
+        for row in record["rows"]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    facts = f"{record['device']}, bfloat16, {versions}, {record['date']}. `{record['command']}`"
+    return f"{table(['requests', *kinds.values()], rows)}\n\n{facts}"
+
+
+def where(record: dict) -> str:
+    return (
+        f"{record['device']}, {record['dtype']}, torch {record['torch']}, Transformers "
+        f"{record['transformers']}, {record['date']}"
+    )
+
+
+def draft_weights() -> str:
+    runs = load("draft-weights-cpu")["runs"]
+    header = ["draft weights", *(result["set_name"] for result in runs[0]["sets"]), "mean τ"]
+    rows = [
+        [
+            run["draft_weights"],
+            *(f"{result['tau']:.2f}" for result in run["sets"]),
+            f"**{run['mean_tau']:.2f}**",
+        ]
+        for run in runs
+    ]
+    facts = f"{where(runs[-1])}, batch {runs[-1]['batch']}. `{runs[-1]['command']}`"
+    return f"{table(header, rows)}\n\n{facts}"
+
+
+def engine(name: str) -> str:
+    record = load(name)
+    rows = [
+        [
+            row["engine"],
+            str(row["batch"]),
+            str(row["requests"]),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tau']:.2f}",
+        ]
+        for row in record["rows"]
+    ]
+    header = ["engine", "batch", "requests", "tokens/s", "τ"]
+    facts = f"{where(record)}; medians of {record['repeats']} runs in turns. "
+    return f"{table(header, rows)}\n\n{facts}`{record['command']}`"
+
+
+NAMES = {
+    "none": "no drafter",
+    "native": "native",
+    "native-k3": "native, 3 drafts",
+    "native-k5": "native, 5 drafts",
+    "native-adaptive": "native, adaptive",
+    "plugin": "plugin",
+    "plugin-fp8": "plugin, FP8 drafter",
+    "plugin-adaptive": "plugin, adaptive",
+    "plugin-fp8-adaptive": "plugin, FP8 drafter, adaptive",
+}
+
+
+def serving(name: str, shown: tuple[str, ...] = tuple(NAMES)) -> str:
+    """Output tokens per second by engine and requests in flight: median (lowest-highest), τ.
+
+    Args:
+        name: of the file.
+        shown: the engines.
+    """
+    record = load(name)
+    runs = record.get("runs", [record])
+    record, every = runs[0], [row for run in runs for row in run["rows"]]
+    cells = {(row["engine"], row["concurrency"]): row for row in every}
+    engines = [one for one in dict.fromkeys(row["engine"] for row in every) if one in shown]
+    rows = []
+    for level in sorted({row["concurrency"] for row in every}):
+        line = [str(level)]
+        for one in engines:
+            cell = cells.get((one, level))
+            if cell is None:
+                line.append("")
+                continue
+            low, high = min(cell["all"]), max(cell["all"])
+            tau = f", τ {cell['tau']:.2f}" if one != "none" else ""
+            line.append(f"{cell['tokens_per_second']:,.0f} ({low:,.0f}-{high:,.0f}){tau}")
+        rows.append(line)
+    versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}; "
+    counts = sorted({len(row["all"]) for row in every})
+    facts += f"{'-'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs in turns. "
+    header = ["requests", *(NAMES[one] for one in engines)]
+    commands = "; ".join(f"`{run['command']}`" for run in runs)
+    return f"{table(header, rows)}\n\n{facts}{commands}"
+
+
+def soak(name: str, engine: str, paused: str) -> str:
+    """A recorded soak.
+
+    Args:
+        name: of the file.
+        engine: its name, and the key of its version.
+        paused: the engine's word for requests that wait for memory in mid-text.
+    """
+    record = load(name)
+    row = [
+        f"{record['device']}, {engine} {record['versions'][engine.lower()]}",
+        *(f"{record[key]:,}" for key in ("steps", "finished", "aborted", paused)),
+        f"{record['prefix_hits']:,}",
+        f"{len(record['mismatches'])}",
+        f"{record['growth_mb']['resident_mb']:+.0f} MB",
+    ]
+    header = ["on", "steps", "finished", "aborted", paused, "cached tokens hit"]
+    return table([*header, "texts that differ", "growth, last third"], [row])
+
+
+def timelines(name: str) -> str:
+    """Where the milliseconds of a decode step go, of native and the plugin with FP8 drafts."""
+    record = load(name)
+    found = [line for run in record["runs"] for line in run["timelines"]]
+    parts = ("verify graph", "other graphs", "eager", "idle", "step")
+    rows = [
+        [
+            str(level),
+            NAMES[line["engine"]],
+            *(f"{line['milliseconds'][part]:.2f}" for part in parts),
+            f"{line['eager_launches']:.0f}",
+        ]
+        for level in sorted({line["concurrency"] for line in found})
+        for line in found
+        if line["concurrency"] == level and line["engine"] in ("native", "plugin-fp8")
+    ]
+    header = ["requests", "", "verify graph", "draft graph", "eager", "idle", "whole step"]
+    commands = "; ".join(f"`{run['command']}`" for run in record["runs"])
+    facts = f"{record['runs'][0]['device']}, {record['runs'][0]['date']}. {commands}"
+    return f"{table([*header, 'eager launches'], rows)}\n\n{facts}"
+
+
+MIXED = ("fixed 0", "fixed 7", "fixed 3", "by step", "adaptive")
+
+
+def mixed(name: str) -> str:
+    """Simulated tokens per second of one request, where half of them are easy and half hard."""
+    record = load(name)
+    levels = sorted({row["requests"] for row in record["mixed"]})
+    cells = {(row["policy"], row["requests"]): row for row in record["mixed"]}
+    rows = [
+        [
+            policy.replace("fixed", "always").replace("always 0", "no drafts"),
+            *(
+                f"{cells[policy, level]['easy']} / {cells[policy, level]['hard']}"
+                for level in levels
+            ),
+        ]
+        for policy in MIXED
+    ]
+    header = ["policy", *(f"{level} requests" for level in levels)]
+    facts = f"{record['texts']} texts, {record['date']}. `{record['command']}`"
+    return f"{table(header, rows)}\n\n{facts}"
+
+
+SHOWN = (
+    "inject_kv", "draft_head", "draft_head_fp8", "fp8_product", "fp8_product_down",
+    "draft_attention", "draft_attention_batch",
+)  # fmt: skip
+SHOWN_OF_DFLASH2 = (
+    "projected_convolution", "convolve_add_rms_norm", "draft_head_candidates", "best_logits",
+)  # fmt: skip
+
+
+def kernels(name: str, ops: tuple[str, ...] = SHOWN) -> str:
+    """Microseconds of the kernels that replace something of an engine's."""
+    record = load(name)
+    rows = [
+        [
+            row["op"],
+            f"{row['rows']:,}",
+            *(f"{row[key]:,.1f}" for key in ("kernel_us", "engine_us", "copy_us", "twin_us")),
+            f"{row['engine_us'] / row['kernel_us']:.2f}",
+        ]
+        for row in record["rows"]
+        if row["op"] in ops
+    ]
+    header = ["operation", "size", "kernel", "instead", "copy of as many bytes", "twin"]
+    versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}. "
+    return f"{table([*header, 'times as fast'], rows)}\n\n{facts}`{record['command']}`"
+
+
+def budget(name: str) -> str:
+    """Simulated tokens per second of the adaptive policy, the best fixed one and the oracle."""
+    record = load(name)
+    rows = []
+    for row in record["rows"]:
+        rates = row["tokens_per_second"]
+        rows.append(
+            [
+                str(row["requests"]),
+                f"{rates['fixed 0']:,.0f}",
+                f"{rates[row['best_fixed']]:,.0f} ({row['best_fixed'].removeprefix('fixed ')})",
+                f"{rates['by step']:,.0f}",
+                f"{rates['adaptive']:,.0f}",
+                f"{rates['oracle']:,.0f}",
+                f"{row['against_best_fixed']:.2f}",
+                f"{row['against_oracle']:.2f}",
+            ]
+        )
+    header = ["requests", "no drafts", "best fixed (drafts)", "by step", "adaptive", "oracle"]
+    facts = f"{record['texts']} texts, τ {record['tau']}, {record['date']}. `{record['command']}`"
+    return f"{table([*header, 'of best fixed', 'of oracle'], rows)}\n\n{facts}"
+
+
+ALONE_AND_TWO = ("none", "native", "plugin")
+REPLAYS = {
+    "vllm-replay": lambda: serving("vllm-h200-qwen3-8b-replay"),
+    "sglang-replay": lambda: serving("sglang-h200-qwen3-8b-replay"),
+}
+# Sections by file.
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"acceptance": acceptance, "dflash2-greedy": dflash2_greedy, **REPLAYS},
+    "docs/results.md": {
+        "acceptance": acceptance,
+        "draft-weights": draft_weights,
+        "h200": lambda: engine("transformers-h200"),
+        "cpu": lambda: engine("transformers-cpu"),
+        **REPLAYS,
+        "vllm-qwen3-8b": lambda: serving("vllm-h100-qwen3-8b"),
+        "vllm-h100": lambda: serving("vllm-h100-smollm2", ALONE_AND_TWO),
+        "vllm-cpu": lambda: serving("vllm-cpu"),
+        "vllm-soak": lambda: soak("vllm-soak-cpu", "vLLM", "preempted"),
+        "sglang-qwen3-8b": lambda: serving("sglang-h100-qwen3-8b"),
+        "sglang-timelines": lambda: timelines("sglang-h100-timelines"),
+        "sglang-h100": lambda: serving("sglang-h100"),
+        "sglang-soak": lambda: soak("sglang-soak-cpu", "SGLang", "retracted"),
+    },
+    "docs/design.md": {
+        "kernels": lambda: kernels("kernels-h100"),
+        "budget": lambda: budget("budget-simulator"),
+    },
+    "docs/adaptive.md": {
+        "vllm-adaptive": lambda: serving("vllm-h200-smollm2"),
+        "sglang-adaptive": lambda: serving("sglang-h200-smollm2"),
+        "sglang-texts": lambda: serving("sglang-h200-qwen3-8b-replay-texts"),
+        "mixed": lambda: mixed("budget-simulator"),
+    },
+    "docs/dflash2.md": {
+        "dflash2": lambda: dflash2("smollm2-dflash2-acceptance"),
+        "dflash2-mixed": lambda: dflash2("smollm2-dflash2-mixed-acceptance"),
+        "dflash2-heat": dflash2_by_temperature,
+        "first-draft": first_draft,
+        "draft-step": draft_step,
+        "dflash2-kernels": lambda: kernels("kernels-h200-dflash2", SHOWN_OF_DFLASH2),
+    },
+}
+
+
+def filled(text: str, sections: dict[str, Callable[[], str]]) -> str:
+    """Text with every section between its markers made anew."""
+    for name, make in sections.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, rest = text.split(start)
+        text = before + start + make() + "\n" + end + rest.split(end, 1)[1]
+    return text
+
+
+def main() -> None:
+    for name, sections in SECTIONS.items():
+        path = ROOT / name
+        text = path.read_text()
+        if "--check" not in sys.argv:
+            path.write_text(filled(text, sections))
+        elif filled(text, sections) != text:
+            sys.exit(f"{name} is not up to date: run python tools/make_tables.py")
+
+
+if __name__ == "__main__":
+    main()
