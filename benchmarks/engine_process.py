@@ -64,8 +64,13 @@ class Served:
         return self.wait()
 
     def close(self) -> None:
+        """End the child, by force where it does not end by itself."""
         self.process.stdin.close()
-        self.process.wait(60)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 def fixed_drafts(mode: str) -> int | None:
@@ -81,8 +86,9 @@ def claim_stdout() -> TextIO:
     return pipe
 
 
-def answer(pipe: TextIO, started: float, run: Callable[..., dict[str, Any]]) -> None:
-    """Say how long the start took, then answer requests until there are no more."""
-    print(json.dumps({"startup": time.perf_counter() - started}), file=pipe, flush=True)
+def answer(pipe: TextIO, started: float, run: Callable[..., dict[str, Any]], **facts: Any) -> None:
+    """Say how long the start took and what the engine says of itself, then answer requests."""
+    start = {"startup": time.perf_counter() - started, **facts}
+    print(json.dumps(start), file=pipe, flush=True)
     for line in sys.stdin:
         print(json.dumps(run(**json.loads(line))), file=pipe, flush=True)

@@ -1,4 +1,4 @@
-"""What the serving benchmarks of all engines share: prompts, turns, comparison of texts."""
+"""The serving benchmark of both engines: options, prompts, turns, comparison of texts."""
 
 from __future__ import annotations
 
@@ -9,48 +9,247 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import typer
+from acceptance_replay.acceptance_replay import settings as replaying
 from engine_process import Served
 from timeline import load, timeline
 
+from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
 from dflash_plugin.drafter.config import DrafterConfig, LayerAttention
 from dflash_plugin.prompts import encode, load_prompts
 
 TRACES = Path(__file__).parent / "results" / "traces-smollm2-250.safetensors"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
-QWEN3_8B = {
+
+
+class Shape(NamedTuple):
+    """A target and a drafter without trained weights.
+
+    Attributes:
+        target: entries of the target's ``config.json``.
+        layers: of the drafter; its other sizes are the target's.
+        target_layer_ids: layers whose outputs the drafter reads.
+        block_size: anchor and drafts.
+        prompt_tokens: of every prompt.
+    """
+
+    target: dict[str, Any]
+    layers: int
+    target_layer_ids: tuple[int, ...]
+    block_size: int
+    prompt_tokens: int
+
+
+_QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0,
     "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
+}
+SHAPES = {
+    # Qwen3-8B and its z-lab drafter.
+    "qwen3-8b": Shape(
+        target={
+            **_QWEN3,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "max_position_embeddings": 40960,
+            "torch_dtype": "bfloat16",
+        },
+        layers=5,
+        target_layer_ids=(1, 9, 17, 25, 33),
+        block_size=16,
+        prompt_tokens=128,
+    ),
+    # Small enough for a test on a CPU.
+    "tiny": Shape(
+        target={
+            **_QWEN3,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "vocab_size": 2048,
+            "max_position_embeddings": 2048,
+            "torch_dtype": "float32",
+        },
+        layers=2,
+        target_layer_ids=(0, 2),
+        block_size=8,
+        prompt_tokens=16,
+    ),
 }
 
 
+class EngineUnderTest(NamedTuple):
+    """What the two engines do differently.
+
+    Attributes:
+        name: the engine's distribution.
+        version: the installed version.
+        model: the argument that names the target's directory.
+        speculative: speculation arguments, of the drafter's directory and the number of drafts.
+        common: engine arguments of all modes, of a ``Load``.
+        forced: speculation arguments and environment that force an acceptance length.
+        sampling: the engine's names for greedy sampling, of the number of tokens and whether
+            weights are dummies.
+        margins: added to ``sampling``, so that answers hold the target's margins.
+        served: a child process of a mode, of common and speculative arguments, log and environment.
+    """
+
+    name: str
+    version: Callable[[], str]
+    model: Callable[[Path], dict[str, str]]
+    speculative: Callable[[Path, int], dict[str, Any]]
+    common: Callable[[Load], dict[str, Any]]
+    forced: Callable[[float], tuple[dict[str, Any], dict[str, str]]]
+    sampling: Callable[[int, bool], dict[str, Any]]
+    margins: dict[str, Any]
+    served: Callable[..., Served]
+
+
+class Load(NamedTuple):
+    """What the engines are to carry.
+
+    Attributes:
+        requests: in flight, at most.
+        tokens: of prompt and output of a request, at most.
+        memory: share of the GPU's memory that one engine takes; None leaves it to the engine.
+        is_dummy: weights are drawn by the engine.
+    """
+
+    requests: int
+    tokens: int
+    memory: float | None
+    is_dummy: bool
+
+
+def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
+    """The benchmark of one engine as a command line."""
+
+    def main(
+        output: Annotated[Path, typer.Option()],
+        target: str = "smollm2",
+        drafter: Path | None = None,
+        data: Path = Path("tests/data"),
+        shape: str | None = None,
+        acceptance: float | None = None,
+        replay: float | None = None,
+        traces: Path = TRACES,
+        modes: str = default_modes,
+        concurrency: str = "1,8,32,64",
+        new_tokens: int = 256,
+        repeats: int = 5,
+        seconds: float = 0.0,
+        per_slot: int = 2,
+        dtype: str = "bfloat16",
+        memory: float | None = None,
+        drafts: int | None = None,
+        check: bool = False,
+        timelines: bool = False,
+        together: bool = False,
+        settings: str = "{}",
+    ) -> None:
+        """Measure and write one JSON file.
+
+        ``--shape`` takes dummy weights: qwen3-8b, or tiny for a test.
+
+        ``--timelines`` adds where the time of a decode step goes.
+
+        ``--together`` starts the engines at once, which is faster but needs more free memory while
+        they load.
+
+        ``--memory`` is the share of the GPU that each engine takes.
+        """
+        if check and shape is not None:
+            raise typer.BadParameter("dummy weights have no texts to compare: leave out --check")
+        if shape is not None and shape not in SHAPES:
+            raise typer.BadParameter(f"--shape is {shape!r}: one of {', '.join(SHAPES)}")
+        levels = [int(level) for level in concurrency.split(",")]
+        scratch = tempfile.TemporaryDirectory()
+        if shape is not None:
+            directory, weights = dummy_pair(SHAPES[shape], Path(scratch.name))
+        else:
+            directory, weights = resolve_model(target), resolve_drafter(drafter, target)
+        num_drafts = drafts or json.loads((weights / "config.json").read_text())["block_size"] - 1
+        work = prompts_by_level(levels, per_slot, shape, directory, data, replay is None)
+        checked = real_prompts(directory, data, 25) if check else []
+        longest = max(len(prompt) for prompts in [*work.values(), checked] for prompt in prompts)
+        load = Load(max(levels), longest + new_tokens, memory, shape is not None)
+        arguments = {**engine.common(load), "dtype": dtype, **json.loads(settings)}
+        speculative, environment = engine.speculative(weights, num_drafts), {}
+        if acceptance is not None:
+            forced, environment = engine.forced(acceptance)
+            speculative |= forced
+        if replay is not None:
+            environment = replaying(traces, num_drafts, replay)
+        sampling = engine.sampling(new_tokens, shape is not None)
+        record = {
+            **circumstances(engine.name, engine.version()),
+            "dtype": dtype,
+            "repeats": repeats,
+            "max_new_tokens": new_tokens,
+            "acceptance_forced": acceptance,
+            "acceptance_replayed": replay,
+            "num_speculative_tokens": num_drafts,
+            "engine_arguments": arguments,
+        }
+        output.parent.mkdir(parents=True, exist_ok=True)
+        starting = (
+            engine.served(
+                mode,
+                {**arguments, **engine.model(directory)},
+                speculative,
+                output.with_suffix(f".{mode}.log"),
+                **environment,
+            )
+            for mode in modes.split(",")
+        )
+        engines = start(list(starting) if together else starting, record)
+        try:
+            if check and "none" in record["failed"]:
+                raise RuntimeError("the engine without a drafter did not start: see its log")
+            measure(engines, work, sampling, repeats, record, output, seconds)
+            if timelines:
+                add_timelines(engines, work, sampling, record, output)
+            if check:
+                record["text"] = check_text(engines, checked, max(levels), sampling, engine.margins)
+                output.write_text(json.dumps(record, indent=1) + "\n")
+        finally:
+            for child in engines:
+                child.close()
+
+    return main
+
+
 def start(engines: Iterable[Served], record: dict[str, Any]) -> list[Served]:
-    """The engines that are up; the record says how long that took and which failed.
+    """The engines that started; the record says how long each took, its attention back end, and
+    which failed.
 
     Those of a list start together, those of a generator one after the other.
     """
-    up, record["startup_seconds"], record["failed"] = [], {}, {}
+    up: list[Served] = []
+    record |= {"startup_seconds": {}, "attention": {}, "failed": {}}
     for engine in engines:
         try:
-            record["startup_seconds"][engine.mode] = round(engine.wait()["startup"], 1)
+            started = engine.wait()
+            record["startup_seconds"][engine.mode] = round(started["startup"], 1)
+            record["attention"][engine.mode] = started.get("attention")
             up.append(engine)
         except RuntimeError as error:
             record["failed"][engine.mode] = str(error)[-300:]
@@ -197,30 +396,31 @@ def first_difference(one: list[int], other: list[int]) -> int | None:
     return next(places, None)
 
 
-def made_up_pair(directory: Path) -> tuple[Path, Path]:
-    """Configurations of Qwen3-8B and its z-lab drafter; the weights are drawn by the engine."""
+def dummy_pair(shape: Shape, directory: Path) -> tuple[Path, Path]:
+    """Directories of a target without weights and of a drafter of zeros; the engine draws both."""
     from dflash_plugin.checkpoints.io import expected_tensors, save_checkpoint
 
     target = directory / "target"
     target.mkdir()
-    (target / "config.json").write_text(json.dumps(QWEN3_8B))
+    sizes = shape.target
+    (target / "config.json").write_text(json.dumps(sizes))
     config = DrafterConfig(
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        layers=(LayerAttention(),) * 5,
-        block_size=16,
-        mask_token_id=151669,
-        target_layer_ids=(1, 9, 17, 25, 33),
-        num_target_layers=36,
-        target_hidden_size=4096,
-        vocab_size=151936,
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_attention_heads=sizes["num_attention_heads"],
+        num_key_value_heads=sizes["num_key_value_heads"],
+        head_dim=sizes["head_dim"],
+        layers=(LayerAttention(),) * shape.layers,
+        block_size=shape.block_size,
+        mask_token_id=sizes["vocab_size"] - 267,
+        target_layer_ids=shape.target_layer_ids,
+        num_target_layers=sizes["num_hidden_layers"],
+        target_hidden_size=sizes["hidden_size"],
+        vocab_size=sizes["vocab_size"],
     )
+    dtype = getattr(torch, sizes["torch_dtype"])
     tensors = {
-        name: torch.zeros(shape, dtype=torch.bfloat16)
-        for name, shape in expected_tensors(config).items()
+        name: torch.zeros(size, dtype=dtype) for name, size in expected_tensors(config).items()
     }
     return target, save_checkpoint(directory / "drafter", config, tensors)
 
@@ -243,15 +443,17 @@ def prompts_by_level(
     data: Path,
     together: bool = True,
 ) -> dict[int, list[list[int]]]:
-    """Prompts for each number of requests in flight: 128 random tokens each, or real ones.
+    """Prompts for each number of requests in flight: random tokens for a shape, or real ones.
 
-    Random ones begin and end ``together``, so that one for each place is enough; otherwise
-    ``per_slot`` follow one another.
+    Random prompts begin and end ``together``, so that one for each request in flight is enough;
+    otherwise ``per_slot`` follow one another.
     """
     if shape is not None:
-        waves = 1 if together else per_slot
+        waves, sizes = 1 if together else per_slot, SHAPES[shape]
+        last, length = sizes.target["vocab_size"] - 1936, sizes.prompt_tokens
         return {
-            level: torch.randint(1000, 150000, (waves * level, 128)).tolist() for level in levels
+            level: torch.randint(last // 150, last, (waves * level, length)).tolist()
+            for level in levels
         }
     counts = {level: max(per_slot * level, 5) for level in levels}
     prompts = real_prompts(directory, data, max(counts.values()))

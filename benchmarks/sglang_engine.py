@@ -16,58 +16,30 @@ from engine_process import Served, answer, claim_stdout, fixed_drafts
 FLOAT32 = Path(__file__).parent / "sglang_float32"
 
 
-def arguments(on_gpu: bool, running: int) -> dict[str, Any]:
-    """Engine arguments of all modes: token ids in and out, no more processes or graphs than needed.
-
-    Args:
-        on_gpu: else everything runs on a CPU.
-        running: most requests that run at once.
-    """
-    common = {
-        "skip_tokenizer_init": True,
-        "sampling_backend": "pytorch",
-        "grammar_backend": "none",
-        "max_running_requests": running,
-        # An idle engine would otherwise take a core from the one that is measured.
-        "sleep_on_idle": True,
-        "log_level": "info",
-    }
-    if not on_gpu:
-        cpu = {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
-        return {**common, **cpu, "mem_fraction_static": 0.3}
-    powers = {1 << n for n in range(running.bit_length())}
-    return {
-        **common,
-        "attention_backend": "triton",
-        "cuda_graph_bs_decode": sorted(powers | {running}),
-        "disable_prefill_cuda_graph": True,
-        # Of what is free when the engine starts; max_total_tokens is the limit that counts.
-        "mem_fraction_static": 0.95,
-    }
-
-
 def served(
     mode: str, settings: dict[str, Any], speculative: dict[str, Any], log: Path, **environment: str
 ) -> Served:
     """A child process with one engine.
 
     Args:
-        mode: "none", "native" or "plugin", the latter also with "-fp8", "-adaptive" or both behind;
-            "-k5" behind drafts 5 tokens, whatever the settings say.
+        mode: "none", "native" or "plugin", the latter also followed by "-fp8" and by "-adaptive"
+            or "-fixed", which turn adaptive verification on and off; "-k5" drafts 5 tokens,
+            whatever ``speculative`` says; "-triton" takes that attention back end.
         settings: of ``Engine``.
-        speculative: more of them, for all modes but "none".
+        speculative: more arguments, for all modes but "none".
         log: takes what the child prints.
         environment: added to the child's.
     """
-    if mode != "none":
-        settings = {**settings, **speculative}
+    settings = {**settings, **({} if mode == "none" else speculative)}
     if (drafts := fixed_drafts(mode)) is not None:
         settings["speculative_num_draft_tokens"] = drafts + 1
     environment["DFLASH_PLUGIN"] = "on" if mode.startswith("plugin") else "off"
     if "-fp8" in mode:
         environment["DFLASH_PLUGIN_DRAFT_WEIGHTS"] = "fp8"
-    # Left open, it would be on.
-    environment["DFLASH_PLUGIN_ADAPTIVE_VERIFICATION"] = str(int("-adaptive" in mode))
+    if "-adaptive" in mode or "-fixed" in mode:
+        environment["DFLASH_PLUGIN_ADAPTIVE_VERIFICATION"] = str(int("-adaptive" in mode))
+    if "-triton" in mode:
+        settings["attention_backend"] = "triton"
     if settings["dtype"] == "float32":
         paths = [str(FLOAT32), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -132,9 +104,10 @@ def run(
         "tokens": [one["output_ids"] for one in answers],
         "tau": acceptance_length(metas),
     }
-    if os.environ["DFLASH_PLUGIN_ADAPTIVE_VERIFICATION"] == "1":
-        state = engine.get_server_info()["internal_states"][0]
-        found["adaptive"] = state["dflash_plugin"].get("adaptive")
+    if os.environ["DFLASH_PLUGIN"] == "on":
+        state = engine.get_server_info()["internal_states"][0].get("dflash_plugin", {})
+        if state.get("adaptive") is not None:
+            found["adaptive"] = state["adaptive"]
     if top is not None:
         found["margins"] = [
             [round(best[0] - second[0], 6) for best, second in meta["output_top_logprobs"]]
@@ -150,13 +123,18 @@ def acceptance_length(metas: list[dict[str, Any]]) -> float:
     return 1 + accepted / passes if passes else 1.0
 
 
+def attention(engine: Any) -> str:
+    """The back end that SGLang picked, or was given."""
+    return str(engine.server_args.attention_backend)
+
+
 def main() -> None:
     pipe = claim_stdout()
     from sglang import Engine
 
     started = time.perf_counter()
     engine = Engine(**json.loads(sys.argv[1]))
-    answer(pipe, started, partial(run, engine))
+    answer(pipe, started, partial(run, engine), attention=attention(engine))
     engine.shutdown()
 
 

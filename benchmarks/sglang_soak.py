@@ -22,8 +22,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from serving_common import Load as EngineLoad
 from serving_common import circumstances, first_difference, real_prompts, resident_mb
-from sglang_engine import acceptance_length, arguments
+from sglang_engine import acceptance_length
+from sglang_serving import arguments
 
 from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
 from dflash_plugin.sglang.compat import installed
@@ -198,17 +200,18 @@ def main(
 
     engine = sglang.Engine(
         **{
+            **arguments(EngineLoad(running, longest, memory=None, is_dummy=False)),
             "model_path": str(directory),
             "dtype": "float32",
             "context_length": 1024,
             "max_total_tokens": tokens,
+            "disable_radix_cache": False,
             "chunked_prefill_size": 256,
             # Admits requests before there is room for all that they will write.
             "schedule_conservativeness": 0.1,
             "decode_log_interval": 1,
             "speculative_algorithm": "DFLASH",
             "speculative_draft_model_path": str(weights),
-            **arguments(torch.cuda.is_available(), running),
             **json.loads(settings),
         }
     )

@@ -16,21 +16,24 @@ from engine_process import Served, answer, claim_stdout, fixed_drafts
 ADAPTIVE = {"enable_adaptive_verification": True}
 
 
-def served(mode: str, settings: dict[str, Any], log: Path, **environment: str) -> Served:
+def served(
+    mode: str, settings: dict[str, Any], drafting: dict[str, Any], log: Path, **environment: str
+) -> Served:
     """A child process with one engine.
 
     Args:
-        mode: "none", "native" or "plugin", the latter two also with "-adaptive" or "-fp8" behind;
-            "-k5" behind drafts 5 tokens, whatever the settings say.
-        settings: of ``LLM``; ``speculative_config`` goes to all modes but "none".
+        mode: "none", "native" or "plugin", the latter two also followed by "-adaptive" or "-fp8";
+            "-k5" drafts 5 tokens, whatever ``drafting`` says.
+        settings: of ``LLM``.
+        drafting: ``speculative_config``, for all modes but "none".
         log: takes what the child prints.
         environment: added to the child's.
     """
     settings = json.loads(json.dumps(settings))
-    if mode == "none":
-        settings.pop("speculative_config", None)
-    elif (drafts := fixed_drafts(mode)) is not None:
-        settings["speculative_config"]["num_speculative_tokens"] = drafts
+    if mode != "none":
+        settings["speculative_config"] = dict(drafting)
+        if (drafts := fixed_drafts(mode)) is not None:
+            settings["speculative_config"]["num_speculative_tokens"] = drafts
     if "-adaptive" in mode:
         settings["speculative_config"].update(ADAPTIVE)
     if "-fp8" in mode:
@@ -139,13 +142,20 @@ def margin(step: Any) -> float:
     return round(best[0] - best[1], 6)
 
 
+def attention(engine: Any) -> str | None:
+    """The back ends of the target's and the drafter's attention layers."""
+    layers = engine.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    names = {layer.attn_backend.get_name() for layer in layers if hasattr(layer, "attn_backend")}
+    return ", ".join(sorted(names)) or None
+
+
 def main() -> None:
     pipe = claim_stdout()
     from vllm import LLM
 
     started = time.perf_counter()
     engine = LLM(**json.loads(sys.argv[1]))
-    answer(pipe, started, partial(run, engine))
+    answer(pipe, started, partial(run, engine), attention=attention(engine))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main(
         "block_size": 32,
         **json.loads(settings),
     }
-    alone = served("none", common, output.with_suffix(".none.log"))
+    alone = served("none", common, {}, output.with_suffix(".none.log"))
     alone.wait()
     expected = alone.ask(
         prompts=prompts,

@@ -251,7 +251,10 @@ def into_sglang() -> None:
         chances.predictions[:count] = chances.model.probabilities(confidences)
 
     def estimating(module: Any) -> None:
-        module.AcceptancePredictor.predict = lambda self, choice: None
+        def predict(self: Any, top: Tensor, log_sum_exp: Tensor | None) -> None:
+            """The draft pass's own confidences mean nothing."""
+
+        module.AcceptancePredictor.predict = predict
 
     after_import("sglang.srt.speculative.dflash_worker_v2", worker)
     after_import("dflash_plugin.sglang.acceptance_probs", estimating)

@@ -1,0 +1,40 @@
+"""The recorded benchmark commands run, small, on today's code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.on_sglang.sglang_server import ENVIRONMENT
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("modes", ["none,plugin,plugin-adaptive"])
+def test_serving_with_replayed_acceptance(modes, tmp_path):
+    output = tmp_path / "result.json"
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "sglang_serving.py", "--output", output]
+        + ["--shape", "tiny", "--replay", "4", "--modes", modes, "--together"]
+        + ["--concurrency", "2", "--new-tokens", "24", "--repeats", "1", "--per-slot", "1"]
+        + ["--dtype", "float32"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
+    )
+    logs = {path.name: path.read_text()[-2000:] for path in tmp_path.glob("*.log")}
+    assert done.returncode == 0, (done.stderr[-2000:], logs)
+    record = json.loads(output.read_text())
+    assert record["failed"] == {}
+    rows = {row["engine"]: row for row in record["rows"]}
+    assert list(rows) == modes.split(",")
+    assert rows["none"]["tau"] == 1
+    # Random weights accept nothing by themselves.
+    assert rows["plugin"]["tau"] > 2
+    assert rows["plugin-adaptive"]["adaptive"]

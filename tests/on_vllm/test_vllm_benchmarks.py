@@ -1,0 +1,40 @@
+"""The recorded benchmark commands run, small, on today's code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.on_vllm.vllm_helpers import ON_V2
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, output: Path, *options: str) -> dict:
+    command = [sys.executable, ROOT / "benchmarks" / script, "--output", output, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    logs = {path.name: path.read_text()[-2000:] for path in output.parent.glob("*.log")}
+    assert done.returncode == 0, (done.stderr[-2000:], logs)
+    return json.loads(output.read_text())
+
+
+def test_serving_with_replayed_acceptance(tmp_path):
+    record = run(
+        "vllm_serving.py",
+        tmp_path / "result.json",
+        *("--shape", "tiny", "--replay", "4", "--modes", "none,native,plugin", "--together"),
+        *("--concurrency", "2", "--new-tokens", "24", "--repeats", "1", "--per-slot", "1"),
+        *("--dtype", "float32", "--settings", '{"enforce_eager": true}'),
+    )
+    assert record["failed"] == {}
+    rows = {row["engine"]: row for row in record["rows"]}
+    assert list(rows) == ["none", "native", "plugin"]
+    assert rows["none"]["tau"] == 1
+    assert all(row["tokens_per_second"] > 0 for row in rows.values())
+    assert all(record["attention"][mode] for mode in rows)
+    if ON_V2:  # The V1 runner has no seam for replayed acceptance.
+        # Random weights accept nothing by themselves.
+        assert rows["native"]["tau"] > 2
+        assert rows["plugin"]["tau"] > 2
