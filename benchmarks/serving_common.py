@@ -167,6 +167,10 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
     ) -> None:
         """Measure and write one JSON file.
 
+        ``--modes`` lists engines that are up together and measured in turns; a semicolon ends one
+        such group, whose engines make room for the next. A mode of two groups shows how far their
+        rows compare.
+
         ``--shape`` takes dummy weights: qwen3-8b, or tiny for a test.
 
         ``--timelines`` adds where the time of a decode step goes.
@@ -210,29 +214,31 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
             "engine_arguments": arguments,
         }
         output.parent.mkdir(parents=True, exist_ok=True)
-        starting = (
-            engine.served(
-                mode,
-                {**arguments, **engine.model(directory)},
-                speculative,
-                output.with_suffix(f".{mode}.log"),
-                **environment,
+        record |= {"startup_seconds": {}, "attention": {}, "failed": {}, "rows": []}
+        for number, group in enumerate(modes.split(";")):
+            starting = (
+                engine.served(
+                    mode,
+                    {**arguments, **engine.model(directory)},
+                    speculative,
+                    output.with_suffix(f".{number}.{mode}.log"),
+                    **environment,
+                )
+                for mode in group.split(",")
             )
-            for mode in modes.split(",")
-        )
-        engines = start(list(starting) if together else starting, record)
-        try:
-            if check and "none" in record["failed"]:
-                raise RuntimeError("the engine without a drafter did not start: see its log")
-            measure(engines, work, sampling, repeats, record, output, seconds)
-            if timelines:
-                add_timelines(engines, work, sampling, record, output)
-            if check:
-                record["text"] = check_text(engines, checked, max(levels), sampling, engine.margins)
-                output.write_text(json.dumps(record, indent=1) + "\n")
-        finally:
-            for child in engines:
-                child.close()
+            engines = start(list(starting) if together else starting, record)
+            try:
+                measure(engines, work, sampling, repeats, record, output, seconds, number)
+                if timelines:
+                    add_timelines(engines, work, sampling, record, output)
+                if check:
+                    record["text"] = check_text(
+                        engines, checked, max(levels), sampling, engine.margins
+                    )
+                    output.write_text(json.dumps(record, indent=1) + "\n")
+            finally:
+                for child in engines:
+                    child.close()
 
     return main
 
@@ -244,7 +250,6 @@ def start(engines: Iterable[Served], record: dict[str, Any]) -> list[Served]:
     Those of a list start together, those of a generator one after the other.
     """
     up: list[Served] = []
-    record |= {"startup_seconds": {}, "attention": {}, "failed": {}}
     for engine in engines:
         try:
             started = engine.wait()
@@ -265,6 +270,7 @@ def measure(
     record: dict[str, Any],
     output: Path,
     seconds: float = 0.0,
+    group: int = 0,
 ) -> None:
     """Time the engines in turns and add rows to the record, which is written after each level.
 
@@ -277,8 +283,8 @@ def measure(
         output: a JSON file.
         seconds: for which every level is repeated, at least: few requests at once take less time,
             and their speeds lie further apart.
+        group: number of the engines that are up together.
     """
-    record["rows"] = []
     for level, prompts in work.items():
         request = {"prompts": prompts, "concurrency": level, "sampling": sampling}
         for engine in engines:
@@ -293,6 +299,7 @@ def measure(
             speeds = [sum(map(len, r["tokens"])) / r["seconds"] for r in results]
             row = {
                 "engine": mode,
+                "group": group,
                 "concurrency": level,
                 "requests": len(prompts),
                 "tokens_per_second": round(median(speeds), 1),

@@ -24,13 +24,13 @@ def test_serving_with_replayed_acceptance(tmp_path):
     record = run(
         "vllm_serving.py",
         tmp_path / "result.json",
-        *("--shape", "tiny", "--replay", "4", "--modes", "none,native,plugin", "--together"),
+        *("--shape", "tiny", "--replay", "4", "--modes", "native,plugin;none", "--together"),
         *("--concurrency", "2", "--new-tokens", "24", "--repeats", "1", "--per-slot", "1"),
         *("--dtype", "float32", "--settings", '{"enforce_eager": true}'),
     )
     assert record["failed"] == {}
     rows = {row["engine"]: row for row in record["rows"]}
-    assert list(rows) == ["none", "native", "plugin"]
+    assert list(rows) == ["native", "plugin", "none"]
     assert rows["none"]["tau"] == 1
     assert all(row["tokens_per_second"] > 0 for row in rows.values())
     assert all(record["attention"][mode] for mode in rows)
