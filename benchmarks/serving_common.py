@@ -332,7 +332,7 @@ def add_timelines(
         output: a JSON file.
         steps: to look at.
     """
-    record["timelines"] = []
+    record.setdefault("timelines", [])
     for level, prompts in work.items():
         for engine in engines:
             with tempfile.TemporaryDirectory() as directory:
