@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from dflash_plugin.bench.evaluate import pooled_tau
 from dflash_plugin.drafter.config import LayerAttention
+from dflash_plugin.drafter.static_store import StaticStore
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.train.blocks import choose_anchors, make_blocks
 from dflash_plugin.train.data import respond, write_prompts
@@ -34,7 +35,6 @@ from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet, batches, collate
 from dflash_plugin.train.trainer import TrainConfig, Trainer
 from dflash_plugin.transformers import Engine, Request, load_target
-from dflash_plugin.transformers.store import StaticStore
 from tests.helpers.tiny import (
     DFLASH2,
     VOCABULARY,

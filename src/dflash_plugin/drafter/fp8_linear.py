@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dflash_plugin import kernels
 from dflash_plugin.drafter.convolution import DynamicConvolution
-from dflash_plugin.drafter.model import Drafter, TorchQKV
+from dflash_plugin.drafter.layers import TorchQKV
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.selector import CandidateSelector
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.fp8_rows import Fp8Rows, RoundedRows, fits, product_naive, quantize

@@ -9,7 +9,8 @@ from transformers.activations import SiLUActivation
 
 from dflash_plugin.drafter.convolution import DynamicConvolution
 from dflash_plugin.drafter.interfaces import Attend
-from dflash_plugin.drafter.model import DraftAttention, Drafter, DraftLayer, DraftMLP, RMSNorm
+from dflash_plugin.drafter.layers import DraftAttention, DraftLayer, DraftMLP, RMSNorm
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.kernels.add_rms_norm import Convolution, add_rms_norm
 from dflash_plugin.kernels.fp8_rows import RoundedRows, takes_rounded
 from dflash_plugin.kernels.gated_act import gated_act

@@ -22,10 +22,10 @@ from dflash_plugin.decoding.sampling import (
 )
 from dflash_plugin.decoding.verify import FinishReason, commit, verify
 from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.drafter.static_store import StaticStore
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.transformers.graphs import Graphs
 from dflash_plugin.transformers.loading import bind_drafter
-from dflash_plugin.transformers.store import StaticStore
 from dflash_plugin.transformers.target import Target, TargetPass
 
 MAX_STOP_IDS = 8
