@@ -20,7 +20,7 @@ from dflash_plugin.adaptive.step_cost import StepCost, interpolated
 from dflash_plugin.checkpoints.reference_drafts import answer
 from dflash_plugin.decoding.verify import verify_sampled
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.train.features import OnlineFeatures
+from dflash_plugin.train.features import OnlineFeatures, known_texts
 from dflash_plugin.train.sequences import SequenceSet
 from dflash_plugin.transformers import Engine, Request
 from tests.helpers.tiny import DFLASH2, tiny_drafter, tiny_target
@@ -265,9 +265,8 @@ def test_traces_hold_what_the_core_drafts_at_every_position(changes):
     )
     pairs = [(prompt, result.tokens) for prompt, result in zip(prompts, texts, strict=True)]
     sequences = SequenceSet.build(pairs)
-    traces = record(
-        drafter, OnlineFeatures(tiny_target(), drafter.config.target_layer_ids), sequences
-    )
+    features = OnlineFeatures(tiny_target(), drafter.config.target_layer_ids)
+    traces = record(drafter, known_texts(features, sequences, target.device))
     assert traces.starts.tolist() == [0, 11, 22]
     row = 0
     for prompt, text in pairs:
@@ -284,8 +283,8 @@ def test_traces_hold_what_the_core_drafts_at_every_position(changes):
     # A text that the drafter itself writes.
     drafted = answer(drafter, target, prompts[0])
     own = SequenceSet.build([(prompts[0], [drafted.anchor, *drafted.drafts])])
-    features = OnlineFeatures(tiny_target(), drafter.config.target_layer_ids)
-    assert int(record(drafter, features, own).right[0]) == len(drafted.drafts)
+    again = record(drafter, known_texts(features, own, target.device))
+    assert int(again.right[0]) == len(drafted.drafts)
 
 
 def test_traces_are_kept_and_their_faults_named(tmp_path: Path):
