@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_plugin.adaptive.acceptance_model import confidence
+from dflash_plugin.decoding.confidence import confidence
 from dflash_plugin.kernels.admit_drafts import admit_drafts, admit_drafts_naive
 from dflash_plugin.kernels.draft_head import draft_head
 from dflash_plugin.kernels.predict_acceptance import (

@@ -15,20 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Confidences beyond say nothing more.
-LEAST, MOST = -8.0, 12.0
+from dflash_plugin.decoding.confidence import MAX_CONFIDENCE, MIN_CONFIDENCE
+
 # A confidence that counted against its token would be noise.
-LEAST_SLOPE = 0.05
+MIN_SLOPE = 0.05
 # While serving, one of so many passes teaches: a launch takes its time, outcomes are many.
 LEARNING = 4
-
-
-def confidence(logits: Tensor) -> Tensor:
-    """Log-odds of the likeliest token, float32 [...], of logits [..., V]."""
-    logits = logits.float()
-    top = logits.max(dim=-1)
-    rest = logits.scatter(-1, top.indices[..., None], float("-inf")).logsumexp(dim=-1)
-    return (top.values - rest).clamp(LEAST, MOST)
 
 
 class Calibration(NamedTuple):
@@ -82,7 +74,7 @@ class AcceptanceModel:
     def probabilities(self, confidences: Tensor) -> Tensor:
         """That a draft stands if those before it do, float32 [B, K], of confidences [B, K]."""
         slope, offsets, _ = self.state
-        return torch.sigmoid(slope * confidences.clamp(LEAST, MOST) + offsets)
+        return torch.sigmoid(slope * confidences.clamp(MIN_CONFIDENCE, MAX_CONFIDENCE) + offsets)
 
     def survival(self, confidences: Tensor) -> Tensor:
         """That a draft and all before it stand, float32 [B, K]; never rising along K."""
@@ -100,7 +92,7 @@ class AcceptanceModel:
         # The first that fell was judged, those behind it were not.
         judged = (place <= accepted[:, None]) & (place < verified[:, None])
         stood = place < accepted[:, None]
-        x = confidences.clamp(LEAST, MOST)
+        x = confidences.clamp(MIN_CONFIDENCE, MAX_CONFIDENCE)
         p = self.probabilities(confidences)
         rest = torch.where(judged, stood.float() - p, 0.0)
         curve = torch.where(judged, p * (1 - p), 0.0)
@@ -109,15 +101,5 @@ class AcceptanceModel:
         precision.copy_(self.prior + self.fade * (precision - self.prior) + told)
         (a, b, d), g, h = precision.unbind(dim=-1), (rest * x).sum(dim=0), rest.sum(dim=0)
         scale = 1.0 / (a * d - b * b)
-        slope.add_((d * g - b * h) * scale).clamp_(min=LEAST_SLOPE)
+        slope.add_((d * g - b * h) * scale).clamp_(min=MIN_SLOPE)
         offsets.add_((a * h - b * g) * scale)
-
-
-def calibration_error(probabilities: Tensor, outcomes: Tensor, bins: int = 10) -> float:
-    """Expected calibration error: how far shares lie from probabilities [N], outcomes bool [N]."""
-    if probabilities.numel() == 0:
-        return 0.0
-    index = (probabilities * bins).long().clamp(max=bins - 1)
-    said = torch.bincount(index, weights=probabilities.double(), minlength=bins)
-    came = torch.bincount(index, weights=outcomes.double(), minlength=bins)
-    return float((said - came).abs().sum() / probabilities.numel())

@@ -6,15 +6,12 @@ Source: ``GroupedDynamicCausalConv`` of PyPI dflash 0.1.0; https://inco.ai/blog/
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dflash_plugin.drafter.config import DrafterConfig
-
-if TYPE_CHECKING:
-    from dflash_plugin.drafter.interfaces import LayerFactory
+from dflash_plugin.drafter.interfaces import LayerFactory
 
 
 def grouped_convolution(x: Tensor, dynamic: Tensor, base: Tensor, block_size: int) -> Tensor:

@@ -8,18 +8,16 @@ https://inco.ai/blog/dflash2.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflash_plugin.adaptive.acceptance_model import confidence
+from dflash_plugin.decoding.confidence import confidence
 from dflash_plugin.decoding.sampling import sample
 from dflash_plugin.drafter.config import DrafterConfig
-
-if TYPE_CHECKING:
-    from dflash_plugin.drafter.interfaces import LayerFactory
+from dflash_plugin.drafter.interfaces import LayerFactory
 
 
 class Proposal(NamedTuple):

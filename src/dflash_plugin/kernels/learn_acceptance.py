@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin.adaptive.acceptance_model import LEAST, LEAST_SLOPE, MOST, AcceptanceModel
+from dflash_plugin.adaptive.acceptance_model import MIN_SLOPE, AcceptanceModel
+from dflash_plugin.decoding.confidence import MAX_CONFIDENCE, MIN_CONFIDENCE
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -96,9 +97,9 @@ def learn_acceptance(
         model.fade,
         confidences.stride(0),
         DRAFTS=drafts,
-        LEAST=LEAST,
-        MOST=MOST,
-        LEAST_SLOPE=LEAST_SLOPE,
+        LEAST=MIN_CONFIDENCE,
+        MOST=MAX_CONFIDENCE,
+        LEAST_SLOPE=MIN_SLOPE,
         BLOCK=128,
         num_warps=1,
     )

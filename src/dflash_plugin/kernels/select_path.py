@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin.adaptive.acceptance_model import LEAST, MOST
+from dflash_plugin.decoding.confidence import MAX_CONFIDENCE, MIN_CONFIDENCE
 from dflash_plugin.drafter import selector
 from dflash_plugin.kernels.common import dot
 
@@ -215,8 +215,8 @@ def select_path(
         anchors.stride(0),
         predecessors.stride(0),
         successors.stride(0),
-        LEAST=LEAST,
-        MOST=MOST,
+        LEAST=MIN_CONFIDENCE,
+        MOST=MAX_CONFIDENCE,
         PRECISION="tf32x3",
         PLACES=triton.next_power_of_2(count),
         BLOCK=block,
