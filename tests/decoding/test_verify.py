@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors, sample
+from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors
 from dflash_plugin.decoding.verify import (
     FinishReason,
     Verdict,
