@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dflash_plugin.decoding.confidence import MIN_CONFIDENCE
+from dflash_plugin.kernels.reference import MIN_CONFIDENCE
 
 # Requests that a replay keeps apart, at most; a last row takes what padding writes.
 SLOTS = 1024

@@ -18,9 +18,9 @@ from dflash_plugin.adaptive.simulation.simulate import Adaptive, Fixed, Oracle, 
 from dflash_plugin.adaptive.simulation.traces import Traces, record
 from dflash_plugin.adaptive.step_cost import StepCost, interpolated
 from dflash_plugin.checkpoints.reference_drafts import answer
-from dflash_plugin.decoding.confidence import confidence
 from dflash_plugin.decoding.verify import verify_sampled
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.reference import confidence
 from dflash_plugin.train.features import OnlineFeatures, known_texts
 from dflash_plugin.train.sequences import SequenceSet
 from dflash_plugin.transformers import Engine, Request

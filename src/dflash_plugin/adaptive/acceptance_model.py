@@ -10,32 +10,14 @@ may learn from them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from dflash_plugin.decoding.confidence import MAX_CONFIDENCE, MIN_CONFIDENCE
+from dflash_plugin.kernels.learn_acceptance import Calibration, learn_acceptance, observe
+from dflash_plugin.kernels.reference import MAX_CONFIDENCE, MIN_CONFIDENCE
 
-# A confidence that counted against its token would be noise.
-MIN_SLOPE = 0.05
 # While serving, one of so many passes teaches: a launch takes its time, outcomes are many.
 LEARNING = 4
-
-
-class Calibration(NamedTuple):
-    """A logistic model for each draft position k: logit p = slope_k * confidence + offset_k.
-
-    Attributes:
-        slope: float32 [K].
-        offsets: float32 [K].
-        precision: float32 [K, 3], how sure both are, of the slope, the pair and the offset: what
-            the outcomes so far have told, fading, and the prior.
-    """
-
-    slope: Tensor
-    offsets: Tensor
-    precision: Tensor
 
 
 class AcceptanceModel:
@@ -64,11 +46,10 @@ class AcceptanceModel:
         # A slope is worth more than an offset, since confidences spread wider than one.
         self.prior_precision = prior, 0.25 * prior
         self.fade = 1.0 - 1.0 / memory
-        self.prior = torch.tensor([prior, 0.0, 0.25 * prior], device=device)
         self.state = Calibration(
             torch.ones(num_drafts, device=device),
             torch.zeros(num_drafts, device=device),
-            self.prior.repeat(num_drafts, 1),
+            torch.tensor([prior, 0.0, 0.25 * prior], device=device).repeat(num_drafts, 1),
         )
 
     def probabilities(self, confidences: Tensor) -> Tensor:
@@ -88,18 +69,17 @@ class AcceptanceModel:
             accepted: int64 [B], drafts that stood.
             verified: int64 [B], drafts that were verified; 0 teaches nothing.
         """
-        place = torch.arange(confidences.shape[1], device=confidences.device)
-        # The first that fell was judged, those behind it were not.
-        judged = (place <= accepted[:, None]) & (place < verified[:, None])
-        stood = place < accepted[:, None]
-        x = confidences.clamp(MIN_CONFIDENCE, MAX_CONFIDENCE)
-        p = self.probabilities(confidences)
-        rest = torch.where(judged, stood.float() - p, 0.0)
-        curve = torch.where(judged, p * (1 - p), 0.0)
-        slope, offsets, precision = self.state
-        told = torch.stack([curve * x * x, curve * x, curve], dim=-1).sum(dim=0)
-        precision.copy_(self.prior + self.fade * (precision - self.prior) + told)
-        (a, b, d), g, h = precision.unbind(dim=-1), (rest * x).sum(dim=0), rest.sum(dim=0)
-        scale = 1.0 / (a * d - b * b)
-        slope.add_((d * g - b * h) * scale).clamp_(min=MIN_SLOPE)
-        offsets.add_((a * h - b * g) * scale)
+        observe(confidences, accepted, verified, self.state, self.prior_precision, self.fade)
+
+    def learn(self, confidences: Tensor, committed: Tensor, starts: Tensor | None) -> None:
+        """``observe`` by what a batch committed, in one launch where kernels run.
+
+        Args:
+            confidences: float32 [B, K], of the pass's drafts.
+            committed: int32 or int64 [B], tokens of each request, the bonus token included.
+            starts: int32 [B + 1], where each request's verified rows begin, the anchor's included;
+                None where all drafts were verified.
+        """
+        learn_acceptance(
+            confidences, committed, starts, self.state, self.prior_precision, self.fade
+        )

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflash_plugin.decoding.sampling import SamplingTensors, Stream, probabilities, sample, uniforms
+from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.interfaces import Attend, ContextStore, LayerFactory
 from dflash_plugin.drafter.layers import DraftAttention, DraftLayer, RMSNorm, TorchLayers
 from dflash_plugin.drafter.rope import RotaryEmbedding
 from dflash_plugin.drafter.selector import CandidateSelector, Proposal
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.reference import sample
+from dflash_plugin.kernels.uniforms import Stream, uniforms
 
 # A CPU multiplies 8 rows by a head twice as fast as 7.
 CPU_ROWS = 8
