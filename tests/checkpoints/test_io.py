@@ -84,8 +84,8 @@ MALFORMED = {
     "weights-missing": (lambda d: (d / "model.safetensors").unlink(), "no .safetensors file"),
     "weights-pickled": (pickled_only, "pytorch_model.bin is a pickle file"),
     "mask-pickled": (writer("mask_embedding.pt", b""), "mask_embedding.pt is a pickle file"),
-    "weights-truncated": (truncated, "not a whole safetensors file"),
-    "weights-empty": (writer("model.safetensors", b""), "not a whole safetensors file"),
+    "weights-truncated": (truncated, r"is truncated: \d+ bytes where the header says \d+"),
+    "weights-empty": (writer("model.safetensors", b""), "is truncated: 0 bytes where"),
     "index-broken": (writer("model.safetensors.index.json", b"{}"), "has no weight_map"),
     "shard-missing": (
         writer("model.safetensors.index.json", b'{"weight_map": {"fc.weight": "b.safetensors"}}'),

@@ -136,6 +136,8 @@ def _speculative_tokens(config: DrafterConfig, requested: int) -> list[Finding]:
 
 def _against_target(checkpoint: Checkpoint, target: Path) -> list[Finding]:
     config = checkpoint.config
+    if not target.is_dir():
+        raise DFlashError(f"{target}: not a directory: give the target's model directory")
     try:
         text: Any = AutoConfig.from_pretrained(target).get_text_config()
     except (OSError, ValueError, KeyError) as error:
