@@ -1,11 +1,11 @@
-"""From a drafter's confidence to the probability that a draft stands, learnt while serving.
+"""From a drafter's confidence to the probability that a draft is accepted, learnt while serving.
 
-A position's confidence is the log-odds of its likeliest token, a function of the drafter's
-distribution and not of the token that was drawn from it. That is all the model may look at: whether
-a drawn token is verified must not depend on the token itself, or those that are verified would no
+A position's confidence is the log-odds of its likeliest token. It is a function of the drafter's
+distribution, not of the token that was drawn from it, and the model may look at nothing else. If
+the decision to verify a drawn token depended on the token itself, the verified tokens would no
 longer be distributed as drawn, and rejection sampling (arXiv 2211.17192) would give another
-distribution than the target's. Outcomes of earlier passes lie before every draw, so that the model
-may learn from them.
+distribution than the target's. The model may learn from earlier passes, whose outcomes lie before
+every draw.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor
 from dflash_plugin.kernels.learn_acceptance import Calibration, learn_acceptance, observe
 from dflash_plugin.kernels.reference import MAX_CONFIDENCE, MIN_CONFIDENCE
 
-# While serving, one of so many passes teaches: a launch takes its time, outcomes are many.
+# While serving, the model learns from one of so many passes, as each update is a launch.
 LEARNING = 4
 
 
 class AcceptanceModel:
     """Bayesian online logistic regression, one Newton step a pass; all on the device, no host wait.
 
-    Before any outcome a draft is taken to stand as often as the drafter believes in it.
+    Before the first outcome, a draft's acceptance probability is the drafter's own probability.
 
     Args:
         num_drafts: K.
         device: of the state.
-        prior: precision of the first belief: of its slope, and four times that of its offset.
-        memory: how many passes' outcomes count; older ones fade.
+        prior: precision of the slope's prior, and four times that of the offset's.
+        memory: passes whose outcomes count; older ones fade.
 
     Attributes:
-        state: changed in place, where a captured pass reads it.
+        state: changed in place, as captured graphs read it.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class AcceptanceModel:
         prior: float = 4.0,
         memory: float = 2000.0,
     ) -> None:
-        # A slope is worth more than an offset, since confidences spread wider than one.
+        # The slope's prior is stronger, as confidences spread wider than one.
         self.prior_precision = prior, 0.25 * prior
         self.fade = 1.0 - 1.0 / memory
         self.state = Calibration(
@@ -53,12 +53,22 @@ class AcceptanceModel:
         )
 
     def probabilities(self, confidences: Tensor) -> Tensor:
-        """That a draft stands if those before it do, float32 [B, K], of confidences [B, K]."""
+        """Probability that a draft is accepted if those before it are, float32 [B, K].
+
+        Args:
+            confidences: [B, K].
+        """
         slope, offsets, _ = self.state
         return torch.sigmoid(slope * confidences.clamp(MIN_CONFIDENCE, MAX_CONFIDENCE) + offsets)
 
     def survival(self, confidences: Tensor) -> Tensor:
-        """That a draft and all before it stand, float32 [B, K]; never rising along K."""
+        """Probability that a draft and all before it are accepted, float32 [B, K].
+
+        It never rises along K.
+
+        Args:
+            confidences: [B, K].
+        """
         return self.probabilities(confidences).cumprod(dim=-1)
 
     def observe(self, confidences: Tensor, accepted: Tensor, verified: Tensor) -> None:
@@ -66,7 +76,7 @@ class AcceptanceModel:
 
         Args:
             confidences: [B, K], of its drafts.
-            accepted: int64 [B], drafts that stood.
+            accepted: int64 [B], drafts that were accepted.
             verified: int64 [B], drafts that were verified; 0 teaches nothing.
         """
         observe(confidences, accepted, verified, self.state, self.prior_precision, self.fade)

@@ -103,13 +103,13 @@ def verify(
     if all_greedy:
         return verify_greedy(drafts, target_logits.argmax(dim=-1), num_drafts)
     offsets = torch.arange(1, target_logits.shape[1] + 1, device=drafts.device)
-    places = positions[:, None] + offsets
+    token_positions = positions[:, None] + offsets
     return verify_sampled(
         drafts,
         probabilities(target_logits, params),
         draft_probs,
-        uniforms(params.seed, places[:, :-1], Stream.ACCEPT),
-        uniforms(params.seed, places, Stream.NEXT),
+        uniforms(params.seed, token_positions[:, :-1], Stream.ACCEPT),
+        uniforms(params.seed, token_positions, Stream.NEXT),
         num_drafts,
     )
 
@@ -127,12 +127,12 @@ def commit(
 
     Returns:
         num_committed int64 [B] (a stop token included), finished bool [B], and the reason as a
-        ``FinishReason`` int64 [B]; a stop token on the last allowed place counts as a stop.
+        ``FinishReason`` int64 [B]; a stop token at the last allowed position counts as a stop.
     """
-    place = torch.arange(tokens.shape[1], device=tokens.device)
+    index = torch.arange(tokens.shape[1], device=tokens.device)
     limit = torch.minimum(num_tokens, remaining.clamp(min=0))
     is_stop = (tokens[..., None] == stop_ids[:, None]).any(dim=-1) & (tokens >= 0)
-    is_stop = is_stop & (place < limit[:, None])
+    is_stop = is_stop & (index < limit[:, None])
     stopped = is_stop.any(dim=1)
     committed = torch.where(stopped, is_stop.long().argmax(dim=1) + 1, limit)
     full = committed >= remaining
@@ -146,8 +146,8 @@ def _counts(drafts: Tensor, num_drafts: Tensor) -> Tensor:
 
 
 def _verdict(drafts: Tensor, accepted: Tensor, following: Tensor) -> Verdict:
-    place = torch.arange(drafts.shape[1] + 1, device=drafts.device)
+    index = torch.arange(drafts.shape[1] + 1, device=drafts.device)
     padded = torch.cat([drafts, drafts.new_full((drafts.shape[0], 1), -1)], dim=1)
-    tokens = torch.where(place < accepted[:, None], padded, -1)
-    tokens = torch.where(place == accepted[:, None], following[:, None], tokens)
+    tokens = torch.where(index < accepted[:, None], padded, -1)
+    tokens = torch.where(index == accepted[:, None], following[:, None], tokens)
     return Verdict(accepted, following, tokens)

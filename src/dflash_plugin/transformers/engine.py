@@ -196,12 +196,12 @@ class Engine:
             size = 1
             while size < len(joining) and (size + 1) * joining[size].length <= PREFILL_TOKENS:
                 size += 1
-            group, places = joining[:size], free[:size]
+            group, indices = joining[:size], free[:size]
             joining, free = joining[size:], free[size:]
-            rows.extend([None] * (max(places) + 1 - len(rows)))
-            self._prefill(group, torch.as_tensor(places, device=self.device), on_tokens)
-            for place, slot in zip(places, group, strict=True):
-                rows[place] = None if slot.result.finish_reason else slot
+            rows.extend([None] * (max(indices) + 1 - len(rows)))
+            self._prefill(group, torch.as_tensor(indices, device=self.device), on_tokens)
+            for index, slot in zip(indices, group, strict=True):
+                rows[index] = None if slot.result.finish_reason else slot
 
     def _prefill(self, group: list[_Running], rows: Tensor, on_tokens: OnTokens | None) -> None:
         """Run prompts into ``rows`` and commit each request's first token."""
@@ -269,25 +269,27 @@ class Engine:
         longest = max(slot.length for slot in running)
         num_keys = self._num_keys(longest + self.num_drafts + 2)
         greedy = _all_greedy(running)
-        width = self.num_drafts + 1
+        verify_len = self.num_drafts + 1
         if self.policy is not None:
-            width = self.policy.choose(len(running), time.monotonic())
-        if self.drafter is not None and width > 1:
+            verify_len = self.policy.choose(len(running), time.monotonic())
+        if self.drafter is not None and verify_len > 1:
             self.graphs.run(
                 ("draft", batch, num_keys, greedy), lambda: self._draft(batch, num_keys, greedy)
             )
         elif self.drafter is not None:
             self.graphs.run(("inject", batch, num_keys), lambda: self._inject(batch, num_keys))
         self.graphs.run(
-            ("verify", batch, num_keys, greedy, width),
-            lambda: self._verify(batch, num_keys, greedy, width),
+            ("verify", batch, num_keys, greedy, verify_len),
+            lambda: self._verify(batch, num_keys, greedy, verify_len),
         )
         outcomes = self.state.outcome[: len(rows)].tolist()
         if self.policy is not None:
             passed = [row[2] for row, slot in zip(outcomes, rows, strict=True) if slot is not None]
-            self.policy.observe(width, passed)
+            self.policy.observe(verify_len, passed)
         drafts = (
-            self.state.drafts[: len(rows), : width - 1].tolist() if self.record_drafts else None
+            self.state.drafts[: len(rows), : verify_len - 1].tolist()
+            if self.record_drafts
+            else None
         )
         for row, outcome in enumerate(outcomes):
             slot = rows[row]
