@@ -1,12 +1,13 @@
-"""How often the first draft of a block stands at temperature 1, by what it is drawn from.
+"""How often the first draft of a block is accepted at temperature 1, by what it is drawn from.
 
     python benchmarks/first_draft.py --drafter DIRECTORY --output FILE.json
 
-The target writes texts at temperature 1; at each of their positions the chance that a draft stands
-is what the target's distribution and the drafter's have in common. "vocabulary" draws from the
-head's softmax, "candidates" from the selector's over its candidates, "best" takes the head's best
-token. "mass" is what the target gives to the candidates. A token that was none of them can only
-come from the target; "after_candidate" and "after_other" are what "candidates" is behind either.
+The target writes texts at temperature 1. At each of their positions, the probability that a draft
+is accepted is what the target's distribution and the drafter's have in common. "vocabulary" draws
+from the head's softmax, "candidates" from the selector's over its candidates, "best" takes the
+head's best token. "mass" is what the target gives to the candidates. A token that was none of them
+can only come from the target; "after_candidate" and "after_other" are "candidates" after a token of
+either kind.
 """
 
 from __future__ import annotations

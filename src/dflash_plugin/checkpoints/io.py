@@ -47,7 +47,7 @@ class Checkpoint:
         config: what the drafter is.
         tensors: canonical names; shapes as ``expected_tensors`` says.
         directory: where it was read from.
-        raw: config.json as it stands.
+        raw: config.json as it was read.
     """
 
     config: DrafterConfig

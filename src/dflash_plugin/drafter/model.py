@@ -285,7 +285,7 @@ class Drafter(nn.Module):
         Args:
             probabilities: [..., C].
             vocab_size: of the target.
-            candidates: int64 [..., C], the tokens they are of; None stands for the draft
+            candidates: int64 [..., C], the tokens they are of; None means the draft
                 vocabulary.
         """
         if candidates is None and self.d2t is None and probabilities.shape[-1] == vocab_size:

@@ -54,12 +54,12 @@ class Engine:
         sampled_drafts: at temperature > 0, draw drafts from the drafter's distribution and verify
             against it; otherwise draft its most likely tokens. Lossless either way.
         cuda_graphs: run draft and verify from CUDA graphs on a GPU.
-        adaptive: verify as many drafts of every request as commit most tokens a second, none where
-            none pays; text stays the same.
+        adaptive: verify the number of drafts per request that commits most tokens per second, none
+            where none pays; the text stays the same.
         record_drafts: keep what each pass drafted, which costs a copy from the device.
 
     Attributes:
-        policy: chooses how many, or None; its ``summary`` tells what it has learnt.
+        policy: chooses the verify length, or None; its ``summary`` returns what it has learned.
 
     Raises:
         DFlashError: target and drafter do not fit each other, or the target cannot be run.
@@ -182,7 +182,8 @@ class Engine:
     ) -> None:
         """Prefill waiting requests into free rows, in groups of like length.
 
-        A prefill holds up everybody, so a large batch waits until a sixteenth of it is free.
+        A prefill delays all running requests, so a large batch waits until a sixteenth of its rows
+        is free.
         """
         free = [row for row, slot in enumerate(rows) if slot is None]
         free += range(len(rows), self.max_batch)

@@ -42,8 +42,8 @@ def load_target(
         DFlashError: there is no such model, a file is missing or truncated, Transformers cannot
             load it as a causal language model, it has no tokenizer, or the device is unusable.
     """
-    place = usable_device(device)
-    dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    target_device = usable_device(device)
+    dtype = dtype or (torch.float32 if target_device.type == "cpu" else torch.bfloat16)
     options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     source = model_source(directory)
     if isinstance(source, Path):
@@ -61,7 +61,7 @@ def load_target(
             f"{where}: give a model directory with config.json, *.safetensors and a tokenizer, or "
             "the name 'smollm2'"
         ) from error
-    return model.to(place).eval(), _load_tokenizer(source, options)
+    return model.to(target_device).eval(), _load_tokenizer(source, options)
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

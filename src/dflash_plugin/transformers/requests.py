@@ -1,4 +1,4 @@
-"""What the Transformers engine is asked for, and what it returns."""
+"""Requests and results of the Transformers engine."""
 
 from __future__ import annotations
 

@@ -115,13 +115,13 @@ def _static_attention(
 
 
 def _visible(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """bool [B, T, L] of a pass outside the engine, where None stands for a causal mask."""
+    """bool [B, T, L] of a pass outside the engine, where None means a causal mask."""
     batch, rows, keys = query.shape[0], query.shape[2], key.shape[2]
     if attention_mask is not None:
         visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
         return visible[:, 0].expand(batch, -1, -1)
-    place = torch.arange(keys, device=query.device)
-    return (place <= place[keys - rows :, None]).expand(batch, -1, -1)
+    slots = torch.arange(keys, device=query.device)
+    return (slots <= slots[keys - rows :, None]).expand(batch, -1, -1)
 
 
 AttentionInterface.register(ATTENTION, _static_attention)

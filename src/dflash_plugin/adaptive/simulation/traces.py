@@ -1,7 +1,8 @@
-"""What a drafter would draft at every position of texts: how sure it is, and how far it is right.
+"""Traces: a drafter's confidence and correct drafts at every position of known texts.
 
-Greedy text does not depend on how much of a block is verified, so that one recording serves every
-policy: a step at a position commits the drafts that are right and verified, and one token more.
+Greedy text does not depend on how much of a block is verified, so one recording serves every
+policy: a step at a position commits the drafts that are both verified and right, and one token
+more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dflash_plugin.errors import DFlashError, reason
 
 @dataclass(frozen=True, eq=False)
 class Traces:
-    """Recorded texts behind each other.
+    """Recorded texts, one after the other.
 
     Attributes:
         confidence: float16 [N, K], of the block at each position.
