@@ -439,6 +439,14 @@ def test_convert_keeps_a_dflash2_drafter(tmp_path):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.tensors.items())
 
 
+def test_a_file_in_the_way_of_a_directory_is_named(tmp_path):
+    first = write_tiny(tmp_path / "first")
+    (tmp_path / "second").write_text("kept")
+    with pytest.raises(DFlashError, match="second cannot be made"):
+        convert(first, tmp_path / "second", "z-lab")
+    assert (tmp_path / "second").read_text() == "kept"
+
+
 def test_convert_loses_nothing(tmp_path):
     first = write_tiny(tmp_path / "first")
     write_tiny(tmp_path / "second", seed=5)

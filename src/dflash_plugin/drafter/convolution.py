@@ -21,14 +21,14 @@ class DynamicConvolution(nn.Module):
     It starts as the identity where ``kernel_projection`` gives zeros.
     """
 
-    def __init__(self, config: DrafterConfig, host: LayerFactory, name: str) -> None:
+    def __init__(self, config: DrafterConfig, factory: LayerFactory, name: str) -> None:
         super().__init__()
         assert config.convolution is not None
         self.taps = config.convolution.kernel_size
         self.groups = config.hidden_size // config.convolution.group_size
         self.base_kernel = nn.Parameter(torch.zeros(2, self.taps, config.hidden_size))
         self.base_kernel.data[:, 0] = 1.0
-        self.kernel_projection = host.replicated_linear(
+        self.kernel_projection = factory.replicated_linear(
             config.hidden_size,
             2 * self.taps * self.groups,
             bias=False,

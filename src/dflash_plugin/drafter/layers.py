@@ -79,18 +79,18 @@ class RMSNorm(nn.Module):
 
 
 class DraftAttention(nn.Module):
-    """Projections, norms and rotation of one layer; the attention itself is the host's."""
+    """Projections, norms and rotation of one layer; attention itself is the engine's."""
 
-    def __init__(self, config: DrafterConfig, index: int, host: LayerFactory) -> None:
+    def __init__(self, config: DrafterConfig, index: int, factory: LayerFactory) -> None:
         super().__init__()
         self.index = index
         self.head_dim = config.head_dim
-        self.heads = config.num_attention_heads // host.shards
-        self.kv_heads = max(1, config.num_key_value_heads // host.shards)
+        self.heads = config.num_attention_heads // factory.shards
+        self.kv_heads = max(1, config.num_key_value_heads // factory.shards)
         self.value_scale = config.attention_value_scale
         name = f"layers.{index}.self_attn"
-        self.qkv_proj = host.qkv_linear(config, f"{name}.qkv_proj")
-        self.output_proj = host.row_linear(
+        self.qkv_proj = factory.qkv_linear(config, f"{name}.qkv_proj")
+        self.output_proj = factory.row_linear(
             config.num_attention_heads * config.head_dim,
             config.hidden_size,
             config.attention_output_bias,
@@ -137,13 +137,13 @@ class DraftAttention(nn.Module):
 class DraftMLP(nn.Module):
     """Gated MLP."""
 
-    def __init__(self, config: DrafterConfig, index: int, host: LayerFactory) -> None:
+    def __init__(self, config: DrafterConfig, index: int, factory: LayerFactory) -> None:
         super().__init__()
         name, inner = f"layers.{index}.mlp", config.intermediate_size
-        self.gate_up_proj = host.column_linear(
+        self.gate_up_proj = factory.column_linear(
             config.hidden_size, [inner, inner], config.mlp_bias, f"{name}.gate_up_proj"
         )
-        self.down_proj = host.row_linear(
+        self.down_proj = factory.row_linear(
             inner, config.hidden_size, config.mlp_bias, f"{name}.down_proj"
         )
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[config.hidden_act]
@@ -161,18 +161,18 @@ class DraftLayer(nn.Module):
     attention_conv: DynamicConvolution | None
     mlp_conv: DynamicConvolution | None
 
-    def __init__(self, config: DrafterConfig, index: int, host: LayerFactory) -> None:
+    def __init__(self, config: DrafterConfig, index: int, factory: LayerFactory) -> None:
         super().__init__()
         gemma = config.norm_style == "gemma"
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
-        self.attention = DraftAttention(config, index, host)
+        self.attention = DraftAttention(config, index, factory)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
-        self.mlp = DraftMLP(config, index, host)
+        self.mlp = DraftMLP(config, index, factory)
         self.attention_conv = self.mlp_conv = None
         if config.convolution is not None:
             name = f"layers.{index}"
-            self.attention_conv = DynamicConvolution(config, host, f"{name}.attention_conv")
-            self.mlp_conv = DynamicConvolution(config, host, f"{name}.mlp_conv")
+            self.attention_conv = DynamicConvolution(config, factory, f"{name}.attention_conv")
+            self.mlp_conv = DynamicConvolution(config, factory, f"{name}.mlp_conv")
 
     def forward(
         self,

@@ -39,12 +39,12 @@ class Drafter(nn.Module):
 
     d2t: Tensor | None
 
-    def __init__(self, config: DrafterConfig, host: LayerFactory | None = None) -> None:
+    def __init__(self, config: DrafterConfig, factory: LayerFactory | None = None) -> None:
         super().__init__()
-        host = host or TorchLayers()
+        factory = factory or TorchLayers()
         self.config = config
         gemma = config.norm_style == "gemma"
-        self.fc = host.replicated_linear(
+        self.fc = factory.replicated_linear(
             len(config.target_layer_ids) * config.target_hidden_size,
             config.hidden_size,
             bias=False,
@@ -52,7 +52,7 @@ class Drafter(nn.Module):
         )
         self.context_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
         self.layers = nn.ModuleList(
-            DraftLayer(config, index, host) for index in range(len(config.layers))
+            DraftLayer(config, index, factory) for index in range(len(config.layers))
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
         self.rotary = RotaryEmbedding(config)
@@ -66,7 +66,7 @@ class Drafter(nn.Module):
         )
         head_rows = config.draft_vocab_size or config.vocab_size
         self.own_head = (
-            host.head(head_rows, config.hidden_size, "lm_head") if config.own_head else None
+            factory.head(head_rows, config.hidden_size, "lm_head") if config.own_head else None
         )
         self.register_buffer(
             "d2t",
@@ -74,7 +74,7 @@ class Drafter(nn.Module):
             if config.draft_vocab_size
             else None,
         )
-        self.candidate_selector = CandidateSelector(config, host) if config.selector else None
+        self.candidate_selector = CandidateSelector(config, factory) if config.selector else None
         self._target_embedding: list[Callable[[Tensor], Tensor]] = []
         self._target_head: list[nn.Module] = []
         self.store: ContextStore | None = None

@@ -49,14 +49,14 @@ class Proposal(NamedTuple):
 class CandidateSelector(nn.Module):
     """Codebooks and projection, and the walk with them."""
 
-    def __init__(self, config: DrafterConfig, host: LayerFactory) -> None:
+    def __init__(self, config: DrafterConfig, factory: LayerFactory) -> None:
         super().__init__()
         assert config.selector is not None
         rank = config.selector.rank
         self.top_k = config.selector.top_k
         self.predecessor_codebook = nn.Parameter(torch.zeros(config.vocab_size, rank))
         self.successor_codebook = nn.Parameter(torch.zeros(config.vocab_size, rank))
-        self.hidden_projection = host.replicated_linear(
+        self.hidden_projection = factory.replicated_linear(
             config.hidden_size, rank, bias=False, name="candidate_selector.hidden_projection"
         )
 
