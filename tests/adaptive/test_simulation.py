@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 
-from dflash_plugin.adaptive.acceptance_model import AcceptanceModel, calibration_error, confidence
+from dflash_plugin.adaptive.acceptance_model import AcceptanceModel, calibration_error
 from dflash_plugin.adaptive.simulation.allocate import allocate
 from dflash_plugin.adaptive.simulation.simulate import Adaptive, Fixed, Oracle, simulate
 from dflash_plugin.adaptive.simulation.traces import Traces, record
@@ -20,6 +20,7 @@ from dflash_plugin.adaptive.step_cost import StepCost, interpolated
 from dflash_plugin.checkpoints.reference_drafts import answer
 from dflash_plugin.decoding.verify import verify_sampled
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.reference import confidence
 from dflash_plugin.train.features import OnlineFeatures
 from dflash_plugin.train.sequences import SequenceSet
 from dflash_plugin.transformers import Engine, Request

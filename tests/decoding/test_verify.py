@@ -16,6 +16,7 @@ from dflash_plugin.decoding.verify import (
     verify_greedy,
     verify_sampled,
 )
+from dflash_plugin.kernels.reference import sample
 
 VOCABULARY, DRAFTS, TRIALS = 6, 3, 200_000
 tokens = st.integers(0, 3)
