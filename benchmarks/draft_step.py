@@ -83,8 +83,7 @@ def step(
     made: Drafter, kind: str, batch: int, embedding: Tensor, head: Tensor
 ) -> Callable[[], Any]:
     """A step of ``batch`` requests, to be captured."""
-    from dflash_plugin.kernels.fused_block import run_block
-
+    from dflash_plugin.drafter.fused_block import run_block
     from dflash_plugin.kernels.draft_attention import PagedContext, draft_attention
     from dflash_plugin.serving.draft_tokens import best_of_shard, candidates, walk
 

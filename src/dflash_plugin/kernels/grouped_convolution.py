@@ -158,12 +158,13 @@ def convolve_naive(x: Tensor, dynamic: Tensor, base: Tensor, block_size: int) ->
         block_size: rows of a block; a last block may be shorter.
 
     Returns:
-        [..., T, H] in x's dtype, summed in float32 and rounded once.
+        [..., T, H] in x's dtype, summed in float32 (of float64, in float64) and rounded once.
     """
+    wide = torch.promote_types(x.dtype, torch.float32)
     taps, groups = dynamic.shape[-2:]
     in_block = torch.arange(x.shape[-2], device=x.device)[:, None] % block_size
-    rows = x.float().unflatten(-1, (groups, -1))
-    kernel = base.float().unflatten(-1, (groups, -1)) + dynamic.float()[..., None]
+    rows = x.to(wide).unflatten(-1, (groups, -1))
+    kernel = base.to(wide).unflatten(-1, (groups, -1)) + dynamic.to(wide)[..., None]
     total: Tensor = kernel[..., 0, :, :] * rows
     for tap in range(1, taps):
         earlier = rows.roll(tap, dims=-3).masked_fill((in_block < tap)[..., None], 0.0)
