@@ -1,4 +1,4 @@
-"""What holds for every kernel: who chooses the twin, who may be imported, and what stands beside it."""
+"""What holds for every kernel: who chooses the twin, who may be imported, and its test."""
 
 from __future__ import annotations
 
