@@ -1,4 +1,4 @@
-"""What holds for every kernel: who chooses the twin, who may be imported, and its test."""
+"""What holds for every kernel: the choice of the twin, its imports, and what stands beside it."""
 
 from __future__ import annotations
 
