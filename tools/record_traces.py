@@ -12,7 +12,6 @@ from typing import Annotated
 
 import torch
 import typer
-from serving_common import SETS
 
 from dflash_plugin.adaptive.simulation.traces import record
 from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
@@ -20,6 +19,9 @@ from dflash_plugin.prompts import load_prompts
 from dflash_plugin.train.data import respond
 from dflash_plugin.train.features import OnlineFeatures, known_texts
 from dflash_plugin.transformers import Engine, load_drafter, load_target
+
+# Files of ``--data``.
+SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
 
 
 def main(

@@ -129,7 +129,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """What the model's forward calls its cache: ``cache``, or ``past_key_values`` before 5.24."""
+    """Name of the forward's cache argument: ``cache``, in older releases ``past_key_values``."""
     names = inspect.signature(model.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
 
