@@ -173,21 +173,10 @@ class Target:
             self._features = FeatureTap.of(model, layer_ids, self._probe)
 
     @property
-    def num_layers(self) -> int:
-        """Decoder layers."""
-        return int(self.config.num_hidden_layers)
-
-    @property
     def embedding(self) -> Tensor:
         """Input embedding weight [vocab, hidden]."""
         weight: Tensor = self.model.get_input_embeddings().weight
         return weight
-
-    @property
-    def head(self) -> nn.Module:
-        """Output head, [..., hidden] to [..., vocab]."""
-        head: nn.Module = self.model.get_output_embeddings()
-        return head
 
     @torch.inference_mode()
     def forward(
