@@ -18,7 +18,7 @@ from dflash_plugin.kernels.grouped_convolution import convolve_naive
 class DynamicConvolution(nn.Module):
     """A convolution of a sublayer's input and one of its output, with kernels from the input.
 
-    It starts as the identity where ``kernel_projection`` gives zeros.
+    It is the identity where ``kernel_projection`` returns zeros, as at the start of training.
     """
 
     def __init__(self, config: DrafterConfig, factory: LayerFactory, name: str) -> None:

@@ -1,8 +1,9 @@
 """FP8 weights for a drafter, made at load from the checkpoint's own.
 
-Weights are rounded once and a product's inputs as they come, both by rows, so that a GPU multiplies
-FP8: few rows wait for half the bytes, many for multipliers twice as fast. Drafts only propose: what
-rounding changes costs acceptance and never correctness.
+Weights are rounded once, and a product's inputs at every product, both by rows, so that a GPU
+multiplies FP8. A product of few rows then reads half the bytes; a product of many rows uses
+multipliers that are twice as fast. Rounding can lower acceptance but never changes the output text,
+as the target verifies every draft.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A DFlash 2 drafter's choice of tokens: one path through the likeliest candidates of a block.
 
-All positions are drafted at once, as in DFlash; what the path adds is which tokens go together. The
-score of a candidate c after token p at position t is ``logit[t, c] + <A[p] * H(h_t), B[c]>`` with
+All positions are drafted at once, as in DFlash; the path adds which tokens go together. The score
+of a candidate c after token p at position t is ``logit[t, c] + <A[p] * H(h_t), B[c]>`` with
 codebooks A and B and a projection H. Source: ``CandidateSelector`` of PyPI dflash 0.1.0;
 https://inco.ai/blog/dflash2.
 """
@@ -25,7 +25,7 @@ class Proposal(NamedTuple):
 
     Attributes:
         tokens: int64 [B, K], the target's ids.
-        scores: [B, K, C], of the candidates of each position: their logits, or a selector's float32
+        scores: [B, K, C], of each position's candidates: their logits, or a selector's float32
             scores given the token before.
         probs: float32 [B, K, C], the distribution over the candidates that each token was drawn
             from; None where all are the best of their scores.
@@ -47,7 +47,7 @@ class Proposal(NamedTuple):
 
 
 class CandidateSelector(nn.Module):
-    """Codebooks and projection, and the walk with them."""
+    """Codebooks and projection, and the selection of a path with them."""
 
     def __init__(self, config: DrafterConfig, factory: LayerFactory) -> None:
         super().__init__()
