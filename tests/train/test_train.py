@@ -335,7 +335,7 @@ def command(target: Path, output: Path, *options: str, processes: int = 1) -> li
         *shlex.split(TRAIN),
         *options,
     ]
-    return [*python, "dflash_plugin.cli.main", *arguments]
+    return [*python, "dflash_plugin", *arguments]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -386,4 +386,4 @@ def test_two_processes_train_one_drafter(tmp_path):
     assert facts["anchors"] == 20 * 4 * 4 * 2
     assert (tmp_path / "out" / "known_answer.json").is_file()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "torchrun --nproc-per-node 2 -m dflash_plugin.cli.main train" in card
+    assert "torchrun --nproc-per-node 2 -m dflash_plugin train" in card

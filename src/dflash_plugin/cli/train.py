@@ -154,7 +154,7 @@ def _command(facts: dict[str, Any]) -> str:
     program = (
         "dflash-plugin"
         if processes == 1
-        else f"torchrun --nproc-per-node {processes} -m dflash_plugin.cli.main"
+        else f"torchrun --nproc-per-node {processes} -m dflash_plugin"
     )
     return f"{program} {shlex.join(sys.argv[1:])}"
 
