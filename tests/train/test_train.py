@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dflash_plugin.bench.evaluate import pooled_tau
 from dflash_plugin.drafter.config import LayerAttention
@@ -322,7 +323,8 @@ def test_a_shallow_target_gives_fewer_layers_each_once(layers, ids):
 
 
 def test_gpt2_has_no_intermediate_size_of_its_own():
-    config = drafter_config(tiny_target("gpt2"), TrainConfig(mask_token_id=3))
+    sizes = GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=97, n_positions=64)
+    config = drafter_config(GPT2LMHeadModel(sizes), TrainConfig(mask_token_id=3))
     assert config.intermediate_size == 4 * config.hidden_size
 
 
