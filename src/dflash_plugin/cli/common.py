@@ -17,7 +17,7 @@ import typer
 from rich.console import Console, ConsoleDimensions
 
 from dflash_plugin.drafter.config import Dialect, DraftWeights
-from dflash_plugin.errors import DFlashError, reason
+from dflash_plugin.errors import DFlashError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Thinking = Literal["on", "off"]
@@ -107,28 +107,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*capture_outputs.*")
 
 
-def check_device(device: str | None) -> None:
-    """Find out before anything is loaded whether torch has a device.
-
-    Raises:
-        DFlashError: it does not.
-    """
-    import torch
-
-    if device is None:
-        return
-    fix = "give cpu, cuda or cuda:N, or leave --device out"
-    try:
-        if torch.device(device).type == "meta":
-            raise DFlashError(f"--device is {device!r}, which computes nothing: {fix}")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DFlashError(
-            f"--device is {device!r}, which torch {torch.__version__} does not have here "
-            f"({reason(error)}): {fix}"
-        ) from error
-
-
 def check_output(directory: Path) -> None:
     """Find out before the work whether files can be written into a directory, and make it.
 
@@ -173,7 +151,6 @@ def load(
 
     from dflash_plugin.transformers import load_drafter, load_target
 
-    check_device(device)
     with errors.status("loading"):
         model, tokenizer = load_target(target, getattr(torch, dtype) if dtype else None, device)
         return model, load_drafter(drafter, model, weights=weights), tokenizer

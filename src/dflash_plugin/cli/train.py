@@ -18,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dflash_plugin.cli.common import (
     Device,
     Json,
-    check_device,
     check_output,
     errors,
     print_json,
@@ -55,7 +54,6 @@ def train(
     config = _validated(TrainConfig, settings)
     data = _validated(DataConfig, settings)
     quiet()
-    check_device(device)
     _check_output(output, overwrite)
     from dflash_plugin.checkpoints.hub import resolve_model
     from dflash_plugin.train import pipeline

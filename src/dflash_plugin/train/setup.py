@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dflash_plugin.checkpoints.dialects import write_config
 from dflash_plugin.checkpoints.io import load_checkpoint, load_config
+from dflash_plugin.checkpoints.tensors import checkpoint_tensors, load_tensors
 from dflash_plugin.drafter.config import (
     DrafterConfig,
     LayerAttention,
@@ -136,7 +137,7 @@ def new_drafter(config: DrafterConfig, train: TrainConfig) -> Drafter:
     initialize(drafter, train.seed)
     if train.start_from is not None:
         kept = load_checkpoint(train.start_from, dtype=torch.float32).tensors
-        drafter.load_canonical({**drafter.canonical(), **kept})
+        load_tensors(drafter, {**checkpoint_tensors(drafter), **kept})
     return drafter
 
 

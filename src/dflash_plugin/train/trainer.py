@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from dflash_plugin.drafter.blockwise import block_starts, make_blocks
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError, reason
-from dflash_plugin.train.blocks import choose_anchors, make_blocks
+from dflash_plugin.train.blocks import choose_anchors
 from dflash_plugin.train.config import TrainConfig
 from dflash_plugin.train.features import FeatureSource
-from dflash_plugin.train.losses import gamma_for, walk
+from dflash_plugin.train.losses import gamma_for
 from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet, batches, collate
 from dflash_plugin.train.setup import drafter_config, new_drafter
@@ -209,7 +210,7 @@ class Trainer:
             runs = outcome.runs.cpu()
             for row, count in zip(runs.tolist(), valid.sum(dim=1).tolist(), strict=True):
                 committed += count
-                for place in walk(row[:count]):
+                for place in block_starts(row[:count]):
                     reached[: row[place]] += 1
                     passes += 1
         return {
