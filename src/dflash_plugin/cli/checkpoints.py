@@ -11,6 +11,7 @@ from rich.table import Table
 from dflash_plugin.cli.common import (
     DialectOption,
     Json,
+    check_output,
     console,
     errors,
     print_json,
@@ -158,8 +159,7 @@ def convert(
     from dflash_plugin.checkpoints.convert import convert as convert_checkpoint
     from dflash_plugin.checkpoints.io import CONFIG, WEIGHTS
 
-    if output.exists() and not output.is_dir():
-        raise DFlashError(f"{str(output)!r} is a file: give a directory to write into")
+    check_output(output)
     replaced = [name for name in (CONFIG, WEIGHTS, *COMPANIONS) if (output / name).exists()]
     if replaced and not overwrite:
         raise DFlashError(

@@ -108,21 +108,18 @@ def quiet() -> None:
 
 
 def check_output(directory: Path) -> None:
-    """Find out before the work whether files can be written into a directory, and make it.
+    """Find out before the work whether files can be written into a directory, there or not yet.
 
     Raises:
         DFlashError: they cannot.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".try.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise DFlashError(
-            f"nothing can be written into {str(directory)!r} ({error.strerror}): give another "
-            "directory"
-        ) from error
+    there = directory.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise DFlashError(f"{str(there)!r} is a file: give a directory to write into")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise DFlashError(f"nothing can be written into {str(there)!r}: give another directory")
 
 
 @contextmanager

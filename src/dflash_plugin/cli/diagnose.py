@@ -172,4 +172,4 @@ def top(
         assert view.rates is not None
         print_json({"now": asdict(view.reading), "since_last": asdict(view.rates)})
     elif once:
-        console.print(view)
+        console.print(view, width=None if console.is_terminal else 100)

@@ -138,8 +138,7 @@ def _layer_ids(text: str) -> tuple[int, ...]:
 
 def _check_output(output: Path, overwrite: bool) -> None:
     """Find out before the work whether the drafter can be written, and what it would replace."""
-    if output.exists() and not output.is_dir():
-        raise DFlashError(f"--output is {str(output)!r}, a file: give a directory")
+    check_output(output / "work")
     resumes = (output / "work" / "snapshot.safetensors").is_file()
     replaced = output / "config.json"
     if replaced.exists() and not resumes and not overwrite:
@@ -147,7 +146,6 @@ def _check_output(output: Path, overwrite: bool) -> None:
             f"{str(output)!r} holds a drafter that this run did not make: give another --output, "
             "or --overwrite"
         )
-    check_output(output / "work")
 
 
 def _command(facts: dict[str, Any]) -> str:
