@@ -120,7 +120,8 @@ def _listed(values: dict[str, Any]) -> str:
 
 def _print_report(report: Any, replayed: bool) -> None:
     config = report.config
-    table = Table("field", "value", title=report.directory)
+    console.print(report.directory, markup=False, highlight=False, soft_wrap=True)
+    table = Table("field", "value")
     for name, value in config.model_dump(exclude={"layers", "rope"}).items():
         if value is not None:
             table.add_row(name, _listed(value) if isinstance(value, dict) else str(value))

@@ -54,8 +54,8 @@ def reports_errors(
 
     Args:
         command: of the command line.
-        flags: what the message calls a setting, by its name in Python; made from the command's
-            parameters if None.
+        flags: what the message calls a setting, by its name in Python, where that is not the
+            parameter's name with hyphens.
     """
 
     @wraps(command)
@@ -73,7 +73,8 @@ def reports_errors(
         errors.print(f"error: {message}", style="red", markup=False, highlight=False)
         raise typer.Exit(1)
 
-    names = flags or {name: f"--{name.replace('_', '-')}" for name in signature(command).parameters}
+    names = {name: f"--{name.replace('_', '-')}" for name in signature(command).parameters}
+    names.update(flags or {})
     return wrapped
 
 
