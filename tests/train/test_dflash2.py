@@ -14,11 +14,12 @@ from dflash_plugin.checkpoints.tensors import checkpoint_tensors
 from dflash_plugin.drafter.blockwise import Blocks, block_hidden, make_blocks
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.train.blocks import choose_anchors
+from dflash_plugin.train.config import TrainConfig
 from dflash_plugin.train.features import OnlineFeatures
 from dflash_plugin.train.losses import dpace_weights, exponential_weights
 from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet, collate
-from dflash_plugin.train.trainer import TrainConfig, Trainer
+from dflash_plugin.train.trainer import Trainer
 from dflash_plugin.transformers import load_drafter
 from tests.helpers.core_drafts import core_drafts
 from tests.helpers.tiny import DFLASH2, tiny_drafter, tiny_target, write_tiny

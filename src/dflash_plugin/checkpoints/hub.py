@@ -44,7 +44,8 @@ MODELS = {"smollm2": _SMOLLM2, "smollm2-135m": _SMOLLM2}
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
 
 
-SHIPPED_DRAFTERS = {"smollm2": "smollm2-135m-dflash"}
+SHIPPED_DRAFTERS = {"smollm2": "smollm2-135m-dflash", "smollm2-135m": "smollm2-135m-dflash"}
+"""Directories of ``shipped/``, by the name of the target that they were trained for."""
 
 
 def cache_directory() -> Path:
@@ -151,10 +152,10 @@ def looks_like_path(name: str) -> bool:
 
 
 def resolve_drafter(directory: Path | None, target: str) -> Path:
-    """The given drafter, or the one that this repository ships for a fetched target.
+    """The given drafter, or the one that the package holds for a target fetched by name.
 
     Raises:
-        DFlashError: none was given and none is shipped, or it is not where a clone has it.
+        DFlashError: none was given and the package holds none.
     """
     if directory is not None:
         return directory
@@ -163,14 +164,7 @@ def resolve_drafter(directory: Path | None, target: str) -> Path:
             f"no drafter is shipped for {target!r}: give --drafter DIR (shipped for: "
             f"{', '.join(SHIPPED_DRAFTERS)})"
         )
-    examples = Path(__file__).parents[3] / "examples"
-    shipped = examples / SHIPPED_DRAFTERS[target]
-    if not shipped.is_dir():
-        raise DFlashError(
-            f"{shipped} is not there: the shipped drafters come with a clone of the repository, "
-            "give --drafter DIR"
-        )
-    return shipped
+    return Path(__file__).parents[1] / "shipped" / SHIPPED_DRAFTERS[target]
 
 
 def convert_gguf(gguf: Path, directory: Path) -> None:

@@ -80,7 +80,6 @@ def model_card(drafter: Drafter, target: str, facts: dict[str, Any], command: st
     lines = [
         "---",
         "library_name: dflash-plugin",
-        "license: apache-2.0",
         "---",
         f"# {'DFlash' if config.selector is None else 'DFlash 2'} drafter for {target}",
         "",

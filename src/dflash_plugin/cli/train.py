@@ -1,0 +1,196 @@
+"""The command that trains a drafter."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dflash_plugin.cli.common import (
+    Device,
+    Json,
+    check_output,
+    errors,
+    print_json,
+    quiet,
+    reports_errors,
+)
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.train.config import (
+    PARTS,
+    SHAPE,
+    DataConfig,
+    TrainConfig,
+    flag_names,
+    load_prefixes,
+)
+
+# A checkpoint to start from decides these, so that whether they are given matters.
+_UNSET = {*SHAPE, *PARTS, "selector_weight"}
+
+
+def train(
+    target: Annotated[str, typer.Option(help="Model directory, or smollm2.")],
+    output: Annotated[
+        Path, typer.Option(help="Where the drafter goes; work files in OUTPUT/work.")
+    ],
+    device: Device = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another drafter in OUTPUT.")
+    ] = False,
+    as_json: Json = False,
+    **settings: Any,
+) -> None:
+    """Train a drafter on what the target itself writes. Goes on where it was interrupted."""
+    config = _validated(TrainConfig, settings)
+    data = _validated(DataConfig, settings)
+    quiet()
+    _check_output(output, overwrite)
+    from dflash_plugin.checkpoints.hub import resolve_model
+    from dflash_plugin.train import pipeline
+    from dflash_plugin.train.export import export_drafter, save_facts
+
+    directory = resolve_model(target)
+    with pipeline.distributed(), _training_progress(config.steps) as (status, report):
+        trainer, facts = pipeline.train(directory, output, config, data, device, status, report)
+        if trainer.rank == 0:
+            save_facts(output / "work" / "training.json", facts, trainer.history)
+            export_drafter(trainer.drafter, directory, output, facts, _command(facts), device)
+            if as_json:
+                print_json({"output": str(output), **facts})
+            else:
+                errors.print(f"drafter written to {output}", markup=False, soft_wrap=True)
+
+
+def _with_options_of_the_settings(command: Any) -> Any:
+    """Put an option of each field of the two settings classes in the place of ``**settings``."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[:-1]
+    made = [
+        _option(name, flag, field, panel)
+        for model, panel in ((TrainConfig, "Drafter and training"), (DataConfig, "Data"))
+        for name, flag, field in model.flags()
+    ]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *made)]
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _option(name: str, flag: str, field: FieldInfo, panel: str) -> inspect.Parameter:
+    kind: Any = field.annotation
+    default, text = field.default, field.description or ""
+    if name in _UNSET and default is not None:
+        kind, default, text = kind | None, None, f"{text}; {default} by default."
+    if kind is bool and flag != "--dflash2":
+        flag = f"{flag}/--no-{flag[2:]}"
+    if isinstance(default, tuple) or tuple in map(_origin, get_args(kind)):
+        default = None
+        kind = {"prompts": list[Path] | None, "openings": Path | None}.get(name, str | None)
+    option = typer.Option(flag, help=text, rich_help_panel=panel)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, option],
+    )
+
+
+def _origin(kind: Any) -> Any:
+    return getattr(kind, "__origin__", None)
+
+
+def _validated(model: Any, settings: dict[str, Any]) -> Any:
+    """The settings of a class out of the options, or one line about the first wrong one."""
+    given = {
+        name: value
+        for name, value in settings.items()
+        if name in model.model_fields and value is not None
+    }
+    if "target_layer_ids" in given:
+        given["target_layer_ids"] = _layer_ids(given["target_layer_ids"])
+    if "openings" in given:
+        given["openings"] = load_prefixes(given["openings"])
+    try:
+        return model(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = flag_names()[str(first["loc"][0])]
+        raise DFlashError(f"{flag} is {first['input']!r}: {first['msg']}") from None
+
+
+def _layer_ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise DFlashError(
+            f"--target-layers is {text!r}: write layer ids with commas between, like 1,9,17,25"
+        ) from None
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Find out before the work whether the drafter can be written, and what it would replace."""
+    check_output(output / "work")
+    resumes = (output / "work" / "snapshot.safetensors").is_file()
+    replaced = output / "config.json"
+    if replaced.exists() and not resumes and not overwrite:
+        raise DFlashError(
+            f"{str(output)!r} holds a drafter that this run did not make: give another --output, "
+            "or --overwrite"
+        )
+
+
+def _command(facts: dict[str, Any]) -> str:
+    """The command line as a user would type it again."""
+    processes = facts["processes"]
+    program = (
+        "dflash-plugin"
+        if processes == 1
+        else f"torchrun --nproc-per-node {processes} -m dflash_plugin"
+    )
+    return f"{program} {shlex.join(sys.argv[1:])}"
+
+
+@contextmanager
+def _training_progress(steps: int) -> Iterator[tuple[Any, Any]]:
+    """Progress bars for data and steps; plain lines now and then where there is no terminal."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=errors,
+        disable=not errors.is_terminal,
+    ) as progress:
+        tasks: dict[str, Any] = {}
+
+        def status(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=of, note="")
+            progress.update(tasks[what], completed=done, total=of)
+            if not errors.is_terminal:
+                errors.print(f"{what} {done}/{of}")
+
+        def report(record: dict[str, float]) -> None:
+            note = f"loss {record['loss']:.3f} τ {record['tau']:.2f}"
+            if "held_out_tau" in record:
+                note += f" held-out τ {record['held_out_tau']:.2f}"
+            if "training" not in tasks:
+                tasks["training"] = progress.add_task("training", total=steps, note="")
+            progress.update(tasks["training"], completed=record["step"], note=note)
+            if not errors.is_terminal and ("held_out_tau" in record or record["step"] % 100 == 0):
+                errors.print(f"step {record['step']}/{steps} {note} {record['seconds']:.0f} s")
+
+        yield status, report
+
+
+train = reports_errors(_with_options_of_the_settings(train), flag_names())
