@@ -12,11 +12,11 @@ from dflash_plugin.bench.charts import Line, line_chart
 from dflash_plugin.bench.metrics import AVERAGES, conditional
 from dflash_plugin.bench.report import page
 from dflash_plugin.bench.schema import (
-    Acceptance,
+    PositionRates,
     Cell,
-    Check,
+    CountCheck,
     KeptText,
-    Pass,
+    KeptPass,
     Percentiles,
     Record,
     Repeat,
@@ -69,10 +69,10 @@ class Parsed(HTMLParser):
 
 def cell(role: str, level: int, speed: float, **fields) -> Cell:
     shares = [0.81, 0.6, 0.3]
-    checks = [Check(what="tokens", client=100, server=100, agrees=True, note="counter")]
+    checks = [CountCheck(what="tokens", client=100, server=100, agrees=True, note="counter")]
     known = {
         "tau": Tau(pooled=2.71, mean_per_request=2.83, token_weighted=2.97, sources={}),
-        "acceptance": Acceptance(
+        "acceptance": PositionRates(
             unconditional=shares, conditional=conditional(shares), source="counter"
         ),
         "repeats": [
@@ -124,8 +124,8 @@ def record(label: str = "ours", **fields) -> Record:
 
 def answer(**fields) -> KeptText:
     passes = [
-        Pass(accepted=["one", "two"], bonus="three", rejected=["four"]),
-        Pass(accepted=[], bonus=None, rejected=None),
+        KeptPass(accepted=["one", "two"], bonus="three", rejected=["four"]),
+        KeptPass(accepted=[], bonus=None, rejected=None),
     ]
     known = {
         "prompt": "why?", "first": ["zero"], "passes": passes, "prompt_id": "gsm8k-1", "note": "n"
@@ -172,7 +172,7 @@ def test_hostile_text_stays_text():
             prompt=HOSTILE,
             prompt_id=HOSTILE,
             first=[HOSTILE],
-            passes=[Pass(accepted=[HOSTILE], bonus=HOSTILE, rejected=[HOSTILE])],
+            passes=[KeptPass(accepted=[HOSTILE], bonus=HOSTILE, rejected=[HOSTILE])],
             note=HOSTILE,
         )
     ]
@@ -208,7 +208,7 @@ def test_several_runs_stand_side_by_side():
 
 
 def test_what_is_doubtful_is_said():
-    wrong = [Check(what="tokens", client=1, server=2, agrees=False, note="c")]
+    wrong = [CountCheck(what="tokens", client=1, server=2, agrees=False, note="c")]
     repeat = Repeat(
         seconds=1, requests=1, tokens=1, tokens_per_second=1, client_busy=0.95, checks=wrong
     )
@@ -226,7 +226,7 @@ def test_what_is_doubtful_is_said():
 
 
 def test_a_page_of_many_answers_is_small():
-    passes = [Pass(accepted=[" word"] * 3, bonus=" next", rejected=[" no"] * 4)] * 64
+    passes = [KeptPass(accepted=[" word"] * 3, bonus=" next", rejected=[" no"] * 4)] * 64
     text = page([record(texts=[answer(passes=passes)] * 20)])
     assert len(text.encode()) < 1_000_000
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dflash_plugin.cli.main import app
-from dflash_plugin.monitor.client import MetricsSnapshot, Samples, ServerClient, ServerError, read
+from dflash_plugin.monitor.client import ServerClient
+from dflash_plugin.monitor.metrics import MetricsSnapshot, Samples, ServerError
 from dflash_plugin.monitor.top import View, between, sparkline, watch
 
 METRICS = Path(__file__).parents[1] / "data" / "metrics"
