@@ -6,8 +6,6 @@ import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dflash_plugin.errors import DFlashError
 
@@ -59,6 +57,9 @@ class RopeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _known_type(self) -> RopeConfig:
+        # Imported here: the command line reads names from this module and starts without torch.
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         known = sorted({"default", *ROPE_INIT_FUNCTIONS} - {"dynamic", "proportional"})
         _require(
             self.type in known,
@@ -146,7 +147,7 @@ class DrafterConfig(BaseModel):
     norm_style: Literal["rms", "gemma"] = "rms"
     layers: tuple[LayerAttention, ...] = Field(min_length=1)
     window_from: Literal["query", "anchor"] = "query"
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = Field(default_factory=RopeConfig)
     qk_norm: bool = True
     attention_bias: bool = False
     attention_output_bias: bool = False
@@ -174,6 +175,8 @@ class DrafterConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> DrafterConfig:
+        from transformers.activations import ACT2FN
+
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         _require(
             heads % kv_heads == 0,

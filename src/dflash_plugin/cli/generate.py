@@ -1,0 +1,204 @@
+"""Commands that draft and verify with the Transformers engine: generate and eval."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from dflash_plugin.cli.common import (
+    Device,
+    DraftWeightsOption,
+    Dtype,
+    Json,
+    console,
+    counting,
+    errors,
+    load,
+    print_json,
+    quiet,
+    reports_errors,
+)
+from dflash_plugin.errors import DFlashError
+
+
+@reports_errors
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    target: Annotated[str, typer.Option(help="Model directory, or smollm2.")] = "smollm2",
+    drafter: Annotated[
+        Path | None, typer.Option(help="Drafter directory; the shipped one for smollm2.")
+    ] = None,
+    max_new_tokens: int = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    compare: Annotated[bool, typer.Option(help="Also run the target alone.")] = False,
+    repeats: Annotated[int, typer.Option(help="Interleaved runs that --compare times.")] = 3,
+    raw: Annotated[bool, typer.Option(help="Leave the chat template out.")] = False,
+    dtype: Dtype | None = None,
+    draft_weights: DraftWeightsOption = "checkpoint",
+    adaptive: Annotated[
+        bool, typer.Option(help="Verify as many drafts as pay, none where none does.")
+    ] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt; with --compare, show that the text is the target's own, and both speeds."""
+    quiet()
+    from dflash_plugin.bench.evaluate import compare_runs, machine
+    from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
+    from dflash_plugin.decoding.sampling import SamplingParams
+    from dflash_plugin.prompts import Prompt, encode
+    from dflash_plugin.transformers import Engine, Request
+
+    sampling = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+    )
+    directory = resolve_drafter(drafter, target)
+    model, loaded, tokenizer = load(resolve_model(target), directory, dtype, device, draft_weights)
+    tokens = tokenizer.encode(prompt) if raw else encode(tokenizer, Prompt.user(prompt))
+    request = Request(tokens, max_new_tokens, sampling=sampling)
+    length = len(tokens) + max_new_tokens
+    engine = Engine(model, loaded, max_length=length, adaptive=adaptive)
+    if not compare:
+        stream = None if as_json else _TextStream(tokenizer)
+        result = engine.generate([request], stream)[0]
+        if as_json:
+            print_json(_outcome(result, tokenizer))
+        else:
+            sys.stdout.write("\n")
+            errors.print(f"τ {result.acceptance_length:.2f}, {len(result.tokens)} tokens")
+        return
+    plain = Engine(model, None, max_length=length)
+    with errors.status("running with and without the drafter"):
+        found = compare_runs(engine, plain, request, repeats)
+    facts = {**_outcome(found.result, tokenizer), **found.facts(), **machine(model)}
+    if as_json:
+        print_json(facts)
+    else:
+        console.print(facts["text"], markup=False, highlight=False)
+        _print_comparison(facts)
+    if found.equal is False and facts["dtype"] == "float32":
+        raise DFlashError(
+            "the text differs from the target's own in float32: that is a fault, please report it "
+            "with the checkpoint and the prompt"
+        )
+    if found.equal is False:
+        errors.print(
+            f"note: at {facts['dtype']} a near tie can fall either way; --dtype float32 tells that "
+            "from a fault",
+            style="yellow",
+        )
+
+
+class _TextStream:
+    """Prints text as tokens come, holding back an unfinished character."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.tokens: list[int] = []
+        self.printed = 0
+
+    def __call__(self, _: int, tokens: list[int]) -> None:
+        self.tokens += tokens
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True).rstrip("\ufffd")
+        sys.stdout.write(text[self.printed :])
+        sys.stdout.flush()
+        self.printed = len(text)
+
+
+def _outcome(result: Any, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "text": tokenizer.decode(result.tokens, skip_special_tokens=True),
+        "tokens": result.tokens,
+        "finish_reason": result.finish_reason,
+        "tau": result.acceptance_length,
+        "committed": result.committed,
+    }
+
+
+def _print_comparison(facts: dict[str, Any]) -> None:
+    equal = {True: "yes, token for token", False: "NO", None: "sampled, not compared"}
+    table = Table("", "with the drafter", "target alone")
+    ours, alone = facts["tokens_per_second"], facts["plain_tokens_per_second"]
+    table.add_row("tokens/s", f"{ours:.1f} ({ours / alone:.2f}×)", f"{alone:.1f}")
+    table.add_row("target passes", str(len(facts["committed"])), str(len(facts["tokens"]) - 1))
+    table.add_row("acceptance length τ", f"{facts['tau']:.2f}", "1")
+    table.add_row("same text", equal[facts["equal"]], "")
+    console.print(table)
+
+
+@reports_errors
+def evaluate(
+    data: Annotated[list[Path], typer.Option(help="JSONL prompt set; repeatable.")],
+    drafter: Annotated[
+        Path | None, typer.Option(help="Drafter directory; the shipped one for smollm2.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="Model directory, or smollm2.")] = "smollm2",
+    limit: Annotated[int | None, typer.Option(help="Prompts per set.")] = None,
+    max_new_tokens: int = 256,
+    batch: int = 1,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    compare: Annotated[bool, typer.Option(help="Also run the target alone.")] = True,
+    dtype: Dtype | None = None,
+    draft_weights: DraftWeightsOption = "checkpoint",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """τ per request, pooled and per position, and tokens/s with and without the drafter."""
+    quiet()
+    from dflash_plugin.bench.evaluate import evaluate_set, machine
+    from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
+    from dflash_plugin.decoding.sampling import SamplingParams
+    from dflash_plugin.prompts import encode, load_prompts
+    from dflash_plugin.transformers import Engine
+
+    sets = [(path, load_prompts(path, limit)) for path in data]
+    sampling = SamplingParams(temperature=temperature, seed=seed)
+    directory = resolve_drafter(drafter, target)
+    model, loaded, tokenizer = load(resolve_model(target), directory, dtype, device, draft_weights)
+    longest = max(len(encode(tokenizer, p)) for _, prompts in sets for p in prompts)
+    length = longest + max_new_tokens
+    engine = Engine(model, loaded, max_batch=batch, max_length=length)
+    plain = Engine(model, None, max_batch=batch, max_length=length) if compare else None
+    table = Table("set", "prompts", "τ", "tokens/s", "alone", "equal", "accepted at 1..K")
+    found = []
+    for path, prompts in sets:
+        with counting(f"{path.name}: {len(prompts)} prompts") as count:
+            result = evaluate_set(
+                prompts[0].set_name,
+                prompts,
+                tokenizer,
+                engine,
+                plain,
+                max_new_tokens,
+                sampling,
+                count,
+            )
+        found.append(result)
+        table.add_row(
+            result.set_name,
+            str(result.prompts),
+            f"{result.tau:.2f}",
+            f"{result.tokens_per_second:.1f}",
+            ""
+            if result.plain_tokens_per_second is None
+            else f"{result.plain_tokens_per_second:.1f}",
+            "" if result.equal is None else f"{result.equal}/{result.prompts}",
+            " ".join(f"{share:.2f}" for share in result.acceptance),
+        )
+    mean = sum(result.tau for result in found) / len(found)
+    if as_json:
+        sets_found = [result.model_dump() for result in found]
+        facts = {"mean_tau": mean, "batch": batch, "draft_weights": draft_weights}
+        print_json({**facts, **machine(model), "sets": sets_found})
+    else:
+        console.print(table)
+        console.print(f"mean τ over {len(found)} sets: {mean:.2f}")
