@@ -64,10 +64,6 @@ def test_three_averages():
     assert metrics.pooled([0], [0]) is None
 
 
-def test_conditional_acceptance():
-    assert metrics.conditional([0.8, 0.4, 0.0, 0.0]) == [0.8, 0.5, 0.0, None]
-
-
 def test_percentiles_are_interpolated():
     found = metrics.percentiles([0.001 * n for n in range(1, 12)])
     assert (found.p50, found.p90, found.p99) == (6.0, 10.0, 10.9)
@@ -372,7 +368,7 @@ def test_servers_that_cannot_be_measured(kind, answers, options, message, prompt
 def test_a_url_may_lack_its_scheme():
     """As those of `top` and `doctor` may."""
     with serving("vllm") as fake:
-        assert connect(fake.url.removeprefix("http://")).url == fake.url
+        assert connect(fake.url.removeprefix("http://")).client.url == fake.url
     with pytest.raises(DFlashError, match="cannot be reached"):
         connect("ftp://somewhere")
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dflash_plugin.bench.charts import Line, line_chart
-from dflash_plugin.bench.metrics import AVERAGES, conditional
+from dflash_plugin.bench.metrics import AVERAGES
 from dflash_plugin.bench.report import page
 from dflash_plugin.bench.schema import (
     PositionRates,
@@ -25,6 +25,7 @@ from dflash_plugin.bench.schema import (
     Tau,
 )
 from dflash_plugin.cli.main import app
+from dflash_plugin.decoding.acceptance import conditional_rates
 from dflash_plugin.errors import DFlashError
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'&amp;"
@@ -73,7 +74,7 @@ def cell(role: str, level: int, speed: float, **fields) -> Cell:
     known = {
         "tau": Tau(pooled=2.71, mean_per_request=2.83, token_weighted=2.97, sources={}),
         "acceptance": PositionRates(
-            unconditional=shares, conditional=conditional(shares), source="counter"
+            unconditional=shares, conditional=conditional_rates(shares), source="counter"
         ),
         "repeats": [
             Repeat(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dflash_plugin.monitor.redact import without_credentials
+from dflash_plugin.bench.output import partial_path
 from dflash_plugin.errors import DFlashError
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -280,7 +281,7 @@ class Record(_Model):
         Raises:
             DFlashError: it cannot be written.
         """
-        part = path.with_name(path.name + ".part")
+        part = partial_path(path)
         try:
             part.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
             os.replace(part, path)

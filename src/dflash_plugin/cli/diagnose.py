@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,18 +159,35 @@ def top(
     server: Annotated[str, typer.Option(help="URL of a vLLM or SGLang server.")],
     interval: Annotated[float, typer.Option(help="Seconds between scrapes.", min=0.1)] = 2.0,
     once: Annotated[bool, typer.Option(help="Print one frame after two scrapes, and end.")] = False,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="DFLASH_BENCH_API_KEY", help="Of the server.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Watch a server's speculation: requests, tokens/s, τ and acceptance by position."""
-    from dataclasses import asdict
+    """Watch a server's speculation: requests, tokens/s, τ and acceptance by position.
+
+    On a terminal the view is live. Elsewhere there is one line an interval, or one JSON object with
+    --json, until the server cannot be reached or the command is interrupted.
+    """
+    import time
 
     from dflash_plugin.monitor.client import ServerClient
-    from dflash_plugin.monitor.top import watch
+    from dflash_plugin.monitor.top import scrape, watch
 
-    view = watch(ServerClient(server), interval, once or as_json)
-    if as_json:
-        assert view.reading is not None
-        assert view.rates is not None
-        print_json({"now": asdict(view.reading), "since_last": asdict(view.rates)})
-    elif once:
-        console.print(view)
+    client = ServerClient(server, api_key)
+    if console.is_terminal and not (once or as_json):
+        watch(client, interval)
+        return
+    try:
+        for view in scrape(client, interval):
+            if as_json:
+                sys.stdout.write(json.dumps(view.as_json(), indent=1 if once else None) + "\n")
+            elif once:
+                console.print(view)
+            else:
+                sys.stdout.write(f"{time.strftime('%H:%M:%S')} {view.line()}\n")
+            sys.stdout.flush()
+            if once:
+                return
+    except KeyboardInterrupt:
+        return
