@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from dflash_plugin.bench import data, metrics
 from dflash_plugin.bench.http_endpoint import token_texts
 from dflash_plugin.bench.measurements import turns_of
-from dflash_plugin.monitor.redact import without_credentials, without_secrets
 from dflash_plugin.bench.schema import Record, read_record
 from dflash_plugin.bench.sweep import connect
 from dflash_plugin.cli.main import app
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.monitor.redact import without_credentials, without_secrets
 from dflash_plugin.prompts import Message, Prompt
 from tests.helpers.fake_server import DRAFTS, serving
 from tests.helpers.tiny import write_target, write_tiny

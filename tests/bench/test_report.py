@@ -12,12 +12,12 @@ from dflash_plugin.bench.charts import Line, line_chart
 from dflash_plugin.bench.metrics import AVERAGES
 from dflash_plugin.bench.report import page
 from dflash_plugin.bench.schema import (
-    PositionRates,
     Cell,
     CountCheck,
-    KeptText,
     KeptPass,
+    KeptText,
     Percentiles,
+    PositionRates,
     Record,
     Repeat,
     Server,

@@ -126,9 +126,7 @@ def test_a_server_that_goes_away_is_waited_for():
             raise KeyboardInterrupt
 
     ticks = iter(range(100))
-    view = watch(
-        client(*texts), 1.0, show, sleep=lambda _: None, clock=lambda: float(next(ticks))
-    )
+    view = watch(client(*texts), 1.0, show, sleep=lambda _: None, clock=lambda: float(next(ticks)))
     assert "cannot be reached (ConnectError: connection refused)" in " ".join(frames[1].split())
     assert "trying again" in frames[1]
     assert "expected" in frames[1]  # what was there stays

@@ -98,7 +98,9 @@ class EmbeddedEngine:
                 RequestTrace(prompts[number].id, turn, turns[number][turn][-1].content)
                 for number in active
             ]
-            seconds += self._generate([talks[number] for number in active], observations, concurrency, settings, on_done)
+            seconds += self._generate(
+                [talks[number] for number in active], observations, concurrency, settings, on_done
+            )
             for number, observation in zip(active, observations, strict=True):
                 talks[number].append(Message(role="assistant", content=observation.text or " "))
                 found[number, turn] = observation

@@ -20,7 +20,15 @@ from statistics import median
 import numpy as np
 
 from dflash_plugin.bench.measurements import Counters, RequestTrace
-from dflash_plugin.bench.schema import PositionRates, Cell, CountCheck, Percentiles, Repeat, Role, Tau
+from dflash_plugin.bench.schema import (
+    Cell,
+    CountCheck,
+    Percentiles,
+    PositionRates,
+    Repeat,
+    Role,
+    Tau,
+)
 from dflash_plugin.decoding.acceptance import Acceptance, tau
 
 INTERRUPTED = Counters(
@@ -79,8 +87,8 @@ def read_passes_off_chunks(observations: Sequence[RequestTrace], increase: Count
     chunks = sum(len(o.chunks) - 1 for o in observations)
     if chunks != increase.passes:
         return (
-            f"{chunks} chunks were streamed for {increase.passes} verify passes, so a chunk is not a "
-            "pass"
+            f"{chunks} chunks were streamed for {increase.passes} verify passes, so a chunk is "
+            "not a pass"
         )
     for observation in observations:
         observation.passes = len(observation.chunks) - 1

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dflash_plugin.monitor.redact import without_credentials
 from dflash_plugin.bench.output import partial_path
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.monitor.redact import without_credentials
 
 SCHEMA_VERSION: Literal[1] = 1
 Role = Literal["measured", "baseline"]

@@ -65,7 +65,8 @@ class SglangServer(HttpEndpoint):
         info = self.client.info()
         if info is None:
             raise ServerError(
-                f"{self.client.display_url}/server_info is not there: give the root URL of an SGLang server"
+                f"{self.client.display_url}/server_info is not there: give the root URL of an "
+                "SGLang server"
             )
         return info
 

@@ -15,12 +15,21 @@ from pathlib import Path
 from dflash_plugin.bench.http_endpoint import HttpEndpoint
 from dflash_plugin.bench.measurements import Endpoint, RequestTrace, turns_of
 from dflash_plugin.bench.metrics import INTERRUPTED, Runs, check_counts, make_cell
-from dflash_plugin.monitor.client import ANSWER_TIMEOUT, ServerClient, settle
-from dflash_plugin.monitor.redact import without_credentials
-from dflash_plugin.bench.schema import Cell, CountCheck, KeptText, Record, Repeat, Role, Server, Settings
+from dflash_plugin.bench.schema import (
+    Cell,
+    CountCheck,
+    KeptText,
+    Record,
+    Repeat,
+    Role,
+    Server,
+    Settings,
+)
 from dflash_plugin.bench.sglang_server import SglangServer
 from dflash_plugin.bench.vllm_server import VllmServer
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.monitor.client import ANSWER_TIMEOUT, ServerClient, settle
+from dflash_plugin.monitor.redact import without_credentials
 from dflash_plugin.prompts import Prompt
 
 Progress = Callable[[str, int, int], None]
@@ -154,9 +163,7 @@ def sweep(
                             record.texts += _keep(endpoint, seen[:keep_text], role, set_name, level)
                     finally:
                         if runs[role].repeats:
-                            cell = make_cell(
-                                role, set_name, level, runs[role], endpoint.by_request
-                            )
+                            cell = make_cell(role, set_name, level, runs[role], endpoint.by_request)
                             _put(record.cells, cell)
                         if output is not None and record.cells:
                             record.write(output)

@@ -67,7 +67,7 @@ def doctor(
     quiet()
     from dflash_plugin.doctor import DoctorOptions
 
-    asked = DoctorOptions(
+    options = DoctorOptions(
         dialect=dialect,
         num_speculative_tokens=num_speculative_tokens,
         draft_weights=draft_weights,
@@ -76,10 +76,10 @@ def doctor(
         compare_float32=compare_float32,
     )
     try:
-        # A server that does not answer is found out before a minute of drafting.
-        served = _served(server, ask, api_key) if server else None
+        # A server that cannot be reached ends the command before a minute of drafting.
+        inspected = _inspect_server(server, ask, api_key) if server else None
         found = _diagnose(
-            target, drafter, served, data, prompts, max_new_tokens, dtype, device, asked
+            target, drafter, inspected, data, prompts, max_new_tokens, dtype, device, options
         )
     except DFlashError as error:
         if as_json:
@@ -95,25 +95,25 @@ def doctor(
         raise typer.Exit(found.exit_code)
 
 
-def _served(server: str, ask: bool, api_key: str | None) -> Any:
+def _inspect_server(url: str, probe: bool, api_key: str | None) -> Any:
     from dflash_plugin.doctor.probe import ServerProber
-    from dflash_plugin.doctor.server import ask as look
+    from dflash_plugin.doctor.server import inspect_server
     from dflash_plugin.monitor.client import ServerClient
 
-    client = ServerClient(server)
-    return look(client, ServerProber(client, api_key) if ask else None)
+    client = ServerClient(url, api_key)
+    return inspect_server(client, ServerProber(client) if probe else None)
 
 
 def _diagnose(
     target: str,
     drafter: Path | None,
-    served: Any,
+    server: Any,
     data: Path | None,
     prompts: int,
     max_new_tokens: int,
     dtype: Dtype | None,
     device: str | None,
-    asked: Any,
+    options: Any,
 ) -> Any:
     import torch
 
@@ -133,7 +133,7 @@ def _diagnose(
     with errors.status("loading") as status:
         loaded, tokenizer = load_target(model, getattr(torch, dtype) if dtype else None, device)
         on = TargetTexts(model, loaded, tokenizer, questions, max_new_tokens)
-        return diagnose(on, directory, asked, served, status.update)
+        return diagnose(on, directory, options, server, status.update)
 
 
 def _print_diagnosis(found: Any) -> None:

@@ -127,8 +127,8 @@ class ServerClient:
         if found.engine is None:
             status = "" if answer.status_code == 200 else f" (status {answer.status_code})"
             raise ServerError(
-                f"{self.display_url}/metrics has no metrics of vLLM or SGLang{status}: give the root URL "
-                "of one, and start SGLang with --enable-metrics, vLLM without --disable-log-stats"
+                f"{self.display_url}/metrics has no metrics of vLLM or SGLang{status}: give the root "
+                "URL of one, and start SGLang with --enable-metrics, vLLM without --disable-log-stats"
             )
         return found
 
@@ -211,8 +211,8 @@ class ServerClient:
     def unreachable(self, error: Exception) -> ServerError:
         """The error of a request that got no answer."""
         return ServerError(
-            f"{self.display_url} cannot be reached ({type(error).__name__}: {reason(error)}): start the "
-            "server, or give the URL that it prints, such as http://127.0.0.1:8000"
+            f"{self.display_url} cannot be reached ({type(error).__name__}: {reason(error)}): start "
+            "the server, or give the URL that it prints, such as http://127.0.0.1:8000"
         )
 
     def refused(self, path: str, status: int, text: str) -> ServerError:
@@ -228,9 +228,12 @@ class ServerClient:
             advice = "serve an instruction-tuned model, or start the server with --chat-template"
         elif status == 400 or "max_model_len" in text or "context" in text:
             advice = (
-                "lower --max-tokens (doctor: --max-new-tokens), or raise the server's context length"
+                "lower --max-tokens (doctor: --max-new-tokens), or raise the server's context "
+                "length"
             )
-        return ServerError(f"{self.display_url}{path} answered {status}: {text[:300].strip()}: {advice}")
+        return ServerError(
+            f"{self.display_url}{path} answered {status}: {text[:300].strip()}: {advice}"
+        )
 
 
 class EventParser:
@@ -282,7 +285,7 @@ def settle(
     last: Any = object()
     while True:
         now = read()
-        if done(now) and counters(now) == last or time.monotonic() > until:
+        if (done(now) and counters(now) == last) or time.monotonic() > until:
             return now
         last = counters(now)
         sleep(0.05)
