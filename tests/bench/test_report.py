@@ -253,6 +253,32 @@ def test_command(tmp_path):
     assert "no.json" in result.output
 
 
+def test_nothing_is_replaced_unasked(tmp_path):
+    result, other = tmp_path / "a.json", tmp_path / "page.html"
+    result.write_text(record().model_dump_json())
+    other.write_text("mine")
+    link = tmp_path / "link.html"
+    link.symlink_to(result)
+
+    def report(output, *options) -> tuple[int, str]:
+        done = CliRunner().invoke(app, ["report", str(result), "-o", str(output), *options])
+        return done.exit_code, " ".join(done.output.split())
+
+    for output in (result, link):
+        for options in ((), ("--overwrite",)):
+            code, printed = report(output, *options)
+            assert code == 1
+            assert "is an input as well" in printed
+    code, printed = report(other)
+    assert code == 1
+    assert "is already there: give another --output, or --overwrite" in printed
+    assert other.read_text() == "mine"
+    assert result.read_text() == record().model_dump_json()
+    assert report(other, "--overwrite")[0] == 0
+    assert "Speculative decoding" in other.read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "link.html", "page.html"]
+
+
 def test_a_result_without_cells_is_refused():
     with pytest.raises(DFlashError, match="hold no cell"):
         page([record(cells=[])])

@@ -191,16 +191,19 @@ def test_rates_of_a_server_without_anything():
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """A server over HTTP that gives SGLang's two scrapes in turn."""
+    """A server over HTTP that gives SGLang's two scrapes in turn, eight in all."""
     numbers = iter([1, 2] * 4)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             found = self.path == "/metrics"
+            number = next(numbers, None)
+            if number is None:
+                return
             self.send_response(200 if found else 404)
             self.end_headers()
             if found:
-                self.wfile.write(exposition("sglang", next(numbers)).encode())
+                self.wfile.write(exposition("sglang", number).encode())
 
         def log_message(self, *_: object) -> None:
             pass
@@ -228,3 +231,43 @@ def test_no_server_is_one_line():
     result = CliRunner().invoke(app, ["top", "--server", "127.0.0.1:1", "--once"])
     assert result.exit_code == 1
     assert "cannot be reached" in " ".join(result.output.split())
+
+
+def test_without_a_terminal_there_is_a_line_an_interval(server):
+    """The server answers eight scrapes, and then no more."""
+    result = CliRunner().invoke(app, ["top", "--server", server, "--interval", "0.1"])
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    assert len(lines) == 7
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d 0 running, 0 waiting, [\d,]+ tokens/s, τ 4\.03 \(3\.31 expected\), "
+        r"at 1\.\. 0\.[\d. ]+, KV cache \d+%, prefix cache 87%, 27% of drafts saved",
+        lines[0],
+    )
+    assert "the server was restarted" in lines[1]
+    assert "cannot be reached" in " ".join(result.stderr.split())
+
+
+def test_json_without_once_is_an_object_a_line(server):
+    result = CliRunner().invoke(app, ["top", "--server", server, "--interval", "0.1", "--json"])
+    assert result.exit_code == 1
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(found) == 7
+    assert found[0]["since_last"]["tau"] == pytest.approx(1 + (558 - 364) / 64)
+    assert found[1]["since_last"]["restarted"]
+
+
+def test_an_interrupt_ends_the_lines_quietly(monkeypatch):
+    snapshots = iter([snapshot_of(exposition("vllm", number)) for number in (1, 2)])
+
+    def metrics(_: ServerClient) -> MetricsSnapshot:
+        found = next(snapshots, None)
+        if found is None:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(ServerClient, "metrics", metrics)
+    result = CliRunner().invoke(app, ["top", "--server", "server", "--interval", "0.1"])
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 1
+    assert result.stderr == ""

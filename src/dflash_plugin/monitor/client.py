@@ -127,8 +127,9 @@ class ServerClient:
         if found.engine is None:
             status = "" if answer.status_code == 200 else f" (status {answer.status_code})"
             raise ServerError(
-                f"{self.display_url}/metrics has no metrics of vLLM or SGLang{status}: give the root "
-                "URL of one, and start SGLang with --enable-metrics, vLLM without --disable-log-stats"
+                f"{self.display_url}/metrics has no metrics of vLLM or SGLang{status}: give the "
+                "root URL of one, and start SGLang with --enable-metrics, vLLM without "
+                "--disable-log-stats"
             )
         return found
 
@@ -211,8 +212,8 @@ class ServerClient:
     def unreachable(self, error: Exception) -> ServerError:
         """The error of a request that got no answer."""
         return ServerError(
-            f"{self.display_url} cannot be reached ({type(error).__name__}: {reason(error)}): start "
-            "the server, or give the URL that it prints, such as http://127.0.0.1:8000"
+            f"{self.display_url} cannot be reached ({type(error).__name__}: {reason(error)}): "
+            "start the server, or give the URL that it prints, such as http://127.0.0.1:8000"
         )
 
     def refused(self, path: str, status: int, text: str) -> ServerError:
