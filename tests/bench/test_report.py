@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from dflash_plugin.bench.charts import Line, line_chart
 from dflash_plugin.bench.metrics import AVERAGES
-from dflash_plugin.bench.report import page
+from dflash_plugin.bench.report import device_of, drafter_of, page
 from dflash_plugin.bench.schema import (
     Cell,
     CountCheck,
@@ -142,7 +142,7 @@ def test_numbers_are_on_the_page():
     text = " ".join(parsed.text.split())
     # speedups, τ by three averages, first draft, tokens/s and per GPU, percentiles
     for number in (
-        "1.50×", "1.23×", "2.71", "2.83", "2.97", "81%", "1,234.0", "617.0",
+        "1.50× and 1.23×", "2.71", "2.83", "2.97", "81%", "1,234.0", "617.0",
         "11.5 / 12.5 / 13.5", "1.5 / 2.5 / 3.5",
     ):  # fmt: skip
         assert number in text, number
@@ -150,6 +150,93 @@ def test_numbers_are_on_the_page():
     points = [a["points"] for tag, a in parsed.elements if tag == "polyline"]
     # speedup, two servers' users against the GPU, acceptance and conditional acceptance
     assert len(points) == 5
+
+
+def cards(text: str) -> dict[str, str]:
+    """Numbers of the cards by their heads."""
+    pattern = r'<div class="card"><h3>(.*?)</h3><div class="number">(.*?)</div>'
+    return dict(re.findall(pattern, text))
+
+
+def test_cards_are_headed_by_what_they_show():
+    assert cards(page([record()])) == {
+        "Speedup, 1 and 8 in flight": "1.50× and 1.23×",
+        "Acceptance length, 1 in flight": "τ 2.71",
+        "First draft accepted, 1 in flight": "81%",
+        "One reader, 1 in flight": "300.0 tokens/s",
+        "All readers, 8 in flight": "1,234.0 tokens/s",
+    }
+
+
+def test_the_speedup_card_tells_the_range():
+    """The best and the worst concurrency are neither the smallest nor the largest."""
+    speeds = {1: (300.0, 200.0), 2: (900.0, 300.0), 4: (600.0, 500.0), 8: (1300.0, 1000.0)}
+    cells = [
+        cell(role, level, speed)
+        for level, pair in speeds.items()
+        for role, speed in zip(("measured", "baseline"), pair, strict=True)
+    ]
+    text = page([record(cells=cells)])
+    assert cards(text)["Speedup, 1 and 8 in flight"] == "1.50× and 1.30×"
+    assert "Over 4 concurrencies it is 1.20× (4 in flight) to 3.00× (2 in flight)." in text
+    alone = cards(page([record(cells=cells[:2])]))
+    assert alone["Speedup, 1 in flight"] == "1.50×"
+    assert not [head for head in cards(page([record(cells=cells[:1])])) if "Speedup" in head]
+
+
+def test_rates_tell_how_many_passes_are_behind_them():
+    """Of 37 passes, 0.81 accepted the first draft and 0.6 the second."""
+    text = page([record()])
+    assert "gsm8k, n = 37 passes" in text
+    assert "gsm8k, n = 37 to 22 passes" in text
+    tips = [tip for tip in re.findall(r"<title>(.*?)</title>", text) if ", n = " in tip]
+    assert [tip.rsplit(", ", 1)[1] for tip in tips[3:]] == ["n = 37", "n = 30", "n = 22"]
+
+
+def server(**fields) -> Server:
+    known = {"role": "measured", "engine": "vllm", "model": "org/m", "speculative": True}
+    return Server(**{**known, **fields})
+
+
+@pytest.mark.parametrize(
+    ("flags", "drafter"),
+    [
+        (None, None),
+        ({"dtype": "float32"}, None),
+        ({"drafter": "smollm2"}, "smollm2"),
+        ({"speculative_draft_model_path": "/models/d"}, "/models/d"),
+        ({"speculative_config": {"model": "org/d"}}, "org/d"),
+        ("vllm serve m --speculative-model org/d --port 1", "org/d"),
+        ("sglang --speculative-draft-model-path=/models/d", "/models/d"),
+        ('vllm serve m --speculative-config \'{"method": "dflash", "model": "d"}\'', "d"),
+        ("vllm serve m", None),
+    ],
+)
+def test_the_drafter_is_named(flags, drafter):
+    one = server(flags=flags)
+    assert drafter_of(one) == drafter
+    text = " ".join(Parsed(page([record(servers=[one])])).text.split())
+    name = drafter.rsplit("/", 1)[-1] if drafter else "(name untold)"
+    assert f"m with drafter {name} on" in text
+    assert ("give --server-command" in text) == (drafter is None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "device"),
+    [
+        ({"gpu": "NVIDIA H200"}, "GPU"),
+        ({"gpu": "AMD EPYC 7B13, 2 cores", "engine": "transformers"}, "CPU"),
+        ({"gpu": None, "engine": "sglang", "flags": {"device": "cpu"}}, "CPU"),
+        ({"gpu": None}, "device"),
+    ],
+)
+def test_a_cpu_is_no_gpu(fields, device):
+    one = server(**fields)
+    assert device_of(one) == device
+    text = page([record(servers=[one])])
+    assert f"One reader against the whole {device}" in text
+    assert f"on one {device}." in text
+    assert ("GPU" in re.sub("GPUs, or other devices", "", text)) == (device == "GPU")
 
 
 def test_nothing_is_loaded_from_elsewhere_or_run():

@@ -29,6 +29,7 @@ class EmbeddedEngine:
         name: of the target.
         adaptive: verify as many drafts as pay.
         record_drafts: so that answers can be kept with their rejected drafts.
+        drafter_name: of the drafter.
     """
 
     by_request = "the engine's passes of each request"
@@ -42,9 +43,11 @@ class EmbeddedEngine:
         name: str,
         adaptive: bool = False,
         record_drafts: bool = False,
+        drafter_name: str | None = None,
     ) -> None:
         self.target, self.tokenizer, self.drafter = target, tokenizer, drafter
         self.name, self.adaptive, self.record_drafts = name, adaptive, record_drafts
+        self.drafter_name = drafter_name
         self.engine: Engine | None = None
         self.tokens = self.passes = 0
         self.drafted: dict[tuple[str, int], tuple[list[int], list[int], list[list[int]]]] = {}
@@ -53,6 +56,7 @@ class EmbeddedEngine:
         """What it is."""
         facts = machine(self.target)
         config = self.drafter.config if self.drafter is not None else None
+        named = {"drafter": self.drafter_name} if self.drafter_name else {}
         return Server(
             role=role,
             engine="transformers",
@@ -62,7 +66,7 @@ class EmbeddedEngine:
             speculative=config is not None,
             num_drafts=config.num_draft_tokens if config else None,
             gpu=facts["device"],
-            flags={**facts, "adaptive": self.adaptive},
+            flags={**facts, **named, "adaptive": self.adaptive},
         )
 
     def counters(self) -> Counters:

@@ -176,7 +176,9 @@ def _embedded(
     directory = resolve_drafter(drafter, target)
     model, loaded, tokenizer = load(resolve_model(target), directory, dtype, device, "checkpoint")
     endpoints = {
-        "measured": EmbeddedEngine(model, tokenizer, loaded, target, adaptive, record_drafts)
+        "measured": EmbeddedEngine(
+            model, tokenizer, loaded, target, adaptive, record_drafts, directory.name
+        )
     }
     if baseline is not None:
         endpoints["baseline"] = EmbeddedEngine(model, tokenizer, None, target)
