@@ -184,6 +184,17 @@ def test_the_speedup_card_tells_the_range():
     assert not [head for head in cards(page([record(cells=cells[:1])])) if "Speedup" in head]
 
 
+def test_a_baseline_that_was_interrupted_gives_no_speedup():
+    """It answered another choice of prompts than the measured server."""
+    repeat = Repeat(
+        seconds=1, requests=1, tokens=9, tokens_per_second=9, client_busy=None, checks=[]
+    )
+    cells = [cell("measured", 1, 300.0), cell("baseline", 1, 200.0, repeats=[repeat])]
+    text = page([record(cells=cells, complete=False)])
+    assert not [head for head in cards(text) if "Speedup" in head]
+    assert "×</td>" not in text
+
+
 def test_rates_tell_how_many_passes_are_behind_them():
     """Of 37 passes, 0.81 accepted the first draft and 0.6 the second."""
     text = page([record()])

@@ -81,9 +81,10 @@ def _labels(records: Sequence[Record]) -> list[str]:
 
 def _introduction(label: str, record: Record) -> str:
     settings, server = record.settings, record.servers[0]
+    engine = f"{server.engine} {server.version or ''}".strip()
+    named = "" if label == engine else f"{escape(engine)}, "
     text = (
-        f"<p><strong>{escape(label)}</strong>: {escape(server.engine)} "
-        f"{escape(server.version or '')}, {escape(_pair(server))} on "
+        f"<p><strong>{escape(label)}</strong>: {named}{escape(_pair(server))} on "
         f"{escape(_machine(server))}, {escape(record.created[:10])}, at most "
         f"{settings.max_tokens} tokens an answer, temperature {settings.temperature:g}.</p>"
     )
@@ -168,9 +169,12 @@ def _levels(record: Record, role: Role = "measured") -> list[int]:
 
 
 def speedup(record: Record, cell: Cell) -> float | None:
-    """Tokens/s of a cell over the baseline's, or None where that is missing."""
+    """Tokens/s of a cell over the baseline's; None where that is missing or was interrupted."""
     alone = record.cell("baseline", cell.set_name, cell.concurrency)
     if alone is None or not alone.tokens_per_second:
+        return None
+    # Only the last run can be interrupted. Where it is the first, it answered fewer prompts.
+    if cell.repeats[0].requests != alone.repeats[0].requests:
         return None
     return cell.tokens_per_second / alone.tokens_per_second
 
