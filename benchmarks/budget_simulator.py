@@ -32,7 +32,7 @@ def points(text: str) -> dict[int, float]:
 
 
 def sizes(largest: int) -> list[int]:
-    """Closer where passes are small."""
+    """Sizes up to ``largest``, closer together where passes are small."""
     found, size = [1, 2, 4, 8], 8
     while size < largest:
         size += 8 if size < 64 else 16 if size < 512 else 64
@@ -52,10 +52,10 @@ def main(
     """Write one JSON file and print a table."""
     recorded = Traces.load(traces)
     levels = [int(level) for level in requests.split(",")]
-    most = max(levels)
+    largest = max(levels)
     cost = StepCost.measured(
-        interpolated(points(verify), sizes(most * (recorded.num_drafts + 1))),
-        interpolated(points(draft), sizes(most)),
+        interpolated(points(verify), sizes(largest * (recorded.num_drafts + 1))),
+        interpolated(points(draft), sizes(largest)),
         fixed / 1e3,
     )
     torch.set_num_threads(1)

@@ -55,7 +55,7 @@ class Unquantized:
 
 
 def drafter(parts: dict[str, Any]) -> Drafter:
-    """With made-up weights, on the device."""
+    """A drafter with dummy weights, on the device."""
     config = DrafterConfig(
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
@@ -82,9 +82,9 @@ def drafter(parts: dict[str, Any]) -> Drafter:
 def step(
     made: Drafter, kind: str, batch: int, embedding: Tensor, head: Tensor
 ) -> Callable[[], Any]:
-    """What is captured: a step of ``batch`` requests."""
+    """A step of ``batch`` requests, to be captured."""
+    from dflash_plugin.drafter.fused_block import run_block
     from dflash_plugin.kernels.draft_attention import PagedContext, draft_attention
-    from dflash_plugin.kernels.fused_block import run_block
     from dflash_plugin.serving.draft_tokens import best_of_shard, candidates, walk
 
     count = batch * CONTEXT
@@ -124,7 +124,7 @@ def step(
 
 
 def captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """A graph of it; every kernel is compiled before."""
+    """A CUDA graph of ``run``, whose kernels have been compiled by two calls."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run()

@@ -32,5 +32,5 @@ for run; do
   # Made by the first run, the sequences serve the others.
   made=$(find "$output" -name sequences-00.safetensors -print -quit)
   [ -z "$made" ] || [ -e "$output/$run/work/sequences-00.safetensors" ] || cp "$made" "$output/$run/work"
-  python -m dflash_plugin.cli train "${common[@]}" "${options[@]}" --output "$output/$run"
+  python -m dflash_plugin train "${common[@]}" "${options[@]}" --output "$output/$run"
 done

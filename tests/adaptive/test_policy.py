@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from dflash_plugin.adaptive.policy import Acceptance, VerifyLenPolicy, choose_widths, growth
+from dflash_plugin.adaptive.policy import AcceptanceRates, VerifyLenPolicy, choose_widths, growth
 from dflash_plugin.errors import DFlashError
 
 WIDTHS = choose_widths(16, 0, None)
@@ -88,7 +88,7 @@ def test_limits_that_leave_nothing_are_named(least, most):
 
 
 def test_chances_are_learnt_from_what_was_judged():
-    acceptance = Acceptance(3)
+    acceptance = AcceptanceRates(3)
     for _ in range(400):
         # The second falls half of the time; the third stands whenever it is judged.
         acceptance.observe(3, [1, 3])
@@ -100,7 +100,7 @@ def test_chances_are_learnt_from_what_was_judged():
 
 
 def test_drafts_that_were_never_verified_are_believed_like_the_one_before():
-    acceptance = Acceptance(4)
+    acceptance = AcceptanceRates(4)
     for _ in range(500):
         acceptance.observe(1, [0, 1])
     expected = acceptance.expected()
@@ -110,7 +110,7 @@ def test_drafts_that_were_never_verified_are_believed_like_the_one_before():
 
 
 def test_old_outcomes_fade():
-    acceptance = Acceptance(1)
+    acceptance = AcceptanceRates(1)
     for _ in range(2000):
         acceptance.observe(1, [1] * 64)
     for _ in range(2000):

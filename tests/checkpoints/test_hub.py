@@ -257,3 +257,9 @@ def test_smollm2_answers(smollm2):
     out = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(out)
     assert out[-1] == tokenizer.eos_token_id
+
+
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DFlashError, match=r"nothing can be written in .*file"):
+        fetch_model("smollm2", tmp_path / "file" / "model")

@@ -1,11 +1,11 @@
 """What inspect finds, and known answers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from dflash_plugin.checkpoints.hub import resolve_drafter
 from dflash_plugin.checkpoints.inspection import inspect_checkpoint
 from dflash_plugin.checkpoints.reference_drafts import (
     ReferenceDrafts,
@@ -136,7 +136,7 @@ def test_a_broken_record_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("kind", "size"), [("dflash", 16_000_000), ("dflash2", 24_000_000)])
 def test_the_shipped_drafters_give_their_known_answers(smollm2, kind, size):
-    directory = resolve_drafter(None, "smollm2").with_name(f"smollm2-135m-{kind}")
+    directory = Path(__file__).parents[2] / "examples" / f"smollm2-135m-{kind}"
     record = load_record(directory)
     assert record is not None
     assert len(record.answers) == 3

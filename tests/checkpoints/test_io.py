@@ -84,8 +84,8 @@ MALFORMED = {
     "weights-missing": (lambda d: (d / "model.safetensors").unlink(), "no .safetensors file"),
     "weights-pickled": (pickled_only, "pytorch_model.bin is a pickle file"),
     "mask-pickled": (writer("mask_embedding.pt", b""), "mask_embedding.pt is a pickle file"),
-    "weights-truncated": (truncated, "not a whole safetensors file"),
-    "weights-empty": (writer("model.safetensors", b""), "not a whole safetensors file"),
+    "weights-truncated": (truncated, r"is truncated: \d+ bytes where the header says \d+"),
+    "weights-empty": (writer("model.safetensors", b""), "is truncated: 0 bytes where"),
     "index-broken": (writer("model.safetensors.index.json", b"{}"), "has no weight_map"),
     "shard-missing": (
         writer("model.safetensors.index.json", b'{"weight_map": {"fc.weight": "b.safetensors"}}'),
@@ -437,6 +437,14 @@ def test_convert_keeps_a_dflash2_drafter(tmp_path):
     assert convert(first, tmp_path / "second", "z-lab") == before.config
     after = load_file(tmp_path / "second" / "model.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.tensors.items())
+
+
+def test_a_file_in_the_way_of_a_directory_is_named(tmp_path):
+    first = write_tiny(tmp_path / "first")
+    (tmp_path / "second").write_text("kept")
+    with pytest.raises(DFlashError, match="second cannot be made"):
+        convert(first, tmp_path / "second", "z-lab")
+    assert (tmp_path / "second").read_text() == "kept"
 
 
 def test_convert_loses_nothing(tmp_path):

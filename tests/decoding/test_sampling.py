@@ -15,13 +15,11 @@ from transformers import (
 from dflash_plugin.decoding.sampling import (
     SamplingParams,
     SamplingTensors,
-    Stream,
-    philox,
     probabilities,
-    sample,
-    uniforms,
 )
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.reference import sample
+from dflash_plugin.kernels.uniforms import Stream, philox, uniforms
 
 CPU = torch.device("cpu")
 

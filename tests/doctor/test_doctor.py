@@ -52,7 +52,7 @@ from dflash_plugin.transformers.loading import bound
 from tests.helpers.tiny import tiny_config, tiny_target, write_target, write_tiny
 
 SHIPPED = resolve_drafter(None, "smollm2")
-DFLASH2 = SHIPPED.with_name("smollm2-135m-dflash2")
+DFLASH2 = Path(__file__).parents[2] / "examples" / "smollm2-135m-dflash2"
 IDS = [5, 13, 21, 28]
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dflash_plugin.drafter.convolution import DynamicConvolution, grouped_convolution
-from dflash_plugin.drafter.model import TorchLayers
+from dflash_plugin.drafter.convolution import DynamicConvolution
+from dflash_plugin.drafter.layers import TorchLayers
+from dflash_plugin.kernels.grouped_convolution import convolve_naive
 from tests.helpers.tiny import DFLASH2, tiny_config
 
 
 def one_by_one(x: Tensor, dynamic: Tensor, base: Tensor, block_size: int) -> Tensor:
-    """``grouped_convolution`` of rows [T, H], a tap of a channel at a time, in float64."""
+    """``convolve_naive`` of rows [T, H], a tap of a channel at a time, in float64."""
     out = torch.zeros_like(x, dtype=torch.float64)
     (rows, width), (_, taps, groups) = x.shape, dynamic.shape
     for row in range(rows):
@@ -35,14 +36,12 @@ def test_rows_take_in_those_before_them_in_their_block(rows, block_size, taps, g
         torch.randn(shape, generator=generator).to(dtype)
         for shape in ((rows, 12), (rows, taps, groups), (taps, 12))
     )
-    found = grouped_convolution(x, dynamic, base, block_size)
+    found = convolve_naive(x, dynamic, base, block_size)
     expected = one_by_one(x, dynamic, base, block_size)
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected.to(dtype))
     # The rows of a batch are apart.
-    batch = grouped_convolution(
-        x.expand(2, -1, -1), dynamic.expand(2, -1, -1, -1), base, block_size
-    )
+    batch = convolve_naive(x.expand(2, -1, -1), dynamic.expand(2, -1, -1, -1), base, block_size)
     assert torch.equal(batch, found.expand(2, -1, -1))
 
 

@@ -11,7 +11,8 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from dflash_plugin.drafter.selector import Proposal, select_path
+from dflash_plugin.drafter.selector import Proposal
+from dflash_plugin.kernels.select_path import Path, select_path_naive
 
 VOCABULARY, DRAFTS, CANDIDATES, RANK, TRIALS = 11, 3, 4, 3, 100_000
 TEMPERATURE, ANCHOR = 0.7, 2
@@ -65,9 +66,9 @@ class Block(NamedTuple):
         return probability
 
 
-def draw(block: Block, temperature: Tensor, u: Tensor) -> Proposal:
+def draw(block: Block, temperature: Tensor, u: Tensor) -> Path:
     batch = len(u)
-    return select_path(
+    return select_path_naive(
         block.candidates.expand(batch, -1, -1),
         block.logits.expand(batch, -1, -1),
         block.gates.expand(batch, -1, -1),
@@ -79,17 +80,17 @@ def draw(block: Block, temperature: Tensor, u: Tensor) -> Proposal:
     )
 
 
-def draw_with_one_noise(block: Block, temperature: Tensor, u: Tensor) -> Proposal:
+def draw_with_one_noise(block: Block, temperature: Tensor, u: Tensor) -> Path:
     """Broken: the noise of the first position everywhere."""
     return draw(block, temperature, u[:, :1].expand_as(u))
 
 
-def draw_at_temperature_1(block: Block, temperature: Tensor, u: Tensor) -> Proposal:
+def draw_at_temperature_1(block: Block, temperature: Tensor, u: Tensor) -> Path:
     """Broken: forgets the temperature."""
     return draw(block, torch.ones_like(temperature), u)
 
 
-def draw_without_a_path(block: Block, temperature: Tensor, u: Tensor) -> Proposal:
+def draw_without_a_path(block: Block, temperature: Tensor, u: Tensor) -> Path:
     """Broken: every position is drawn as if the anchor were before it."""
     parts = []
     for place in range(DRAFTS):
@@ -101,7 +102,7 @@ def draw_without_a_path(block: Block, temperature: Tensor, u: Tensor) -> Proposa
     return Proposal(torch.cat(parts, dim=1), block.logits)
 
 
-Draw = Callable[[Block, Tensor, Tensor], Proposal]
+Draw = Callable[[Block, Tensor, Tensor], Path | Proposal]
 
 
 def p_value(drawing: Draw, seed: int) -> float:
@@ -168,7 +169,7 @@ def test_without_noise_the_best_are_taken_everywhere():
     u = torch.zeros(1, DRAFTS)
     greedy = draw(block, torch.zeros(1), u)
     batch = [part[None] for part in block[:3]]
-    found = select_path(*batch, torch.tensor([ANCHOR]), block.predecessors, block.successors)
+    found = select_path_naive(*batch, torch.tensor([ANCHOR]), block.predecessors, block.successors)
     assert found.probs is None
     assert torch.equal(found.tokens, greedy.tokens)
     assert torch.equal(found.scores, greedy.scores)

@@ -114,11 +114,12 @@ def elementwise(rows: int) -> None:
 
 
 def products(rows: int) -> None:
+    from dflash_plugin.kernels.fuse_features import fuse_features
+
     from dflash_plugin.kernels.best_logits import best_logits
     from dflash_plugin.kernels.draft_head import Drawing, draft_head
     from dflash_plugin.kernels.fp8_product import fp8_product
     from dflash_plugin.kernels.fp8_rows import quantize
-    from dflash_plugin.kernels.fuse_features import fuse_features
     from dflash_plugin.kernels.quantize_rows import quantize_rows
 
     hidden, head = of(rows, HIDDEN), of(1024, HIDDEN)
@@ -181,9 +182,10 @@ def selector(batch: int, drafts: int) -> None:
 
 
 def step(batch: int, block: int) -> None:
+    from dflash_plugin.kernels.block_inputs import block_inputs
+
     from dflash_plugin.drafter.config import LayerAttention
     from dflash_plugin.kernels.accept import Sampled, accept
-    from dflash_plugin.kernels.block_inputs import block_inputs
     from dflash_plugin.kernels.draft_attention import Blocks, PagedContext, draft_attention
 
     drafts, place = whole(batch, block - 1), whole(batch)

@@ -1,4 +1,4 @@
-"""The rows of blocks that are verified, one request's behind the other's."""
+"""Blocks compacted to their verified rows, against the twin."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_what_is_cut_is_told():
     assert cut.tokens.tolist() == [1, 8, 9, 10]
     assert cut.positions.tolist() == [1000, 1004, 1005, 1006]
     assert cut.sources.tolist() == [0, 4, 5, 6]
-    assert cut.places.tolist() == [0, 0, 0, 0, 1, 2, 3, 3]
+    assert cut.indices.tolist() == [0, 0, 0, 0, 1, 2, 3, 3]
     assert cut.kept.tolist() == [[1, -1, -1, -1], [8, 9, 10, -1]]
     assert requests.tolist() == [0, 1, 1, 1]
 
@@ -70,7 +70,7 @@ def test_faulty_arguments():
     for arguments, message in (
         ((tokens.int(), positions, slots, 2, starts, requests), "tokens must be int64"),
         ((tokens, positions[1:], slots, 2, starts, requests), r"positions must be contiguous \[8"),
-        ((tokens, positions, slots, 5, starts, requests), "width is 5: give 1 to 4"),
+        ((tokens, positions, slots, 5, starts, requests), "verify_length is 5: give 1 to 4"),
         ((tokens, positions, slots, 2, starts[:2], requests), r"starts must be int32 \[3\]"),
         ((tokens, positions, slots, 2, starts, requests[:3]), r"requests must be int32 \[4\]"),
     ):

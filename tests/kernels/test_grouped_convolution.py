@@ -89,7 +89,7 @@ def test_faulty_arguments(change, message):
         "rounds": True,
     }
     with pytest.raises(ValueError, match=message):
-        grouped_convolution(**{**arguments, **change})
+        grouped_convolution(*{**arguments, **change}.values())
 
 
 def test_a_convolution_needs_something_to_be_added_to():

@@ -1,6 +1,8 @@
-"""One step of the acceptance model in one launch."""
+"""One step of the acceptance model against its twin, and through the model itself."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,11 @@ from dflash_plugin.kernels.learn_acceptance import learn_acceptance, learn_accep
 from tests.helpers.kernel_helpers import DEVICE, integers, random
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
+
+
+def learnt(model: AcceptanceModel) -> tuple[Any, ...]:
+    """A model's state, and what a step takes besides."""
+    return model.state, model.prior_precision, model.fade
 
 
 @settings(max_examples=25, deadline=None)
@@ -33,7 +40,8 @@ def test_learn_acceptance(batch, drafts, cut, dtype):
             accepted = (random(batch, seed=seed + 9).abs() * (verified + 1)).long()
             accepted = torch.minimum(accepted, verified)
             starts = torch.cat([verified.new_zeros(1), (verified + 1).cumsum(0)]).int()
-            run(confidences, (accepted + 1).to(dtype), starts if cut else None, model)
+            committed = (accepted + 1).to(dtype)
+            run(confidences, committed, starts if cut else None, *learnt(model))
         states.append(model.state)
     for ours, naive in zip(*states, strict=True):
         torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)
@@ -41,15 +49,25 @@ def test_learn_acceptance(batch, drafts, cut, dtype):
 
 
 def test_faulty_arguments():
-    model = AcceptanceModel(3, DEVICE)
+    model, other = learnt(AcceptanceModel(3, DEVICE)), learnt(AcceptanceModel(2, DEVICE))
     ones = torch.ones(2, dtype=torch.int32)
     good = torch.zeros(2, 3)
     for arguments, message in (
-        ((good.double(), ones, None, model), "confidences must be float32"),
-        ((good, ones[:1], None, model), r"committed must be contiguous \[2\]"),
-        ((good, ones, ones, model), r"starts must be int32 \[3\]"),
-        ((good, ones, None, AcceptanceModel(2, DEVICE)), "model must be one of 3 drafts"),
+        ((good.double(), ones, None, *model), "confidences must be float32"),
+        ((good, ones[:1], None, *model), r"committed must be contiguous \[2\]"),
+        ((good, ones, ones, *model), r"starts must be int32 \[3\]"),
+        ((good, ones, None, *other), "model must be one of 3 drafts"),
     ):
         for run in (learn_acceptance, learn_acceptance_naive):
             with pytest.raises(ValueError, match=message):
                 run(*arguments)
+
+
+def test_a_model_learns_from_what_was_committed():
+    """By batches in one launch as by drafts that stood."""
+    launched, observed = AcceptanceModel(3, DEVICE), AcceptanceModel(3, DEVICE)
+    confidences, accepted = 4 * random(5, 3), integers(0, 4, 5)
+    launched.learn(confidences, (accepted + 1).int(), None)
+    observed.observe(confidences, accepted, torch.full_like(accepted, 3))
+    for one, other in zip(launched.state, observed.state, strict=True):
+        torch.testing.assert_close(one, other)

@@ -30,10 +30,9 @@ def arguments_of(
     ]
 
 
-def heat_of(batch: int) -> Tensor:
+def temperature_of(batch: int) -> Tensor:
     """Every third request is greedy."""
-    heat = 0.3 + random(batch).abs()
-    return torch.where(torch.arange(batch) % 3 == 1, 0.0, heat)
+    return torch.where(torch.arange(batch) % 3 == 1, 0.0, 0.3 + random(batch).abs())
 
 
 def same(out: Path, reference: Path) -> None:
@@ -59,7 +58,7 @@ def test_select_path(batch, count, choices, rank, dtype, noise):
     arguments = arguments_of(batch, count, choices, rank, dtype)
     if noise is not None:
         u = random(batch, count, seed=3).abs() % 1.0
-        arguments += [heat_of(batch), u.to(noise)]
+        arguments += [temperature_of(batch), u.to(noise)]
     same(select_path(*arguments), select_path_naive(*arguments))
 
 
@@ -100,22 +99,22 @@ def test_drawn_tokens_have_the_shares_that_come_back():
     """χ² over 2,000 requests that differ in their noise alone."""
     batch, count, choices = 2000, 3, 4
     arguments = arguments_of(1, count, choices, 6)
-    for place in range(4):
-        arguments[place] = arguments[place].expand(batch, *arguments[place].shape[1:]).contiguous()
+    for i, part in enumerate(arguments[:4]):
+        arguments[i] = part.expand(batch, *part.shape[1:]).contiguous()
     generator = torch.Generator().manual_seed(0)
     u = torch.rand(batch, count, generator=generator, device="cpu").to(arguments[1].device)
     path = select_path(*arguments, torch.full((batch,), 0.7), u)
     assert path.probs is not None
     index = (arguments[0] == path.tokens[..., None]).long().argmax(-1)
-    for place in range(count):
-        counts = torch.bincount(index[:, place], minlength=choices).cpu()
+    for draft in range(count):
+        counts = torch.bincount(index[:, draft], minlength=choices).cpu()
         # Shares depend on the path to here; their sum over requests is what is expected.
-        expected = path.probs[:, place].double().sum(0).cpu()
+        expected = path.probs[:, draft].double().sum(0).cpu()
         assert chisquare(counts, expected * batch / expected.sum()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "message"),
+    ("index", "value", "message"),
     [
         (0, torch.zeros(2, 3, 5).int(), "candidates are torch.int32"),
         (0, torch.zeros(2, 0, 5).long(), "at least one position"),
@@ -128,11 +127,16 @@ def test_drawn_tokens_have_the_shares_that_come_back():
         (5, torch.zeros(40, 7), "predecessors and successors"),
         (6, None, "go together"),
         (6, torch.ones(2).double(), "temperature must be float32"),
-        (7, torch.zeros(2, 4), r"u must be contiguous \[2, 3\]"),
+        (7, torch.zeros(2, 4), r"u must be \[2, 3\]"),
     ],
 )
-def test_faulty_arguments(place, value, message):
+def test_faulty_arguments(index, value, message):
     arguments = [*arguments_of(2, 3, 5, 6), torch.ones(2), torch.zeros(2, 3)]
-    arguments[place] = value
+    arguments[index] = value
     with pytest.raises(ValueError, match=message):
         select_path(*arguments)
+
+
+def test_the_twin_takes_any_number_of_candidates():
+    arguments = arguments_of(2, 3, 35, 6)
+    assert select_path_naive(*arguments).scores.shape == (2, 3, 35)

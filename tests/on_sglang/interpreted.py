@@ -23,7 +23,7 @@ def turn_on() -> None:
     """Let this process run the kernels wherever a GPU would."""
     import triton.runtime.interpreter
 
-    from dflash_plugin.kernels import draft_head
+    from dflash_plugin.serving import draft_tokens
     from tests.helpers.kernel_helpers import rounded
 
     # As a GPU rounds.
@@ -41,7 +41,7 @@ def turn_on() -> None:
     kernels.available = lambda device: True
     attention.CpuAttention = TritonAttnBackend
     native_install, native_attend = triton_attention.install, triton_attention.attend
-    native_head = draft_head.draft_head
+    native_head = draft_tokens.draft_head
 
     def install(backend: Any, device: torch.device) -> triton_attention.Passes:
         backend.req_to_token = backend.req_to_token_pool.req_to_token
@@ -68,5 +68,5 @@ def turn_on() -> None:
         return native_head(*args, **kwargs)
 
     triton_attention.install, triton_attention.attend = install, attend
-    draft_head.draft_head = head
+    draft_tokens.draft_head = head
     assert setup.BACKEND in ATTENTION_BACKENDS

@@ -127,10 +127,8 @@ def test_fp8_weights_draft_what_the_core_does_with_them(pair, tmp_path, changes)
 @pytest.mark.skipif(not ON_V2, reason="the V1 runner makes logits")
 def test_the_head_kernel_drafts_what_logits_do(pair, tmp_path, monkeypatch):
     """Where kernels run, no logits are made of a few rows; here the kernel is interpreted."""
-    from dflash_plugin.kernels import draft_head
-
     calls = []
-    native = draft_head.draft_head
+    native = draft_tokens.draft_head
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
@@ -138,7 +136,7 @@ def test_the_head_kernel_drafts_what_logits_do(pair, tmp_path, monkeypatch):
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setattr(draft_tokens.kernels, "available", lambda device: True)
-    monkeypatch.setattr(draft_head, "draft_head", counted)
+    monkeypatch.setattr(draft_tokens, "draft_head", counted)
     target, directory = pair
     changes = {**SIZES, "target_hidden_size": 64, **KINDS["reduced vocabulary"]}
     drafter = load_drafter(write_tiny(tmp_path, **changes), target)

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from dflash_plugin import kernels
-from dflash_plugin.kernels.draft_head import HeadChoice, draft_head_naive, merge_heads
+from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors
+from dflash_plugin.kernels.best_logits import best_logits
+from dflash_plugin.kernels.draft_head import draft_head, draft_head_naive
 from dflash_plugin.kernels.fp8_rows import quantize
+from dflash_plugin.kernels.uniforms import Stream, uniforms_naive
 from dflash_plugin.serving import draft_tokens as serving_head
 from dflash_plugin.serving.draft_tokens import (
     Candidates,
@@ -21,7 +24,7 @@ from dflash_plugin.serving.draft_tokens import (
     walk,
 )
 from dflash_plugin.serving.fp8_weights import Fp8Method
-from tests.helpers.kernel_helpers import DEVICE, random
+from tests.helpers.kernel_helpers import DEVICE, integers, random
 from tests.helpers.tiny import DFLASH2, tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
@@ -53,7 +56,7 @@ def test_shards_find_the_best_of_the_whole(fp8):
             head.quant_method = Fp8Method()
             head.weight, head.fp8_scales = quantize(part)
         best.append(best_of_shard(head, hidden, rows, Plain))
-    scores = torch.cat([one.scores for one in best], dim=-1)
+    scores = torch.cat([one.logits for one in best], dim=-1)
     tokens = torch.cat([one.tokens for one in best], dim=-1)
     found = tokens.gather(-1, scores.argmax(dim=-1, keepdim=True))[:, 0]
     logits = hidden @ weight.T
@@ -81,12 +84,11 @@ def test_shards_find_the_candidates_of_the_whole(fp8):
             head.quant_method = Fp8Method()
             head.weight, head.fp8_scales = quantize(head.weight)
         parts.append(best_of_shard(head, hidden, rows, Plain, **options))
-    tokens, scores, logits = (torch.cat([part[i] for part in parts], dim=-1) for i in range(3))
-    totals = torch.stack([part.log_sum_exp for part in parts], dim=-1)
-    found = merge_heads(HeadChoice(tokens, scores, logits, totals), 4)
+    tokens, logits = (torch.cat([part[i] for part in parts], dim=-1) for i in range(2))
+    best = logits.topk(4, dim=-1)
     whole = draft_head_naive(hidden, weight, **options)
-    assert torch.equal(found.tokens, whole.tokens) or fp8
-    torch.testing.assert_close(found.logits, whole.logits, atol=0.2 if fp8 else 1e-5, rtol=0)
+    assert torch.equal(tokens.gather(-1, best.indices), whole.tokens) or fp8
+    torch.testing.assert_close(best.values, whole.logits, atol=0.2 if fp8 else 1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("by", ["draft_head", "best_logits", "torch"])
@@ -119,6 +121,36 @@ def test_candidates_and_path_are_the_cores(monkeypatch, by, shards):
     assert torch.equal(path.tokens, expected.tokens)
     torch.testing.assert_close(path.scores, expected.scores)
     torch.testing.assert_close(path.confidence, expected.confidence)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("by", ["draft_head", "best_logits"])
+def test_the_walk_is_the_cores(by: str, sampled: bool) -> None:
+    drafter = tiny_drafter(tiny_target(), logit_scale=0.5, logit_softcap=4.0, **DFLASH2).to(DEVICE)
+    hidden, anchors, positions = random(2, 3, 32), integers(0, 97, 2), integers(0, 90, 2)
+    rows = hidden.flatten(0, 1)
+    sampling = temperature = u = None
+    if sampled:
+        params = [SamplingParams(0.8, seed=5), SamplingParams()]
+        sampling = SamplingTensors.build(params, DEVICE)
+        temperature = sampling.temperature
+        u = uniforms_naive(sampling.seed, positions[:, None] + torch.arange(1, 4), Stream.DRAFT)
+    head = drafter.head()
+    with torch.no_grad():
+        with kernels.forced(False):
+            expected = drafter.propose(hidden, anchors, positions, sampling)
+        if by == "draft_head":
+            best = draft_head(rows, head.weight, top_k=5, scale=0.5, softcap=4.0)
+        else:
+            best = best_logits(head(rows), 5, scale=0.5, softcap=4.0)
+        gates = drafter.candidate_selector.hidden_projection(rows)
+        found = Candidates(best.tokens, best.logits, gates)
+        out = walk(drafter, found, anchors, temperature, u)
+    assert torch.equal(out.tokens, expected.tokens)
+    torch.testing.assert_close(out.scores, expected.scores)
+    torch.testing.assert_close(out.confidence, expected.confidence)
+    if sampled:
+        torch.testing.assert_close(out.probs, expected.probs)
 
 
 def test_a_position_that_is_drafted_again_is_drawn_anew():

@@ -17,24 +17,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dflash_plugin.bench.evaluate import pooled_tau
+from dflash_plugin.drafter.blockwise import accepted_run, block_hidden, make_blocks
 from dflash_plugin.drafter.config import LayerAttention
+from dflash_plugin.drafter.static_store import StaticStore
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.train.blocks import choose_anchors, make_blocks
+from dflash_plugin.prompts import Prompt
+from dflash_plugin.train import pipeline
+from dflash_plugin.train.blocks import choose_anchors
+from dflash_plugin.train.config import DataConfig, TrainConfig
 from dflash_plugin.train.data import respond, write_prompts
 from dflash_plugin.train.features import CachedFeatures, OnlineFeatures, cache_features
 from dflash_plugin.train.losses import (
-    accepted_run,
     dpace_weights,
     exponential_weights,
     gamma_for,
 )
 from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet, batches, collate
-from dflash_plugin.train.trainer import TrainConfig, Trainer
+from dflash_plugin.train.setup import drafter_config
+from dflash_plugin.train.trainer import Trainer
 from dflash_plugin.transformers import Engine, Request, load_target
-from dflash_plugin.transformers.store import StaticStore
 from tests.helpers.tiny import (
     DFLASH2,
     VOCABULARY,
@@ -147,9 +152,8 @@ def test_a_packed_block_is_the_block_that_the_engine_drafts(changes):
     anchors, valid = choose_anchors(batch, 6, torch.Generator().manual_seed(1))
     blocks = make_blocks(batch.tokens, batch.lengths, anchors, valid, drafter.config)
     features = OnlineFeatures(target, drafter.config.target_layer_ids)(batch)
-    objective = Objective(drafter, "exponential", 4.0, 0.5)
     with torch.no_grad():
-        packed = objective.block_hidden(features, blocks)
+        packed = block_hidden(drafter, features, blocks)
         for row in range(3):
             for column in range(6):
                 place = int(anchors[row, column])
@@ -181,7 +185,7 @@ def test_the_loss_is_weighted_cross_entropy(weighting):
     features = OnlineFeatures(target, drafter.config.target_layer_ids)(batch)
     objective = Objective(drafter, weighting, 4.0, 0.5)
     outcome = objective(features, blocks)
-    logits = drafter.logits(objective.block_hidden(features, blocks))
+    logits = drafter.logits(block_hidden(drafter, features, blocks))
     losses = F.cross_entropy(logits.flatten(0, 2), blocks.labels.flatten(), reduction="none")
     losses = losses.view(blocks.labels.shape)
     if weighting == "dpace":
@@ -272,8 +276,82 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(parts, tmp_path):
     assert steps == list(range(6, 13))
     for ours, theirs in zip(resumed.drafter.parameters(), whole.drafter.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    with pytest.raises(DFlashError, match="made with another config"):
+    with pytest.raises(DFlashError, match=r"was made with learning_rate 0.003 instead of 0.001: "):
         trainer_of(target, tmp_path / "killed", learning_rate=1e-3, **parts).run()
+
+
+def test_a_snapshot_that_is_cut_off_is_named(tmp_path):
+    trainer = trainer_of(tiny_target(), tmp_path, steps=2)
+    trainer.run()
+    snapshot = tmp_path / "snapshot.safetensors"
+    whole = snapshot.read_bytes()
+    for length in (0, 100, len(whole) // 2):
+        snapshot.write_bytes(whole[:length])
+        with pytest.raises(DFlashError, match=r"is not a whole snapshot \(.*\): remove it"):
+            trainer.resume()
+
+
+def test_only_what_differs_is_named(tmp_path):
+    trainer_of(tiny_target(), tmp_path, steps=2).run()
+    with pytest.raises(DFlashError) as refused:
+        trainer_of(tiny_target(), tmp_path, steps=3, anchors=4).resume()
+    assert "made with steps 2 instead of 3, anchors 8 instead of 4: give" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "ids"),
+    [
+        (2, (1,)),
+        (3, (1,)),
+        (4, (2,)),
+        (5, (1, 2)),
+        (6, (1, 2, 3)),
+        (7, (1, 2, 3, 4)),
+        (9, (1, 2, 4, 5, 6)),
+    ],
+)
+def test_a_shallow_target_gives_fewer_layers_each_once(layers, ids):
+    target = tiny_target(num_hidden_layers=layers)
+    assert drafter_config(target, TrainConfig(mask_token_id=3)).target_layer_ids == ids
+    if len(ids) < 5:
+        asked = TrainConfig(mask_token_id=3, num_features=5)
+        with pytest.raises(
+            DFlashError, match=f"num_features is 5, .* {layers} layers only {len(ids)}"
+        ):
+            drafter_config(target, asked)
+
+
+def test_gpt2_has_no_intermediate_size_of_its_own():
+    sizes = GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=97, n_positions=64)
+    config = drafter_config(GPT2LMHeadModel(sizes), TrainConfig(mask_token_id=3))
+    assert config.intermediate_size == 4 * config.hidden_size
+
+
+def test_prompts_that_are_too_long_are_counted(tmp_path, caplog):
+    target, tokenizer = load_target(write_target(tmp_path), torch.float32, "cpu")
+    engine = Engine(target, max_batch=4, max_length=64)
+    prompts = [Prompt.user("w5 " * n) for n in (1, 2, 30)]
+    assert len(respond(engine, tokenizer, prompts, 8, max_prompt_tokens=12)) == 2
+    assert "1 of 3 prompts are left out: they have more than 12 tokens" in caplog.text
+    with pytest.raises(DFlashError, match="max_prompt_tokens is 2, but the shortest of 3 prompts"):
+        respond(engine, tokenizer, prompts, 8, max_prompt_tokens=2)
+    with pytest.raises(
+        DFlashError, match="8 of 8 self-written prompts are left out: 8 did not end"
+    ):
+        write_prompts(engine, tokenizer, 8, max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, "there is nothing to train on"),
+        ({"self_prompts": 20}, "held_out is 128, but the prompts make at most 20 sequences"),
+        ({"self_prompts": 200, "samples": 2}, "samples is 2, which at temperature 0"),
+    ],
+)
+def test_data_that_cannot_be_enough_is_refused_before_anything_is_loaded(changes, named, tmp_path):
+    with pytest.raises(DFlashError, match=named):
+        pipeline.train(tmp_path / "no target", tmp_path, TrainConfig(), DataConfig(**changes))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -335,7 +413,7 @@ def command(target: Path, output: Path, *options: str, processes: int = 1) -> li
         *shlex.split(TRAIN),
         *options,
     ]
-    return [*python, "dflash_plugin.cli.main", *arguments]
+    return [*python, "dflash_plugin", *arguments]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -375,7 +453,7 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path):
         env=ENVIRONMENT,
     )
     assert refused.returncode == 1
-    assert "was made with max_new_tokens 12 instead of 14" in " ".join(refused.stderr.split())
+    assert "was made with --max-new-tokens 12 instead of 14" in " ".join(refused.stderr.split())
 
 
 def test_two_processes_train_one_drafter(tmp_path):
@@ -386,4 +464,4 @@ def test_two_processes_train_one_drafter(tmp_path):
     assert facts["anchors"] == 20 * 4 * 4 * 2
     assert (tmp_path / "out" / "known_answer.json").is_file()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "torchrun --nproc-per-node 2 -m dflash_plugin.cli.main train" in card
+    assert "torchrun --nproc-per-node 2 -m dflash_plugin train" in card

@@ -1,6 +1,7 @@
-"""How many drafts to verify: an acceptance model, a cost model and the choice between requests.
+"""How many drafts to verify: acceptance probabilities, expected tokens, step cost and the policy.
 
-Nothing here knows an engine. ``acceptance`` turns the drafter's confidence into probabilities,
-``cost`` says what a pass takes, ``allocate`` chooses, ``width`` chooses one number for a whole step
-while serving, and ``simulate`` replays recorded ``traces`` under a policy.
+Nothing here knows an engine. ``acceptance_model`` turns the drafter's confidence into acceptance
+probabilities, ``expected_tokens`` sums them, ``step_cost`` says what a step takes, and ``policy``
+chooses one verify length for a step while serving. ``simulation`` replays recorded traces under a
+policy.
 """

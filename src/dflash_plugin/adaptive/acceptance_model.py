@@ -1,64 +1,38 @@
-"""From a drafter's confidence to the probability that a draft stands, learnt while serving.
+"""From a drafter's confidence to the probability that a draft is accepted, learnt while serving.
 
-A position's confidence is the log-odds of its likeliest token, a function of the drafter's
-distribution and not of the token that was drawn from it. That is all the model may look at: whether
-a drawn token is verified must not depend on the token itself, or those that are verified would no
+A position's confidence is the log-odds of its likeliest token. It is a function of the drafter's
+distribution, not of the token that was drawn from it, and the model may look at nothing else. If
+the decision to verify a drawn token depended on the token itself, the verified tokens would no
 longer be distributed as drawn, and rejection sampling (arXiv 2211.17192) would give another
-distribution than the target's. Outcomes of earlier passes lie before every draw, so that the model
-may learn from them.
+distribution than the target's. The model may learn from earlier passes, whose outcomes lie before
+every draw.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-# Confidences beyond say nothing more.
-LEAST, MOST = -8.0, 12.0
-# A confidence that counted against its token would be noise.
-LEAST_SLOPE = 0.05
-# While serving, one of so many passes teaches: a launch takes its time, outcomes are many.
+from dflash_plugin.kernels.learn_acceptance import Calibration, learn_acceptance, observe
+from dflash_plugin.kernels.reference import MAX_CONFIDENCE, MIN_CONFIDENCE
+
+# While serving, the model learns from one of so many passes, as each update is a launch.
 LEARNING = 4
-
-
-def confidence(logits: Tensor) -> Tensor:
-    """Log-odds of the likeliest token, float32 [...], of logits [..., V]."""
-    logits = logits.float()
-    top = logits.max(dim=-1)
-    rest = logits.scatter(-1, top.indices[..., None], float("-inf")).logsumexp(dim=-1)
-    return (top.values - rest).clamp(LEAST, MOST)
-
-
-class Calibration(NamedTuple):
-    """A logistic model for each draft position k: logit p = slope_k * confidence + offset_k.
-
-    Attributes:
-        slope: float32 [K].
-        offsets: float32 [K].
-        precision: float32 [K, 3], how sure both are, of the slope, the pair and the offset: what
-            the outcomes so far have told, fading, and the prior.
-    """
-
-    slope: Tensor
-    offsets: Tensor
-    precision: Tensor
 
 
 class AcceptanceModel:
     """Bayesian online logistic regression, one Newton step a pass; all on the device, no host wait.
 
-    Before any outcome a draft is taken to stand as often as the drafter believes in it.
+    Before the first outcome, a draft's acceptance probability is the drafter's own probability.
 
     Args:
         num_drafts: K.
         device: of the state.
-        prior: precision of the first belief: of its slope, and four times that of its offset.
-        memory: how many passes' outcomes count; older ones fade.
+        prior: precision of the slope's prior, and four times that of the offset's.
+        memory: passes whose outcomes count; older ones fade.
 
     Attributes:
-        state: changed in place, where a captured pass reads it.
+        state: changed in place, as captured graphs read it.
     """
 
     def __init__(
@@ -69,23 +43,32 @@ class AcceptanceModel:
         prior: float = 4.0,
         memory: float = 2000.0,
     ) -> None:
-        # A slope is worth more than an offset, since confidences spread wider than one.
+        # The slope's prior is stronger, as confidences spread wider than one.
         self.prior_precision = prior, 0.25 * prior
         self.fade = 1.0 - 1.0 / memory
-        self.prior = torch.tensor([prior, 0.0, 0.25 * prior], device=device)
         self.state = Calibration(
             torch.ones(num_drafts, device=device),
             torch.zeros(num_drafts, device=device),
-            self.prior.repeat(num_drafts, 1),
+            torch.tensor([prior, 0.0, 0.25 * prior], device=device).repeat(num_drafts, 1),
         )
 
     def probabilities(self, confidences: Tensor) -> Tensor:
-        """That a draft stands if those before it do, float32 [B, K], of confidences [B, K]."""
+        """Probability that a draft is accepted if those before it are, float32 [B, K].
+
+        Args:
+            confidences: [B, K].
+        """
         slope, offsets, _ = self.state
-        return torch.sigmoid(slope * confidences.clamp(LEAST, MOST) + offsets)
+        return torch.sigmoid(slope * confidences.clamp(MIN_CONFIDENCE, MAX_CONFIDENCE) + offsets)
 
     def survival(self, confidences: Tensor) -> Tensor:
-        """That a draft and all before it stand, float32 [B, K]; never rising along K."""
+        """Probability that a draft and all before it are accepted, float32 [B, K].
+
+        It never rises along K.
+
+        Args:
+            confidences: [B, K].
+        """
         return self.probabilities(confidences).cumprod(dim=-1)
 
     def observe(self, confidences: Tensor, accepted: Tensor, verified: Tensor) -> None:
@@ -93,31 +76,20 @@ class AcceptanceModel:
 
         Args:
             confidences: [B, K], of its drafts.
-            accepted: int64 [B], drafts that stood.
+            accepted: int64 [B], drafts that were accepted.
             verified: int64 [B], drafts that were verified; 0 teaches nothing.
         """
-        place = torch.arange(confidences.shape[1], device=confidences.device)
-        # The first that fell was judged, those behind it were not.
-        judged = (place <= accepted[:, None]) & (place < verified[:, None])
-        stood = place < accepted[:, None]
-        x = confidences.clamp(LEAST, MOST)
-        p = self.probabilities(confidences)
-        rest = torch.where(judged, stood.float() - p, 0.0)
-        curve = torch.where(judged, p * (1 - p), 0.0)
-        slope, offsets, precision = self.state
-        told = torch.stack([curve * x * x, curve * x, curve], dim=-1).sum(dim=0)
-        precision.copy_(self.prior + self.fade * (precision - self.prior) + told)
-        (a, b, d), g, h = precision.unbind(dim=-1), (rest * x).sum(dim=0), rest.sum(dim=0)
-        scale = 1.0 / (a * d - b * b)
-        slope.add_((d * g - b * h) * scale).clamp_(min=LEAST_SLOPE)
-        offsets.add_((a * h - b * g) * scale)
+        observe(confidences, accepted, verified, self.state, self.prior_precision, self.fade)
 
+    def learn(self, confidences: Tensor, committed: Tensor, starts: Tensor | None) -> None:
+        """``observe`` by what a batch committed, in one launch where kernels run.
 
-def calibration_error(probabilities: Tensor, outcomes: Tensor, bins: int = 10) -> float:
-    """Expected calibration error: how far shares lie from probabilities [N], outcomes bool [N]."""
-    if probabilities.numel() == 0:
-        return 0.0
-    index = (probabilities * bins).long().clamp(max=bins - 1)
-    said = torch.bincount(index, weights=probabilities.double(), minlength=bins)
-    came = torch.bincount(index, weights=outcomes.double(), minlength=bins)
-    return float((said - came).abs().sum() / probabilities.numel())
+        Args:
+            confidences: float32 [B, K], of the pass's drafts.
+            committed: int32 or int64 [B], tokens of each request, the bonus token included.
+            starts: int32 [B + 1], where each request's verified rows begin, the anchor's included;
+                None where all drafts were verified.
+        """
+        learn_acceptance(
+            confidences, committed, starts, self.state, self.prior_precision, self.fade
+        )

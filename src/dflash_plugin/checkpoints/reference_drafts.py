@@ -1,7 +1,8 @@
-"""A drafter's known answers: what the float32 core drafts for short prompts.
+"""Reference drafts: what the float32 core drafts for a few short prompts.
 
-An engine replays them at start: equal draft tokens prove that it reads the right target layers,
-with the right rotation, mask and head, before it serves a single request.
+An engine replays them at start. Equal draft tokens prove, before the first request, that it reads
+the right target layers with the right rotation, mask and head. Files and options call them known
+answers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.drafter.static_store import StaticStore
 from dflash_plugin.errors import DFlashError
 
 FILE_NAME = "known_answer.json"
@@ -24,7 +26,7 @@ HIDDEN_VALUES = 8
 
 
 class ReferenceDraft(BaseModel):
-    """One prompt and what the float32 core makes of it.
+    """One prompt and the block that the float32 core drafts after it.
 
     Attributes:
         prompt: token ids whose features are the context.
@@ -50,7 +52,7 @@ class ReferenceDraft(BaseModel):
 
 
 class ReferenceDrafts(BaseModel):
-    """The record beside a checkpoint."""
+    """The content of known_answer.json, beside a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -67,8 +69,6 @@ def answer(drafter: Drafter, target: PreTrainedModel, prompt: Sequence[int]) -> 
         target: the model, any attention implementation.
         prompt: token ids.
     """
-    from dflash_plugin.transformers.store import StaticStore
-
     config = drafter.config
     device = target.device
     tokens = torch.as_tensor([list(prompt)], device=device)
@@ -171,8 +171,8 @@ def compare(
         expected: what the float32 core drafted.
         drafts: to be compared with it.
         min_margin: a draft counts if at least so much decided it.
-        walked: each draft follows from the one before it, as a selector's do; what lies behind one
-            that differs then says nothing.
+        walked: each draft depends on the one before it, as a selector's do; drafts after one that
+            differs are then not compared.
     """
     counted, differences = 0, []
     rows = zip(drafts, expected.drafts, expected.margins, strict=True)

@@ -93,11 +93,11 @@ def bench(
     """Measure speculative decoding on a running server, or with the Transformers engine."""
     quiet()
     from dflash_plugin.bench.data import load_sets
-    from dflash_plugin.bench.output import check_output
+    from dflash_plugin.bench.output import check_output_file
     from dflash_plugin.bench.schema import Settings
     from dflash_plugin.bench.sweep import begin, check_settings, connect, sweep
 
-    check_output(output, [Path(one) for one in data or []], overwrite=overwrite)
+    check_output_file(output, [Path(one) for one in data or []], overwrite=overwrite)
     settings = Settings(
         data=data or [],
         limit=limit,
@@ -243,11 +243,11 @@ def report(
     overwrite: Annotated[bool, typer.Option(help="Replace the file OUTPUT.")] = False,
 ) -> None:
     """Make one self-contained HTML page of measurements."""
-    from dflash_plugin.bench.output import check_output
+    from dflash_plugin.bench.output import check_output_file
     from dflash_plugin.bench.report import page
     from dflash_plugin.bench.schema import read_record
 
-    check_output(output, results, overwrite=overwrite)
+    check_output_file(output, results, overwrite=overwrite)
     text = page([read_record(path) for path in results])
     try:
         output.write_text(text, encoding="utf-8")

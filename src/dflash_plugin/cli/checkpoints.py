@@ -52,6 +52,9 @@ def inspect(
     record: Annotated[
         bool, typer.Option(help="Write what the float32 core drafts beside a checkpoint.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Let --record replace known answers.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print what a checkpoint is and every mismatch with its target; exit 1 on an error."""
@@ -63,7 +66,7 @@ def inspect(
     name: Dialect | None = dialect
     report = inspect_checkpoint(directory, model, num_speculative_tokens, name)
     if record:
-        _record(directory, model, report.fits, name)
+        _record(directory, model, report.fits, name, overwrite)
     if replay:
         _replay(directory, model, report.fits, name)
     if as_json:
@@ -74,7 +77,9 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _record(directory: Path, target: Path | None, fits: bool, dialect: Dialect | None) -> None:
+def _record(
+    directory: Path, target: Path | None, fits: bool, dialect: Dialect | None, overwrite: bool
+) -> None:
     import torch
 
     from dflash_plugin.checkpoints.reference_drafts import FILE_NAME
@@ -83,10 +88,10 @@ def _record(directory: Path, target: Path | None, fits: bool, dialect: Dialect |
 
     if target is None or not fits:
         raise DFlashError("--record needs --target and a report without errors")
-    if (directory / FILE_NAME).exists():
+    if (directory / FILE_NAME).exists() and not overwrite:
         raise DFlashError(
-            f"{str(directory / FILE_NAME)!r} is already there: check it with --replay, or move it "
-            "away to record another"
+            f"{str(directory / FILE_NAME)!r} is already there: check it with --replay, or replace "
+            "it with --overwrite"
         )
     record_known_answers(directory, *load_target(target, torch.float32), dialect=dialect)
 
@@ -149,10 +154,20 @@ def convert(
 ) -> None:
     """Write a checkpoint of one dialect as another."""
     quiet()
+    from dflash_plugin.checkpoints.convert import COMPANIONS
     from dflash_plugin.checkpoints.convert import convert as convert_checkpoint
+    from dflash_plugin.checkpoints.io import CONFIG, WEIGHTS
 
+    if output.exists() and not output.is_dir():
+        raise DFlashError(f"{str(output)!r} is a file: give a directory to write into")
+    replaced = [name for name in (CONFIG, WEIGHTS, *COMPANIONS) if (output / name).exists()]
+    if replaced and not overwrite:
+        raise DFlashError(
+            f"{str(output / replaced[0])!r} is already there: give another directory, or "
+            "--overwrite"
+        )
     config = convert_checkpoint(source, output, to, dialect, overwrite)
     if as_json:
         print_json({"output": str(output), "config": config.model_dump(mode="json")})
     else:
-        errors.print(f"{to} checkpoint written to {output}", markup=False)
+        errors.print(f"{to} checkpoint written to {output}", markup=False, soft_wrap=True)

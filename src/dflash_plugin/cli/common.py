@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 
 from dflash_plugin.drafter.config import Dialect, DraftWeights
 from dflash_plugin.errors import DFlashError
-
-console = Console()
-errors = Console(stderr=True)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Thinking = Literal["on", "off"]
@@ -32,18 +32,63 @@ DialectOption = Annotated[
 ]
 
 
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print a ``DFlashError`` as one message and exit with 1."""
+class OutputConsole(Console):
+    """A console that wraps lines at a terminal's width only, so that piped paths stay whole."""
+
+    @property  # type: ignore[misc]
+    def size(self) -> ConsoleDimensions:
+        """Columns and rows; without a terminal, more columns than any line has."""
+        if self.is_terminal or "COLUMNS" in os.environ:
+            return super().size
+        return ConsoleDimensions(10_000, 100)
+
+
+console = OutputConsole()
+errors = OutputConsole(stderr=True)
+
+
+def reports_errors(
+    command: Callable[..., None], flags: Mapping[str, str] | None = None
+) -> Callable[..., None]:
+    """Print a ``DFlashError`` as one message and exit with 1.
+
+    Args:
+        command: of the command line.
+        flags: what the message calls a setting, by its name in Python; made from the command's
+            parameters if None.
+    """
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
         except DFlashError as error:
-            errors.print(f"error: {error}", style="red", markup=False, highlight=False)
-            raise typer.Exit(1) from None
+            message = in_flags(str(error), names)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            message = f"{str(error.filename)!r}: {error.strerror}: check the path and its rights"
+        else:
+            return
+        errors.print(f"error: {message}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1)
 
+    names = flags or {name: f"--{name.replace('_', '-')}" for name in signature(command).parameters}
     return wrapped
+
+
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """A message with flags in the place of Python names: those with an underscore, and the first.
+
+    Args:
+        message: of an error.
+        flags: by Python name.
+    """
+    for name, flag in flags.items():
+        # Not in quotes or paths.
+        found = rf"(?<![\w'\"/.-]){name}(?![\w'\"/.])" if "_" in name else rf"^{name}(?= is |=)"
+        message = re.sub(found, flag, message)
+    return message
 
 
 def print_json(value: Any) -> None:
@@ -60,6 +105,24 @@ def quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*capture_outputs.*")
+
+
+def check_output(directory: Path) -> None:
+    """Find out before the work whether files can be written into a directory, and make it.
+
+    Raises:
+        DFlashError: they cannot.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".try.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DFlashError(
+            f"nothing can be written into {str(directory)!r} ({error.strerror}): give another "
+            "directory"
+        ) from error
 
 
 @contextmanager
@@ -79,7 +142,11 @@ def counting(what: str) -> Iterator[Callable[[int, list[int]], None]]:
 def load(
     target: Path, drafter: Path, dtype: Dtype | None, device: str | None, weights: DraftWeights
 ) -> Any:
-    """Target, drafter and tokenizer, behind a status line."""
+    """Target, drafter and tokenizer, behind a status line.
+
+    Raises:
+        DFlashError: one of them does not load.
+    """
     import torch
 
     from dflash_plugin.transformers import load_drafter, load_target

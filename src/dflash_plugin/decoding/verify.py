@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dflash_plugin.decoding.sampling import SamplingTensors, Stream, probabilities, sample, uniforms
+from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
+from dflash_plugin.kernels.accept import rejection_sample
+from dflash_plugin.kernels.uniforms import Stream, uniforms
 
 
 class FinishReason(IntEnum):
@@ -60,46 +62,19 @@ def verify_sampled(
     next_u: Tensor,
     num_drafts: Tensor | None = None,
 ) -> Verdict:
-    """Rejection sampling: what is committed is distributed as the target alone would draw it.
-
-    A draft x is accepted with probability ``min(1, p(x) / q(x))``; at the first rejection the token
-    comes from ``max(p - q, 0)``, normalized. Without ``draft_probs`` the drafts were not drawn but
-    chosen, q is one on them, and the rule becomes "accept with p(x), else p without x". Source:
-    Leviathan et al., arXiv 2211.17192, section 2.3; Chen et al., arXiv 2302.01318, theorem 1.
+    """``rejection_sample``: what is committed is distributed as the target alone would draw it.
 
     Args:
         drafts: int64 [B, K]; below zero is invalid: the token there is drawn from the target.
         target_probs: [B, K + 1, V], after the anchor and after each draft.
-        draft_probs: [B, K, V] that the drafts were drawn from, or None.
+        draft_probs: [B, K, V] that the drafts were drawn from, or None where they were chosen.
         accept_u: [B, K] in [0, 1), for the decision on each draft.
         next_u: [B, K + 1] in [0, 1), for the token that follows 0, 1, ... accepted drafts.
         num_drafts: int64 [B], drafts that count, or None for all K.
     """
-    batch, count = drafts.shape
-    valid = drafts >= 0
     if num_drafts is not None:
-        valid = valid & _counts(drafts, num_drafts)
-    index = drafts.clamp(min=0)[..., None]
-    p = target_probs[:, :-1].gather(-1, index)[..., 0].double()
-    q = torch.ones_like(p)
-    if draft_probs is not None:
-        q = draft_probs.gather(-1, index)[..., 0].double()
-    accepted = (valid & (accept_u.double() * q < p)).long().cumprod(dim=1).sum(dim=1)
-    row = torch.arange(batch, device=drafts.device)
-    target = target_probs[row, accepted]
-    residual = target
-    if count:
-        place = accepted.clamp(max=count - 1)
-        rejected = (accepted < count) & valid[row, place]
-        if draft_probs is None:
-            is_draft = torch.arange(target.shape[-1], device=drafts.device) == index[row, place]
-            left = target.masked_fill(is_draft, 0.0)
-        else:
-            left = (target - draft_probs[row, place]).clamp(min=0)
-        # Rounding can leave nothing where p and q are equal; then a rejection cannot matter.
-        usable = rejected & (left.sum(dim=-1) > 0)
-        residual = torch.where(usable[:, None], left, target)
-    return _verdict(drafts, accepted, sample(residual, next_u[row, accepted]))
+        drafts = drafts.masked_fill(~_counts(drafts, num_drafts), -1)
+    return _verdict(drafts, *rejection_sample(drafts, target_probs, draft_probs, accept_u, next_u))
 
 
 def verify(
@@ -128,13 +103,13 @@ def verify(
     if all_greedy:
         return verify_greedy(drafts, target_logits.argmax(dim=-1), num_drafts)
     offsets = torch.arange(1, target_logits.shape[1] + 1, device=drafts.device)
-    places = positions[:, None] + offsets
+    token_positions = positions[:, None] + offsets
     return verify_sampled(
         drafts,
         probabilities(target_logits, params),
         draft_probs,
-        uniforms(params.seed, places[:, :-1], Stream.ACCEPT),
-        uniforms(params.seed, places, Stream.NEXT),
+        uniforms(params.seed, token_positions[:, :-1], Stream.ACCEPT),
+        uniforms(params.seed, token_positions, Stream.NEXT),
         num_drafts,
     )
 
@@ -152,12 +127,12 @@ def commit(
 
     Returns:
         num_committed int64 [B] (a stop token included), finished bool [B], and the reason as a
-        ``FinishReason`` int64 [B]; a stop token on the last allowed place counts as a stop.
+        ``FinishReason`` int64 [B]; a stop token at the last allowed position counts as a stop.
     """
-    place = torch.arange(tokens.shape[1], device=tokens.device)
+    index = torch.arange(tokens.shape[1], device=tokens.device)
     limit = torch.minimum(num_tokens, remaining.clamp(min=0))
     is_stop = (tokens[..., None] == stop_ids[:, None]).any(dim=-1) & (tokens >= 0)
-    is_stop = is_stop & (place < limit[:, None])
+    is_stop = is_stop & (index < limit[:, None])
     stopped = is_stop.any(dim=1)
     committed = torch.where(stopped, is_stop.long().argmax(dim=1) + 1, limit)
     full = committed >= remaining
@@ -171,8 +146,8 @@ def _counts(drafts: Tensor, num_drafts: Tensor) -> Tensor:
 
 
 def _verdict(drafts: Tensor, accepted: Tensor, following: Tensor) -> Verdict:
-    place = torch.arange(drafts.shape[1] + 1, device=drafts.device)
+    index = torch.arange(drafts.shape[1] + 1, device=drafts.device)
     padded = torch.cat([drafts, drafts.new_full((drafts.shape[0], 1), -1)], dim=1)
-    tokens = torch.where(place < accepted[:, None], padded, -1)
-    tokens = torch.where(place == accepted[:, None], following[:, None], tokens)
+    tokens = torch.where(index < accepted[:, None], padded, -1)
+    tokens = torch.where(index == accepted[:, None], following[:, None], tokens)
     return Verdict(accepted, following, tokens)

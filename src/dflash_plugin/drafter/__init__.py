@@ -1,1 +1,1 @@
-"""The drafter: configuration, modules, masks, and the interfaces an engine fills."""
+"""The drafter: configuration, modules, masks, and the interfaces that an engine implements."""

@@ -23,14 +23,15 @@ def masked_attention(
 
     Args:
         query: [B, Hq, T, D].
-        key, value: [B, Hkv, L, D]; Hq is a multiple of Hkv.
+        key: [B, Hkv, L, D]; Hq is a multiple of Hkv.
+        value: [B, Hkv, L, V].
         mask: bool [B, T, L], True where a query may look.
         scale: factor on the scores.
         sinks: [Hq] logits that join each softmax without a value, or None.
         softcap: scores become ``softcap * tanh(scores / softcap)``, or None.
 
     Returns:
-        [B, Hq, T, D] in the query's dtype.
+        [B, Hq, T, V] in the query's dtype.
     """
     batch, heads, rows, dim = query.shape
     kv_heads = key.shape[1]
@@ -40,7 +41,7 @@ def masked_attention(
     visible = visible.reshape(batch, 1, group * rows, mask.shape[-1])
     if sinks is None and softcap is None:
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=visible, scale=scale)
-        return out.reshape(batch, heads, rows, dim)
+        return out.reshape(batch, heads, rows, value.shape[-1])
     scores = torch.matmul(folded.float(), key.float().transpose(-1, -2)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -53,4 +54,4 @@ def masked_attention(
         scores = torch.cat([scores, column], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : key.shape[2]]
     out = torch.matmul(weights.to(value.dtype), value)
-    return out.reshape(batch, heads, rows, dim).to(query.dtype)
+    return out.reshape(batch, heads, rows, value.shape[-1]).to(query.dtype)

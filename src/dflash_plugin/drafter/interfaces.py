@@ -45,7 +45,7 @@ class LayerFactory(Protocol):
 
     ``shards`` is the tensor-parallel degree: head counts and inner widths are divided by it.
     Linears take [..., in] and return [..., out / shards] (column) or [..., out] (row, reduced).
-    ``name`` is the module's place in a checkpoint.
+    ``name`` is the module's name in a checkpoint.
     """
 
     shards: int

@@ -3,69 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from dflash_plugin.decoding.sampling import SamplingParams
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Prompt, encode
+from dflash_plugin.train.config import PromptPrefix
 from dflash_plugin.train.sequences import SequenceSet
-from dflash_plugin.transformers.engine import Engine, Request
+from dflash_plugin.transformers.engine import Engine
+from dflash_plugin.transformers.requests import Request
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 _SLOT = "\u241fPROMPT\u241f"
-
-
-class Opening(BaseModel):
-    """How self-written prompts of one kind begin.
-
-    Attributes:
-        text: what the user's turn begins with; the target writes on from here.
-        suffix: appended to the finished prompt.
-        weight: share of the prompts, relative to the others.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    text: str = ""
-    suffix: str = ""
-    weight: float = Field(default=1.0, gt=0)
-
-
-DEFAULT_OPENINGS = (Opening(),)
-
-
-def load_openings(path: Path) -> tuple[Opening, ...]:
-    """Read openings, one JSON object a line.
-
-    Raises:
-        DFlashError: names the line that is malformed.
-    """
-    openings = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            openings.append(Opening.model_validate_json(line))
-        except ValidationError as error:
-            raise DFlashError(
-                f"{str(path)!r} line {number} is not an opening ({error.errors()[0]['msg']}): "
-                'write {"text": "...", "suffix": "...", "weight": 1}'
-            ) from error
-    if not openings:
-        raise DFlashError(f"{str(path)!r} holds no opening: write at least one line")
-    return tuple(openings)
+DEFAULT_PREFIXES = (PromptPrefix(),)
 
 
 def write_prompts(
     engine: Engine,
     tokenizer: Any,
     count: int,
-    openings: Sequence[Opening] = DEFAULT_OPENINGS,
+    prefixes: Sequence[PromptPrefix] = DEFAULT_PREFIXES,
     seed: int = 0,
     max_tokens: int = 192,
     progress: Progress | None = None,
@@ -88,7 +50,7 @@ def write_prompts(
     )
     before = rendered.split(_SLOT)[0]
     rng = random.Random(seed)
-    kinds = rng.choices(openings, [o.weight for o in openings], k=count)
+    kinds = rng.choices(prefixes, [prefix.weight for prefix in prefixes], k=count)
     requests = [
         Request(
             tokenizer.encode(before + kind.text, add_special_tokens=False),
@@ -107,13 +69,26 @@ def write_prompts(
             progress(done, count)
     seen: set[str] = set()
     prompts: list[Prompt] = []
+    unfinished = 0
     for kind, result in zip(kinds, results, strict=True):
         written = tokenizer.decode(result.tokens, skip_special_tokens=True)
         text = (kind.text + written).strip() + kind.suffix
+        unfinished += result.finish_reason != "stop"
         if result.finish_reason != "stop" or len(text) < 8 or text in seen:
             continue
         seen.add(text)
         prompts.append(Prompt.user(text, id=f"self-{len(prompts)}"))
+    if len(prompts) < count:
+        left_out = (
+            f"{count - len(prompts)} of {count} self-written prompts are left out: {unfinished} "
+            f"did not end within {max_tokens} tokens, the others are repetitions or too short"
+        )
+        if not prompts:
+            raise DFlashError(
+                f"{left_out}: raise max_prompt_tokens, of which a self-written prompt gets half, "
+                "or give a file with --prompts"
+            )
+        logger.warning(left_out)
     return prompts
 
 
@@ -133,7 +108,7 @@ def respond(
     Args:
         engine: runs the target, with or without a drafter.
         tokenizer: the target's.
-        prompts: longer ones than ``max_prompt_tokens`` are left out.
+        prompts: longer ones than ``max_prompt_tokens`` are left out, and their number is logged.
         max_new_tokens: limit of a response.
         temperature: 0 for greedy responses.
         samples: responses a prompt; more than one needs a temperature.
@@ -145,8 +120,19 @@ def respond(
         raise DFlashError(
             f"{samples} samples at temperature 0 would all be equal: raise the temperature"
         )
-    encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    encoded = [ids for ids in encoded if len(ids) <= max_prompt_tokens] * samples
+    made = [encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [ids for ids in made if len(ids) <= max_prompt_tokens] * samples
+    if not encoded:
+        raise DFlashError(
+            f"max_prompt_tokens is {max_prompt_tokens}, but the shortest of {len(made)} prompts "
+            f"has {min(map(len, made), default=0)} tokens: raise it, or give shorter prompts"
+        )
+    longer = sum(len(ids) > max_prompt_tokens for ids in made)
+    if longer:
+        logger.warning(
+            f"{longer} of {len(made)} prompts are left out: they have more than "
+            f"{max_prompt_tokens} tokens"
+        )
     pairs: list[tuple[Sequence[int], Sequence[int]]] = []
     for first in range(0, len(encoded), 8192):
         group = encoded[first : first + 8192]

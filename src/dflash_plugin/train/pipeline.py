@@ -11,48 +11,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Prompt, load_prompts
-from dflash_plugin.train.data import Opening, respond, save_prompts, write_prompts
+from dflash_plugin.train.config import DataConfig, TrainConfig
+from dflash_plugin.train.data import respond, save_prompts, write_prompts
 from dflash_plugin.train.features import CachedFeatures, OnlineFeatures, cache_features
 from dflash_plugin.train.sequences import SequenceSet
-from dflash_plugin.train.trainer import Report, TrainConfig, Trainer, drafter_config
+from dflash_plugin.train.setup import drafter_config
+from dflash_plugin.train.trainer import Report, Trainer
 from dflash_plugin.transformers.engine import Engine
 from dflash_plugin.transformers.loading import load_target
 
 Status = Callable[[str, int, int], None]
-
-
-class DataConfig(BaseModel):
-    """Where training sequences come from.
-
-    Attributes:
-        prompts: JSONL files of prompts.
-        self_prompts: user turns that the target writes itself.
-        openings: how those begin.
-        max_prompt_tokens, max_new_tokens: limits of a sequence.
-        temperature, samples: of the responses; greedy by default, as greedy decoding is what the
-            drafter will be asked to foresee.
-        held_out: sequences kept for measuring acceptance.
-        batch: requests that the generating engine runs at once.
-        cache_features: keep the target's hidden states in shards instead of recomputing them.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    prompts: tuple[Path, ...] = ()
-    self_prompts: int = Field(default=0, ge=0)
-    openings: tuple[Opening, ...] = (Opening(),)
-    max_prompt_tokens: int = Field(default=256, ge=8)
-    max_new_tokens: int = Field(default=256, ge=2)
-    temperature: float = Field(default=0.0, ge=0)
-    samples: int = Field(default=1, ge=1)
-    held_out: int = Field(default=128, ge=1)
-    batch: int = Field(default=8, ge=1)
-    cache_features: bool = False
 
 
 def distributed() -> AbstractContextManager[Any]:
@@ -75,6 +47,34 @@ def rank_and_world() -> tuple[int, int]:
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+def check_counts(data: DataConfig) -> None:
+    """Find out before anything is loaded whether the data can be enough.
+
+    Raises:
+        DFlashError: there are no prompts, too few to hold some out, or a file of them is malformed.
+    """
+    given = sum(len(load_prompts(file)) for file in data.prompts)
+    count = given + data.self_prompts
+    if not count:
+        raise DFlashError(
+            "there is nothing to train on: give --prompts FILE.jsonl or --self-prompts N"
+        )
+    _check_held_out(data.held_out, count * data.samples, "prompts make at most")
+    if data.samples > 1 and data.temperature == 0:
+        raise DFlashError(
+            f"samples is {data.samples}, which at temperature 0 would all be equal: raise the "
+            "temperature"
+        )
+
+
+def _check_held_out(held_out: int, sequences: int, found: str) -> None:
+    if held_out > sequences - 2:
+        raise DFlashError(
+            f"held_out is {held_out}, but the {found} {sequences} sequences, of which 2 are needed "
+            "to train on: give more prompts or hold out fewer"
+        )
 
 
 def make_sequences(
@@ -119,10 +119,6 @@ def make_sequences(
                 seed=seed * world + rank,
                 max_tokens=data.max_prompt_tokens // 2,
                 progress=tell("prompts"),
-            )
-        if not prompts:
-            raise DFlashError(
-                "there is nothing to train on: give --prompts FILE.jsonl or --self-prompts N"
             )
         directory.mkdir(parents=True, exist_ok=True)
         save_prompts(directory / f"prompts-{rank:02d}.jsonl", prompts)
@@ -183,11 +179,7 @@ def split(sequences: SequenceSet, held_out: int, seed: int) -> tuple[SequenceSet
     Raises:
         DFlashError: fewer than two sequences would be left to train on.
     """
-    if held_out > len(sequences) - 2:
-        raise DFlashError(
-            f"held_out is {held_out} of {len(sequences)} sequences: give more prompts or hold out "
-            "fewer"
-        )
+    _check_held_out(held_out, len(sequences), "prompts that could be used made")
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
     return sequences.select(order[held_out:].sort().values), sequences.select(order[:held_out])
 
@@ -206,6 +198,7 @@ def train(
     Returns:
         The trainer, and facts for the model card.
     """
+    check_counts(data)
     rank, world = rank_and_world()
     if device is None and torch.cuda.is_available():
         device = f"cuda:{torch.cuda.current_device()}"

@@ -6,215 +6,31 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from dflash_plugin.checkpoints.dialects import write_config
-from dflash_plugin.checkpoints.io import load_checkpoint, load_config
-from dflash_plugin.drafter.config import (
-    DrafterConfig,
-    LayerAttention,
-    RopeConfig,
-    build_config,
-    spread_layers,
-)
+from dflash_plugin.drafter.blockwise import block_starts, make_blocks
 from dflash_plugin.drafter.model import Drafter
-from dflash_plugin.errors import DFlashError
-from dflash_plugin.train.blocks import choose_anchors, make_blocks
+from dflash_plugin.errors import DFlashError, reason
+from dflash_plugin.train.blocks import choose_anchors
+from dflash_plugin.train.config import TrainConfig
 from dflash_plugin.train.features import FeatureSource
-from dflash_plugin.train.losses import gamma_for, walk
+from dflash_plugin.train.losses import gamma_for
 from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet, batches, collate
+from dflash_plugin.train.setup import drafter_config, new_drafter
 
 Report = Callable[[dict[str, float]], None]
-# What a checkpoint to start from decides, and what a DFlash 2 drafter has besides.
-SHAPE = (
-    "block_size",
-    "num_layers",
-    "intermediate_size",
-    "target_layer_ids",
-    "num_features",
-    "mask_token_id",
-    "sliding_window",
-)
-PARTS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
-
-
-class TrainConfig(BaseModel):
-    """How a drafter is trained.
-
-    Attributes:
-        start_from: a drafter checkpoint whose weights and shape it takes over; the fields of
-            ``SHAPE`` are then left unset.
-        dflash2: adds convolutions and a selector where the checkpoint has none.
-        conv_kernel_size, conv_group_size, selector_rank, selector_top_k: their sizes, by default
-            those of the public drafters.
-        selector_weight: of the selector's cross-entropy beside the head's.
-        block_size: anchor + masks.
-        num_layers, intermediate_size: size of the drafter; heads and width follow the target.
-        target_layer_ids: layers whose outputs it reads; None spreads ``num_features`` evenly.
-        num_features: how many layers are read when ``target_layer_ids`` is None.
-        mask_token_id: token whose embedding stands for "to be drafted"; needed without
-            ``start_from``.
-        sliding_window: window of every layer, or None.
-        steps, batch_size, anchors: optimizer steps, sequences a step and process, anchors a
-            sequence.
-        learning_rate, weight_decay, warmup, clip, betas: AdamW with linear warm-up (a share of the
-            steps), cosine decay to a tenth, and gradient-norm clipping.
-        weighting: "exponential" (gamma; by block size when None) or "dpace" (dpace_alpha).
-        seed: initial weights, order and anchors.
-        eval_every, save_every: steps between held-out evaluations and between snapshots.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    start_from: Path | None = None
-    dflash2: bool = False
-    conv_kernel_size: int = Field(default=2, gt=0)
-    conv_group_size: int = Field(default=16, gt=0)
-    selector_rank: int = Field(default=256, gt=0)
-    selector_top_k: int = Field(default=16, ge=2)
-    selector_weight: float = Field(default=1.0, ge=0)
-    block_size: int = Field(default=8, ge=2)
-    num_layers: int = Field(default=3, ge=1)
-    intermediate_size: int | None = Field(default=None, gt=0)
-    target_layer_ids: tuple[int, ...] | None = None
-    num_features: int = Field(default=5, ge=1)
-    mask_token_id: int | None = Field(default=None, ge=0)
-    sliding_window: int | None = Field(default=None, gt=0)
-    steps: int = Field(default=2000, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    anchors: int = Field(default=128, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    warmup: float = Field(default=0.04, ge=0, lt=1)
-    clip: float = Field(default=1.0, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weighting: Literal["exponential", "dpace"] = "exponential"
-    gamma: float | None = Field(default=None, gt=0)
-    dpace_alpha: float = Field(default=0.5, ge=0, le=1)
-    seed: int = 0
-    eval_every: int = Field(default=500, ge=1)
-    save_every: int = Field(default=500, ge=1)
-
-
-def drafter_config(target: PreTrainedModel, train: TrainConfig) -> DrafterConfig:
-    """The drafter to train for a target.
-
-    Raises:
-        DFlashError: settings exclude one another, the target lacks what they name, or the
-            checkpoint to start from is not for it or holds what an export cannot express.
-    """
-    if train.start_from is None:
-        config = _config_for(target, train)
-    else:
-        _require_unset(train, SHAPE, f"{str(train.start_from)!r} decides it: leave it out")
-        config = load_config(train.start_from)
-        text = target.config.get_text_config()
-        config.require_target(
-            text.hidden_size, text.num_hidden_layers, target.get_input_embeddings().weight.shape[0]
-        )
-    if config.selector is not None:
-        _require_unset(train, PARTS, f"{str(train.start_from)!r} decides it: leave it out")
-    elif train.dflash2:
-        convolution = {"kernel_size": train.conv_kernel_size, "group_size": train.conv_group_size}
-        selector = {"rank": train.selector_rank, "top_k": train.selector_top_k}
-        config = build_config(
-            {**config.model_dump(), "convolution": convolution, "selector": selector}
-        )
-    else:
-        parts = (*PARTS, "selector_weight")
-        _require_unset(train, parts, "only a DFlash 2 drafter has it: set dflash2 or leave it out")
-    write_config(config, "z-lab")
-    return config
-
-
-def _require_unset(train: TrainConfig, names: Sequence[str], why: str) -> None:
-    for name in names:
-        if name in train.model_fields_set:
-            raise DFlashError(f"{name} is {getattr(train, name)!r}, but {why}")
-
-
-def _config_for(target: PreTrainedModel, train: TrainConfig) -> DrafterConfig:
-    """A drafter with the target's width, heads, rotation and vocabulary."""
-    text = target.config.get_text_config()
-    ids = train.target_layer_ids or spread_layers(text.num_hidden_layers, train.num_features)
-    outside = [i for i in ids if not -1 <= i < text.num_hidden_layers]
-    if outside:
-        raise DFlashError(
-            f"target layer {outside[0]} does not exist: the target has layers 0 to "
-            f"{text.num_hidden_layers - 1}"
-        )
-    if train.mask_token_id is None:
-        raise DFlashError(
-            "mask_token_id is missing: name a token that the target never writes, or a checkpoint "
-            "to start from"
-        )
-    vocabulary = target.get_input_embeddings().weight.shape[0]
-    if train.mask_token_id >= vocabulary:
-        raise DFlashError(
-            f"mask_token_id {train.mask_token_id} is outside the target's vocabulary of "
-            f"{vocabulary}: choose a token that the target never writes"
-        )
-    heads = text.num_attention_heads
-    rope = getattr(text, "rope_parameters", None) or {}
-    theta = rope.get("rope_theta", getattr(text, "rope_theta", 10000.0))
-    return DrafterConfig(
-        hidden_size=text.hidden_size,
-        intermediate_size=train.intermediate_size or text.intermediate_size,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        rms_norm_eps=1e-6,
-        layers=(LayerAttention(sliding_window=train.sliding_window),) * train.num_layers,
-        rope=RopeConfig(theta=theta, max_position_embeddings=text.max_position_embeddings),
-        block_size=train.block_size,
-        mask_token_id=train.mask_token_id,
-        target_layer_ids=ids,
-        num_target_layers=text.num_hidden_layers,
-        target_hidden_size=text.hidden_size,
-        vocab_size=vocabulary,
-    )
-
-
-def new_drafter(config: DrafterConfig, train: TrainConfig) -> Drafter:
-    """The drafter before the first step: a checkpoint's weights, where one is started from."""
-    drafter = Drafter(config)
-    initialize(drafter, train.seed)
-    if train.start_from is not None:
-        kept = load_checkpoint(train.start_from, dtype=torch.float32).tensors
-        drafter.load_canonical({**drafter.canonical(), **kept})
-    return drafter
-
-
-def initialize(drafter: Drafter, seed: int) -> None:
-    """Normal weights of width 0.02, residual outputs narrower by the depth, norms at one.
-
-    A DFlash 2 drafter begins as the DFlash drafter of the same seed: its convolutions are the
-    identity, and its selector adds nothing to the logits, as one of the codebooks is zero.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    depth = math.sqrt(2 * len(drafter.layers))
-    for name, parameter in drafter.named_parameters():
-        if parameter.dim() < 2 or name.endswith("base_kernel"):
-            continue
-        if name.endswith(("kernel_projection.weight", "successor_codebook")):
-            parameter.data.zero_()
-            continue
-        narrow = depth if ("output_proj" in name or "down_proj" in name) else 1.0
-        drawn = torch.randn(parameter.shape, generator=generator) * (0.02 / narrow)
-        parameter.data.copy_(drawn)
 
 
 class _Pending(NamedTuple):
@@ -394,7 +210,7 @@ class Trainer:
             runs = outcome.runs.cpu()
             for row, count in zip(runs.tolist(), valid.sum(dim=1).tolist(), strict=True):
                 committed += count
-                for place in walk(row[:count]):
+                for place in block_starts(row[:count]):
                     reached[: row[place]] += 1
                     passes += 1
         return {
@@ -437,15 +253,21 @@ class Trainer:
         path = self.directory / "snapshot.safetensors"
         if not path.is_file():
             return False
-        with safe_open(path, framework="pt") as file:
-            meta = json.loads(file.metadata()["state"])
-        for key, value in self._identity().items():
-            if meta[key] != value:
-                raise DFlashError(
-                    f"{str(path)!r} was made with another {key} ({meta[key]!r} instead of "
-                    f"{value!r}): give another output directory or remove the snapshot"
-                )
-        tensors = load_file(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = json.loads(file.metadata()["state"])
+            tensors = load_file(path)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise DFlashError(
+                f"{str(path)!r} is not a whole snapshot ({reason(error)}): remove it to train from "
+                "the start, or give another --output"
+            ) from error
+        differing = _differences(meta, self._identity())
+        if differing:
+            raise DFlashError(
+                f"{str(path)!r} was made with {differing}: give another --output, or remove the "
+                "snapshot to train from the start"
+            )
         prefix = "drafter."
         self.drafter.load_state_dict(
             {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
@@ -461,6 +283,21 @@ class Trainer:
         self.step = cast(int, meta["step"])
         self.history = meta["history"]
         return True
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What a snapshot's run did otherwise, setting by setting; empty where nothing."""
+    before, now = found.get("config", {}), wanted["config"]
+    parts = [
+        f"{name} {before.get(name)!r} instead of {value!r}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    if found.get("world") != wanted["world"]:
+        parts.append(f"{found.get('world')} processes instead of {wanted['world']}")
+    if found.get("data") != wanted["data"]:
+        parts.append("other sequences")
+    return ", ".join(parts)
 
 
 def _decay_groups(drafter: Drafter, weight_decay: float) -> list[dict[str, Any]]:

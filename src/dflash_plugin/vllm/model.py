@@ -36,7 +36,7 @@ from dflash_plugin.vllm.layers import ShardedQKV, VllmLayers, head_in_fp8, round
 from dflash_plugin.vllm.options import drafter_spec
 
 if TYPE_CHECKING:
-    from dflash_plugin.kernels.draft_head import HeadChoice
+    from dflash_plugin.kernels.vocab_topk import HeadChoice
 
 Slots = Tensor | Sequence[Tensor | None] | None
 
@@ -282,7 +282,7 @@ class EngineDrafter(DFlashQwen3ForCausalLM):
             return self.drafter.token_ids(draft_ids)
         if get_tensor_model_parallel_world_size() == 1:
             return self.drafter.token_ids(choice.tokens.squeeze(-1))
-        best = best_of_ranks(choice.scores, choice.tokens, tensor_model_parallel_all_gather)
+        best = best_of_ranks(choice.logits, choice.tokens, tensor_model_parallel_all_gather)
         return self.drafter.token_ids(best)
 
     def best_choice(self, hidden_states: Tensor) -> HeadChoice | None:

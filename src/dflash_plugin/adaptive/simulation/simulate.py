@@ -1,4 +1,4 @@
-"""Replays traces under a policy, on a machine whose step times are given."""
+"""Replays traces under a policy, with given step times."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Policy(ABC):
 
         Args:
             confidences: float32 [B, K].
-            right: int64 [B], how many drafts would stand, which only an oracle may look at.
+            right: int64 [B], how many drafts would be accepted; only an oracle may look at it.
         """
 
     def observe(self, confidences: Tensor, accepted: Tensor, verified: Tensor) -> None:  # noqa: B027
-        """Learn what came of it, if there is anything; arguments as ``AcceptanceModel``'s."""
+        """Learn from the step; arguments as ``AcceptanceModel.observe``'s."""
 
     def elapsed(self, seconds: float) -> None:  # noqa: B027
         """Learn what the step took."""
@@ -61,7 +61,7 @@ class ByStep(Policy):
         self.now, self.rows = 0.0, 0
 
     def choose(self, confidences: Tensor, right: Tensor) -> Tensor | None:
-        """What the policy says of so many requests."""
+        """One verify length for all, by ``VerifyLenPolicy``."""
         self.rows = self.policy.choose(len(right), self.now)
         return None if self.rows == 1 else torch.full((len(right),), self.rows - 1)
 
@@ -92,12 +92,12 @@ class _Allocating(Policy):
 
 
 class Oracle(_Allocating):
-    """Knows what would stand, and verifies the best of it, or steps without drafting."""
+    """Knows which drafts are correct, and verifies those that pay or steps without drafting."""
 
     def choose(self, confidences: Tensor, right: Tensor) -> Tensor | None:
-        """The drafts that stand, as far as they pay."""
-        place = torch.arange(confidences.shape[1])
-        made = self._allocate((place < right[:, None]).float())
+        """The correct drafts, as far as they pay."""
+        position = torch.arange(confidences.shape[1])
+        made = self._allocate((position < right[:, None]).float())
         return None if float(made.rate) < self._plain(len(right)) else made.num_drafts
 
 
@@ -149,7 +149,7 @@ class Adaptive(_Allocating):
 
 @dataclass(frozen=True)
 class Run:
-    """What a policy made of traces.
+    """Totals of one replay.
 
     Attributes:
         tokens: committed.
@@ -181,7 +181,7 @@ def simulate(
     seed: int = 0,
     mixed: bool = False,
 ) -> Run:
-    """Keep ``requests`` texts running for so many steps; one that ends makes place for another.
+    """Keep ``requests`` texts running for so many steps; a text that ends is replaced by another.
 
     Args:
         traces: texts are taken from it at random, again and again.
@@ -190,8 +190,8 @@ def simulate(
         requests: at the same time.
         steps: to run.
         seed: of the choice of texts and of where the first of them begin.
-        mixed: the first half of the requests takes its texts from the half whose drafts stand most
-            often, the second half from the others.
+        mixed: the first half of the requests takes its texts from the half with the most
+            accepted drafts, the second half from the others.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(traces.starts) - 1
@@ -205,39 +205,39 @@ def simulate(
         text = order[number]
         return traces.starts[text].clone(), traces.starts[text + 1]
 
-    place, end = draw(torch.arange(requests))
+    position, end = draw(torch.arange(requests))
     # Texts do not begin together.
-    place = place + (torch.rand(requests, generator=generator) * (end - place)).long()
+    position = position + (torch.rand(requests, generator=generator) * (end - position)).long()
     tokens = verified = accepted = easy = 0
     seconds = 0.0
     for _ in range(steps):
-        confidences, right = traces.confidence[place].float(), traces.right[place]
+        confidences, right = traces.confidence[position].float(), traces.right[position]
         chosen = policy.choose(confidences, right)
         drafts = torch.zeros_like(right) if chosen is None else chosen
-        stood = torch.minimum(right, drafts)
+        correct = torch.minimum(right, drafts)
         if chosen is not None:
-            # What lies behind a text's end is no verdict on a draft.
-            policy.observe(confidences, stood, torch.minimum(drafts, end - place))
-        committed = torch.minimum(stood + 1, end - place)
+            # Drafts after a text's end were not judged.
+            policy.observe(confidences, correct, torch.minimum(drafts, end - position))
+        committed = torch.minimum(correct + 1, end - position)
         size = requests + int(drafts.sum())
         took = cost.step_seconds(size, 0 if chosen is None else requests)
         seconds += took
         policy.elapsed(took)
         tokens += int(committed.sum())
         easy += int(committed[:half].sum()) if mixed else 0
-        verified, accepted = verified + int(drafts.sum()), accepted + int(stood.sum())
-        place = place + committed
-        done = place >= end
+        verified, accepted = verified + int(drafts.sum()), accepted + int(correct.sum())
+        position = position + committed
+        done = position >= end
         if bool(done.any()):
-            place[done], end[done] = draw(done.nonzero()[:, 0])
+            position[done], end[done] = draw(done.nonzero()[:, 0])
     return Run(tokens, seconds, steps, verified, accepted, easy)
 
 
 def _by_ease(traces: Traces) -> list[int]:
-    """Texts, those whose drafts stand most often first."""
+    """Indices of the texts, those with the most accepted drafts first."""
     bounds = zip(traces.starts.tolist(), traces.starts[1:].tolist(), strict=False)
-    stood = [float(traces.right[start:end].float().mean()) for start, end in bounds]
-    return sorted(range(len(stood)), key=stood.__getitem__, reverse=True)
+    correct = [float(traces.right[start:end].float().mean()) for start, end in bounds]
+    return sorted(range(len(correct)), key=correct.__getitem__, reverse=True)
 
 
 def compare(
@@ -249,7 +249,7 @@ def compare(
         traces: to replay.
         cost: of steps.
         requests: levels.
-        seeds: replays of each policy, which begins anew in each; their sums are what is told.
+        seeds: replays of each policy, which starts fresh in each; the sums are returned.
         mixed: half the requests are easy, half hard (``simulate``).
     """
     count = traces.num_drafts

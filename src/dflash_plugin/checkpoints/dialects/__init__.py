@@ -19,8 +19,8 @@ def detect(raw: Mapping[str, Any]) -> Dialect:
     """The dialect of a config.json.
 
     z-lab, SpecForge and ModelOpt share one layout: ModelOpt always writes ``dflash_config.causal``
-    and SpecForge has switches that nobody else has. What cannot be told apart reads the same in
-    all three, except sliding layers without ``is_causal``; ``is_ambiguous`` tells those.
+    and SpecForge has switches that nobody else has. What cannot be distinguished reads the same in
+    all three, except sliding layers without ``is_causal``; ``is_ambiguous`` detects those.
     """
     if "speculators_model_type" in raw or "transformer_layer_config" in raw:
         return "speculators"

@@ -13,10 +13,10 @@ from dflash_plugin.drafter.static_kv import KVShape, StaticKV
 
 
 class StaticStore:
-    """Context store of the Transformers engine: row ``b`` of a batch is row ``rows[b]`` here.
+    """Context store in plain torch: row ``b`` of a batch is row ``rows[b]`` here.
 
-    ``rows`` and ``num_keys`` are set by the engine before it injects or drafts; ``rows`` None
-    stands for 0..B-1.
+    The caller sets ``rows`` and ``num_keys`` before it injects or drafts; ``rows`` None
+    means 0..B-1.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class StaticStore:
         self.kv.write(layer, key, value, self.kv.flat_slots(positions, self.rows))
 
     def block(self, anchors: Tensor, block_size: int) -> Attend:
-        """Attention for blocks at ``anchors`` [B]: the block's rows go behind the context.
+        """Attention for blocks at ``anchors`` [B], whose rows are stored after the context.
 
-        The next injection overwrites them, so they are never seen by another block.
+        The next injection overwrites them, so no other block sees them.
         """
         config = self.drafter.config
         positions = anchors[:, None] + torch.arange(block_size, device=anchors.device)

@@ -1,0 +1,83 @@
+"""Whether a directory's files are there and whole, before anything is made of them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from dflash_plugin.errors import DFlashError
+
+INDEX = "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        DFlashError: missing, unreadable or not an object.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DFlashError(f"{path.name} is missing: give a checkpoint that has it") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DFlashError(f"{path.name} is not readable JSON ({error}): write it again") from error
+    if not isinstance(raw, dict):
+        raise DFlashError(f"{path.name} holds a {type(raw).__name__}: it must be a JSON object")
+    return raw
+
+
+def whole_shards(directory: Path) -> list[Path]:
+    """The .safetensors files of a directory, sorted by name; none where there are none.
+
+    Raises:
+        DFlashError: the index names one that is missing, or one is truncated.
+    """
+    shards = sorted(directory.glob("*.safetensors"))
+    if not shards:
+        return []
+    _check_index(directory, {shard.name for shard in shards})
+    for shard in shards:
+        _check_size(shard)
+    return shards
+
+
+def _check_index(directory: Path, shards: set[str]) -> None:
+    path = directory / INDEX
+    if not path.is_file():
+        return
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise DFlashError(f"{path.name} has no weight_map: write the checkpoint again")
+    missing = sorted({str(name) for name in weight_map.values()} - shards)
+    if missing:
+        raise DFlashError(f"{path.name} names {missing[0]}, which is not there: fetch it again")
+
+
+def _check_size(shard: Path) -> None:
+    """Hold a file's size against its header; anything else that is wrong is the reader's to say."""
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        prefix = file.read(8)
+        needed = 8
+        if len(prefix) == 8:
+            length = struct.unpack("<Q", prefix)[0]
+            needed = 8 + length
+            if needed <= size:
+                try:
+                    header = json.loads(file.read(length))
+                    ends = [
+                        entry["data_offsets"][1]
+                        for name, entry in header.items()
+                        if name != "__metadata__"
+                    ]
+                except (ValueError, AttributeError, KeyError, IndexError, TypeError):
+                    return
+                needed += max(ends, default=0)
+    if size < needed:
+        raise DFlashError(
+            f"{shard.name} is truncated: {size} bytes where the header says {needed}; fetch it "
+            "again"
+        )
