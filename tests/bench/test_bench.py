@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from dflash_plugin.bench import data, metrics
 from dflash_plugin.bench.http_endpoint import token_texts
 from dflash_plugin.bench.measurements import turns_of
-from dflash_plugin.bench.redact import without_credentials, without_secrets
 from dflash_plugin.bench.schema import Record, read_record
 from dflash_plugin.bench.sweep import connect
 from dflash_plugin.cli.main import app
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.monitor.redact import without_credentials, without_secrets
 from dflash_plugin.prompts import Message, Prompt
 from tests.helpers.fake_server import DRAFTS, serving
 from tests.helpers.tiny import write_target, write_tiny
@@ -62,10 +62,6 @@ def test_three_averages():
     assert metrics.pooled(committed, passes) == pytest.approx(10 / 3)
     assert metrics.token_weighted(committed, passes) == pytest.approx(4.4)
     assert metrics.pooled([0], [0]) is None
-
-
-def test_conditional_acceptance():
-    assert metrics.conditional([0.8, 0.4, 0.0, 0.0]) == [0.8, 0.5, 0.0, None]
 
 
 def test_percentiles_are_interpolated():
@@ -160,7 +156,7 @@ def test_as_many_requests_are_in_flight_as_asked_for(tmp_path, output):
     four = write(tmp_path / "own.jsonl", *({"prompt": str(n)} for n in range(4)))
     with serving("vllm", on_request=lambda _: meeting.wait(20)) as fake:
         record = measure(fake, four, output, "--concurrency", "2", "--no-warmup")
-    assert fake.most == 2
+    assert fake.max_active == 2
     assert record.cells[0].repeats[0].requests == 4
 
 
@@ -246,7 +242,95 @@ def test_interrupting_keeps_what_was_measured(tmp_path, prompts, output):
     record = read_record(output)
     assert not record.complete
     assert [cell.set_name for cell in record.cells] == ["own"]
-    assert "1 cells are in" in printed
+    assert "2 requests of 1 cells are in" in printed
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_interrupting_a_run_keeps_its_finished_requests(kind, prompts, output):
+    """Ctrl-C in the second run, while its second request waits for its answer."""
+    never = threading.Event()
+    asked = []
+
+    def interrupt(number: int) -> None:
+        asked.append(number)
+        if len(asked) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            never.wait(20)
+
+    with serving(kind, plans=PLANS, on_request=interrupt) as fake:
+        printed = run(
+            fake.url, "--data", prompts, "--concurrency", 1, "--repeats", 3, "--no-warmup",
+            "-o", output, code=130,
+        )  # fmt: skip
+        never.set()
+    record = read_record(output)
+    assert not record.complete
+    (cell,) = record.cells
+    assert [repeat.requests for repeat in cell.repeats] == [2, 1]
+    assert cell.repeats[1].tokens == 5
+    # Speed is that of the whole run; what is cut off would make it look slow.
+    assert cell.tokens_per_second == cell.repeats[0].tokens_per_second
+    assert [check.agrees for check in cell.repeats[1].checks] == [None, None]
+    assert "not finished" in cell.repeats[1].checks[0].note
+    # SGLang's answers tell their passes; vLLM's counter holds the unfinished request's too.
+    assert cell.passes == (3 + 2 if kind == "sglang" else 3)
+    assert cell.tau.pooled == pytest.approx(14 / 5 if kind == "sglang" else 10 / 3)
+    assert cell.acceptance.unconditional is not None
+    assert "3 requests of 1 cells are in" in printed
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_server_that_dies_leaves_the_finished_requests(kind, prompts, output):
+    with serving(kind, plans=PLANS, dies_at=1) as fake:
+        printed = run(
+            fake.url, "--data", prompts, "--concurrency", 1, "--repeats", 3, "--no-warmup",
+            "-o", output, code=1,
+        )  # fmt: skip
+    record = read_record(output)
+    assert not record.complete
+    (cell,) = record.cells
+    assert [(r.requests, r.tokens) for r in cell.repeats] == [(1, 5)]
+    assert cell.ttft_ms is not None
+    assert cell.tokens_per_second > 0
+    if kind == "sglang":
+        assert cell.tau.pooled == 2
+    else:
+        assert cell.tau.pooled is None
+        assert "interrupted" in cell.tau.sources["pooled"]
+    assert "broke off" in printed
+    assert "1 requests of 1 cells are in" in printed
+
+
+def test_nothing_is_written_where_nothing_was_finished(prompts, output):
+    with serving("vllm", error=(500, "out of memory")) as fake:
+        printed = run(fake.url, "--data", prompts, "--concurrency", 1, "-o", output, code=1)
+    assert "nothing is kept" in printed
+    assert not output.exists()
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_interrupting_the_engine_keeps_finished_requests(tmp_path, output, monkeypatch):
+    from dflash_plugin.bench import embedded
+
+    def interrupted(engine, requests, on_tokens):
+        """The second request is cut off by Ctrl-C after its first token."""
+        for tokens in ([7], [8, 9, 10], [11]):
+            on_tokens(0, tokens)
+        on_tokens(1, [7])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded, "generate_timed", interrupted)
+    target, drafter = write_target(tmp_path / "target"), write_tiny(tmp_path / "drafter")
+    own = write(tmp_path / "own.jsonl", {"prompt": "w1 w9"}, {"prompt": "w2"})
+    printed = run(
+        "--target", target, "--drafter", drafter, "--data", own, "--concurrency", 2, "--repeats", 1,
+        "--max-tokens", 5, "--no-warmup", "--ignore-eos", "-o", output, code=130,
+    )  # fmt: skip
+    (cell,) = read_record(output).cells
+    assert [(r.requests, r.tokens) for r in cell.repeats] == [(1, 5)]
+    assert cell.tau.pooled == 2
+    assert "1 requests of 1 cells are in" in printed
 
 
 def test_the_engine_tells_rejected_drafts(tmp_path, output):
@@ -332,6 +416,9 @@ def test_a_hub_out_of_reach_is_said(tmp_path):
         (("--data", "own.jsonl", "--repeats", "0"), "--repeats is 0"),
         (("--data", "own.jsonl", "-o", "old.json"), "'old.json' is already there"),
         (("--data", "own.jsonl", "-o", "no/x.json"), "'no' is not a directory"),
+        (("--data", "own.jsonl", "-o", "folder"), "'folder' is a directory"),
+        (("--data", "own.jsonl", "-o", "folder", "--overwrite"), "'folder' is a directory"),
+        (("--data", "own.jsonl", "-o", "own.jsonl", "--overwrite"), "'own.jsonl' is an input"),
         (
             ("--data", "own.jsonl", "--concurrency", "1", "--baseline", "http://x"),
             "there is no URL to measure",
@@ -342,6 +429,7 @@ def test_bad_input_is_one_line_that_names_it(options, message, prompts, tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "old.json").write_text("{}")
+    (tmp_path / "folder").mkdir()
     if "--concurrency" not in options:
         options = (*options, "--concurrency", "1")
     assert message in run(*options, code=1)
@@ -372,9 +460,30 @@ def test_servers_that_cannot_be_measured(kind, answers, options, message, prompt
 def test_a_url_may_lack_its_scheme():
     """As those of `top` and `doctor` may."""
     with serving("vllm") as fake:
-        assert connect(fake.url.removeprefix("http://")).url == fake.url
+        assert connect(fake.url.removeprefix("http://")).client.url == fake.url
     with pytest.raises(DFlashError, match="cannot be reached"):
         connect("ftp://somewhere")
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_runs(
+    prompts, output, monkeypatch
+):
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with serving("vllm", plans=PLANS) as fake:
+        printed = run(fake.url, "--data", prompts, "--concurrency", 1, "-o", output, code=1)
+        assert not fake.seen
+    assert "cannot be written ([Errno 13] Permission denied" in printed
+
+
+def test_a_server_with_a_key_is_measured_with_it(prompts, output, monkeypatch):
+    monkeypatch.setenv("DFLASH_BENCH_API_KEY", "secret")
+    with serving("sglang", plans=PLANS, api_key="secret") as fake:
+        record = measure(fake, prompts, output)
+    assert record.cells[0].tau.pooled == pytest.approx(10 / 3)
+    assert "secret" not in output.read_text()
 
 
 def test_a_server_without_a_drafter_can_be_measured_alone(prompts, output):

@@ -22,15 +22,15 @@ from dflash_plugin.checkpoints.reference_drafts import answer, load_record
 from dflash_plugin.cli.main import app
 from dflash_plugin.doctor import Check, Diagnosis, DoctorOptions, TargetTexts, diagnose
 from dflash_plugin.doctor.acceptance import (
-    Acceptance,
+    BlockAcceptance,
     KnownBlocks,
+    decoded_tau,
     measure,
-    walked,
     with_config,
 )
 from dflash_plugin.doctor.chat_template import check_template
 from dflash_plugin.doctor.config_trials import Trials, check_block, mask_tokens, orders, shifted
-from dflash_plugin.doctor.diagnose import asked_form, questions
+from dflash_plugin.doctor.diagnose import prompt_form, questions
 from dflash_plugin.doctor.numerics import (
     check_dtype,
     check_fp8,
@@ -39,12 +39,13 @@ from dflash_plugin.doctor.numerics import (
     distinct_values,
 )
 from dflash_plugin.doctor.probe import Probe, Question, ServerProber
-from dflash_plugin.doctor.server import Served, ask, check_server
+from dflash_plugin.doctor.server import InspectedServer, check_server, inspect_server
 from dflash_plugin.doctor.texts import PROMPTS, encode_as, forms
 from dflash_plugin.drafter.fp8_linear import quantize_drafter
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.monitor.client import ServerClient, ServerError
+from dflash_plugin.monitor.client import ServerClient
+from dflash_plugin.monitor.metrics import ServerError
 from dflash_plugin.prompts import Prompt
 from dflash_plugin.transformers import Engine, Request, load_target
 from dflash_plugin.transformers.loading import bound
@@ -317,7 +318,7 @@ def test_raw_prompts_where_training_had_a_template(pair, trials):
 @pytest.mark.parametrize(("expected", "status"), [(3.3, "fault"), (1.0, "ok"), (None, "note")])
 def test_a_form_that_is_accepted_far_better(pair, trials, expected, status):
     """Only where acceptance is low does it count; texts of another form are others."""
-    poor = Acceptance(torch.zeros_like(trials.base.hits))
+    poor = BlockAcceptance(torch.zeros_like(trials.base.hits))
     by_form = {"thinking on": poor, "thinking off": trials.base}
     prompts = pair.encoded("chat template")
     found = check_template(
@@ -337,10 +338,10 @@ def test_forms_of_a_template_that_thinks(pair):
     )
     assert thinks.endswith("THINK")
     assert "THINK" not in silent
-    assert asked_form(DoctorOptions(thinking=True), tokenizer) == "thinking on"
-    assert asked_form(DoctorOptions(), tokenizer) == "chat template"
+    assert prompt_form(DoctorOptions(thinking=True), tokenizer) == "thinking on"
+    assert prompt_form(DoctorOptions(), tokenizer) == "chat template"
     with pytest.raises(DFlashError, match="no enable_thinking: leave --thinking out"):
-        asked_form(DoctorOptions(thinking=False), pair.tokenizer)
+        prompt_form(DoctorOptions(thinking=False), pair.tokenizer)
 
 
 def test_a_dtype_that_overflows_is_named_with_its_layer(pair, trials):
@@ -413,15 +414,15 @@ def test_fp8_weights_that_cost_acceptance_are_named(trials):
     assert costly.fix == "leave draft_weights at checkpoint"
 
 
-def served(metrics: str, info: dict[str, Any] | None = None) -> Served:
-    """What ``ask`` makes of a server that answers so."""
+def inspected(metrics: str, info: dict[str, Any] | None = None) -> InspectedServer:
+    """What ``inspect_server`` makes of a server that answers so."""
 
     def answer(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/metrics":
             return httpx.Response(200, text=metrics)
         return httpx.Response(200, json=info) if info else httpx.Response(404)
 
-    return ask(ServerClient("localhost:8000", httpx.MockTransport(answer)))
+    return inspect_server(ServerClient("localhost:8000", transport=httpx.MockTransport(answer)))
 
 
 def vllm_metrics(
@@ -463,7 +464,7 @@ CUT = (
 )
 def test_a_server_is_held_against_this_pair(metrics, fault, finding):
     found = Diagnosis(
-        target="", drafter="", checks=check_server(served(metrics), 3.9, expected=3.31)
+        target="", drafter="", checks=check_server(inspected(metrics), 3.9, expected=3.31)
     )
     assert [each.name for each in found.faults] == ([fault] if fault else [])
     assert finding in found.verdict
@@ -496,13 +497,13 @@ class Answering:
         self.asked: list[dict[str, Any]] = []
         self.generated = self.passes = self.prompt = self.cached = self.saved = 0
 
-    def asking(self) -> ServerProber:
+    def prober(self) -> ServerProber:
         transport = httpx.MockTransport(self.answer)
-        client = ServerClient("localhost:8000", transport)
-        return ServerProber(client, "secret", transport, sleep=lambda _: None)
+        client = ServerClient("localhost:8000", "secret", transport=transport)
+        return ServerProber(client, sleep=lambda _: None)
 
-    def probe(self, here: float = 4.0) -> Probe:
-        return self.asking().probe(self.engine, QUESTIONS, here)
+    def probe(self, reference_tau: float = 4.0) -> Probe:
+        return self.prober().probe(self.engine, QUESTIONS, reference_tau)
 
     def answer(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/metrics":
@@ -561,22 +562,22 @@ def test_a_server_is_asked_twice_past_its_prefix_cache():
     server = Answering("vllm", [WELL, WELL], hits=True)
     found = server.probe()
     assert found.refused is None
-    assert (found.fresh.tau, found.fresh.passes, found.fresh.counted) == (4.0, 4, 4)
-    assert (found.fresh.hit_rate, found.again.hit_rate) == (0.0, 6 / 8)
-    assert found.fresh.same == 1.0
+    assert (found.first.tau, found.first.passes, found.first.counted) == (4.0, 4, 4)
+    assert (found.first.hit_rate, found.repeated.hit_rate) == (0.0, 6 / 8)
+    assert found.first.agreement == 1.0
     salts = [body["cache_salt"] for body in server.asked]
     assert salts[:2] == salts[2:]
     assert salts[0] != salts[1]
-    assert server.probe().again.tau == 4.0
+    assert server.probe().repeated.tau == 4.0
     assert server.asked[-1]["cache_salt"] not in salts
     # Two passes a chunk: the counter tells.
-    assert Answering("vllm", [WELL, WELL], chunks=2).probe().fresh.tau == 4.0
+    assert Answering("vllm", [WELL, WELL], chunks=2).probe().first.tau == 4.0
     # Beside other requests the chunks do.
     busy = Answering("vllm", [WELL, BADLY], others=5, hits=True).probe()
-    assert (busy.fresh.tau, busy.again.tau) == (4.0, 2.0)
-    assert (busy.fresh.counted, busy.again.hit_rate) == (None, None)
+    assert (busy.first.tau, busy.repeated.tau) == (4.0, 2.0)
+    assert (busy.first.counted, busy.repeated.hit_rate) == (None, None)
     sglang = Answering("sglang", [BADLY, WELL], hits=True).probe()
-    assert (sglang.fresh.tau, sglang.again.tau, sglang.again.hit_rate) == (2.0, 4.0, 6 / 8)
+    assert (sglang.first.tau, sglang.repeated.tau, sglang.repeated.hit_rate) == (2.0, 4.0, 6 / 8)
 
 
 @pytest.mark.parametrize(
@@ -598,7 +599,7 @@ def test_a_server_is_asked_twice_past_its_prefix_cache():
 def test_an_asked_server_is_told_from_its_traffic(plugin, answering, traffic, fault, finding):
     rounds, options = answering
     more = CUT if "saved" in options else ""
-    shown = served(vllm_metrics(100, traffic, hits=900, plugin=plugin, more=more))
+    shown = inspected(vllm_metrics(100, traffic, hits=900, plugin=plugin, more=more))
     probe = Answering("vllm", rounds, **options).probe()
     found = Diagnosis(
         target="", drafter="", checks=check_server(shown, 3.9, expected=3.31, probe=probe)
@@ -609,15 +610,15 @@ def test_an_asked_server_is_told_from_its_traffic(plugin, answering, traffic, fa
 
 def test_a_server_that_refuses_to_be_asked_is_not_judged():
     refused = Answering("vllm", [WELL, WELL], status=401).probe()
-    checks = check_server(served(vllm_metrics(100, FINE)), 3.9, expected=3.31, probe=refused)
+    checks = check_server(inspected(vllm_metrics(100, FINE)), 3.9, expected=3.31, probe=refused)
     found = Diagnosis(target="", drafter="", checks=checks)
     assert found.exit_code == 2
     assert "give its key in the environment" in check(found, "asked acceptance").finding
 
 
 def test_a_server_without_a_drafter_is_not_asked():
-    asking = Answering("vllm", [WELL, WELL]).asking()
-    plain = replace(served("vllm:num_requests_running 0\n"), asking=asking)
+    prober = Answering("vllm", [WELL, WELL]).prober()
+    plain = replace(inspected("vllm:num_requests_running 0\n"), prober=prober)
     assert plain.probe(QUESTIONS, lambda: 4.0) is None
 
 
@@ -630,11 +631,11 @@ def test_walking_a_text_gives_the_engines_acceptance_length(pair, trials):
     assert [result.tokens for result in results] == [each.answer for each in asked]
     committed = sum(len(result.tokens) - 1 for result in results)
     passes = sum(len(result.accepted) for result in results)
-    assert walked(trials.drafter, texts) == pytest.approx(committed / passes)
+    assert decoded_tau(trials.drafter, texts) == pytest.approx(committed / passes)
 
 
 def test_few_passes_are_no_finding():
-    few = check_server(served(vllm_metrics(10, [1, 0, 0, 0, 0, 0, 0])), 3.9, None)
+    few = check_server(inspected(vllm_metrics(10, [1, 0, 0, 0, 0, 0, 0])), 3.9, None)
     found = Diagnosis(target="", drafter="", checks=few)
     assert found.exit_code == 2
     assert "served acceptance" in found.verdict
@@ -650,24 +651,24 @@ def test_sglang_tells_without_metrics():
         "speculative_num_draft_tokens": 8,
         "internal_states": [{"dflash_plugin": summary, "avg_spec_accept_length": 2.3}],
     }
-    found = served("", info)
+    found = inspected("", info)
     assert found.plugin
     assert found.drafts == 7
-    assert served(vllm_metrics(100, [60, 40])).drafts == 2
-    assert found.reading.tau == pytest.approx(2.3)
-    assert found.reading.saved_share == 0.25
+    assert inspected(vllm_metrics(100, [60, 40])).drafts == 2
+    assert found.snapshot.tau == pytest.approx(2.3)
+    assert found.snapshot.saved_share == 0.25
     assert "--enable-metrics" in str(found.missing)
-    native = served("", {**info, "internal_states": [{"avg_spec_accept_length": 2.1}]})
+    native = inspected("", {**info, "internal_states": [{"avg_spec_accept_length": 2.1}]})
     assert not native.plugin
     assert native.speculates
-    assert native.reading.tau == 2.1
+    assert native.snapshot.tau == 2.1
 
 
 def test_a_server_that_tells_nothing_is_refused():
     with pytest.raises(ServerError, match="--enable-metrics"):
-        served("")
-    with pytest.raises(ServerError, match="does not answer"):
-        ask(ServerClient("localhost:1"))
+        inspected("")
+    with pytest.raises(ServerError, match="cannot be reached"):
+        inspect_server(ServerClient("localhost:1"))
 
 
 def test_shifts_and_orders_stay_within_the_target():
@@ -726,4 +727,4 @@ def test_the_command(tmp_path):
     assert found["verdict"].startswith("configuration: hidden_size")
     assert "nowhere" in run("--target", target, "--drafter", tmp_path / "nowhere", code=2)
     away = run(*fits, "--server", "http://127.0.0.1:1", code=2)
-    assert "does not answer" in " ".join(away.split())
+    assert "cannot be reached" in " ".join(away.split())

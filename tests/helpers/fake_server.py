@@ -25,8 +25,10 @@ class Fake:
         miscounted: by how much its counter of tokens is too high a request.
         token: text of a token.
         on_request: called with the number of the request.
-        most: requests that were under way at once.
+        max_active: requests that were under way at once.
         error: status and text of every answer.
+        api_key: what requests must bring, but for /metrics, as SGLang requires it.
+        dies_at: number of the request at which the server goes away without an answer.
     """
 
     kind: str
@@ -37,13 +39,16 @@ class Fake:
     token: Callable[[int], str] = lambda number: f" t{number}"
     on_request: Callable[[int], None] = lambda number: None
     error: tuple[int, str] | None = None
+    api_key: str | None = None
+    dies_at: int | None = None
     url: str = ""
     seen: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
     passes: int = 0
     accepted: list[int] = field(default_factory=lambda: [0] * DRAFTS)
+    started: int = 0
     active: int = 0
-    most: int = 0
+    max_active: int = 0
     lock: Any = field(default_factory=threading.Lock)
 
     def plan(self, messages: list[dict[str, str]]) -> list[int]:
@@ -53,8 +58,9 @@ class Fake:
 
     def begin(self) -> None:
         with self.lock:
+            self.started += 1
             self.active += 1
-            self.most = max(self.most, self.active)
+            self.max_active = max(self.max_active, self.active)
 
     def count(self, plan: list[int]) -> None:
         """Add what a request wrote, which ends it."""
@@ -109,8 +115,22 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
+    def _admitted(self) -> bool:
+        """Whether the request brings the key and the server is there; else it is answered."""
+        fake = self.fake
+        if fake.dies_at is not None and fake.started >= fake.dies_at:
+            self.close_connection = True
+            return False
+        wanted = f"Bearer {fake.api_key}"
+        if fake.api_key and self.headers["Authorization"] != wanted and self.path != "/metrics":
+            self._answer(401, {"error": "Unauthorized"})
+            return False
+        return True
+
     def do_GET(self) -> None:
         fake = self.fake
+        if not self._admitted():
+            return
         answers: dict[str, Any] = {
             "/v1/models": {"data": [{"id": "fake", "owned_by": fake.kind}]},
             "/version": {"version": "0.32.0"},
@@ -127,6 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         fake = self.fake
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self._admitted():
+            return None
         if fake.error:
             return self._answer(fake.error[0], {"error": fake.error[1]})
         if self.path == "/detokenize" and fake.kind == "vllm":

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from dflash_plugin.bench.schema import Record, read_record
 from dflash_plugin.cli.main import app
 from dflash_plugin.doctor.probe import Probe, Question, ServerProber
-from dflash_plugin.doctor.server import ask, check_server
+from dflash_plugin.doctor.server import check_server, inspect_server
 from dflash_plugin.monitor.client import ServerClient
 from tests.helpers.http_server import HttpServer
 
@@ -68,24 +68,24 @@ def check_doctor_and_top(
         What came of asking, and what doctor says of the server.
     """
     results = reference["results"][-count:]
-    asked = [
+    questions = [
         Question(prompt, result.tokens)
         for prompt, result in zip(reference["prompts"][-count:], results, strict=True)
     ]
     committed = [tokens for result in results for tokens in result.committed]
-    here = sum(committed) / len(committed)
+    reference_tau = sum(committed) / len(committed)
     client = ServerClient(str(server.client.base_url))
-    served = ask(client, ServerProber(client))
+    inspected = inspect_server(client, ServerProber(client))
     before = metrics()
-    probe = served.probe(asked, lambda: here)
+    probe = inspected.probe(questions, lambda: reference_tau)
     after = metrics()
-    assert probe.fresh.tau == pytest.approx(here)
-    assert probe.again.tau == pytest.approx(here)
-    assert (probe.fresh.same, probe.fresh.hit_rate) == (1.0, 0.0)
-    assert probe.again.hit_rate > 0.3
-    assert probe.fresh.passes == len(committed)
+    assert probe.first.tau == pytest.approx(reference_tau)
+    assert probe.repeated.tau == pytest.approx(reference_tau)
+    assert (probe.first.agreement, probe.first.hit_rate) == (1.0, 0.0)
+    assert probe.repeated.hit_rate > 0.3
+    assert probe.first.passes == len(committed)
     assert after[passes] - before[passes] == 2 * len(committed)
-    checks = {each.name: each for each in check_server(served, here, 3.31, probe)}
+    checks = {each.name: each for each in check_server(inspected, reference_tau, 3.31, probe)}
     assert not [each for each in checks.values() if each.status in ("fault", "unchecked")]
     counted = checks["served acceptance"].evidence
     assert counted["passes"] == before[passes]

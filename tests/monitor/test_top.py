@@ -15,13 +15,20 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from dflash_plugin.cli.main import app
-from dflash_plugin.monitor.client import MetricsSnapshot, Samples, ServerClient, ServerError, read
-from dflash_plugin.monitor.top import View, between, sparkline, watch
+from dflash_plugin.monitor.client import ServerClient
+from dflash_plugin.monitor.metrics import (
+    MetricsSnapshot,
+    Samples,
+    ServerError,
+    rates_between,
+    snapshot_of,
+)
+from dflash_plugin.monitor.top import View, scrape, sparkline, watch
 
 METRICS = Path(__file__).parents[1] / "data" / "metrics"
 
 
-def scrape(engine: str, number: int) -> str:
+def exposition(engine: str, number: int) -> str:
     return (METRICS / f"{engine}-{number}.txt").read_text()
 
 
@@ -43,17 +50,18 @@ def client(*answers: str | int) -> ServerClient:
             return httpx.Response(found)
         return httpx.Response(200, text=found)
 
-    return ServerClient("http://server:8000/v1", httpx.MockTransport(answer))
+    return ServerClient("http://server:8000/v1", transport=httpx.MockTransport(answer))
 
 
 def once(*answers: str | int, seconds: float = 2.0) -> View:
     ticks = iter([10.0, 10.0 + seconds])
-    return watch(client(*answers), seconds, True, sleep=lambda _: None, clock=lambda: next(ticks))
+    views = scrape(client(*answers), seconds, sleep=lambda _: None, clock=lambda: next(ticks))
+    return next(views)
 
 
 def test_vllm():
-    view = once(scrape("vllm", 1), scrape("vllm", 2))
-    first, last = read(scrape("vllm", 1)), view.reading
+    view = once(exposition("vllm", 1), exposition("vllm", 2))
+    first, last = snapshot_of(exposition("vllm", 1)), view.snapshot
     assert last.engine == "vllm"
     assert last.drafter["block_size"] == "8"
     # 65 passes in all accepted 186 drafts.
@@ -75,9 +83,9 @@ def test_vllm():
 
 
 def test_sglang_with_adaptive_verification():
-    view = once(scrape("sglang", 1), scrape("sglang", 2))
+    view = once(exposition("sglang", 1), exposition("sglang", 2))
     rates = view.rates
-    assert view.reading.engine == "sglang"
+    assert view.snapshot.engine == "sglang"
     assert rates.tau == pytest.approx(1 + (558 - 364) / 64)
     assert (rates.verified, rates.saved) == (1099 - 763, 294 - 168)
     assert rates.steps == {4: 16, 6: 31, 8: 19}
@@ -90,18 +98,18 @@ def test_sglang_with_adaptive_verification():
 
 
 def test_counters_that_begin_anew_are_not_negative():
-    view = once(scrape("sglang", 2), scrape("sglang", 1))
+    view = once(exposition("sglang", 2), exposition("sglang", 1))
     assert view.rates.restarted
     assert view.rates.tau == pytest.approx(1 + 364 / 128)
     assert view.rates.verified == 763
     assert min(view.rates.by_position) > 0
     # What was generated since then took an unknown time: the engine's own figure stands.
-    assert view.rates.tokens_per_second == view.reading.tokens_per_second == 0
+    assert view.rates.tokens_per_second == view.snapshot.tokens_per_second == 0
     assert "the server was restarted" in shown(view)
 
 
 def test_an_idle_server_keeps_what_it_reached():
-    view = once(scrape("vllm", 2), scrape("vllm", 2))
+    view = once(exposition("vllm", 2), exposition("vllm", 2))
     assert view.rates.tau is None
     assert view.rates.tokens_per_second == 0
     assert "3.86, 3.31 expected" in shown(view)
@@ -110,7 +118,7 @@ def test_an_idle_server_keeps_what_it_reached():
 
 def test_a_server_that_goes_away_is_waited_for():
     frames: list[str] = []
-    texts = (scrape("vllm", 1), -1, 503, scrape("vllm", 2))
+    texts = (exposition("vllm", 1), -1, 503, exposition("vllm", 2))
 
     def show(view: View) -> None:
         frames.append(shown(view))
@@ -118,10 +126,8 @@ def test_a_server_that_goes_away_is_waited_for():
             raise KeyboardInterrupt
 
     ticks = iter(range(100))
-    view = watch(
-        client(*texts), 1.0, False, show, sleep=lambda _: None, clock=lambda: float(next(ticks))
-    )
-    assert "does not answer (connection refused)" in " ".join(frames[1].split())
+    view = watch(client(*texts), 1.0, show, sleep=lambda _: None, clock=lambda: float(next(ticks)))
+    assert "cannot be reached (ConnectError: connection refused)" in " ".join(frames[1].split())
     assert "trying again" in frames[1]
     assert "expected" in frames[1]  # what was there stays
     assert "status 503" in frames[2]
@@ -167,8 +173,8 @@ def test_warnings_and_other_ranks():
         "sglang:gen_throughput NaN\n"
     )
     view = once(text, text)
-    assert view.reading.running == 3
-    assert view.reading.tokens_per_second is None
+    assert view.snapshot.running == 3
+    assert view.snapshot.tokens_per_second is None
     assert "2 warnings: acceptance far below the record" in shown(view)
 
 
@@ -179,22 +185,25 @@ def test_sparkline():
 
 
 def test_rates_of_a_server_without_anything():
-    rates = between(MetricsSnapshot(), MetricsSnapshot(), 1.0)
+    rates = rates_between(MetricsSnapshot(), MetricsSnapshot(), 1.0)
     assert (rates.tau, rates.tokens_per_second, rates.restarted) == (None, None, False)
 
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """A server over HTTP that gives SGLang's two scrapes in turn."""
+    """A server over HTTP that gives SGLang's two scrapes in turn, eight in all."""
     numbers = iter([1, 2] * 4)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             found = self.path == "/metrics"
+            number = next(numbers, None)
+            if number is None:
+                return
             self.send_response(200 if found else 404)
             self.end_headers()
             if found:
-                self.wfile.write(scrape("sglang", next(numbers)).encode())
+                self.wfile.write(exposition("sglang", number).encode())
 
         def log_message(self, *_: object) -> None:
             pass
@@ -221,4 +230,44 @@ def test_once_over_http(server):
 def test_no_server_is_one_line():
     result = CliRunner().invoke(app, ["top", "--server", "127.0.0.1:1", "--once"])
     assert result.exit_code == 1
-    assert "does not answer" in " ".join(result.output.split())
+    assert "cannot be reached" in " ".join(result.output.split())
+
+
+def test_without_a_terminal_there_is_a_line_an_interval(server):
+    """The server answers eight scrapes, and then no more."""
+    result = CliRunner().invoke(app, ["top", "--server", server, "--interval", "0.1"])
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    assert len(lines) == 7
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d 0 running, 0 waiting, [\d,]+ tokens/s, τ 4\.03 \(3\.31 expected\), "
+        r"at 1\.\. 0\.[\d. ]+, KV cache \d+%, prefix cache 87%, 27% of drafts saved",
+        lines[0],
+    )
+    assert "the server was restarted" in lines[1]
+    assert "cannot be reached" in " ".join(result.stderr.split())
+
+
+def test_json_without_once_is_an_object_a_line(server):
+    result = CliRunner().invoke(app, ["top", "--server", server, "--interval", "0.1", "--json"])
+    assert result.exit_code == 1
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(found) == 7
+    assert found[0]["since_last"]["tau"] == pytest.approx(1 + (558 - 364) / 64)
+    assert found[1]["since_last"]["restarted"]
+
+
+def test_an_interrupt_ends_the_lines_quietly(monkeypatch):
+    snapshots = iter([snapshot_of(exposition("vllm", number)) for number in (1, 2)])
+
+    def metrics(_: ServerClient) -> MetricsSnapshot:
+        found = next(snapshots, None)
+        if found is None:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(ServerClient, "metrics", metrics)
+    result = CliRunner().invoke(app, ["top", "--server", "server", "--interval", "0.1"])
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 1
+    assert result.stderr == ""

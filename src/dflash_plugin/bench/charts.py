@@ -9,7 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 400, 270
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 44
-# Colours of the style sheet: .s0 to .s7.
+# Colors of the style sheet: .s0 to .s7.
 COLORS = 8
 
 
@@ -23,6 +23,7 @@ class Line:
         color: number of the style sheet's color.
         dashed: for a baseline.
         labels: beside the points; none by default.
+        notes: added to the points' tooltips; none by default.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Line:
     color: int
     dashed: bool = False
     labels: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def line_chart(
@@ -87,17 +89,18 @@ def line_chart(
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(_text(middle, HEIGHT - 6, x_title, "middle", "title"))
     for line in lines:
-        places = [(across(x), down(y)) for x, y in line.points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        pixels = [(across(x), down(y)) for x, y in line.points]
+        notes = [*(f", {note}" for note in line.notes), *[""] * len(pixels)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
         style = f"s{line.color % COLORS}" + (" dashed" if line.dashed else "")
         parts.append(f'<polyline class="{style}" points="{path}"/>')
-        for (x, y), (value_x, value_y) in zip(places, line.points, strict=True):
-            tip = f"{line.name}: {_number(value_x)}, {value_y:.4g}"
+        for (x, y), (value_x, value_y), note in zip(pixels, line.points, notes, strict=False):
+            tip = f"{line.name}: {_number(value_x)}, {value_y:.4g}{note}"
             parts.append(
                 f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
                 f"<title>{escape(tip)}</title></circle>"
             )
-        for (x, y), label in zip(places, line.labels, strict=False):
+        for (x, y), label in zip(pixels, line.labels, strict=False):
             parts.append(_text(x + 5, y - 6, label, "start"))
     parts.append("</svg>")
     return f'<p class="ytitle">{escape(y_title)}</p>' + "".join(parts) + _legend(lines)

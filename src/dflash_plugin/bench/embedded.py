@@ -10,7 +10,8 @@ from typing import Any
 from dflash_plugin.bench.evaluate import machine
 from dflash_plugin.bench.http_endpoint import token_texts
 from dflash_plugin.bench.measurements import Counters, KeptPasses, OnDone, RequestTrace, turns_of
-from dflash_plugin.bench.schema import Pass, Role, Server, Settings
+from dflash_plugin.bench.schema import KeptPass, Role, Server, Settings
+from dflash_plugin.decoding.acceptance import histogram
 from dflash_plugin.decoding.sampling import SamplingParams
 from dflash_plugin.prompts import Message, Prompt, encode
 from dflash_plugin.transformers.engine import Engine, generate_timed
@@ -29,6 +30,7 @@ class EmbeddedEngine:
         name: of the target.
         adaptive: verify as many drafts as pay.
         record_drafts: so that answers can be kept with their rejected drafts.
+        drafter_name: of the drafter.
     """
 
     by_request = "the engine's passes of each request"
@@ -42,9 +44,11 @@ class EmbeddedEngine:
         name: str,
         adaptive: bool = False,
         record_drafts: bool = False,
+        drafter_name: str | None = None,
     ) -> None:
         self.target, self.tokenizer, self.drafter = target, tokenizer, drafter
         self.name, self.adaptive, self.record_drafts = name, adaptive, record_drafts
+        self.drafter_name = drafter_name
         self.engine: Engine | None = None
         self.tokens = self.passes = 0
         self.drafted: dict[tuple[str, int], tuple[list[int], list[int], list[list[int]]]] = {}
@@ -53,6 +57,7 @@ class EmbeddedEngine:
         """What it is."""
         facts = machine(self.target)
         config = self.drafter.config if self.drafter is not None else None
+        named = {"drafter": self.drafter_name} if self.drafter_name else {}
         return Server(
             role=role,
             engine="transformers",
@@ -62,7 +67,7 @@ class EmbeddedEngine:
             speculative=config is not None,
             num_drafts=config.num_draft_tokens if config else None,
             gpu=facts["device"],
-            flags={**facts, "adaptive": self.adaptive},
+            flags={**facts, **named, "adaptive": self.adaptive},
         )
 
     def counters(self) -> Counters:
@@ -78,7 +83,7 @@ class EmbeddedEngine:
             },
         )
 
-    def fill_passes(self, observations: Sequence[RequestTrace], grown: Counters) -> str | None:
+    def fill_passes(self, observations: Sequence[RequestTrace], increase: Counters) -> str | None:
         """They are known."""
         return None if self.drafter is not None else "there is no drafter"
 
@@ -94,12 +99,13 @@ class EmbeddedEngine:
             active = [number for number, mine in enumerate(turns) if turn < len(mine)]
             for number in active:
                 talks[number] += turns[number][turn]
-            asked = [talks[number] for number in active]
             observations = [
                 RequestTrace(prompts[number].id, turn, turns[number][turn][-1].content)
                 for number in active
             ]
-            seconds += self._generate(asked, observations, concurrency, settings, on_done)
+            seconds += self._generate(
+                [talks[number] for number in active], observations, concurrency, settings, on_done
+            )
             for number, observation in zip(active, observations, strict=True):
                 talks[number].append(Message(role="assistant", content=observation.text or " "))
                 found[number, turn] = observation
@@ -107,7 +113,7 @@ class EmbeddedEngine:
 
     def _generate(
         self,
-        asked: list[list[Message]],
+        talks: list[list[Message]],
         observations: list[RequestTrace],
         concurrency: int,
         settings: Settings,
@@ -122,38 +128,41 @@ class EmbeddedEngine:
                 stop_ids,
                 sampling,
             )
-            for messages in asked
+            for messages in talks
         ]
         longest = max(len(request.prompt) for request in requests)
         engine = self._engine(min(concurrency, len(requests)), longest + settings.max_tokens)
+        stops = engine.stop_ids if stop_ids is None else stop_ids
         times: list[list[float]] = [[] for _ in requests]
+        ended: list[float] = []
 
         def stamp(index: int, tokens: list[int]) -> None:
-            times[index].append(time.perf_counter())
+            now, observation = time.perf_counter(), observations[index]
+            times[index].append(now)
             self.tokens += len(tokens)
             self.passes += len(times[index]) > 1
-            observations[index].chunks.append(len(tokens))
+            observation.chunks.append(len(tokens))
+            observation.token_ids += tokens
+            observation.tokens += len(tokens)
+            if observation.tokens < settings.max_tokens and tokens[-1] not in stops:
+                return
+            # A request is sent when the one whose slot it takes has ended.
+            sent = start if index < engine.max_batch else ended[index - engine.max_batch]
+            observation.first, observation.last = times[index][0] - sent, now - sent
+            if self.drafter is not None:
+                observation.passes = len(times[index]) - 1
+            ended.append(now)
+            on_done(observation)
 
         start = time.perf_counter()
         results, seconds = generate_timed(engine, requests, stamp)
-        # A request is sent when the one whose place it takes has ended.
-        freed = sorted(stamps[-1] for stamps in times)
-        for number, (result, stamps) in enumerate(zip(results, times, strict=True)):
-            observation = observations[number]
-            sent = start if number < engine.max_batch else freed[number - engine.max_batch]
-            observation.tokens = len(result.tokens)
-            observation.token_ids = result.tokens
-            observation.first, observation.last = stamps[0] - sent, stamps[-1] - sent
+        for observation, result in zip(observations, results, strict=True):
             observation.text = self.tokenizer.decode(result.tokens, skip_special_tokens=True)
             if self.drafter is not None:
-                observation.passes = len(result.committed)
-                observation.accepted = [
-                    result.accepted.count(n) for n in range(engine.num_drafts + 1)
-                ]
+                observation.accepted = histogram(result.accepted, engine.num_drafts)
                 if self.record_drafts:
                     key = observation.prompt_id, observation.turn
                     self.drafted[key] = result.accepted, result.committed, result.drafted
-            on_done()
         return seconds
 
     def _engine(self, batch: int, length: int) -> Engine:
@@ -185,6 +194,6 @@ class EmbeddedEngine:
             kept = min(right, count)
             rejected = [self.tokenizer.decode([draft]) for draft in drafts[right:]]
             bonus = run[kept] if kept < count else None
-            passes.append(Pass(accepted=run[:kept], bonus=bonus, rejected=rejected))
+            passes.append(KeptPass(accepted=run[:kept], bonus=bonus, rejected=rejected))
             at += count
         return KeptPasses(texts[:1], passes, True, "the engine tells what each pass drafted")

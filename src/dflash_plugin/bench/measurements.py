@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from dflash_plugin.bench.schema import Pass, Role, Server, Settings
+from dflash_plugin.bench.schema import KeptPass, Role, Server, Settings
 from dflash_plugin.prompts import Message, Prompt
-
-OnDone = Callable[[], None]
 
 
 @dataclass
@@ -53,9 +51,12 @@ class RequestTrace:
         return (self.last - self.first) / rest if rest > 0 else None
 
 
+OnDone = Callable[[RequestTrace], None]
+
+
 @dataclass(frozen=True)
 class Counters:
-    """A server's counters, or how they grew; None where it has none.
+    """A server's counters, or their increase; None where it has none.
 
     Attributes:
         tokens: output tokens.
@@ -70,9 +71,9 @@ class Counters:
     sources: dict[str, str]
 
     def since(self, before: Counters) -> Counters:
-        """By how much they grew."""
+        """The increase."""
 
-        def grown(now: int | None, then: int | None) -> int | None:
+        def difference(now: int | None, then: int | None) -> int | None:
             return None if now is None or then is None else now - then
 
         accepted = None
@@ -80,18 +81,18 @@ class Counters:
             then = before.accepted or (0,) * len(self.accepted)
             accepted = tuple(a - b for a, b in zip(self.accepted, then, strict=True))
         return Counters(
-            grown(self.tokens, before.tokens),
-            grown(self.passes, before.passes),
+            difference(self.tokens, before.tokens),
+            difference(self.passes, before.passes),
             accepted,
             self.sources,
         )
 
 
 class KeptPasses(NamedTuple):
-    """An answer by its passes; see ``record.KeptText``."""
+    """An answer by its passes; see ``schema.KeptText``."""
 
     first: list[str]
-    passes: list[Pass]
+    passes: list[KeptPass]
     exact: bool
     note: str
 
@@ -122,13 +123,14 @@ class Endpoint(Protocol):
             prompts: started in this order.
             concurrency: requests in flight.
             settings: of the requests.
-            on_done: called after each request.
+            on_done: called with each request that is finished, in the order of finishing; what it
+                was called with stays when the run is interrupted.
 
         Returns:
             Observations in the order of prompts and turns, and the seconds of the whole run.
         """
 
-    def fill_passes(self, observations: Sequence[RequestTrace], grown: Counters) -> str | None:
+    def fill_passes(self, observations: Sequence[RequestTrace], increase: Counters) -> str | None:
         """Set the requests' ``passes`` of one run; why they are not known, or None."""
 
     def passes_of(self, observation: RequestTrace) -> KeptPasses | None:

@@ -1,6 +1,6 @@
 """The numbers of a cell, from observed requests and a server's counters.
 
-τ is the number of tokens committed per verify pass, the bonus token included. The first token of an
+τ is the number of tokens committed per verify pass (``decoding.acceptance``). The first token of an
 answer comes from the prompt's own pass and does not count; drafts that a stop or the limit cuts off
 do not count either. With committed tokens cᵢ and passes pᵢ of request i:
 
@@ -14,26 +14,45 @@ Requests without a verify pass are left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
 
 from dflash_plugin.bench.measurements import Counters, RequestTrace
-from dflash_plugin.bench.schema import Acceptance, Cell, Check, Percentiles, Repeat, Role, Tau
+from dflash_plugin.bench.schema import (
+    Cell,
+    CountCheck,
+    Percentiles,
+    PositionRates,
+    Repeat,
+    Role,
+    Tau,
+)
+from dflash_plugin.decoding.acceptance import Acceptance, tau
 
+INTERRUPTED = Counters(
+    None,
+    None,
+    None,
+    dict.fromkeys(
+        ("tokens", "passes", "accepted"),
+        "the run was interrupted: the server's counters hold requests that were not finished",
+    ),
+)
 AVERAGES = ("mean_per_request", "pooled", "token_weighted")
 
 
 def mean_per_request(committed: Sequence[int], passes: Sequence[int]) -> float | None:
     """Mean of each request's tokens per pass."""
-    taus = [c / p for c, p in zip(committed, passes, strict=True) if p]
+    taus = [t for c, p in zip(committed, passes, strict=True) if (t := tau(c, p)) is not None]
     return sum(taus) / len(taus) if taus else None
 
 
 def pooled(committed: Sequence[int], passes: Sequence[int]) -> float | None:
     """Tokens of all requests per pass of all requests."""
     kept = [(c, p) for c, p in zip(committed, passes, strict=True) if p]
-    return sum(c for c, _ in kept) / sum(p for _, p in kept) if kept else None
+    return tau(sum(c for c, _ in kept), sum(p for _, p in kept))
 
 
 def token_weighted(committed: Sequence[int], passes: Sequence[int]) -> float | None:
@@ -43,46 +62,40 @@ def token_weighted(committed: Sequence[int], passes: Sequence[int]) -> float | N
     return sum(c * c / p for c, p in kept) / weight if weight else None
 
 
-def conditional(unconditional: Sequence[float]) -> list[float | None]:
-    """Share of passes that accepted position k, among those that accepted all before it."""
-    before = [1.0, *unconditional[:-1]]
-    return [now / then if then else None for now, then in zip(unconditional, before, strict=True)]
-
-
 def percentiles(seconds: Sequence[float]) -> Percentiles | None:
-    """In milliseconds, interpolated between the nearest two; None of nothing."""
+    """50th, 90th and 99th, in milliseconds, interpolated; None without a value."""
     if not seconds:
         return None
     p50, p90, p99 = np.percentile(np.asarray(seconds) * 1000, [50, 90, 99]).tolist()
     return Percentiles(p50=round(p50, 3), p90=round(p90, 3), p99=round(p99, 3))
 
 
-def read_passes_off_chunks(observations: Sequence[RequestTrace], grown: Counters) -> str | None:
+def read_passes_off_chunks(observations: Sequence[RequestTrace], increase: Counters) -> str | None:
     """Take streamed chunks for verify passes, if there are exactly as many.
 
     Args:
         observations: of one run; their ``passes`` are set.
-        grown: the server's counters over the run.
+        increase: of the server's counters over the run.
 
     Returns:
         Why it cannot be done, or None.
     """
-    if grown.passes is None:
-        return grown.sources["passes"]
+    if increase.passes is None:
+        return increase.sources["passes"]
     if not all(o.chunks and sum(o.chunks) == o.tokens for o in observations):
         return "the streamed chunks do not tell their tokens"
     chunks = sum(len(o.chunks) - 1 for o in observations)
-    if chunks != grown.passes:
+    if chunks != increase.passes:
         return (
-            f"{chunks} chunks were streamed for {grown.passes} verify passes, so a chunk is not a "
-            "pass"
+            f"{chunks} chunks were streamed for {increase.passes} verify passes, so a chunk is "
+            "not a pass"
         )
     for observation in observations:
         observation.passes = len(observation.chunks) - 1
     return None
 
 
-def check_counts(observations: Sequence[RequestTrace], grown: Counters) -> list[Check]:
+def check_counts(observations: Sequence[RequestTrace], increase: Counters) -> list[CountCheck]:
     """Compare what the answers say with the server's counters."""
     passes = [o.passes for o in observations if o.passes is not None]
     counted = {
@@ -90,27 +103,27 @@ def check_counts(observations: Sequence[RequestTrace], grown: Counters) -> list[
         "passes": sum(passes) if len(passes) == len(observations) else None,
     }
     return [
-        _check("tokens", counted["tokens"], grown.tokens, grown.sources["tokens"]),
-        _check("passes", counted["passes"], grown.passes, grown.sources["passes"]),
+        _check("tokens", counted["tokens"], increase.tokens, increase.sources["tokens"]),
+        _check("passes", counted["passes"], increase.passes, increase.sources["passes"]),
     ]
 
 
-def _check(what: str, client: int | None, server: int | None, source: str) -> Check:
+def _check(what: str, client: int | None, server: int | None, source: str) -> CountCheck:
     agrees = None if client is None or server is None else client == server
     note = source if client is not None else f"{source}; the answers do not tell theirs"
-    return Check.model_validate(
+    return CountCheck.model_validate(
         {"what": what, "client": client, "server": server, "agrees": agrees, "note": note}
     )
 
 
 def tau_of(
-    observations: Sequence[RequestTrace], grown: Counters, by_request: str, missing: str | None
+    observations: Sequence[RequestTrace], increase: Counters, by_request: str, missing: str | None
 ) -> Tau:
     """The three averages.
 
     Args:
         observations: of all runs of a cell.
-        grown: the server's counters over these runs.
+        increase: of the server's counters over these runs.
         by_request: where the requests' passes come from.
         missing: why they are not known, or None.
     """
@@ -126,79 +139,95 @@ def tau_of(
         sources = {name: none if values[name] is None else by_request for name in AVERAGES}
         return Tau(sources=sources, **values)
     sources = dict.fromkeys(AVERAGES, missing)
-    if not grown.passes:
+    if not increase.passes:
         return Tau(sources=sources)
     # A pass without drafts commits one token, and vLLM does not count it.
-    total, counted = sum(committed), grown.passes + sum(grown.accepted or ())
-    undrafted = max(0, total - counted) if grown.accepted is not None else 0
-    sources["pooled"] = f"tokens of the answers over passes by {grown.sources['passes']}"
+    total, counted = sum(committed), increase.passes + sum(increase.accepted or ())
+    undrafted = max(0, total - counted) if increase.accepted is not None else 0
+    sources["pooled"] = f"tokens of the answers over passes by {increase.sources['passes']}"
     if undrafted:
         sources["pooled"] += f" and {undrafted} passes without drafts"
-    return Tau(pooled=total / (grown.passes + undrafted), sources=sources)
+    return Tau(pooled=total / (increase.passes + undrafted), sources=sources)
 
 
 def acceptance_of(
-    observations: Sequence[RequestTrace], grown: Counters, by_request: str
-) -> Acceptance:
+    observations: Sequence[RequestTrace], increase: Counters, by_request: str
+) -> PositionRates:
     """Accepted drafts by position, from the requests' own counts or else from the server's."""
     histograms = [o.accepted for o in observations if o.accepted is not None]
     if histograms and len(histograms) == len(observations):
-        width = max(map(len, histograms))
-        total = [sum(h[n] for h in histograms if n < len(h)) for n in range(width)]
-        passes, source = sum(total), by_request
-        accepted = [sum(total[position:]) for position in range(1, width)]
-    elif grown.accepted is not None and grown.passes:
-        passes, source = grown.passes, grown.sources["accepted"]
-        accepted = list(grown.accepted)
+        length = max(map(len, histograms))
+        total = [sum(h[n] for h in histograms if n < len(h)) for n in range(length)]
+        counted, source = Acceptance.of_histogram(total), by_request
+    elif increase.accepted is not None and increase.passes:
+        counted, source = (
+            Acceptance(increase.passes, increase.accepted),
+            increase.sources["accepted"],
+        )
     else:
-        return Acceptance(source=grown.sources["accepted"])
-    if not passes or not accepted:
-        return Acceptance(source="no request had a verify pass")
-    shares = [count / passes for count in accepted]
-    return Acceptance(unconditional=shares, conditional=conditional(shares), source=source)
+        return PositionRates(source=increase.sources["accepted"])
+    if not counted.rates:
+        return PositionRates(source="no request had a verify pass")
+    return PositionRates(
+        unconditional=counted.rates, conditional=counted.conditional_rates, source=source
+    )
 
 
-def make_cell(
-    role: Role,
-    set_name: str,
-    concurrency: int,
-    repeats: list[Repeat],
-    observations: Sequence[RequestTrace],
-    grown: Sequence[Counters],
-    by_request: str,
-    missing: str | None,
-) -> Cell:
+@dataclass
+class Runs:
+    """The timed runs of one cell.
+
+    Attributes:
+        repeats: of the runs; one that was interrupted is the last.
+        requests: of all runs, for latencies.
+        counted: requests whose verify passes count: those of whole runs, and of an interrupted one
+            where the answers tell their own passes.
+        increases: of the server's counters over each whole run.
+        whole: runs that were not interrupted.
+        missing: why the requests' passes are not known, or None.
+    """
+
+    repeats: list[Repeat] = field(default_factory=list)
+    requests: list[RequestTrace] = field(default_factory=list)
+    counted: list[RequestTrace] = field(default_factory=list)
+    increases: list[Counters] = field(default_factory=list)
+    whole: int = 0
+    missing: str | None = None
+
+
+def make_cell(role: Role, set_name: str, concurrency: int, runs: Runs, by_request: str) -> Cell:
     """Put a cell together.
 
     Args:
         role, set_name, concurrency: which.
-        repeats: its runs.
-        observations: of all of them.
-        grown: how the server's counters grew over each.
+        runs: at least one.
         by_request: where the requests' passes come from.
-        missing: why they are not known, or None.
     """
-    total = add(grown)
-    tpot = [s for o in observations if (s := o.seconds_per_token) is not None]
+    total = add(runs.increases) if runs.increases else INTERRUPTED
+    tpot = [s for o in runs.requests if (s := o.seconds_per_token) is not None]
     spread = percentiles(tpot)
-    passes = total.passes if missing else sum(o.passes or 0 for o in observations)
+    missing = runs.missing
+    if not runs.counted and missing is None:
+        missing = total.sources["passes"]
+    # An interrupted run ends with requests under way, whose tokens are missing from its speed.
+    timed = runs.repeats[: runs.whole] or runs.repeats
     return Cell(
         role=role,
         set_name=set_name,
         concurrency=concurrency,
-        repeats=repeats,
-        tokens_per_second=round(median(r.tokens_per_second for r in repeats), 2),
+        repeats=runs.repeats,
+        tokens_per_second=round(median(r.tokens_per_second for r in timed), 2),
         per_user=round(1000 / spread.p50, 2) if spread and spread.p50 else None,
-        ttft_ms=percentiles([o.first for o in observations if o.tokens]),
+        ttft_ms=percentiles([o.first for o in runs.requests if o.tokens]),
         tpot_ms=spread,
-        passes=passes,
-        tau=tau_of(observations, total, by_request, missing),
-        acceptance=acceptance_of(observations, total, by_request),
+        passes=total.passes if missing else sum(o.passes or 0 for o in runs.counted),
+        tau=tau_of(runs.counted, total, by_request, missing),
+        acceptance=acceptance_of(runs.counted, total, by_request),
     )
 
 
 def add(counters: Sequence[Counters]) -> Counters:
-    """The sum; None where one of them is."""
+    """The sum; a part of it is None where it is None in one of them."""
 
     def total(values: list[int | None]) -> int | None:
         known = [value for value in values if value is not None]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from importlib.resources import files
 from statistics import geometric_mean
@@ -11,13 +12,16 @@ from dflash_plugin.bench.charts import Line, line_chart
 from dflash_plugin.bench.schema import Cell, KeptText, Record, Role, Server
 from dflash_plugin.errors import DFlashError
 
+# The drafter in the command that started a server, as an option or within --speculative-config.
+DRAFTER_OPTION = re.compile(r"--speculative-(?:draft-)?model(?:-path)?[= ]+['\"]?([^\s'\"]+)")
+DRAFTER_IN_CONFIG = re.compile(r"--speculative-config.*?\"model\"\s*:\s*\"([^\"]+)\"")
 COLUMNS = {
     "in flight": "Requests that the client keeps under way; when one ends, the next is sent.",
     "tokens/s": "Output tokens of all requests per second of wall time, prompts included; the "
     "median of the runs.",
     "speedup": "Tokens/s over those of the baseline, which ran the same prompts in turns.",
-    "per user": "Tokens/s that one reader sees once the answer has begun: 1 / median TPOT.",
-    "per GPU": "Tokens/s divided by the GPUs of the server.",
+    "per reader": "Tokens/s that one reader sees once the answer has begun: 1 / median TPOT.",
+    "per device": "Tokens/s divided by the GPUs, or other devices, that the server runs on.",
     "τ pooled": "Tokens committed per verify pass over all passes: every pass weighs the same.",
     "τ mean": "The mean of each request's own τ: every request weighs the same.",
     "τ by tokens": "The mean of each request's τ weighted by its tokens: long answers weigh more.",
@@ -77,16 +81,17 @@ def _labels(records: Sequence[Record]) -> list[str]:
 
 def _introduction(label: str, record: Record) -> str:
     settings, server = record.settings, record.servers[0]
+    engine = f"{server.engine} {server.version or ''}".strip()
+    named = "" if label == engine else f"{escape(engine)}, "
     text = (
-        f"<p><strong>{escape(label)}</strong>: {escape(server.engine)} "
-        f"{escape(server.version or '')}, {escape(_model(server))} on "
+        f"<p><strong>{escape(label)}</strong>: {named}{escape(_pair(server))} on "
         f"{escape(_machine(server))}, {escape(record.created[:10])}, at most "
         f"{settings.max_tokens} tokens an answer, temperature {settings.temperature:g}.</p>"
     )
     if not record.complete:
         text += (
             f'<p class="warn">{escape(label)} was stopped before its end: cells are missing, or '
-            "have fewer runs than asked for.</p>"
+            "have fewer runs than asked for, or a run with fewer requests.</p>"
         )
     differ = [
         f"{cell.set_name} ×{cell.concurrency} ({cell.role})"
@@ -109,8 +114,45 @@ def _introduction(label: str, record: Record) -> str:
     return text
 
 
-def _model(server: Server) -> str:
-    return server.model.rstrip("/").rsplit("/", 1)[-1]
+def _pair(server: Server) -> str:
+    """The target and its drafter by name."""
+    name = _last_part(server.model)
+    if not server.speculative:
+        return f"{name} without a drafter"
+    drafter = drafter_of(server)
+    return f"{name} with drafter {_last_part(drafter) if drafter else '(name untold)'}"
+
+
+def drafter_of(server: Server) -> str | None:
+    """The drafter's directory or name, from how the server runs; None where that is not told."""
+    flags = server.flags
+    if isinstance(flags, str):
+        found = DRAFTER_OPTION.search(flags) or DRAFTER_IN_CONFIG.search(flags)
+        return found[1] if found else None
+    if not flags:
+        return None
+    speculative = flags.get("speculative_config")
+    if isinstance(speculative, dict) and speculative.get("model"):
+        return str(speculative["model"])
+    named = flags.get("speculative_draft_model_path") or flags.get("drafter")
+    return str(named) if named else None
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def device_of(server: Server) -> str:
+    """What the server runs on, in one word: GPU, CPU or, where that is not known, device."""
+    flags = server.flags if isinstance(server.flags, dict) else {}
+    if flags.get("device") == "cpu" or re.search(r", \d+ cores$", server.gpu or ""):
+        return "CPU"
+    return "GPU" if server.gpu else "device"
+
+
+def _devices_of(servers: Iterable[Server]) -> str:
+    kinds = {device_of(server) for server in servers}
+    return kinds.pop() if len(kinds) == 1 else "device"
 
 
 def _machine(server: Server) -> str:
@@ -127,9 +169,12 @@ def _levels(record: Record, role: Role = "measured") -> list[int]:
 
 
 def speedup(record: Record, cell: Cell) -> float | None:
-    """Tokens/s of a cell over the baseline's, or None where that is missing."""
+    """Tokens/s of a cell over the baseline's; None where that is missing or was interrupted."""
     alone = record.cell("baseline", cell.set_name, cell.concurrency)
     if alone is None or not alone.tokens_per_second:
+        return None
+    # Only the last run can be interrupted. Where it is the first, it answered fewer prompts.
+    if cell.repeats[0].requests != alone.repeats[0].requests:
         return None
     return cell.tokens_per_second / alone.tokens_per_second
 
@@ -150,61 +195,90 @@ def mean_over_sets(
 
 
 def _headlines(label: str, record: Record) -> str:
+    """Cards of the smallest and the largest concurrency, each headed by what it shows."""
     levels = _levels(record)
     if not levels:
         return ""
     few, many = levels[0], levels[-1]
-    gains = [
-        (mean_over_sets(record, n, lambda cell: speedup(record, cell)) or 0, n) for n in levels
-    ]
-    best, at = max(gains)
     tau = mean_over_sets(record, few, lambda cell: cell.tau.pooled)
     first = mean_over_sets(record, few, _first_draft)
-    user = mean_over_sets(record, few, lambda cell: cell.per_user)
-    every = mean_over_sets(record, many, lambda cell: cell.tokens_per_second)
-    gpus = record.servers[0].gpus
-    numbers = [
-        (
-            best,
-            f"{best:.2f}×",
-            f"With {at} in flight this server writes {best:.2f} times as many tokens a second as "
-            "the baseline (geometric mean over the sets), which is the most of all concurrencies.",
-        ),
-        (
-            tau,
-            f"τ {tau:.2f}" if tau else "",
-            "A verify pass commits so many tokens on average (geometric mean over the sets), the "
-            f"target's own bonus token included, with {few} in flight; without a drafter it is 1.",
-        ),
-        (
-            first,
-            f"{first:.0%}" if first else "",
-            "So many of the verify passes accept the first draft; a later draft counts only if all "
-            "before it are accepted.",
-        ),
-        (
-            user,
-            f"{user:,.1f} tokens/s" if user else "",
-            f"So fast one reader sees an answer grow with {few} in flight, once it has begun.",
-        ),
-        (
-            every,
-            f"{every:,.1f} tokens/s" if every else "",
-            f"So much the server writes for all readers together with {many} in flight, "
-            + ("on one device." if gpus == 1 else f"on {gpus} devices."),
-        ),
-    ]
-    cards = [_card(label, number, sentence) for value, number, sentence in numbers if value]
-    return f'<div class="grid">{"".join(cards)}</div>'
+    reader = mean_over_sets(record, few, lambda cell: cell.per_user)
+    total = mean_over_sets(record, many, lambda cell: cell.tokens_per_second)
+    server = record.servers[0]
+    device = device_of(server)
+    where = f"one {device}" if server.gpus == 1 else f"{server.gpus} {device}s"
+    cards = [_speedup_card(record)]
+    if tau:
+        cards.append(
+            _card(
+                f"Acceptance length, {few} in flight",
+                f"τ {tau:.2f}",
+                "Tokens that a verify pass commits on average (geometric mean over the sets), the "
+                "target's own bonus token included. Without a drafter it is 1.",
+            )
+        )
+    if first:
+        cards.append(
+            _card(
+                f"First draft accepted, {few} in flight",
+                f"{first:.0%}",
+                "Share of the verify passes that accept the first draft. A later draft counts "
+                "only if all before it are accepted.",
+            )
+        )
+    if reader:
+        cards.append(
+            _card(
+                f"One reader, {few} in flight",
+                f"{reader:,.1f} tokens/s",
+                "Speed at which one reader sees an answer grow, once it has begun.",
+            )
+        )
+    if total:
+        cards.append(
+            _card(
+                f"All readers, {many} in flight",
+                f"{total:,.1f} tokens/s",
+                f"Tokens that the server writes for all readers together, on {where}.",
+            )
+        )
+    return f'<h3>{escape(label)}</h3><div class="grid">{"".join(cards)}</div>'
+
+
+def _speedup_card(record: Record) -> str:
+    """Speedup at the smallest and the largest concurrency, and its range over all."""
+    found = {
+        n: mean_over_sets(record, n, lambda cell: speedup(record, cell)) for n in _levels(record)
+    }
+    gains = {level: gain for level, gain in found.items() if gain}
+    if not gains:
+        return ""
+    ends = list(dict.fromkeys((min(gains), max(gains))))
+    sentence = (
+        "Tokens a second over those of the baseline, which ran the same prompts in turns "
+        "(geometric mean over the sets)."
+    )
+    if len(gains) > 2:
+        best = max(gains, key=lambda level: gains[level])
+        worst = min(gains, key=lambda level: gains[level])
+        sentence += (
+            f" Over {len(gains)} concurrencies it is {gains[worst]:.2f}× ({worst} in flight) to "
+            f"{gains[best]:.2f}× ({best} in flight)."
+        )
+    return _card(
+        f"Speedup, {' and '.join(map(str, ends))} in flight",
+        " and ".join(f"{gains[level]:.2f}×" for level in ends),
+        sentence,
+    )
 
 
 def _first_draft(cell: Cell) -> float | None:
     return cell.acceptance.unconditional[0] if cell.acceptance.unconditional else None
 
 
-def _card(label: str, number: str, sentence: str) -> str:
+def _card(title: str, number: str, sentence: str) -> str:
     return (
-        f'<div class="card"><h3>{escape(label)}</h3><div class="number">{escape(number)}</div>'
+        f'<div class="card"><h3>{escape(title)}</h3><div class="number">{escape(number)}</div>'
         f"<p>{escape(sentence)}</p></div>"
     )
 
@@ -230,7 +304,7 @@ def _speeds(runs: Sequence[tuple[str, Record]]) -> str:
 
 
 def _speed_charts(runs: Sequence[tuple[str, Record]], only: str | None) -> str:
-    """Speedup, and one user against the GPU, of one set or of the mean over all."""
+    """Speedup, and one reader against all, of one set or of the mean over all."""
     gains, trades = [], []
     for color, (label, record) in enumerate(runs):
         gains.append(_gain_line(label, record, only, color))
@@ -238,6 +312,7 @@ def _speed_charts(runs: Sequence[tuple[str, Record]], only: str | None) -> str:
     gains = [line for line in gains if line.points]
     trades = [line for line in trades if line.points]
     where = "geometric mean over the sets" if only is None else only
+    device = _devices_of(server for _, record in runs for server in record.servers)
     return _figure(
         "Speedup against concurrency",
         line_chart(gains, "requests in flight", "speedup", powers=True, level=1.0),
@@ -246,10 +321,10 @@ def _speed_charts(runs: Sequence[tuple[str, Record]], only: str | None) -> str:
         if gains
         else "A speedup needs a baseline: measure with --baseline URL.",
     ) + _figure(
-        "One user against the GPU",
-        line_chart(trades, "tokens/s of one user", "tokens/s of one GPU"),
-        f"What a reader sees against what a GPU writes in all ({where}); the numbers at the points "
-        "are requests in flight, and further up and to the right is better.",
+        f"One reader against the whole {device}",
+        line_chart(trades, "tokens/s of one reader", f"tokens/s of one {device}"),
+        f"What one reader sees against what a {device} writes in all ({where}); the numbers at the "
+        "points are requests in flight, and further up and to the right is better.",
     )
 
 
@@ -291,8 +366,8 @@ def _acceptance(runs: Sequence[tuple[str, Record]]) -> str:
         level = found[0].concurrency
         shares, given = [], []
         for color, cell in enumerate(found):
-            shares.append(_positions(cell.set_name, cell.acceptance.unconditional or [], color))
-            given.append(_positions(cell.set_name, cell.acceptance.conditional or [], color))
+            shares.append(_positions(cell, color, conditional=False))
+            given.append(_positions(cell, color, conditional=True))
         figures.append(
             _figure(
                 f"{label}: accepted at position k",
@@ -306,8 +381,9 @@ def _acceptance(runs: Sequence[tuple[str, Record]]) -> str:
             _figure(
                 f"{label}: accepted if all before it were",
                 line_chart(given, "position of the draft", "share of passes", whole=True, top=1),
-                "The same among passes that accepted all earlier drafts: how good the drafter is "
-                "at each position when what it builds on is right.",
+                "The same among the passes that accepted all earlier drafts: how good the drafter "
+                "is at each position when what it builds on is right. Their number n falls from "
+                "position to position; few passes tell little.",
             )
         )
     return f'<h2>Acceptance by position</h2><div class="grid wide">{"".join(figures)}</div>'
@@ -318,9 +394,24 @@ def _first_accepting(record: Record, name: str) -> Cell | None:
     return next((cell for cell in cells if cell and cell.acceptance.unconditional), None)
 
 
-def _positions(name: str, shares: Sequence[float | None], color: int) -> Line:
-    points = [(float(k), share) for k, share in enumerate(shares, start=1) if share is not None]
-    return Line(name, points, color)
+def _positions(cell: Cell, color: int, *, conditional: bool) -> Line:
+    """A set's rates by position, with the number of passes behind each of them."""
+    every = cell.acceptance.unconditional or []
+    rates: Sequence[float | None] = (cell.acceptance.conditional or []) if conditional else every
+    reached = [1.0, *every[:-1]] if conditional else [1.0] * len(every)
+    points, notes, counts = [], [], []
+    for position, (rate, share) in enumerate(zip(rates, reached, strict=True), start=1):
+        if rate is None:
+            continue
+        points.append((float(position), rate))
+        if cell.passes is not None:
+            counts.append(round(share * cell.passes))
+            notes.append(f"n = {counts[-1]:,}")
+    name = cell.set_name
+    if counts:
+        last = f" to {counts[-1]:,}" if counts[-1] != counts[0] else ""
+        name += f", n = {counts[0]:,}{last} passes"
+    return Line(name, points, color, notes=notes)
 
 
 def _tables(runs: Sequence[tuple[str, Record]]) -> str:
@@ -421,9 +512,9 @@ def _answer(label: str, text: KeptText, number: int) -> str:
         f"τ {tokens / len(text.passes):.2f}"
     )
     spans = [escape("".join(text.first))]
-    for place, one in enumerate(text.passes, start=1):
+    for number_of_pass, one in enumerate(text.passes, start=1):
         rejected = one.rejected or []
-        title = f"pass {place}: {len(one.accepted)} accepted"
+        title = f"pass {number_of_pass}: {len(one.accepted)} accepted"
         if one.rejected is not None:
             title += f", {len(rejected)} rejected"
         inner = "".join(f'<span class="a">{_token(token)}</span>' for token in one.accepted)
@@ -461,7 +552,10 @@ def _circumstances(runs: Sequence[tuple[str, Record]]) -> str:
             text = f"{server.engine} {server.version or '(version untold)'}"
             if server.plugin_version:
                 text += f", dflash-plugin {server.plugin_version}"
-            text += f", {server.model}, {_machine(server)}"
+            text += f", {server.model}"
+            if server.speculative:
+                text += f", drafter {drafter_of(server) or '(untold: give --server-command)'}"
+            text += f", {_machine(server)}"
             if server.num_drafts:
                 text += f", {server.num_drafts} drafts a pass"
             rows[server.role] = text + "".join(f"; {note}" for note in server.notes)

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dflash_plugin.bench.redact import without_credentials
+from dflash_plugin.bench.output import partial_path
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.monitor.redact import without_credentials
 
 SCHEMA_VERSION: Literal[1] = 1
 Role = Literal["measured", "baseline"]
@@ -109,7 +110,7 @@ class Tau(_Model):
     sources: dict[str, str]
 
 
-class Acceptance(_Model):
+class PositionRates(_Model):
     """Accepted drafts by position.
 
     Attributes:
@@ -124,7 +125,7 @@ class Acceptance(_Model):
     source: str
 
 
-class Check(_Model):
+class CountCheck(_Model):
     """A count of the client beside the server's own.
 
     Attributes:
@@ -146,8 +147,9 @@ class Repeat(_Model):
     """One timed run of a cell.
 
     Attributes:
-        seconds: from the first request to the last answer.
-        requests: two a prompt of two turns.
+        seconds: from the first request to the last answer, or to the interruption.
+        requests: finished ones, two a prompt of two turns; fewer than in the other runs where this
+            one was interrupted.
         tokens: output tokens.
         tokens_per_second: the first over the second.
         client_busy: share of the time for which this client's process computed; near 1 it is the
@@ -160,7 +162,7 @@ class Repeat(_Model):
     tokens: int
     tokens_per_second: float
     client_busy: float | None
-    checks: list[Check]
+    checks: list[CountCheck]
 
 
 class Cell(_Model):
@@ -171,7 +173,8 @@ class Cell(_Model):
         set_name: prompt set.
         concurrency: requests in flight.
         repeats: timed runs; fewer than asked for where the measurement was stopped.
-        tokens_per_second: median of the runs.
+        tokens_per_second: median of the runs; one that was interrupted counts only where it is the
+            only one.
         per_user: tokens/s that one user sees once the answer has begun: 1 / median TPOT.
         ttft_ms: from sending a request to its first token.
         tpot_ms: mean time of a token after the first chunk, per request.
@@ -190,10 +193,10 @@ class Cell(_Model):
     tpot_ms: Percentiles | None
     passes: int | None
     tau: Tau
-    acceptance: Acceptance
+    acceptance: PositionRates
 
 
-class Pass(_Model):
+class KeptPass(_Model):
     """Tokens of one pass, as text.
 
     Attributes:
@@ -226,7 +229,7 @@ class KeptText(_Model):
     concurrency: int
     prompt: str
     first: list[str]
-    passes: list[Pass]
+    passes: list[KeptPass]
     exact: bool
     note: str
 
@@ -278,7 +281,7 @@ class Record(_Model):
         Raises:
             DFlashError: it cannot be written.
         """
-        part = path.with_name(path.name + ".part")
+        part = partial_path(path)
         try:
             part.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
             os.replace(part, path)

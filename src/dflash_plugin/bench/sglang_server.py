@@ -7,16 +7,20 @@ from typing import Any
 
 import httpx
 
-from dflash_plugin.bench.http_endpoint import HttpEndpoint, refused
+from dflash_plugin.bench.http_endpoint import HttpEndpoint
 from dflash_plugin.bench.measurements import Counters, RequestTrace
-from dflash_plugin.bench.redact import without_secrets
 from dflash_plugin.bench.schema import Role, Server, Settings
-from dflash_plugin.errors import DFlashError
-from dflash_plugin.monitor.client import plugin_states
+from dflash_plugin.monitor.metrics import (
+    DRAFTER_INFO,
+    NAMES,
+    SGLANG_VERIFY_CALLS,
+    ServerError,
+    plugin_states,
+)
+from dflash_plugin.monitor.redact import without_secrets
 from dflash_plugin.prompts import Message
 
-TOKENS = "sglang:generation_tokens_total"
-CALLS = "sglang:spec_verify_calls_total"
+TOKENS = NAMES["sglang"].generated
 NO_METRICS = "nothing: SGLang was started without --enable-metrics"
 PLUGIN = "/server_info internal_states.dflash_plugin"
 
@@ -33,8 +37,8 @@ class SglangServer(HttpEndpoint):
         self.speculative = bool(info.get("speculative_algorithm"))
         block = info.get("speculative_num_draft_tokens")
         plugin = plugin_states(info)
-        samples = self.samples()
-        version = samples.labels("dflash:drafter_info").get("plugin")
+        samples = self.client.samples()
+        version = samples.labels(DRAFTER_INFO).get("plugin")
         flags = without_secrets({k: v for k, v in info.items() if k != "internal_states"})
         sizes = [int(info.get(name) or 1) for name in ("tp_size", "pp_size")]
         # With data-parallel attention the ranks of a tensor-parallel group are divided up.
@@ -49,7 +53,7 @@ class SglangServer(HttpEndpoint):
             engine="sglang",
             version=info.get("version"),
             plugin_version=version or (plugin[0].get("version") if plugin else None),
-            url=self.shown,
+            url=self.client.display_url,
             model=str(info.get("model_path")),
             speculative=self.speculative,
             num_drafts=self.num_drafts or None,
@@ -58,27 +62,28 @@ class SglangServer(HttpEndpoint):
         )
 
     def _info(self) -> dict[str, Any]:
-        info = self.get_json("/server_info")
+        info = self.client.info()
         if info is None:
-            raise DFlashError(
-                f"{self.shown}/server_info is not there: give the root URL of an SGLang server"
+            raise ServerError(
+                f"{self.client.display_url}/server_info is not there: give the root URL of an "
+                "SGLang server"
             )
         return info
 
     def counters(self) -> Counters:
         """Prometheus where it is exported, else the plugin's passes; positions are in answers."""
-        samples, plugin = self.samples(), plugin_states(self._info())
+        samples, plugin = self.client.samples(), plugin_states(self._info())
         # SGLang names a counter only once it has counted.
         exported = samples.engine() == "sglang"
         tokens = samples.count(TOKENS)
         if tokens is None and exported:
             tokens = 0
-        passes = samples.count(CALLS)
+        passes = samples.count(SGLANG_VERIFY_CALLS)
         if passes is None and exported and self.speculative:
             passes = 0
         sources = {
             "tokens": TOKENS if tokens is not None else NO_METRICS,
-            "passes": CALLS,
+            "passes": SGLANG_VERIFY_CALLS,
             "accepted": "meta_info has no spec_correct_drafts_histogram",
         }
         if passes is None and plugin:
@@ -90,7 +95,7 @@ class SglangServer(HttpEndpoint):
             sources["passes"] = NO_METRICS
         return Counters(tokens, passes, None, sources)
 
-    def fill_passes(self, observations: Sequence[RequestTrace], grown: Counters) -> str | None:
+    def fill_passes(self, observations: Sequence[RequestTrace], increase: Counters) -> str | None:
         """The answers brought them."""
         if not self.speculative:
             return "the server has no drafter"
@@ -106,15 +111,13 @@ class SglangServer(HttpEndpoint):
         self, client: httpx.AsyncClient, messages: list[Message], settings: Settings
     ) -> tuple[str, dict[str, Any]]:
         """Have the server apply the chat template; the request itself is of token ids."""
-        ask: dict[str, Any] = {
+        body: dict[str, Any] = {
             "model": self.model,
             "messages": [message.model_dump() for message in messages],
         }
         if settings.thinking is not None:
-            ask["chat_template_kwargs"] = {"enable_thinking": settings.thinking}
-        answer = await client.post("/tokenize", json=ask)
-        if answer.status_code != 200:
-            raise refused(self.shown, "/tokenize", answer.status_code, answer.text)
+            body["chat_template_kwargs"] = {"enable_thinking": settings.thinking}
+        tokens = (await self.client.async_post_json(client, "/tokenize", body))["tokens"]
         sampling: dict[str, Any] = {
             "temperature": settings.temperature,
             "max_new_tokens": settings.max_tokens,
@@ -124,7 +127,7 @@ class SglangServer(HttpEndpoint):
         if settings.ignore_eos:
             sampling["ignore_eos"] = True
         return "/generate", {
-            "input_ids": answer.json()["tokens"],
+            "input_ids": tokens,
             "sampling_params": sampling,
             "stream": True,
         }
@@ -152,7 +155,4 @@ class SglangServer(HttpEndpoint):
     def detokenize(self, texts: list[list[int]]) -> list[str]:
         """Text of token ids."""
         body = {"model": self.model, "tokens": texts, "skip_special_tokens": False}
-        answer = self.request("POST", "/detokenize", body)
-        if answer.status_code != 200:
-            raise refused(self.shown, "/detokenize", answer.status_code, answer.text)
-        return list(answer.json()["text"])
+        return list(self.client.post_json("/detokenize", body)["text"])

@@ -12,14 +12,24 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from dflash_plugin.bench.http_endpoint import HttpEndpoint, settle
-from dflash_plugin.bench.measurements import Counters, Endpoint, RequestTrace, turns_of
-from dflash_plugin.bench.metrics import check_counts, make_cell
-from dflash_plugin.bench.redact import without_credentials
-from dflash_plugin.bench.schema import Cell, KeptText, Record, Repeat, Role, Server, Settings
+from dflash_plugin.bench.http_endpoint import HttpEndpoint
+from dflash_plugin.bench.measurements import Endpoint, RequestTrace, turns_of
+from dflash_plugin.bench.metrics import INTERRUPTED, Runs, check_counts, make_cell
+from dflash_plugin.bench.schema import (
+    Cell,
+    CountCheck,
+    KeptText,
+    Record,
+    Repeat,
+    Role,
+    Server,
+    Settings,
+)
 from dflash_plugin.bench.sglang_server import SglangServer
 from dflash_plugin.bench.vllm_server import VllmServer
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.monitor.client import ANSWER_TIMEOUT, ServerClient, settle
+from dflash_plugin.monitor.redact import without_credentials
 from dflash_plugin.prompts import Prompt
 
 Progress = Callable[[str, int, int], None]
@@ -31,20 +41,16 @@ def connect(url: str, api_key: str | None = None) -> HttpEndpoint:
     Raises:
         DFlashError: nothing does, or neither vLLM nor SGLang.
     """
-    url = url if "://" in url else f"http://{url}"
-    shown = without_credentials(url)
-    probe = VllmServer(url, api_key)
-    owners = {
-        model.get("owned_by") for model in (probe.get_json("/v1/models") or {}).get("data", [])
-    }
+    client = ServerClient(url, api_key, ANSWER_TIMEOUT)
+    models = client.get_json("/v1/models") or {}
+    owners = {model.get("owned_by") for model in models.get("data", [])}
     if "vllm" in owners:
-        return probe
-    sglang = SglangServer(url, api_key)
-    if "sglang" in owners or "internal_states" in (sglang.get_json("/server_info") or {}):
-        return sglang
+        return VllmServer(client)
+    if "sglang" in owners or "internal_states" in (client.info() or {}):
+        return SglangServer(client)
     raise DFlashError(
-        f"{shown} answers, but /v1/models names neither vllm nor sglang as owner: give the root "
-        "URL of `vllm serve` or `sglang.launch_server`"
+        f"{client.display_url} answers, but /v1/models names neither vllm nor sglang as owner: "
+        "give the root URL of `vllm serve` or `sglang.launch_server`"
     )
 
 
@@ -125,7 +131,10 @@ def sweep(
     keep_text: int,
     progress: Progress,
 ) -> None:
-    """Measure every cell and write the record after each run.
+    """Measure every cell and write the record after each run, also after one that was interrupted.
+
+    An interrupted run (Ctrl-C, a server that dies) keeps its finished requests; the record's
+    ``complete`` stays False.
 
     Args:
         record: takes the cells.
@@ -141,72 +150,99 @@ def sweep(
             if settings.warmup:
                 for role, endpoint in endpoints.items():
                     what = f"{set_name} ×{level} {role}, warm-up"
-                    _run(endpoint, prompts[:level], level, settings, what, progress)
-            gathered = {role: _Gathered(endpoint) for role, endpoint in endpoints.items()}
+                    _run(endpoint, prompts[:level], level, settings, what, progress, [])
+            runs = {role: Runs() for role in endpoints}
             for number in range(settings.repeats):
                 for role, endpoint in endpoints.items():
                     what = f"{set_name} ×{level} {role}, run {number + 1}/{settings.repeats}"
-                    seen = gathered[role].run(prompts, level, settings, what, progress)
-                    _put(record.cells, gathered[role].cell(role, set_name, level))
-                    if number == 0 and level == settings.concurrency[0]:
-                        record.texts += _keep(endpoint, seen[:keep_text], role, set_name, level)
-                    if output is not None:
-                        record.write(output)
+                    try:
+                        seen = _add_run(
+                            runs[role], endpoint, prompts, level, settings, what, progress
+                        )
+                        if number == 0 and level == settings.concurrency[0]:
+                            record.texts += _keep(endpoint, seen[:keep_text], role, set_name, level)
+                    finally:
+                        if runs[role].repeats:
+                            cell = make_cell(role, set_name, level, runs[role], endpoint.by_request)
+                            _put(record.cells, cell)
+                        if output is not None and record.cells:
+                            record.write(output)
     record.complete = True
     if output is not None:
         record.write(output)
 
 
-class _Gathered:
-    """The runs of one cell on one server so far."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-        self.repeats: list[Repeat] = []
-        self.observations: list[RequestTrace] = []
-        self.grown: list[Counters] = []
-        self.missing: str | None = None
-
-    def run(
-        self,
-        prompts: list[Prompt],
-        level: int,
-        settings: Settings,
-        what: str,
-        progress: Progress,
-    ) -> list[RequestTrace]:
-        endpoint = self.endpoint
-        before, busy = endpoint.counters(), time.process_time()
-        observations, seconds = _run(endpoint, prompts, level, settings, what, progress)
+def _add_run(
+    runs: Runs,
+    endpoint: Endpoint,
+    prompts: list[Prompt],
+    level: int,
+    settings: Settings,
+    what: str,
+    progress: Progress,
+) -> list[RequestTrace]:
+    """Run all prompts once and add the run; one that is interrupted adds its finished requests."""
+    done: list[RequestTrace] = []
+    busy, began = time.process_time(), time.perf_counter()
+    try:
+        before = endpoint.counters()
+        busy, began = time.process_time(), time.perf_counter()
+        traces, seconds = _run(endpoint, prompts, level, settings, what, progress, done)
         busy = time.process_time() - busy
-        tokens = sum(observation.tokens for observation in observations)
-        grown = settle(endpoint, before, tokens).since(before)
-        self.missing = endpoint.fill_passes(observations, grown) or self.missing
-        self.repeats.append(
-            Repeat(
-                seconds=round(seconds, 4),
-                requests=len(observations),
-                tokens=tokens,
-                tokens_per_second=round(tokens / seconds, 2),
-                client_busy=round(busy / seconds, 3) if endpoint.busy_client else None,
-                checks=check_counts(observations, grown),
-            )
-        )
-        self.observations += observations
-        self.grown.append(grown)
-        return observations
+        tokens = sum(trace.tokens for trace in traces)
+        after = settle(endpoint.counters, lambda now: _holds(now.since(before).tokens, tokens))
+    except BaseException:
+        if done:
+            seconds, busy = time.perf_counter() - began, time.process_time() - busy
+            _add_interrupted(runs, endpoint, done, seconds, busy)
+        raise
+    increase = after.since(before)
+    runs.missing = endpoint.fill_passes(traces, increase) or runs.missing
+    checks = check_counts(traces, increase)
+    runs.repeats.append(_repeat(endpoint, traces, seconds, busy, checks))
+    runs.requests += traces
+    runs.counted += traces
+    runs.increases.append(increase)
+    runs.whole += 1
+    return traces
 
-    def cell(self, role: Role, set_name: str, level: int) -> Cell:
-        return make_cell(
-            role,
-            set_name,
-            level,
-            self.repeats,
-            self.observations,
-            self.grown,
-            self.endpoint.by_request,
-            self.missing,
-        )
+
+def _holds(counted: int | None, tokens: int) -> bool:
+    return counted is None or counted >= tokens
+
+
+def _add_interrupted(
+    runs: Runs, endpoint: Endpoint, done: list[RequestTrace], seconds: float, busy: float
+) -> None:
+    """Add the finished requests of a run; the server is asked for nothing, it may be gone."""
+    endpoint.fill_passes(done, INTERRUPTED)
+    runs.repeats.append(_repeat(endpoint, done, seconds, busy, check_counts(done, INTERRUPTED)))
+    runs.requests += done
+    # Beside requests whose accepted drafts are known, those with passes alone would hide them.
+    by_position = any(trace.accepted is not None for trace in runs.counted)
+    runs.counted += [
+        trace
+        for trace in done
+        if trace.passes is not None and (trace.accepted is not None or not by_position)
+    ]
+
+
+def _repeat(
+    endpoint: Endpoint,
+    traces: list[RequestTrace],
+    seconds: float,
+    busy: float,
+    checks: list[CountCheck],
+) -> Repeat:
+    tokens = sum(trace.tokens for trace in traces)
+    return Repeat(
+        seconds=round(seconds, 4),
+        requests=len(traces),
+        tokens=tokens,
+        tokens_per_second=round(tokens / seconds, 2),
+        client_busy=round(busy / seconds, 3) if endpoint.busy_client else None,
+        checks=checks,
+    )
 
 
 def _run(
@@ -216,16 +252,17 @@ def _run(
     settings: Settings,
     what: str,
     progress: Progress,
+    done: list[RequestTrace],
 ) -> tuple[list[RequestTrace], float]:
-    total, done = sum(len(turns_of(prompt)) for prompt in prompts), 0
+    """Run all prompts once; ``done`` takes the requests as they finish."""
+    total = sum(len(turns_of(prompt)) for prompt in prompts)
 
-    def count() -> None:
-        nonlocal done
-        done += 1
-        progress(what, done, total)
+    def add(trace: RequestTrace) -> None:
+        done.append(trace)
+        progress(what, len(done), total)
 
     progress(what, 0, total)
-    return endpoint.run(prompts, level, settings, count)
+    return endpoint.run(prompts, level, settings, add)
 
 
 def _put(cells: list[Cell], cell: Cell) -> None:

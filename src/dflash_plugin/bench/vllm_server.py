@@ -8,33 +8,31 @@ from typing import Any
 
 import httpx
 
-from dflash_plugin.bench.http_endpoint import HttpEndpoint, refused
+from dflash_plugin.bench.http_endpoint import HttpEndpoint
 from dflash_plugin.bench.measurements import Counters, RequestTrace
 from dflash_plugin.bench.metrics import read_passes_off_chunks
-from dflash_plugin.bench.redact import without_secrets
 from dflash_plugin.bench.schema import Role, Server, Settings
-from dflash_plugin.monitor.client import Samples
+from dflash_plugin.monitor.metrics import DRAFTER_INFO, NAMES, Samples
+from dflash_plugin.monitor.redact import without_secrets
 from dflash_plugin.prompts import Message
 
 CHAT = "/v1/chat/completions"
-TOKENS = "vllm:generation_tokens_total"
-PASSES = "vllm:spec_decode_num_drafts_total"
-POSITIONS = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+METRICS = NAMES["vllm"]
 
 
 class VllmServer(HttpEndpoint):
     """A running ``vllm serve``. It counts passes of all requests together, not of each."""
 
-    by_request = f"streamed chunks, which are as many as {PASSES} counts"
+    by_request = f"streamed chunks, which are as many as {METRICS.passes} counts"
 
     def describe(self, role: Role) -> Server:
         """What it is; flags only under ``VLLM_SERVER_DEV_MODE=1``."""
-        models = self.get_json("/v1/models") or {}
+        models = self.client.get_json("/v1/models") or {}
         self.model = models["data"][0]["id"]
-        samples = self.samples()
+        samples = self.client.samples()
         counters = self._counters(samples)
-        version = (self.get_json("/version") or {}).get("version")
-        info = self.get_json("/server_info?config_format=json")
+        version = (self.client.get_json("/version") or {}).get("version")
+        info = self.client.get_json("/server_info?config_format=json")
         notes, flags, gpu, gpus = [], None, None, 1
         if info is None:
             notes.append(
@@ -50,8 +48,8 @@ class VllmServer(HttpEndpoint):
             role=role,
             engine="vllm",
             version=version,
-            plugin_version=samples.labels("dflash:drafter_info").get("plugin"),
-            url=self.shown,
+            plugin_version=samples.labels(DRAFTER_INFO).get("plugin"),
+            url=self.client.display_url,
             model=self.model,
             speculative=counters.passes is not None,
             num_drafts=len(counters.accepted) if counters.accepted is not None else None,
@@ -63,25 +61,25 @@ class VllmServer(HttpEndpoint):
 
     def counters(self) -> Counters:
         """Its counters now."""
-        return self._counters(self.samples())
+        return self._counters(self.client.samples())
 
     def _counters(self, samples: Samples) -> Counters:
-        accepted = samples.by(POSITIONS, "position").values()
-        found = Counters(
-            samples.count(TOKENS),
-            samples.count(PASSES),
-            tuple(round(passes) for passes in accepted) or None,
-            {},
+        accepted = samples.by(METRICS.accepted, "position").values()
+        tokens, passes = samples.count(METRICS.generated), samples.count(METRICS.passes)
+        return Counters(
+            tokens,
+            passes,
+            tuple(round(count) for count in accepted) or None,
+            {
+                "tokens": _source(METRICS.generated, tokens is not None),
+                "passes": _source(METRICS.passes, passes is not None),
+                "accepted": _source(METRICS.accepted, bool(accepted)),
+            },
         )
-        names = {"tokens": TOKENS, "passes": PASSES, "accepted": POSITIONS}
-        for what, name in names.items():
-            there = getattr(found, what) is not None
-            found.sources[what] = name if there else f"/metrics has no {name}"
-        return found
 
-    def fill_passes(self, observations: Sequence[RequestTrace], grown: Counters) -> str | None:
+    def fill_passes(self, observations: Sequence[RequestTrace], increase: Counters) -> str | None:
         """Take chunks for passes where the counters agree."""
-        return read_passes_off_chunks(observations, grown)
+        return read_passes_off_chunks(observations, increase)
 
     async def prepare(
         self, client: httpx.AsyncClient, messages: list[Message], settings: Settings
@@ -123,10 +121,11 @@ class VllmServer(HttpEndpoint):
 
         def one(ids: list[int]) -> str:
             body = {"model": self.model, "tokens": ids}
-            answer = self.request("POST", "/detokenize", body)
-            if answer.status_code != 200:
-                raise refused(self.shown, "/detokenize", answer.status_code, answer.text)
-            return str(answer.json()["prompt"])
+            return str(self.client.post_json("/detokenize", body)["prompt"])
 
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(one, texts))
+
+
+def _source(name: str, exported: bool) -> str:
+    return name if exported else f"/metrics has no {name}"

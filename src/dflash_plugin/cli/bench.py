@@ -93,15 +93,11 @@ def bench(
     """Measure speculative decoding on a running server, or with the Transformers engine."""
     quiet()
     from dflash_plugin.bench.data import load_sets
+    from dflash_plugin.bench.output import check_output_file
     from dflash_plugin.bench.schema import Settings
     from dflash_plugin.bench.sweep import begin, check_settings, connect, sweep
 
-    if output.exists() and not overwrite:
-        raise DFlashError(
-            f"{str(output)!r} is already there: give another --output, or --overwrite"
-        )
-    if not output.parent.is_dir():
-        raise DFlashError(f"{str(output.parent)!r} is not a directory: make it, or change --output")
+    check_output_file(output, [Path(one) for one in data or []], overwrite=overwrite)
     settings = Settings(
         data=data or [],
         limit=limit,
@@ -131,14 +127,26 @@ def bench(
         with _bench_progress() as progress:
             sweep(record, endpoints, sets, output, keep_text, progress)
     except KeyboardInterrupt:
-        kept = f"{len(record.cells)} cells are in {output}" if record.cells else "nothing is kept"
-        errors.print(f"stopped: {kept}, marked as incomplete", markup=False, highlight=False)
+        _print_kept(record, output)
         raise typer.Exit(130) from None
+    except DFlashError:
+        _print_kept(record, output)
+        raise
     if as_json:
         print_json(record.model_dump(mode="json"))
     else:
         _print_cells(record)
         errors.print(f"result written to {output}", markup=False, highlight=False)
+
+
+def _print_kept(record: Any, output: Path) -> None:
+    """What is left of a measurement that was stopped."""
+    kept = "nothing was finished, and nothing is kept"
+    if record.cells:
+        finished = sum(repeat.requests for cell in record.cells for repeat in cell.repeats)
+        kept = f"{finished} requests of {len(record.cells)} cells are in {output}, marked as "
+        kept += "incomplete"
+    errors.print(f"stopped: {kept}", markup=False, highlight=False)
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -168,7 +176,9 @@ def _embedded(
     directory = resolve_drafter(drafter, target)
     model, loaded, tokenizer = load(resolve_model(target), directory, dtype, device, "checkpoint")
     endpoints = {
-        "measured": EmbeddedEngine(model, tokenizer, loaded, target, adaptive, record_drafts)
+        "measured": EmbeddedEngine(
+            model, tokenizer, loaded, target, adaptive, record_drafts, directory.name
+        )
     }
     if baseline is not None:
         endpoints["baseline"] = EmbeddedEngine(model, tokenizer, None, target)
@@ -230,11 +240,14 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML page.")] = Path(
         "report.html"
     ),
+    overwrite: Annotated[bool, typer.Option(help="Replace the file OUTPUT.")] = False,
 ) -> None:
     """Make one self-contained HTML page of measurements."""
+    from dflash_plugin.bench.output import check_output_file
     from dflash_plugin.bench.report import page
     from dflash_plugin.bench.schema import read_record
 
+    check_output_file(output, results, overwrite=overwrite)
     text = page([read_record(path) for path in results])
     try:
         output.write_text(text, encoding="utf-8")

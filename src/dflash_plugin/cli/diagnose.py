@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,7 +67,7 @@ def doctor(
     quiet()
     from dflash_plugin.doctor import DoctorOptions
 
-    asked = DoctorOptions(
+    options = DoctorOptions(
         dialect=dialect,
         num_speculative_tokens=num_speculative_tokens,
         draft_weights=draft_weights,
@@ -75,10 +76,10 @@ def doctor(
         compare_float32=compare_float32,
     )
     try:
-        # A server that does not answer is found out before a minute of drafting.
-        served = _served(server, ask, api_key) if server else None
+        # A server that cannot be reached ends the command before a minute of drafting.
+        inspected = _inspect_server(server, ask, api_key) if server else None
         found = _diagnose(
-            target, drafter, served, data, prompts, max_new_tokens, dtype, device, asked
+            target, drafter, inspected, data, prompts, max_new_tokens, dtype, device, options
         )
     except DFlashError as error:
         if as_json:
@@ -94,25 +95,25 @@ def doctor(
         raise typer.Exit(found.exit_code)
 
 
-def _served(server: str, ask: bool, api_key: str | None) -> Any:
+def _inspect_server(url: str, probe: bool, api_key: str | None) -> Any:
     from dflash_plugin.doctor.probe import ServerProber
-    from dflash_plugin.doctor.server import ask as look
+    from dflash_plugin.doctor.server import inspect_server
     from dflash_plugin.monitor.client import ServerClient
 
-    client = ServerClient(server)
-    return look(client, ServerProber(client, api_key) if ask else None)
+    client = ServerClient(url, api_key)
+    return inspect_server(client, ServerProber(client) if probe else None)
 
 
 def _diagnose(
     target: str,
     drafter: Path | None,
-    served: Any,
+    server: Any,
     data: Path | None,
     prompts: int,
     max_new_tokens: int,
     dtype: Dtype | None,
     device: str | None,
-    asked: Any,
+    options: Any,
 ) -> Any:
     import torch
 
@@ -132,7 +133,7 @@ def _diagnose(
     with errors.status("loading") as status:
         loaded, tokenizer = load_target(model, getattr(torch, dtype) if dtype else None, device)
         on = TargetTexts(model, loaded, tokenizer, questions, max_new_tokens)
-        return diagnose(on, directory, asked, served, status.update)
+        return diagnose(on, directory, options, server, status.update)
 
 
 def _print_diagnosis(found: Any) -> None:
@@ -158,18 +159,35 @@ def top(
     server: Annotated[str, typer.Option(help="URL of a vLLM or SGLang server.")],
     interval: Annotated[float, typer.Option(help="Seconds between scrapes.", min=0.1)] = 2.0,
     once: Annotated[bool, typer.Option(help="Print one frame after two scrapes, and end.")] = False,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="DFLASH_BENCH_API_KEY", help="Of the server.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Watch a server's speculation: requests, tokens/s, τ and acceptance by position."""
-    from dataclasses import asdict
+    """Watch a server's speculation: requests, tokens/s, τ and acceptance by position.
+
+    On a terminal the view is live. Elsewhere there is one line an interval, or one JSON object with
+    --json, until the server cannot be reached or the command is interrupted.
+    """
+    import time
 
     from dflash_plugin.monitor.client import ServerClient
-    from dflash_plugin.monitor.top import watch
+    from dflash_plugin.monitor.top import scrape, watch
 
-    view = watch(ServerClient(server), interval, once or as_json)
-    if as_json:
-        assert view.reading is not None
-        assert view.rates is not None
-        print_json({"now": asdict(view.reading), "since_last": asdict(view.rates)})
-    elif once:
-        console.print(view, width=None if console.is_terminal else 100)
+    client = ServerClient(server, api_key)
+    if console.is_terminal and not (once or as_json):
+        watch(client, interval)
+        return
+    try:
+        for view in scrape(client, interval):
+            if as_json:
+                sys.stdout.write(json.dumps(view.as_json(), indent=1 if once else None) + "\n")
+            elif once:
+                console.print(view, width=None if console.is_terminal else 100)
+            else:
+                sys.stdout.write(f"{time.strftime('%H:%M:%S')} {view.line()}\n")
+            sys.stdout.flush()
+            if once:
+                return
+    except KeyboardInterrupt:
+        return

@@ -1,4 +1,4 @@
-"""How much of what a drafter drafts stands, at some positions of texts that are known.
+"""Which drafts equal a known text, at some of its positions.
 
 A block is drafted at every few positions of a greedy text, in one pass: no text is generated, so
 that another setting costs one pass of the drafter.
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, first_values
+from dflash_plugin.decoding.acceptance import rates
 from dflash_plugin.doctor.texts import Texts
 from dflash_plugin.drafter import blockwise
 from dflash_plugin.drafter.blockwise import Blocks, accepted_run, block_starts, make_blocks
@@ -43,8 +44,8 @@ def close(found: list[float], recorded: list[float]) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Acceptance:
-    """Outcome of the blocks of some texts.
+class BlockAcceptance:
+    """Which drafts of some blocks equal the text.
 
     Attributes:
         hits: bool [N, K], drafts that equal the text.
@@ -64,16 +65,16 @@ class Acceptance:
 
     @property
     def by_position(self) -> list[float]:
-        """Share of blocks whose first k drafts all stand, k = 1..K."""
-        shares: list[float] = self.hits.long().cumprod(dim=1).float().mean(dim=0).tolist()
-        return [round(share, 3) for share in shares]
+        """Share of blocks whose first k drafts all equal the text, k = 1..K."""
+        counts = self.hits.long().cumprod(dim=1).sum(dim=0).tolist()
+        return [round(rate, 3) for rate in rates(counts, len(self.hits))]
 
-    def first(self, drafts: int) -> Acceptance:
+    def first(self, drafts: int) -> BlockAcceptance:
         """The same blocks, had they been cut to so many drafts."""
-        return Acceptance(self.hits[:, :drafts])
+        return BlockAcceptance(self.hits[:, :drafts])
 
 
-def far_above(better: Acceptance, base: Acceptance) -> bool:
+def far_above(better: BlockAcceptance, base: BlockAcceptance) -> bool:
     """Whether acceptance is higher beyond chance and by much, block by block."""
     gain = better.runs - base.runs
     error = gain.std().item() / len(gain) ** 0.5
@@ -128,7 +129,7 @@ def block_hidden(drafter: Drafter, texts: Texts, blocks: Blocks) -> Tensor:
 @torch.inference_mode()
 def measure(
     drafter: Drafter, texts: Texts, stride: int = STRIDE, among: Tensor | None = None
-) -> Acceptance:
+) -> BlockAcceptance:
     """Draft at every ``stride``-th position of the responses.
 
     Args:
@@ -142,11 +143,11 @@ def measure(
     blocks = blocks_of(drafter, texts, anchors, valid)
     hidden = block_hidden(drafter, texts, blocks)
     drafts = chosen(drafter, hidden, blocks.tokens[..., 0], among)
-    return Acceptance(((drafts == blocks.labels) & blocks.label_valid)[valid])
+    return BlockAcceptance(((drafts == blocks.labels) & blocks.label_valid)[valid])
 
 
 @torch.inference_mode()
-def walked(drafter: Drafter, texts: Texts) -> float:
+def decoded_tau(drafter: Drafter, texts: Texts) -> float:
     """τ of decoding these texts pass by pass, as an engine does: a block begins where one ended.
 
     Args:

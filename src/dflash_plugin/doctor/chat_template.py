@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts
-from dflash_plugin.doctor.acceptance import Acceptance
+from dflash_plugin.doctor.acceptance import BlockAcceptance
 from dflash_plugin.doctor.report import Certainty, Check
 from dflash_plugin.doctor.texts import Form
 
@@ -26,74 +26,67 @@ def special_tokens(tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[str
 
 def check_template(
     tokenizer: Any,
-    served: Form,
+    form: Form,
     prompts: Sequence[Sequence[int]],
     record: ReferenceDrafts | None,
-    measured: Callable[[], dict[str, Acceptance]],
+    measured: Callable[[], dict[str, BlockAcceptance]],
     expected: float | None,
 ) -> Check:
     """Compare the form of the prompts with the known answers', and acceptance over all forms.
 
     Args:
         tokenizer: the target's.
-        served: how prompts reach the target.
+        form: how prompts reach the target.
         prompts: token ids in that form.
         record: the checkpoint's known answers, whose prompts are formed as in training.
-        measured: gives acceptance by form, ``served`` among them; the known answers' prompts as
+        measured: gives acceptance by form, ``form`` among them; the known answers' prompts as
             "known answers" where they are formed otherwise.
         expected: τ of the training record.
     """
     trained = special_tokens(tokenizer, [a.prompt for a in record.answers]) if record else []
-    here = special_tokens(tokenizer, prompts)
-    missing = [token for token in trained if token not in here]
+    present = special_tokens(tokenizer, prompts)
+    missing = [token for token in trained if token not in present]
     by_form = measured()
-    own = by_form[served]
+    own = by_form[form]
     check = Check(
         name="chat template",
         status="ok",
-        looked_at=f"prompts with {served}, against the other forms and the known answers' prompts",
-        finding=f"{served}: τ {own.tau:.2f}",
+        looked_at=f"prompts with {form}, against the other forms and the known answers' prompts",
+        finding=f"{form}: τ {own.tau:.2f}",
         evidence={
-            "tau": {form: round(found.tau, 3) for form, found in by_form.items()},
-            "special_tokens": here,
+            "tau": {name: round(found.tau, 3) for name, found in by_form.items()},
+            "special_tokens": present,
             "special_tokens_in_training": trained,
         },
     )
     templated = bool(getattr(tokenizer, "chat_template", None))
     low = expected is None or own.tau - 1 < LOW * (expected - 1)
-    if missing and not here:
+    if missing and not present:
         fix = (
             "send chats (/v1/chat/completions), or put the chat template around each prompt"
             if templated
             else "copy chat_template.jinja of the original model into the target's directory"
         )
-        return check.model_copy(
-            update={
-                # Texts may be as easy without it, if that is meant.
-                "status": "fault" if low or not templated else "note",
-                "finding": f"prompts reach the target with {served}, but the drafter was trained "
-                f"with one: its known answers hold {' '.join(missing[:3])}"
-                + ("" if low or not templated else f"; τ is {own.tau:.2f} all the same"),
-                "fix": fix,
-                "certainty": Certainty.LIKELY,
-            }
+        finding = (
+            f"prompts reach the target with {form}, but the drafter was trained with one: its "
+            f"known answers hold {' '.join(missing[:3])}"
         )
-    best = max(by_form, key=lambda form: by_form[form].tau)
+        if low or not templated:
+            return check.fault(finding, fix, Certainty.LIKELY)
+        # Texts may be as easy without a template, if that is meant.
+        return check.note(f"{finding}; τ is {own.tau:.2f} all the same", fix)
+    best = max(by_form, key=lambda name: by_form[name].tau)
     if not (low and _beyond_chance(by_form[best], own)):
         return check
-    return check.model_copy(
-        update={
-            # Some texts are easier than others; only a low τ makes that a fault.
-            "status": "note" if expected is None else "fault",
-            "finding": f"τ is {by_form[best].tau:.2f} with {best} and {own.tau:.2f} with {served}",
-            "fix": f"serve with {best}, or train the drafter on texts with {served}",
-            "certainty": Certainty.LIKELY,
-            "gain": by_form[best].tau - own.tau,
-        }
-    )
+    finding = f"τ is {by_form[best].tau:.2f} with {best} and {own.tau:.2f} with {form}"
+    fix = f"serve with {best}, or train the drafter on texts with {form}"
+    # Some texts are easier than others; only a low τ makes that a fault.
+    if expected is None:
+        return check.note(finding, fix)
+    return check.fault(finding, fix, Certainty.LIKELY, by_form[best].tau - own.tau)
 
 
-def _beyond_chance(better: Acceptance, base: Acceptance) -> bool:
+def _beyond_chance(better: BlockAcceptance, base: BlockAcceptance) -> bool:
     """Of different texts."""
     error = sum(one.runs.var().item() / len(one.runs) for one in (better, base)) ** 0.5
     gain = better.tau - base.tau

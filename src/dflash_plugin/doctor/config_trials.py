@@ -121,15 +121,11 @@ class Trials:
         if not (restores or far_above(acceptance, self.base)):
             return fine
         proof = " and gives the known answers" if restores else ""
-        return fine.model_copy(
-            update={
-                "status": "fault",
-                "finding": f"{best.setting.label} takes τ from {self.base.tau:.2f} to "
-                f"{acceptance.tau:.2f}{proof}",
-                "fix": best.setting.fix,
-                "certainty": Certainty.SURE if restores else Certainty.MEASURED,
-                "gain": acceptance.tau - self.base.tau,
-            }
+        return fine.fault(
+            f"{best.setting.label} takes τ from {self.base.tau:.2f} to {acceptance.tau:.2f}{proof}",
+            best.setting.fix,
+            Certainty.SURE if restores else Certainty.MEASURED,
+            acceptance.tau - self.base.tau,
         )
 
     def _distinct(self, settings: Iterable[Setting]) -> list[Setting]:
@@ -179,7 +175,7 @@ def orders(ids: Sequence[int]) -> list[tuple[int, ...]]:
     return found
 
 
-def check_layers(trials: Trials, where: Path) -> Check:
+def check_layers(trials: Trials, directory: Path) -> Check:
     """Target layers one too low or too high."""
     config = trials.drafter.config
     num_layers = trials.texts.target.config.get_text_config().num_hidden_layers
@@ -187,29 +183,29 @@ def check_layers(trials: Trials, where: Path) -> Check:
         "target layers",
         f"target layers {list(config.target_layer_ids)} against every id one lower and one higher "
         "and the default spread",
-        [_with_layers(config, ids, where) for ids in shifted(config, num_layers)],
+        [_with_layers(config, ids, directory) for ids in shifted(config, num_layers)],
         f"{list(config.target_layer_ids)} are right: no shift is better",
     )
 
 
-def check_order(trials: Trials, where: Path) -> Check:
+def check_order(trials: Trials, directory: Path) -> Check:
     """Features in another order than ``fc`` expects."""
     config = trials.drafter.config
     return trials.check(
         "feature order",
         f"the order {list(config.target_layer_ids)} in which fc reads features, against others",
-        [_with_layers(config, ids, where) for ids in orders(config.target_layer_ids)],
+        [_with_layers(config, ids, directory) for ids in orders(config.target_layer_ids)],
         "no other order is better",
     )
 
 
-def _with_layers(config: DrafterConfig, ids: tuple[int, ...], where: Path) -> Setting:
+def _with_layers(config: DrafterConfig, ids: tuple[int, ...], directory: Path) -> Setting:
     written = [i + 1 for i in ids] if config.dialect == "speculators" else list(ids)
     key = "aux_hidden_state_layer_ids" if config.dialect == "speculators" else "target_layer_ids"
     return Setting(
         f"reading target layers {list(ids)} instead of {list(config.target_layer_ids)}",
         config.model_copy(update={"target_layer_ids": ids}),
-        f"set {key} to {written} in {where / 'config.json'}",
+        f"set {key} to {written} in {directory / 'config.json'}",
     )
 
 
@@ -233,7 +229,7 @@ def mask_tokens(tokenizer: Any, embedding: Tensor) -> dict[int, str]:
     return {token: found[token] for token in first.values()}
 
 
-def check_mask(trials: Trials, tokenizer: Any, where: Path) -> Check:
+def check_mask(trials: Trials, tokenizer: Any, directory: Path) -> Check:
     """Another token than the one that stood for "to be drafted" in training."""
     config = trials.drafter.config
     looked_at = f"mask token {config.mask_token_id} against the tokenizer's special tokens"
@@ -249,7 +245,7 @@ def check_mask(trials: Trials, tokenizer: Any, where: Path) -> Check:
         Setting(
             f"mask token {token} {word!r} instead of {config.mask_token_id}",
             config.model_copy(update={"mask_token_id": token}),
-            f"set mask_token_id to {token} in {where / 'config.json'}",
+            f"set mask_token_id to {token} in {directory / 'config.json'}",
         )
         for token, word in mask_tokens(tokenizer, embedding).items()
     ]
@@ -258,7 +254,7 @@ def check_mask(trials: Trials, tokenizer: Any, where: Path) -> Check:
     )
 
 
-def check_rope(trials: Trials, where: Path) -> Check:
+def check_rope(trials: Trials, directory: Path) -> Check:
     """Rotation with another base, scaling or pairing than in training."""
     config = trials.drafter.config
     own = config.rope
@@ -290,7 +286,7 @@ def check_rope(trials: Trials, where: Path) -> Check:
         Setting(
             label,
             config.model_copy(update={"rope": own.model_copy(update=change)}),
-            f"{fix} in {where / 'config.json'}",
+            f"{fix} in {directory / 'config.json'}",
         )
         for label, change, fix in changes
     ]
@@ -315,7 +311,7 @@ def target_rope(target: Any) -> RopeConfig | None:
         return None
 
 
-def check_attention(trials: Trials, where: Path) -> Check:
+def check_attention(trials: Trials, directory: Path) -> Check:
     """A window that is too small, or causality unlike training."""
     config = trials.drafter.config
     text = trials.texts.target.config.get_text_config()
@@ -331,7 +327,7 @@ def check_attention(trials: Trials, where: Path) -> Check:
         LayerAttention(sliding_window=layer.sliding_window, causal=not layer.causal)
         for layer in config.layers
     )
-    path = where / "config.json"
+    path = directory / "config.json"
     settings = [
         Setting(
             f"no window instead of {shown}",
@@ -404,7 +400,7 @@ def check_dialect(trials: Trials, checkpoint: Checkpoint) -> Check:
     )
 
 
-def check_block(trials: Trials, requested: int | None, where: Path) -> Check:
+def check_block(trials: Trials, requested: int | None, directory: Path) -> Check:
     """Another block size than in training, or another number of speculative tokens."""
     config = trials.drafter.config
     drafts = config.num_draft_tokens
@@ -432,7 +428,7 @@ def check_block(trials: Trials, requested: int | None, where: Path) -> Check:
             Setting(
                 f"block size {size} instead of {config.block_size}",
                 config.model_copy(update={"block_size": size}),
-                f"set block_size to {size} in {where / 'config.json'}",
+                f"set block_size to {size} in {directory / 'config.json'}",
             )
             for size in sorted(sizes)
             if (size < config.block_size) == below and size != config.block_size
@@ -466,15 +462,12 @@ def _shortened(trials: Trials, found: Check, requested: int) -> Check:
         f"of {whole.tau:.2f}"
     )
     if not far_above(whole, cut):
-        return found.model_copy(update={"status": "note", "finding": finding})
-    return found.model_copy(
-        update={
-            "status": "fault",
-            "finding": finding,
-            "fix": f"--num-speculative-tokens {config.num_draft_tokens} (SGLang: "
-            f"--speculative-num-draft-tokens {config.num_draft_tokens + 1}), and adaptive "
-            "verification (docs/adaptive.md) where verifying all of them does not pay",
-            "certainty": Certainty.MEASURED,
-            "gain": whole.tau - cut.tau,
-        }
+        return found.note(finding, found.fix)
+    return found.fault(
+        finding,
+        f"--num-speculative-tokens {config.num_draft_tokens} (SGLang: "
+        f"--speculative-num-draft-tokens {config.num_draft_tokens + 1}), and adaptive "
+        "verification (docs/adaptive.md) where verifying all of them does not pay",
+        Certainty.MEASURED,
+        whole.tau - cut.tau,
     )

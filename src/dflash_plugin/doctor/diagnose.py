@@ -15,17 +15,17 @@ from dflash_plugin.checkpoints.io import Checkpoint, load_checkpoint, load_confi
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, load_record
 from dflash_plugin.doctor import config_trials, numerics
 from dflash_plugin.doctor.acceptance import (
-    Acceptance,
+    BlockAcceptance,
     KnownBlocks,
+    decoded_tau,
     measure,
     shortened,
-    walked,
 )
 from dflash_plugin.doctor.chat_template import check_template, special_tokens
 from dflash_plugin.doctor.config_trials import Trials
 from dflash_plugin.doctor.probe import Question
 from dflash_plugin.doctor.report import Certainty, Check, Diagnosis
-from dflash_plugin.doctor.server import Served, check_server
+from dflash_plugin.doctor.server import InspectedServer, check_server
 from dflash_plugin.doctor.texts import PROMPTS, Form, Texts, encode_as, forms, write_texts
 from dflash_plugin.drafter.config import Dialect, DraftWeights
 from dflash_plugin.drafter.fp8_linear import quantize_drafter
@@ -118,8 +118,8 @@ class TargetTexts:
 def diagnose(
     on: TargetTexts,
     directory: Path,
-    asked: DoctorOptions | None = None,
-    served: Served | None = None,
+    options: DoctorOptions | None = None,
+    server: InspectedServer | None = None,
     tell: Tell = lambda _: None,
 ) -> Diagnosis:
     """Find out why a drafter's acceptance is low.
@@ -127,20 +127,20 @@ def diagnose(
     Args:
         on: the target.
         directory: the drafter's checkpoint.
-        asked: how it is meant to run.
-        served: a server that runs the pair.
-        tell: called with what is being looked at.
+        options: how it is meant to run.
+        server: one that runs the pair.
+        tell: called with the name of each check before it runs.
 
     Raises:
         DFlashError: the target answers nothing.
     """
-    asked = asked or DoctorOptions()
+    options = options or DoctorOptions()
     tell("reading the checkpoint")
-    first = check_configuration(directory, on.directory, asked.dialect)
+    first = check_configuration(directory, on.directory, options.dialect)
     found = Diagnosis(target=str(on.directory), drafter=str(directory), checks=[first])
     if first.status != "fault":
-        checkpoint = load_checkpoint(directory, on.target.dtype, asked.dialect)
-        found.checks += _measured(on, checkpoint, asked, served, tell)
+        checkpoint = load_checkpoint(directory, on.target.dtype, options.dialect)
+        found.checks += _measured(on, checkpoint, options, server, tell)
     return found
 
 
@@ -196,13 +196,17 @@ def _reads(directory: Path) -> bool:
 
 
 def _measured(
-    on: TargetTexts, checkpoint: Checkpoint, asked: DoctorOptions, served: Served | None, tell: Tell
+    on: TargetTexts,
+    checkpoint: Checkpoint,
+    options: DoctorOptions,
+    server: InspectedServer | None,
+    tell: Tell,
 ) -> list[Check]:
     """Every check that drafts."""
     config, where = checkpoint.config, checkpoint.directory
     tell("the target answers")
-    served_form = asked_form(asked, on.tokenizer)
-    prompts = on.encoded(served_form)
+    form = prompt_form(options, on.tokenizer)
+    prompts = on.encoded(form)
     texts = on.answers(prompts)
     drafter = bound(checkpoint, on.target)
     record = load_record(where)
@@ -216,9 +220,9 @@ def _measured(
     tell("acceptance as configured")
     trials = Trials(drafter, texts, known)
     expected = expected_acceptance(where, Options())
-    requested = asked.num_speculative_tokens
-    if requested is None and served is not None:
-        requested = served.drafts
+    requested = options.num_speculative_tokens
+    if requested is None and server is not None:
+        requested = server.drafts
     checks = [check_acceptance(trials.base, expected)]
     steps: list[tuple[str, Callable[[], Check]]] = [
         ("dialect", lambda: config_trials.check_dialect(trials, checkpoint)),
@@ -233,14 +237,14 @@ def _measured(
         (
             "dtype",
             lambda: numerics.check_dtype(
-                texts, drafter, stored_dtype(where, asked), on.float32 if asked.compare_float32
+                texts, drafter, stored_dtype(where, options), on.float32 if options.compare_float32
                 else None,
             ),
         ),
         (
             "draft weights",
             lambda: numerics.check_fp8(
-                texts, trials.base, asked.draft_weights, lambda: _fp8(checkpoint, on.target)
+                texts, trials.base, options.draft_weights, lambda: _fp8(checkpoint, on.target)
             ),
         ),
         ("quantized target", lambda: numerics.check_quantized_target(on.target)),
@@ -248,10 +252,10 @@ def _measured(
             "chat template",
             lambda: check_template(
                 on.tokenizer,
-                served_form,
+                form,
                 prompts,
                 record,
-                lambda: _by_form(on, drafter, served_form, texts, record),
+                lambda: _by_form(on, drafter, form, texts, record),
                 expected,
             ),
         ),
@@ -259,47 +263,47 @@ def _measured(
     for name, check in steps:
         tell(name)
         checks.append(check())
-    if served is not None:
-        tell("asking the server")
-        probe = served.probe(questions(texts), lambda: walked(_cut(drafter, served), texts))
-        checks += check_server(served, trials.base.tau, expected, probe)
+    if server is not None:
+        tell("sending the prompts to the server")
+        probe = server.probe(questions(texts), lambda: decoded_tau(_cut(drafter, server), texts))
+        checks += check_server(server, trials.base.tau, expected, probe)
     return checks
 
 
-def asked_form(asked: DoctorOptions, tokenizer: Any) -> Form:
+def prompt_form(options: DoctorOptions, tokenizer: Any) -> Form:
     """How prompts reach the target.
 
     Raises:
         DFlashError: ``thinking`` where the chat template knows none.
     """
     known = forms(tokenizer)
-    if asked.raw:
+    if options.raw:
         return "no template"
-    if asked.thinking is None:
+    if options.thinking is None:
         return known[0]
-    form: Form = "thinking on" if asked.thinking else "thinking off"
+    form: Form = "thinking on" if options.thinking else "thinking off"
     if form not in known:
         raise DFlashError("the target's chat template has no enable_thinking: leave --thinking out")
     return form
 
 
 def questions(texts: Texts) -> list[Question]:
-    """The texts as a server is asked for them."""
+    """The texts as questions to a server."""
     pairs = (texts.sequences[index] for index in range(len(texts.sequences)))
     return [
         Question(tokens[:prompt].tolist(), tokens[prompt:].tolist()) for tokens, prompt in pairs
     ]
 
 
-def _cut(drafter: Drafter, served: Served) -> Drafter:
+def _cut(drafter: Drafter, server: InspectedServer) -> Drafter:
     """The drafter with as many drafts as the server makes, and no more than a block has."""
-    most = drafter.config.num_draft_tokens
-    return shortened(drafter, min(served.drafts or most, most))
+    drafts = drafter.config.num_draft_tokens
+    return shortened(drafter, min(server.drafts or drafts, drafts))
 
 
-def stored_dtype(directory: Path, asked: DoctorOptions) -> str:
+def stored_dtype(directory: Path, options: DoctorOptions) -> str:
     """Dtype of the checkpoint's file."""
-    return load_config(directory, asked.dialect).dtype
+    return load_config(directory, options.dialect).dtype
 
 
 def _fp8(checkpoint: Checkpoint, target: PreTrainedModel) -> Drafter:
@@ -308,7 +312,7 @@ def _fp8(checkpoint: Checkpoint, target: PreTrainedModel) -> Drafter:
     return drafter
 
 
-def check_acceptance(base: Acceptance, expected: float | None) -> Check:
+def check_acceptance(base: BlockAcceptance, expected: float | None) -> Check:
     """τ as configured, against the training record."""
     record = (
         "no training.json tells what to expect"
@@ -329,30 +333,26 @@ def check_acceptance(base: Acceptance, expected: float | None) -> Check:
     )
     if expected is None or base.tau - 1 >= LOW * (expected - 1):
         return check
-    return check.model_copy(
-        update={
-            "status": "fault",
-            "finding": f"τ is {base.tau:.2f} and was {expected:.2f} in training: "
-            f"{likely(base.by_position)}",
-            "fix": "run doctor with --data on prompts like those of training; if τ stays low, "
-            "fetch or train the drafter again",
-        }
+    return check.fault(
+        f"τ is {base.tau:.2f} and was {expected:.2f} in training: {likely(base.by_position)}",
+        "run doctor with --data on prompts like those of training; if τ stays low, fetch or train "
+        "the drafter again",
     )
 
 
 def _by_form(
-    on: TargetTexts, drafter: Drafter, served: Form, texts: Texts, record: ReferenceDrafts | None
-) -> dict[str, Acceptance]:
+    on: TargetTexts, drafter: Drafter, usual: Form, texts: Texts, record: ReferenceDrafts | None
+) -> dict[str, BlockAcceptance]:
     """Acceptance over the first prompts in every form; over the record's, if formed otherwise."""
     few = texts.first(min(FEW, len(texts.sequences)))
-    found: dict[str, Acceptance] = {served: measure(drafter, few)}
+    found: dict[str, BlockAcceptance] = {usual: measure(drafter, few)}
     others: dict[str, list[list[int]]] = {
-        form: on.encoded(form)[:FEW] for form in forms(on.tokenizer) if form != served
+        form: on.encoded(form)[:FEW] for form in forms(on.tokenizer) if form != usual
     }
     if record:
         recorded = [answer.prompt for answer in record.answers[:FEW]]
         if set(special_tokens(on.tokenizer, recorded)) - set(
-            special_tokens(on.tokenizer, on.encoded(served))
+            special_tokens(on.tokenizer, on.encoded(usual))
         ):
             others["known answers"] = recorded
     for form, prompts in others.items():

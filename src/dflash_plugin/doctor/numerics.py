@@ -13,7 +13,7 @@ from dflash_plugin.checkpoints.io import Checkpoint
 from dflash_plugin.checkpoints.reference_drafts import first_values, layer_outputs
 from dflash_plugin.checkpoints.tensors import checkpoint_tensors, load_tensors
 from dflash_plugin.doctor.acceptance import (
-    Acceptance,
+    BlockAcceptance,
     KnownBlocks,
     block_hidden,
     block_positions,
@@ -61,13 +61,10 @@ def check_known(drafter: Drafter, known: KnownBlocks | None) -> Check:
         check.evidence["first_difference"] = where
     else:
         where = "which layer can be told in float32: run again with --dtype float32"
-    return check.model_copy(
-        update={
-            "status": "fault",
-            "finding": f"{check.finding}; first difference: {where}",
-            "fix": "fetch the drafter's files again, or the target that it was made for",
-            "certainty": Certainty.LIKELY,
-        }
+    return check.fault(
+        f"{check.finding}; first difference: {where}",
+        "fetch the drafter's files again, or the target that it was made for",
+        Certainty.LIKELY,
     )
 
 
@@ -120,16 +117,12 @@ def check_weights(checkpoint: Checkpoint) -> Check:
     if not rounded:
         return check
     layers = sorted({int(name.split(".")[1]) for name in rounded})
-    return check.model_copy(
-        update={
-            "status": "fault",
-            "finding": f"draft layer {', '.join(map(str, layers))} was quantized: {rounded[0]} "
-            f"holds {counts[rounded[0]]:.0f} values a row, the other layers' "
-            f"{usual[rounded[0]]:.0f}",
-            "evidence": {name: counts[name] for name in rounded},
-            "fix": "fetch or export the drafter again without quantization",
-            "certainty": Certainty.LIKELY,
-        }
+    return check.fault(
+        f"draft layer {', '.join(map(str, layers))} was quantized: {rounded[0]} holds "
+        f"{counts[rounded[0]]:.0f} values a row, the other layers' {usual[rounded[0]]:.0f}",
+        "fetch or export the drafter again without quantization",
+        Certainty.LIKELY,
+        evidence={name: counts[name] for name in rounded},
     )
 
 
@@ -170,22 +163,19 @@ def check_quantized_target(target: PreTrainedModel) -> Check:
     what = f"the target is quantized ({name}), its head {'too' if rounded_head else 'is not'}"
     if not quantized:
         what = f"the target's head is quantized ({type(head).__name__})"
-    return check.model_copy(
-        update={
-            "status": "note",
-            "finding": f"{what}: a drafter trained on the unquantized target reads "
-            + ("features that are a little off" if quantized else "the right features")
-            + (" and drafts with another head than its own training's" if rounded_head else ""),
-            "evidence": {"quant_method": name, "head": type(head).__name__},
-            "fix": "run doctor on the unquantized target too; where its τ is much higher, train "
-            "the drafter on the quantized one"
-            + (", or leave the head out of the quantization" if rounded_head else ""),
-        }
+    return check.note(
+        f"{what}: a drafter trained on the unquantized target reads "
+        + ("features that are a little off" if quantized else "the right features")
+        + (" and drafts with another head than its own training's" if rounded_head else ""),
+        "run doctor on the unquantized target too; where its τ is much higher, train the drafter "
+        "on the quantized one"
+        + (", or leave the head out of the quantization" if rounded_head else ""),
+        {"quant_method": name, "head": type(head).__name__},
     )
 
 
 def check_fp8(
-    texts: Texts, base: Acceptance, weights: DraftWeights, rounded: Callable[[], Drafter]
+    texts: Texts, base: BlockAcceptance, weights: DraftWeights, rounded: Callable[[], Drafter]
 ) -> Check:
     """What rounding the drafter's weights to FP8 costs.
 
@@ -212,13 +202,11 @@ def check_fp8(
     )
     if not far_above(base, fp8):
         return check
-    return check.model_copy(
-        update={
-            "status": "fault",
-            "fix": "leave draft_weights at checkpoint",
-            "certainty": Certainty.MEASURED,
-            "gain": base.tau - fp8.tau,
-        }
+    return check.fault(
+        check.finding,
+        "leave draft_weights at checkpoint",
+        Certainty.MEASURED,
+        base.tau - fp8.tau,
     )
 
 
@@ -248,9 +236,7 @@ def check_dtype(
         check.finding = "float32: nothing is rounded"
         return check
     if reference is None:
-        return check.model_copy(
-            update={"status": "note", "finding": f"{name} was not compared with float32"}
-        )
+        return check.note(f"{name} was not compared with float32")
     target = reference()
     exact = Drafter(drafter.config)
     tensors = checkpoint_tensors(drafter).items()
@@ -258,27 +244,24 @@ def check_dtype(
     exact.to(target.device).eval()
     bind_drafter(exact, target)
     whole = texts.on(target)
-    here, there = measure(drafter, texts), measure(exact, whole)
+    as_run, in_float32 = measure(drafter, texts), measure(exact, whole)
     differs, error = largest_step(drafter, texts, exact, whole)
     check.evidence |= {
-        "tau": round(here.tau, 3),
-        "tau_float32": round(there.tau, 3),
+        "tau": round(as_run.tau, 3),
+        "tau_float32": round(in_float32.tau, 3),
         "first_difference": differs,
         "relative_error": error,
     }
     check.looked_at += ", against both in float32"
-    if not far_above(there, here):
+    if not far_above(in_float32, as_run):
         return check
-    return check.model_copy(
-        update={
-            "status": "fault",
-            "finding": f"{name} takes τ from {there.tau:.2f} to {here.tau:.2f}; first difference: "
-            f"{differs or 'none above the tolerance'}",
-            "fix": "run target and drafter in "
-            + ("bfloat16 (--dtype bfloat16)" if name == "float16" else "float32"),
-            "certainty": Certainty.MEASURED,
-            "gain": there.tau - here.tau,
-        }
+    return check.fault(
+        f"{name} takes τ from {in_float32.tau:.2f} to {as_run.tau:.2f}; first difference: "
+        f"{differs or 'none above the tolerance'}",
+        "run target and drafter in "
+        + ("bfloat16 (--dtype bfloat16)" if name == "float16" else "float32"),
+        Certainty.MEASURED,
+        in_float32.tau - as_run.tau,
     )
 
 

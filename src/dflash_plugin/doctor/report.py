@@ -49,6 +49,36 @@ class Check(BaseModel):
     certainty: Certainty = Certainty.SYMPTOM
     gain: float = 0.0
 
+    def fault(
+        self,
+        finding: str,
+        fix: str,
+        certainty: Certainty = Certainty.SYMPTOM,
+        gain: float = 0.0,
+        evidence: dict[str, Any] | None = None,
+    ) -> Check:
+        """This check with a fault.
+
+        Args:
+            finding, fix, certainty, gain: of the fault.
+            evidence: the check's own when None.
+        """
+        update: dict[str, Any] = {
+            "status": "fault", "finding": finding, "fix": fix, "certainty": certainty, "gain": gain
+        }  # fmt: skip
+        if evidence is not None:
+            update["evidence"] = evidence
+        return self.model_copy(update=update)
+
+    def note(
+        self, finding: str, fix: str | None = None, evidence: dict[str, Any] | None = None
+    ) -> Check:
+        """This check with a note, which is no fault; see ``fault`` for the arguments."""
+        update: dict[str, Any] = {"status": "note", "finding": finding, "fix": fix}
+        if evidence is not None:
+            update["evidence"] = evidence
+        return self.model_copy(update=update)
+
 
 class Diagnosis(BaseModel):
     """All checks of a pair of target and drafter.

@@ -6,134 +6,148 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dflash_plugin.doctor.probe import Probe, Question, Round, ServerProber
+from dflash_plugin.doctor.probe import Probe, ProbeRound, Question, ServerProber
 from dflash_plugin.doctor.report import Certainty, Check
-from dflash_plugin.monitor.client import EngineName, MetricsSnapshot, ServerClient, ServerError
-from dflash_plugin.monitor.metrics import completed, summary
+from dflash_plugin.monitor.client import ServerClient
+from dflash_plugin.monitor.metrics import (
+    EngineName,
+    MetricsSnapshot,
+    ServerError,
+    plugin_state,
+    with_server_info,
+)
 from dflash_plugin.serving.acceptance import likely
 
 # Verify passes by which acceptance can be judged.
 MIN_PASSES = 50
-# Share of τ - 1 here that a server should reach, and that its other requests should.
-LOW, LOW_ELSEWHERE = 0.7, 0.5
-# Share of prompt tokens from the prefix cache, and of drafts left unverified, that can explain it.
+# Share of the reference's τ - 1 that a server should reach on the same prompts, and the share that
+# its other requests should reach.
+LOW, LOW_TRAFFIC = 0.7, 0.5
+# Share of prompt tokens from the prefix cache, and of drafts left unverified, that explain a low τ.
 MANY_HITS, MANY_SAVED = 0.3, 0.1
 # Share of an answer's tokens that a server of the same target agrees on, whatever its dtype.
-SAME = 0.05
+MIN_AGREEMENT = 0.05
 INSTALL = "install dflash-plugin in the server's environment, without DFLASH_PLUGIN=off"
 
 
 @dataclass(frozen=True)
-class Served:
-    """What a server tells.
+class InspectedServer:
+    """What a server tells of itself.
 
     Attributes:
-        url: of the server.
-        reading: its metrics, completed by what ``/server_info`` counts.
+        url: of the server, without credentials.
+        snapshot: its metrics, completed by what ``/server_info`` counts.
         info: SGLang's ``/server_info``.
         missing: why there are no metrics, or None.
-        asking: puts prompts to it; None to look only.
+        prober: sends prompts to the server; None where no prompt may be sent.
     """
 
     url: str
-    reading: MetricsSnapshot
+    snapshot: MetricsSnapshot
     info: Mapping[str, Any]
     missing: str | None = None
-    asking: ServerProber | None = None
+    prober: ServerProber | None = None
 
     @property
     def engine(self) -> EngineName:
-        """What serves."""
-        return self.reading.engine or "sglang"
+        """The engine that serves."""
+        return self.snapshot.engine or "sglang"
 
     @property
     def plugin(self) -> bool:
         """Whether this plugin drafts there, and not the engine's own DFlash."""
-        return bool(self.reading.drafter) or bool(summary(self.info))
+        return bool(self.snapshot.drafter) or bool(plugin_state(self.info))
 
     @property
     def speculates(self) -> bool:
         """Whether drafts are verified at all."""
         algorithm = self.info.get("speculative_algorithm")
-        return self.plugin or bool(algorithm) or self.reading.passes is not None
+        return self.plugin or bool(algorithm) or self.snapshot.passes is not None
 
     @property
     def drafts(self) -> int | None:
         """Speculative tokens of a request."""
         block = self.info.get("speculative_num_draft_tokens")
-        return int(block) - 1 if block else len(self.reading.accepted) or None
+        return int(block) - 1 if block else len(self.snapshot.accepted) or None
 
-    def probe(self, questions: Sequence[Question], here: Callable[[], float]) -> Probe | None:
-        """Ask it what Transformers was asked; None where that tells nothing.
+    def probe(
+        self, questions: Sequence[Question], reference_tau: Callable[[], float]
+    ) -> Probe | None:
+        """Send the questions that Transformers answered.
 
         Args:
             questions: token ids.
-            here: gives τ of the same texts in Transformers.
+            reference_tau: gives τ of the same texts in Transformers.
+
+        Returns:
+            None without a prober, or for a server that does not speculate.
         """
-        if self.asking is None or not self.speculates:
+        if self.prober is None or not self.speculates:
             return None
-        return self.asking.probe(self.engine, questions, here())
+        return self.prober.probe(self.engine, questions, reference_tau())
 
 
-def ask(client: ServerClient, asking: ServerProber | None = None) -> Served:
+def inspect_server(client: ServerClient, prober: ServerProber | None = None) -> InspectedServer:
     """Read a server's metrics and information.
 
     Args:
         client: of the server.
-        asking: of the same, to put prompts to it later.
+        prober: of the same server, to send prompts later.
 
     Raises:
-        ServerError: it does not answer, or tells nothing.
+        ServerError: the server cannot be reached, wants another key, or has neither metrics nor
+            ``/server_info``.
     """
     info = client.info() or {}
     missing = None
     try:
-        reading = client.reading()
+        snapshot = client.metrics()
     except ServerError as error:
         if not info:
             raise
         missing = str(error)
-        reading = MetricsSnapshot(engine="sglang")
-    return Served(client.url, completed(reading, info), info, missing, asking)
+        snapshot = MetricsSnapshot(engine="sglang")
+    snapshot = with_server_info(snapshot, info)
+    return InspectedServer(client.display_url, snapshot, info, missing, prober)
 
 
 def check_server(
-    served: Served, tau: float, expected: float | None, probe: Probe | None = None
+    server: InspectedServer, tau: float, expected: float | None, probe: Probe | None = None
 ) -> list[Check]:
-    """Hold what a server accepts against what the drafter reaches here.
+    """Compare what a server accepts with what the drafter reaches in Transformers.
 
     Args:
-        served: the server.
+        server: what it tells of itself.
         tau: of this pair in Transformers.
         expected: τ of the training record.
-        probe: the same texts on the server, if it was asked.
+        probe: the same texts on the server; None where no prompt was sent.
     """
-    checks = [_engine(served)]
-    if not served.speculates:
+    checks = [_engine(server)]
+    if not server.speculates:
         return checks
-    fresh = probe.fresh if probe else None
-    if probe is not None and fresh is not None and fresh.tau is not None:
-        slow = fresh.tau - 1 < LOW * (probe.here - 1)
-        cut = slow and (fresh.saved or 0.0) >= MANY_SAVED
-        checks += [_adaptive(served, cut)[0], _asked(served, probe, fresh, slow and not cut)]
-        checks.append(_repeated(served, fresh, probe.again, fresh.tau))
-        return [*checks, _traffic(served, fresh.tau, expected)]
-    reading = served.reading
-    reached, passes = reading.tau, reading.passes
+    first = probe.first if probe else None
+    if probe is not None and first is not None and first.tau is not None:
+        slow = first.tau - 1 < LOW * (probe.reference_tau - 1)
+        cut = slow and (first.saved_share or 0.0) >= MANY_SAVED
+        checks += [_adaptive(server, cut)[0], _probed(server, probe, first, slow and not cut)]
+        checks.append(_repeated(server, probe.repeated, first.tau))
+        return [*checks, _traffic(server, first.tau, expected)]
+    snapshot = server.snapshot
+    reached, passes = snapshot.tau, snapshot.passes
     low = (
         reached is not None
         and (passes is None or passes >= MIN_PASSES)
         and reached - 1 < LOW * (tau - 1)
     )
-    adaptive, cut = _adaptive(served, low)
-    checks += [adaptive, *([_refused(probe)] if probe else []), _prefix_cache(served, low)]
-    return [*checks, _acceptance(served, tau, expected, low and not cut)]
+    adaptive, cut = _adaptive(server, low)
+    checks += [adaptive, *([_refused(probe)] if probe else []), _prefix_cache(server, low)]
+    return [*checks, _acceptance(server, tau, expected, low and not cut)]
 
 
-def _engine(served: Served) -> Check:
-    reading, info = served.reading, served.info
-    engine = served.engine
-    evidence: dict[str, Any] = {"engine": engine, "plugin": dict(reading.drafter)}
+def _engine(server: InspectedServer) -> Check:
+    snapshot, info = server.snapshot, server.info
+    engine = server.engine
+    evidence: dict[str, Any] = {"engine": engine, "plugin": dict(snapshot.drafter)}
     evidence |= {
         key: info[key]
         for key in ("version", "dtype", "quantization", "kv_cache_dtype", "attention_backend")
@@ -142,39 +156,28 @@ def _engine(served: Served) -> Check:
     check = Check(
         name="server",
         status="ok",
-        looked_at=f"/metrics and /server_info of {served.url}",
+        looked_at=f"/metrics and /server_info of {server.url}",
         finding=f"{engine} drafts with this plugin",
         evidence=evidence,
     )
-    if not served.speculates:
+    if not server.speculates:
         flags = {
             "vllm": "--speculative-method dflash --speculative-model DRAFTER",
             "sglang": "--speculative-algorithm DFLASH --speculative-draft-model-path DRAFTER",
         }
-        return check.model_copy(
-            update={
-                "status": "fault",
-                "finding": f"{engine} runs without a drafter",
-                "fix": f"start it with {flags[engine]}",
-                "certainty": Certainty.SURE,
-            }
+        return check.fault(
+            f"{engine} runs without a drafter", f"start it with {flags[engine]}", Certainty.SURE
         )
-    if not served.plugin:
-        return check.model_copy(
-            update={
-                "status": "note",
-                "finding": f"{engine}'s own speculation runs, not this plugin's",
-                "fix": INSTALL,
-            }
-        )
-    if served.missing is not None:
-        check.finding += f"; {served.missing}"
+    if not server.plugin:
+        return check.note(f"{engine}'s own speculation runs, not this plugin's", INSTALL)
+    if server.missing is not None:
+        check.finding += f"; {server.missing}"
     return check
 
 
-def _adaptive(served: Served, low: bool) -> tuple[Check, bool]:
+def _adaptive(server: InspectedServer, low: bool) -> tuple[Check, bool]:
     """The check, and whether cut blocks explain a low τ."""
-    share = served.reading.saved_share
+    share = server.snapshot.saved_share
     check = Check(
         name="adaptive verification",
         status="ok",
@@ -184,10 +187,10 @@ def _adaptive(served: Served, low: bool) -> tuple[Check, bool]:
     if share is None:
         return check, False
     check.evidence = {
-        "verified": served.reading.verified,
-        "saved": served.reading.saved,
+        "verified": server.snapshot.verified,
+        "saved": server.snapshot.saved,
         "share_saved": round(share, 3),
-        "steps_by_rows": dict(served.reading.steps),
+        "steps_by_rows": dict(server.snapshot.steps),
     }
     check.finding = f"{share:.0%} of the drafts are left unverified"
     if share < MANY_SAVED:
@@ -201,63 +204,53 @@ def _adaptive(served: Served, low: bool) -> tuple[Check, bool]:
     return check, low
 
 
-def _asked(served: Served, probe: Probe, fresh: Round, low: bool) -> Check:
-    """The same texts on the server and here."""
-    tau = fresh.tau or 0.0
+def _probed(server: InspectedServer, probe: Probe, first: ProbeRound, low: bool) -> Check:
+    """The same texts on the server and in Transformers."""
+    tau, reference_tau = first.tau or 0.0, probe.reference_tau
     check = Check(
         name="asked acceptance",
         status="ok",
         looked_at="τ of these prompts on the server, against the same texts in Transformers",
-        finding=f"τ {tau:.2f} on the server, {probe.here:.2f} here",
+        finding=f"τ {tau:.2f} on the server, {reference_tau:.2f} here",
         evidence={
             "tau_served": round(tau, 3),
-            "tau_here": round(probe.here, 3),
-            "passes": fresh.passes,
-            "passes_counted": fresh.counted,
-            "same_text": round(fresh.same, 3),
+            "tau_here": round(reference_tau, 3),
+            "passes": first.passes,
+            "passes_counted": first.counted,
+            "same_text": round(first.agreement, 3),
         },
     )
-    if fresh.same < SAME:
-        return check.model_copy(
-            update={
-                "status": "fault" if low else "note",
-                "finding": f"{check.finding}: its target answers otherwise from the first tokens "
-                "on, so it is another one, or another revision",
-                "fix": "give doctor the target that the server runs, or serve this one",
-                "certainty": Certainty.LIKELY,
-            }
+    if first.agreement < MIN_AGREEMENT:
+        finding = (
+            f"{check.finding}: its target answers otherwise from the first tokens on, so it is "
+            "another one, or another revision"
         )
+        fix = "give doctor the target that the server runs, or serve this one"
+        return check.fault(finding, fix, Certainty.LIKELY) if low else check.note(finding, fix)
     if not low:
         return check
-    if not served.plugin:
-        return _native(check, f"τ {tau:.2f} on these prompts", probe.here)
-    return check.model_copy(
-        update={
-            "status": "fault",
-            "finding": f"the same prompts reach τ {tau:.2f} on the server and {probe.here:.2f} "
-            "here, so that it runs the drafter otherwise than this check does",
-            "fix": "serve the drafter that is given here; run doctor with the server's --dtype, "
-            "--draft-weights and --dialect",
-            "certainty": Certainty.LIKELY,
-        }
+    if not server.plugin:
+        return _native(check, f"τ {tau:.2f} on these prompts", reference_tau)
+    return check.fault(
+        f"the same prompts reach τ {tau:.2f} on the server and {reference_tau:.2f} here, so that "
+        "it runs the drafter otherwise than this check does",
+        "serve the drafter that is given here; run doctor with the server's --dtype, "
+        "--draft-weights and --dialect",
+        Certainty.LIKELY,
     )
 
 
-def _native(check: Check, reached: str, here: float) -> Check:
-    """The fault of an engine's own speculation that accepts less than the drafter does here."""
-    return check.model_copy(
-        update={
-            "status": "fault",
-            "finding": f"the engine's own speculation reaches {reached}, this drafter {here:.2f} "
-            "here",
-            "fix": INSTALL,
-            "certainty": Certainty.LIKELY,
-        }
+def _native(check: Check, reached: str, reference_tau: float) -> Check:
+    """The fault of an engine's own speculation that accepts less than Transformers does."""
+    return check.fault(
+        f"the engine's own speculation reaches {reached}, this drafter {reference_tau:.2f} here",
+        INSTALL,
+        Certainty.LIKELY,
     )
 
 
-def _repeated(served: Served, fresh: Round, again: Round | None, tau: float) -> Check:
-    """The same prompts once more, out of the prefix cache."""
+def _repeated(server: InspectedServer, repeated: ProbeRound | None, tau: float) -> Check:
+    """The same prompts once more, out of the prefix cache; ``tau`` is that of the first time."""
     check = Check(
         name="prefix cache",
         status="ok",
@@ -266,31 +259,28 @@ def _repeated(served: Served, fresh: Round, again: Round | None, tau: float) -> 
         finding="asking again hit nothing: these prompts are shorter than a cached block, or the "
         "cache is off",
     )
-    if again is None or again.tau is None or not again.hit_rate:
+    if repeated is None or repeated.tau is None or not repeated.hit_rate:
         return check
     check.evidence = {
-        "hit_rate": round(again.hit_rate, 3),
+        "hit_rate": round(repeated.hit_rate, 3),
         "tau_first": round(tau, 3),
-        "tau_again": round(again.tau, 3),
+        "tau_again": round(repeated.tau, 3),
     }
     check.finding = (
-        f"τ {again.tau:.2f} with {again.hit_rate:.0%} of the prompt tokens cached, {tau:.2f} "
+        f"τ {repeated.tau:.2f} with {repeated.hit_rate:.0%} of the prompt tokens cached, {tau:.2f} "
         "without"
     )
-    if again.tau - 1 >= LOW * (tau - 1):
+    if repeated.tau - 1 >= LOW * (tau - 1):
         return check
-    if (again.saved or 0.0) >= MANY_SAVED:
-        check.finding += f"; {again.saved:.0%} of the drafts were left unverified"
+    if (repeated.saved_share or 0.0) >= MANY_SAVED:
+        check.finding += f"; {repeated.saved_share:.0%} of the drafts were left unverified"
         return check
-    return check.model_copy(
-        update={
-            "status": "fault",
-            "finding": f"{check.finding}: the drafter lacks the features of cached tokens",
-            "fix": "serve with --no-enable-prefix-caching (SGLang: --disable-radix-cache)"
-            + ("" if served.plugin else ", or install dflash-plugin, which keeps the features"),
-            "certainty": Certainty.MEASURED,
-            "gain": tau - again.tau,
-        }
+    return check.fault(
+        f"{check.finding}: the drafter lacks the features of cached tokens",
+        "serve with --no-enable-prefix-caching (SGLang: --disable-radix-cache)"
+        + ("" if server.plugin else ", or install dflash-plugin, which keeps the features"),
+        Certainty.MEASURED,
+        tau - repeated.tau,
     )
 
 
@@ -305,9 +295,9 @@ def _refused(probe: Probe) -> Check:
     )
 
 
-def _prefix_cache(served: Served, low: bool) -> Check:
-    """Hits of a server that was not asked, whose other requests may be drafted worse anyhow."""
-    rate = served.reading.hit_rate
+def _prefix_cache(server: InspectedServer, low: bool) -> Check:
+    """Hits of requests that doctor did not send, and that may be drafted worse anyhow."""
+    rate = server.snapshot.hit_rate
     check = Check(
         name="prefix cache",
         status="ok",
@@ -317,27 +307,24 @@ def _prefix_cache(served: Served, low: bool) -> Check:
     )
     if rate is None or rate < MANY_HITS or not low:
         return check
-    return check.model_copy(
-        update={
-            "status": "note",
-            "finding": f"{rate:.0%} of the prompt tokens come from the prefix cache: the drafter "
-            "may lack their features",
-            "fix": "leave --no-ask out, by which the server is asked with and without hits",
-        }
+    return check.note(
+        f"{rate:.0%} of the prompt tokens come from the prefix cache: the drafter may lack their "
+        "features",
+        "leave --no-ask out, so that doctor sends its prompts with and without hits",
     )
 
 
-def _traffic(served: Served, tau: float, expected: float | None) -> Check:
-    """τ of all requests so far, against that of these prompts on the same server."""
-    reading = served.reading
-    reached, passes = reading.tau, reading.passes
+def _traffic(server: InspectedServer, tau: float, expected: float | None) -> Check:
+    """τ of all requests before, against that of these prompts on the same server."""
+    snapshot = server.snapshot
+    reached, passes = snapshot.tau, snapshot.passes
     check = Check(
         name="served acceptance",
         status="ok",
         looked_at="τ of all requests that the server had before, against these prompts there and "
         "the training record",
         finding="the server had verified nothing before",
-        evidence=_evidence(reading, expected) | {"tau_asked": round(tau, 3)},
+        evidence=_evidence(snapshot, expected) | {"tau_asked": round(tau, 3)},
     )
     if reached is None:
         return check
@@ -345,44 +332,43 @@ def _traffic(served: Served, tau: float, expected: float | None) -> Check:
     if passes is not None and passes < MIN_PASSES:
         check.finding += f"; {passes:.0f} verify passes are too few to judge by"
         return check
-    if reached - 1 >= LOW * (tau - 1) or (reading.saved_share or 0.0) >= MANY_SAVED:
+    if reached - 1 >= LOW * (tau - 1) or (snapshot.saved_share or 0.0) >= MANY_SAVED:
         return check
-    bar = min(tau, expected or tau)
-    return check.model_copy(
-        update={
-            "status": "fault" if reached - 1 < LOW_ELSEWHERE * (bar - 1) else "note",
-            "finding": f"{check.finding}, so that it is the requests that are drafted worse: "
-            "they are probably unlike the training text (chat template, thinking mode, language, "
-            "high temperature)",
-            "fix": "run doctor with --data, and --raw or --thinking, on prompts as the server gets "
-            "them; train the drafter on such text where that gives no other fault",
-            "certainty": Certainty.LIKELY,
-        }
+    finding = (
+        f"{check.finding}, so that it is the requests that are drafted worse: they are probably "
+        "unlike the training text (chat template, thinking mode, language, high temperature)"
     )
+    fix = (
+        "run doctor with --data, and --raw or --thinking, on prompts as the server gets them; "
+        "train the drafter on such text where that gives no other fault"
+    )
+    if reached - 1 < LOW_TRAFFIC * (min(tau, expected or tau) - 1):
+        return check.fault(finding, fix, Certainty.LIKELY)
+    return check.note(finding, fix)
 
 
-def _evidence(reading: MetricsSnapshot, expected: float | None) -> dict[str, Any]:
+def _evidence(snapshot: MetricsSnapshot, expected: float | None) -> dict[str, Any]:
     return {
-        "tau_served": None if reading.tau is None else round(reading.tau, 3),
+        "tau_served": None if snapshot.tau is None else round(snapshot.tau, 3),
         "tau_of_training": expected,
-        "passes": reading.passes,
-        "by_position": [round(rate, 3) for rate in reading.rates],
-        "warnings": reading.warnings,
+        "passes": snapshot.passes,
+        "by_position": [round(rate, 3) for rate in snapshot.acceptance.rates],
+        "warnings": snapshot.warnings,
     }
 
 
-def _acceptance(served: Served, tau: float, expected: float | None, low: bool) -> Check:
-    reading = served.reading
-    reached = reading.tau
+def _acceptance(server: InspectedServer, tau: float, expected: float | None, low: bool) -> Check:
+    snapshot = server.snapshot
+    reached = snapshot.tau
     check = Check(
         name="served acceptance",
         status="ok",
         looked_at="τ of the server, against τ in Transformers and the training record",
         finding=f"τ {reached or 0:.2f} on the server, {tau:.2f} here",
-        evidence=_evidence(reading, expected) | {"tau_here": round(tau, 3)},
+        evidence=_evidence(snapshot, expected) | {"tau_here": round(tau, 3)},
     )
-    if reached is None or (reading.passes is not None and reading.passes < MIN_PASSES):
-        count = int(reading.passes or 0)
+    if reached is None or (snapshot.passes is not None and snapshot.passes < MIN_PASSES):
+        count = int(snapshot.passes or 0)
         return check.model_copy(
             update={
                 "status": "unchecked",
@@ -392,14 +378,12 @@ def _acceptance(served: Served, tau: float, expected: float | None, low: bool) -
         )
     if not low:
         return check
-    if not served.plugin:
+    if not server.plugin:
         return _native(check, f"τ {reached:.2f}", tau)
-    cause = likely(reading.rates) if reading.rates else "no acceptance by position is counted"
-    return check.model_copy(
-        update={
-            "status": "fault",
-            "finding": f"τ is {reached:.2f} on the server and {tau:.2f} here: {cause}",
-            "fix": "run doctor with --data on prompts as the server gets them, and with the "
-            "server's dtype and quantization",
-        }
+    rates = snapshot.acceptance.rates
+    cause = likely(rates) if rates else "no acceptance by position is counted"
+    return check.fault(
+        f"τ is {reached:.2f} on the server and {tau:.2f} here: {cause}",
+        "run doctor with --data on prompts as the server gets them, and with the server's dtype "
+        "and quantization",
     )
