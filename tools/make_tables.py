@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -209,32 +210,38 @@ def engine(name: str) -> str:
     return f"{table(header, rows)}\n\n{facts}`{record['command']}`"
 
 
-NAMES = {
-    "none": "no drafter",
-    "native": "native",
-    "native-k3": "native, 3 drafts",
-    "native-k5": "native, 5 drafts",
-    "native-k7": "native, 7 drafts",
-    "native-adaptive": "native, adaptive",
-    "plugin": "plugin",
-    "plugin-fp8": "plugin, FP8 drafter",
-    "plugin-adaptive": "plugin, adaptive",
-    "plugin-fp8-adaptive": "plugin, FP8 drafter, adaptive",
+PARTS = {
+    "fp8": "FP8 drafter",
+    "adaptive": "adaptive",
+    "fixed": "whole blocks",
+    "triton": "Triton attention",
 }
 
 
-def serving(name: str, shown: tuple[str, ...] = tuple(NAMES)) -> str:
+def name_of(mode: str) -> str:
+    """A benchmark's mode in words: "native, 7 drafts" for native-k7."""
+    kind, *settings = mode.split("-")
+    words = [
+        f"{part[1:]} drafts" if part[0] == "k" and part[1:].isdigit() else PARTS[part]
+        for part in settings
+    ]
+    return ", ".join(["no drafter" if kind == "none" else kind, *words])
+
+
+def serving(name: str, shown: tuple[str, ...] | None = None) -> str:
     """Output tokens per second by mode and requests in flight: median (lowest-highest), τ.
 
     Args:
         name: the result file's name without ".json".
-        shown: the modes that get a column.
+        shown: the modes that get a column; all when None.
     """
     record = load(name)
     runs = record.get("runs", [record])
     record, every = runs[0], [row for run in runs for row in run["rows"]]
     cells = {(row["engine"], row["concurrency"]): row for row in every}
-    engines = [one for one in dict.fromkeys(row["engine"] for row in every) if one in shown]
+    engines = [
+        one for one in dict.fromkeys(row["engine"] for row in every) if not shown or one in shown
+    ]
     rows = []
     for level in sorted({row["concurrency"] for row in every}):
         line = [str(level)]
@@ -251,7 +258,7 @@ def serving(name: str, shown: tuple[str, ...] = tuple(NAMES)) -> str:
     facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}; "
     counts = sorted({len(row["all"]) for row in every})
     facts += f"{'-'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs in turns. "
-    header = ["requests", *(NAMES[one] for one in engines)]
+    header = ["requests", *map(name_of, engines)]
     commands = "; ".join(f"`{run['command']}`" for run in runs)
     return f"{table(header, rows)}\n\n{facts}{commands}"
 
@@ -271,10 +278,12 @@ def measured(name: str) -> bool:
 
 
 def rows_by_level(runs: list[dict]) -> dict[int, dict[str, dict]]:
-    """Rows by requests in flight and mode."""
+    """Speeds by requests in flight and mode; a mode that was measured twice counts as one."""
     found: dict[int, dict[str, dict]] = {}
     for row in (row for run in runs for row in run["rows"]):
-        found.setdefault(row["concurrency"], {})[row["engine"]] = row
+        cells = found.setdefault(row["concurrency"], {})
+        every = [*cells.get(row["engine"], {"all": []})["all"], *row["all"]]
+        cells[row["engine"]] = {"all": every, "tokens_per_second": median(every)}
     return dict(sorted(found.items()))
 
 
@@ -292,7 +301,7 @@ def attention_backends(runs: list[dict]) -> str:
     """
     found: dict[str, str] = {}
     for run in runs:
-        named = run.get("attention_backends")
+        named = run.get("attention")
         shared = run.get("engine_arguments", {}).get("attention_backend") or of_settings(run)
         for mode in dict.fromkeys(row["engine"] for row in run["rows"]):
             backend = named.get(mode) if named else shared
@@ -300,9 +309,9 @@ def attention_backends(runs: list[dict]) -> str:
                 raise ValueError(f"{run['command']}: the attention back end of {mode} is unknown")
             found[mode] = backend
     if len(set(found.values())) == 1:
-        return f"attention back end {next(iter(found.values()))}"
+        return f"attention back end: {next(iter(found.values()))}"
     return "attention back ends: " + ", ".join(
-        f"{NAMES[mode]} {backend}" for mode, backend in found.items()
+        f"{name_of(mode)}: {backend}" for mode, backend in found.items()
     )
 
 
@@ -351,8 +360,8 @@ def fair(engine: str) -> str:
     ]
     record = runs[0]
     versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
-    every = [row for run in runs for row in run["rows"]]
-    counts = sorted({len(row["all"]) for row in every})
+    every = [cell for cells in rows_by_level(runs).values() for cell in cells.values()]
+    counts = sorted({len(cell["all"]) for cell in every})
     repeats = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     title = (
         "Output tokens/s: Qwen3-8B's shape, **dummy weights, acceptance replayed at "
@@ -372,7 +381,7 @@ def speed(cells: dict[str, dict], mode: str | None, setting: bool = False) -> st
     text = f"{cell['tokens_per_second']:,.0f} ({min(cell['all']):,.0f}-{max(cell['all']):,.0f})"
     if not setting:
         return text
-    name = NAMES[mode].partition(", ")[2] or "as it comes"
+    name = name_of(mode).partition(", ")[2] or "as it comes"
     return f"{text}, {name}"
 
 
@@ -417,7 +426,7 @@ def timelines(name: str) -> str:
     rows = [
         [
             str(level),
-            NAMES[line["engine"]],
+            name_of(line["engine"]),
             *(f"{line['milliseconds'][part]:.2f}" for part in parts),
             f"{line['eager_launches']:.0f}",
         ]

@@ -67,16 +67,16 @@ def test_the_title_says_what_is_made_up_and_names_the_back_end(tables, tmp_path)
     write(tmp_path)
     title = tables["fair"]("vllm").splitlines()[0]
     assert "dummy weights, acceptance replayed at 6.4" in title
-    assert "attention back end fa3" in title
+    assert "attention back end: fa3" in title
 
 
 def test_back_ends_that_differ_are_named_by_mode(tables, tmp_path):
     backends = {mode: "fa3" if "native" in mode or mode == "none" else "triton" for mode in
                 SPEEDS[64]}  # fmt: skip
-    write(tmp_path, attention_backends=backends)
+    write(tmp_path, attention=backends)
     title = tables["fair"]("vllm").splitlines()[0]
-    assert "native fa3" in title
-    assert "plugin, FP8 drafter triton" in title
+    assert "native: fa3" in title
+    assert "plugin, FP8 drafter: triton" in title
 
 
 def test_a_table_without_its_back_end_is_refused(tables, tmp_path):
@@ -88,4 +88,26 @@ def test_a_table_without_its_back_end_is_refused(tables, tmp_path):
 def test_the_back_end_is_read_from_vllms_settings(tables, tmp_path):
     settings = json.dumps({"attention_config": {"backend": "FLASH_ATTN"}})
     write(tmp_path, engine_arguments={}, command=f"python x.py --settings '{settings}'")
-    assert "attention back end FLASH_ATTN" in tables["fair"]("vllm").splitlines()[0]
+    assert "attention back end: FLASH_ATTN" in tables["fair"]("vllm").splitlines()[0]
+
+
+def test_a_mode_of_two_groups_counts_as_one(tables):
+    rows = [
+        {"engine": "native", "concurrency": 1, "all": speeds, "tokens_per_second": speeds[1]}
+        for speeds in ([10, 11, 12], [13, 14, 15])
+    ]
+    assert tables["rows_by_level"]([{"rows": rows}]) == {
+        1: {"native": {"all": [10, 11, 12, 13, 14, 15], "tokens_per_second": 12.5}}
+    }
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("none", "no drafter"),
+        ("native-k7", "native, 7 drafts"),
+        ("plugin-fp8-adaptive-triton", "plugin, FP8 drafter, adaptive, Triton attention"),
+    ],
+)
+def test_modes_are_named(tables, mode, name):
+    assert tables["name_of"](mode) == name
