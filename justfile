@@ -35,7 +35,7 @@ engine name *versions:
 
 # Check the engine symbols that the adapters touch against each supported version's wheel.
 contracts wheels="wheels":
-    tests/contracts/download.sh {{wheels}}
+    tests/contracts/download.sh pip {{wheels}}
     ENGINE_WHEELS={{wheels}} pytest tests/contracts
 
 # Build wheel and sdist, install them into a bare environment, and try them.
