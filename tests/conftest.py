@@ -4,6 +4,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+# Torch's threads sleep while they wait for each other: spinning threads take the cores from
+# whatever else runs, such as another engine's tests. Torch reads this when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 from hypothesis import settings
 

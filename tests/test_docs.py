@@ -1,4 +1,4 @@
-"""README and docs/: links, anchors, the site's navigation, and commands that the CLI has."""
+"""Pages of the repository and of docs/: links, anchors, navigation, and commands of the CLI."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dflash_plugin.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 INLINE = re.compile(r"(?<!`)`(?!`)([^`]+)`(?!`)")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -107,6 +107,11 @@ def test_commands_are_those_of_the_cli(page):
 def test_code_is_not_indented(page):
     """The site's Markdown knows fences only at the beginning of a line."""
     assert re.findall(r"^ +```.*", page.read_text(), re.M) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_no_path_leads_out_of_the_repository(page):
+    assert re.findall(r"\.\./(?:shared|work)\S*", page.read_text()) == []
 
 
 def test_every_page_is_in_the_navigation_once():

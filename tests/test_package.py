@@ -97,7 +97,7 @@ def test_the_example_answers_every_question(smollm2):
 
 def test_the_readme_shows_the_recorded_results():
     done = subprocess.run(
-        [sys.executable, ROOT.parents[1] / "benchmarks" / "table.py", "--check"],
+        [sys.executable, ROOT.parents[1] / "tools" / "make_tables.py", "--check"],
         capture_output=True,
         text=True,
     )

@@ -1,4 +1,4 @@
-"""Writes the result tables of README.md and docs/ from the JSON files in benchmarks/results.
+"""Write the result tables of README.md and docs/ from the JSON files in benchmarks/results.
 
 python tools/make_tables.py          rewrite them
 python tools/make_tables.py --check  exit 1 if one is not up to date
@@ -7,16 +7,24 @@ python tools/make_tables.py --check  exit 1 if one is not up to date
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    """A recorded result.
+
+    Recorded commands name full prompt sets by a path outside the repository; tables name the files
+    alone, and the pages say where the sets come from.
+    """
+    text = (RESULTS / f"{name}.json").read_text()
+    return json.loads(text.replace("../shared/data/", ""))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -47,26 +55,26 @@ def dflash2(name: str) -> str:
             *(
                 cell
                 for one, two in pairs
-                for cell in beside(one["sets"][place]["tau"], two["sets"][place]["tau"])
+                for cell in beside(one["sets"][index]["tau"], two["sets"][index]["tau"])
             ),
         ]
-        for place, name in enumerate(names)
+        for index, name in enumerate(names)
     ]
     means = [cell for one, two in pairs for cell in beside(one["mean_tau"], two["mean_tau"])]
     header = ["set", "DFlash", "DFlash 2", "", "T = 1: DFlash", "DFlash 2", ""]
     count = len(runs[0]["sets"][0]["acceptance"])
-    places = [
+    by_position = [
         [
             f"{'DFlash 2' if run['drafter'] == 'dflash2' else 'DFlash'}, T = {run['temperature']}",
             *(f"{share:.2f}" for share in conditional(run["sets"])),
         ]
         for run in runs
     ]
-    by_place = ["", *(f"draft {k}" for k in range(1, count + 1))]
+    position_header = ["", *(f"draft {k}" for k in range(1, count + 1))]
     commands = "; ".join(f"`{run['command']}`" for run in runs)
     facts = f"{where(runs[0])}, batch {runs[0]['batch']}. {commands}"
     whole = table(header, [*rows, ["mean", *means]])
-    return f"{whole}\n\n{table(by_place, places)}\n\n{facts}"
+    return f"{whole}\n\n{table(position_header, by_position)}\n\n{facts}"
 
 
 def dflash2_by_temperature() -> str:
@@ -108,8 +116,8 @@ def beside(one: float, two: float) -> list[str]:
 def conditional(sets: list[dict]) -> list[float]:
     """Share of drafts that stood of those whose predecessors did, over all passes of all sets."""
     passes = sum(result["passes"] for result in sets)
-    places = range(len(sets[0]["acceptance"]))
-    stood = [sum(result["passes"] * result["acceptance"][k] for result in sets) for k in places]
+    positions = range(len(sets[0]["acceptance"]))
+    stood = [sum(result["passes"] * result["acceptance"][k] for result in sets) for k in positions]
     return [now / before for before, now in zip([passes, *stood[:-1]], stood, strict=True)]
 
 
@@ -202,31 +210,38 @@ def engine(name: str) -> str:
     return f"{table(header, rows)}\n\n{facts}`{record['command']}`"
 
 
-NAMES = {
-    "none": "no drafter",
-    "native": "native",
-    "native-k3": "native, 3 drafts",
-    "native-k5": "native, 5 drafts",
-    "native-adaptive": "native, adaptive",
-    "plugin": "plugin",
-    "plugin-fp8": "plugin, FP8 drafter",
-    "plugin-adaptive": "plugin, adaptive",
-    "plugin-fp8-adaptive": "plugin, FP8 drafter, adaptive",
+PARTS = {
+    "fp8": "FP8 drafter",
+    "adaptive": "adaptive",
+    "fixed": "whole blocks",
+    "triton": "Triton attention",
 }
 
 
-def serving(name: str, shown: tuple[str, ...] = tuple(NAMES)) -> str:
-    """Output tokens per second by engine and requests in flight: median (lowest-highest), τ.
+def name_of(mode: str) -> str:
+    """A benchmark's mode in words: "native, 7 drafts" for native-k7."""
+    kind, *settings = mode.split("-")
+    words = [
+        f"{part[1:]} drafts" if part[0] == "k" and part[1:].isdigit() else PARTS[part]
+        for part in settings
+    ]
+    return ", ".join(["no drafter" if kind == "none" else kind, *words])
+
+
+def serving(name: str, shown: tuple[str, ...] | None = None) -> str:
+    """Output tokens per second by mode and requests in flight: median (lowest-highest), τ.
 
     Args:
-        name: of the file.
-        shown: the engines.
+        name: the result file's name without ".json".
+        shown: the modes that get a column; all when None.
     """
     record = load(name)
     runs = record.get("runs", [record])
     record, every = runs[0], [row for run in runs for row in run["rows"]]
     cells = {(row["engine"], row["concurrency"]): row for row in every}
-    engines = [one for one in dict.fromkeys(row["engine"] for row in every) if one in shown]
+    engines = [
+        one for one in dict.fromkeys(row["engine"] for row in every) if not shown or one in shown
+    ]
     rows = []
     for level in sorted({row["concurrency"] for row in every}):
         line = [str(level)]
@@ -243,17 +258,152 @@ def serving(name: str, shown: tuple[str, ...] = tuple(NAMES)) -> str:
     facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}; "
     counts = sorted({len(row["all"]) for row in every})
     facts += f"{'-'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs in turns. "
-    header = ["requests", *(NAMES[one] for one in engines)]
+    header = ["requests", *map(name_of, engines)]
     commands = "; ".join(f"`{run['command']}`" for run in runs)
     return f"{table(header, rows)}\n\n{facts}{commands}"
+
+
+FAIR = {"vllm": "vllm-h200-qwen3-8b-fair", "sglang": "sglang-h200-qwen3-8b-fair"}
+PLOT = "docs/speed-qwen3-8b.svg"
+
+
+def runs_of(name: str) -> list[dict]:
+    """The records of a serving result: one file may join several runs."""
+    record = load(name)
+    return record.get("runs", [record])
+
+
+def measured(name: str) -> bool:
+    return (RESULTS / f"{name}.json").is_file()
+
+
+def rows_by_level(runs: list[dict]) -> dict[int, dict[str, dict]]:
+    """Speeds by requests in flight and mode; a mode that was measured twice counts as one."""
+    found: dict[int, dict[str, dict]] = {}
+    for row in (row for run in runs for row in run["rows"]):
+        cells = found.setdefault(row["concurrency"], {})
+        every = [*cells.get(row["engine"], {"all": []})["all"], *row["all"]]
+        cells[row["engine"]] = {"all": every, "tokens_per_second": median(every)}
+    return dict(sorted(found.items()))
+
+
+def fastest(cells: dict[str, dict], mode: str) -> str | None:
+    """The fastest mode that is ``mode`` or one of its settings, such as native-k7 of native."""
+    names = [name for name in cells if name == mode or name.startswith(f"{mode}-")]
+    return max(names, key=lambda name: cells[name]["tokens_per_second"], default=None)
+
+
+def attention_backends(runs: list[dict]) -> str:
+    """The attention back end of every mode.
+
+    Raises:
+        ValueError: the record does not say which one a run used.
+    """
+    found: dict[str, str] = {}
+    for run in runs:
+        named = run.get("attention")
+        shared = run.get("engine_arguments", {}).get("attention_backend") or of_settings(run)
+        for mode in dict.fromkeys(row["engine"] for row in run["rows"]):
+            backend = named.get(mode) if named else shared
+            if not backend:
+                raise ValueError(f"{run['command']}: the attention back end of {mode} is unknown")
+            found[mode] = backend
+    if len(set(found.values())) == 1:
+        return f"attention back end: {next(iter(found.values()))}"
+    return "attention back ends: " + ", ".join(
+        f"{name_of(mode)}: {backend}" for mode, backend in found.items()
+    )
+
+
+def of_settings(run: dict) -> str | None:
+    """``attention_config.backend`` in the ``--settings`` of a recorded command."""
+    words = shlex.split(run["command"])
+    if "--settings" not in words:
+        return None
+    settings = json.loads(words[words.index("--settings") + 1])
+    return settings.get("attention_config", {}).get("backend")
+
+
+def fair(engine: str) -> str:
+    """Tokens per second against the engine's own DFlash at its best setting.
+
+    The best setting is chosen for every number of requests, on both sides.
+    """
+    name = FAIR[engine]
+    if not measured(name):
+        return f"Not measured yet: this table is made from `benchmarks/results/{name}.json`."
+    runs = runs_of(name)
+    rows = []
+    for level, cells in rows_by_level(runs).items():
+        native, plugin = fastest(cells, "native"), fastest(cells, "plugin")
+        options = {mode: cell for mode, cell in cells.items() if mode.startswith("plugin-")}
+        gain = cells[plugin]["tokens_per_second"] / cells[native]["tokens_per_second"]
+        rows.append(
+            [
+                str(level),
+                speed(cells, "none"),
+                speed(cells, "native"),
+                speed(cells, native, setting=True),
+                speed(cells, "plugin"),
+                speed(cells, fastest(options, "plugin"), setting=True),
+                f"**{gain:.2f}×**",
+            ]
+        )
+    header = [
+        "requests",
+        "no drafter",
+        "native as it comes",
+        "native at its best setting",
+        "plugin as it comes",
+        "plugin with options",
+        "best plugin / best native",
+    ]
+    record = runs[0]
+    versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    every = [cell for cells in rows_by_level(runs).values() for cell in cells.values()]
+    counts = sorted({len(cell["all"]) for cell in every})
+    repeats = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    title = (
+        "Output tokens/s: Qwen3-8B's shape, **dummy weights, acceptance replayed at "
+        f"{record['acceptance_replayed']}**, {record['num_speculative_tokens']} drafts; "
+        f"median (lowest-highest), {attention_backends(runs)}."
+    )
+    facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}; {repeats} runs"
+    commands = "; ".join(f"`{run['command']}`" for run in runs)
+    return f"{title}\n\n{table(header, rows)}\n\n{facts} in turns. {commands}"
+
+
+def speed(cells: dict[str, dict], mode: str | None, setting: bool = False) -> str:
+    """A cell of a speed table: median (lowest-highest), and which setting it is."""
+    if mode is None or mode not in cells:
+        return "not measured"
+    cell = cells[mode]
+    text = f"{cell['tokens_per_second']:,.0f} ({min(cell['all']):,.0f}-{max(cell['all']):,.0f})"
+    if not setting:
+        return text
+    name = name_of(mode).partition(", ")[2] or "as it comes"
+    return f"{text}, {name}"
+
+
+def summary(engine: str) -> str:
+    """The fair table without its command, for the first page."""
+    text = fair(engine)
+    return text.rsplit(" `python", 1)[0] if measured(FAIR[engine]) else text
+
+
+def plot() -> str:
+    """The speed plot, or the picture of a step while nothing fair is measured."""
+    if any(map(measured, FAIR.values())) and (ROOT / PLOT).is_file():
+        return f"![Output tokens/s by requests in flight: native and plugin]({PLOT})"
+    return "![One step: injection, draft, verification, commit](docs/how-it-works.svg)"
 
 
 def soak(name: str, engine: str, paused: str) -> str:
     """A recorded soak.
 
     Args:
-        name: of the file.
-        engine: its name, and the key of its version.
+        name: the result file's name without ".json".
+        engine: the engine's name; in lower case, the key of its version.
         paused: the engine's word for requests that wait for memory in mid-text.
     """
     record = load(name)
@@ -276,7 +426,7 @@ def timelines(name: str) -> str:
     rows = [
         [
             str(level),
-            NAMES[line["engine"]],
+            name_of(line["engine"]),
             *(f"{line['milliseconds'][part]:.2f}" for part in parts),
             f"{line['eager_launches']:.0f}",
         ]
@@ -371,9 +521,17 @@ REPLAYS = {
 }
 # Sections by file.
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"acceptance": acceptance, "dflash2-greedy": dflash2_greedy, **REPLAYS},
+    "README.md": {
+        "plot": plot,
+        "vllm-fair": lambda: summary("vllm"),
+        "sglang-fair": lambda: summary("sglang"),
+        "acceptance": lambda: acceptance().rsplit(" `dflash-plugin", 1)[0],
+    },
     "docs/results.md": {
+        "vllm-fair": lambda: fair("vllm"),
+        "sglang-fair": lambda: fair("sglang"),
         "acceptance": acceptance,
+        "dflash2-greedy": dflash2_greedy,
         "draft-weights": draft_weights,
         "h200": lambda: engine("transformers-h200"),
         "cpu": lambda: engine("transformers-cpu"),
@@ -400,7 +558,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/dflash2.md": {
         "dflash2": lambda: dflash2("smollm2-dflash2-acceptance"),
         "dflash2-mixed": lambda: dflash2("smollm2-dflash2-mixed-acceptance"),
-        "dflash2-heat": dflash2_by_temperature,
+        "dflash2-temperature": dflash2_by_temperature,
         "first-draft": first_draft,
         "draft-step": draft_step,
         "dflash2-kernels": lambda: kernels("kernels-h200-dflash2", SHOWN_OF_DFLASH2),

@@ -37,7 +37,8 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_target(resolve_model(target), torch.float32, device)
     drafting = load_drafter(resolve_drafter(drafter, target), model)
-    prompts = [one for name in SETS for one in load_prompts(data / f"{name}.jsonl")[:limit]]
+    names = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
+    prompts = [one for name in names for one in load_prompts(data / f"{name}.jsonl")[:limit]]
     engine = Engine(model, drafting, max_batch=batch, max_length=1024)
     sequences = respond(engine, tokenizer, prompts, new_tokens)
     features = OnlineFeatures(model, drafting.config.target_layer_ids)
