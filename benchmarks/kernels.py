@@ -3,8 +3,9 @@
     python benchmarks/kernels.py --output FILE.json
     python benchmarks/kernels.py --ops draft_head,inject_kv
 
-The shapes are those of a Qwen3-8B drafter in bfloat16, and sizes are rows, requests or positions. Figures are medians in microseconds with a
-cold L2 cache, replayed from CUDA graphs, except those of twins and "engine_eager".
+The shapes are those of a Qwen3-8B drafter in bfloat16; sizes are rows, requests or positions.
+Figures are medians in microseconds with a cold L2 cache, replayed from CUDA graphs, except those of
+twins and "engine_eager".
 """
 
 from __future__ import annotations
