@@ -1,8 +1,8 @@
 """A sublayer's convolution of a DFlash 2 drafter, and the product that its kernels come from.
 
-With few rows, the time goes into reading the product's weight. So programs split the weight's
-width, prefetch their part before the rows are there, and leave their partial sums to the convolution.
-On a GPU that can, each launch begins while the one before it still runs.
+With few rows, most time goes into reading the product's weight. So programs split its width,
+prefetch their part before the rows are there, and leave partial sums to the convolution. On a GPU
+that can, each launch begins while the one before it still runs.
 """
 
 from __future__ import annotations
