@@ -3,8 +3,9 @@
     python benchmarks/kernels.py --output FILE.json
     python benchmarks/kernels.py --ops draft_head,inject_kv
 
-The shapes are those of a Qwen3-8B drafter in bfloat16. Figures are medians in microseconds with a
-cold L2 cache, replayed from CUDA graphs, except those of twins and "engine_eager".
+The shapes are those of a Qwen3-8B drafter in bfloat16; sizes are rows, requests or positions.
+Figures are medians in microseconds with a cold L2 cache, replayed from CUDA graphs, except those of
+twins and "engine_eager".
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 5, 4096, 32, 8, 128, 12288
 VOCABULARY, BLOCK = 151_936, 16
+DEVICE = "cuda"
 # Of a DFlash 2 drafter.
 TAPS, GROUP, RANK, CANDIDATES, DRAFTS = 2, 16, 256, 16, 15
 EPS = 1e-6
@@ -47,7 +49,7 @@ class Case(NamedTuple):
 
 
 def random(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    return torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
 
 
 def add_rms_norm(rows: int) -> Case:
@@ -135,14 +137,14 @@ def selector(batch: int, sampled: bool) -> Case:
     from dflash_plugin.kernels.select_path import select_path, select_path_naive
 
     shape = (batch, DRAFTS, CANDIDATES)
-    candidates = torch.randint(VOCABULARY, shape, device="cuda")
-    anchors = torch.randint(VOCABULARY, (batch,), device="cuda")
-    logits = torch.randn(shape, device="cuda")
+    candidates = torch.randint(VOCABULARY, shape, device=DEVICE)
+    anchors = torch.randint(VOCABULARY, (batch,), device=DEVICE)
+    logits = torch.randn(shape, device=DEVICE)
     gates, codebooks = random(batch, DRAFTS, RANK), [random(VOCABULARY, RANK) for _ in range(2)]
     noise: tuple[Tensor, ...] = ()
     if sampled:
-        temperature = torch.arange(batch, device="cuda") % 2 * 0.8
-        noise = (temperature, torch.rand(batch, DRAFTS, dtype=torch.float64, device="cuda"))
+        temperature = torch.arange(batch, device=DEVICE) % 2 * 0.8
+        noise = (temperature, torch.rand(batch, DRAFTS, dtype=torch.float64, device=DEVICE))
     arguments = (candidates, logits, gates, anchors, *codebooks, *noise)
     return Case(
         lambda: select_path(*arguments),
@@ -154,8 +156,8 @@ def selector(batch: int, sampled: bool) -> Case:
 def uniforms(batch: int) -> Case:
     from dflash_plugin.kernels.uniforms import uniforms, uniforms_naive
 
-    seed = torch.randint(1 << 62, (batch,), device="cuda")
-    position = torch.randint(1 << 20, (batch, DRAFTS), device="cuda")
+    seed = torch.randint(1 << 62, (batch,), device=DEVICE)
+    position = torch.randint(1 << 20, (batch, DRAFTS), device=DEVICE)
     return Case(
         lambda: uniforms(seed, position, 0),
         lambda: uniforms_naive(seed, position, 0),
@@ -173,31 +175,33 @@ def gated_act(rows: int) -> Case:
 
 def rotary(rows: int) -> tuple[Tensor, Tensor]:
     """Positions and inverse frequencies."""
-    exponents = torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM
-    return torch.arange(rows, device="cuda"), 1_000_000.0**-exponents
+    exponents = torch.arange(0, HEAD_DIM, 2, device=DEVICE) / HEAD_DIM
+    return torch.arange(rows, device=DEVICE), 1_000_000.0**-exponents
 
 
 def qk_norm_rope(rows: int) -> Case:
+    from dflash_plugin.kernels.common import NormRope
     from dflash_plugin.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_naive
 
     qkv = random(rows, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
     positions, inverse = rotary(rows)
     weights = (random(HEAD_DIM), random(HEAD_DIM))
-    arguments = (qkv, positions, *weights, inverse, HEADS, KV_HEADS, HEAD_DIM, EPS)
+    arguments = (qkv, positions, weights, NormRope(inverse, EPS), HEADS, KV_HEADS)
     moved = 2 * rows * (HEADS + KV_HEADS) * HEAD_DIM * 2
     return Case(lambda: qk_norm_rope(*arguments), lambda: qk_norm_rope_naive(*arguments), moved)
 
 
 def inject_kv(rows: int) -> Case:
+    from dflash_plugin.kernels.common import NormRope
     from dflash_plugin.kernels.inject_kv import KVPools, inject_kv, inject_kv_naive
 
     kv = random(rows, LAYERS, 2, KV_HEADS, HEAD_DIM)
     positions, inverse = rotary(rows)
-    slots = torch.randperm(2 * rows, device="cuda")[:rows]
+    slots = torch.randperm(2 * rows, device=DEVICE)[:rows]
     keys, values = ([random(2 * rows, KV_HEADS, HEAD_DIM) for _ in range(LAYERS)] for _ in "kv")
     pools = KVPools.build(keys, values)
     weights = random(LAYERS, HEAD_DIM)
-    arguments = (kv, positions, slots, pools, weights, inverse, EPS)
+    arguments = (kv, positions, slots, pools, weights, NormRope(inverse, EPS))
     return Case(
         lambda: inject_kv(*arguments),
         lambda: inject_kv_naive(*arguments),
@@ -218,13 +222,13 @@ def sglang_injection(
     rows = kv.shape[0]
     dtype = torch.bfloat16
     shape = (KV_HEADS, HEAD_DIM, LAYERS)
-    pool = MHATokenToKVPool(2 * rows, 1, dtype, *shape, "cuda", enable_memory_saver=False)
+    pool = MHATokenToKVPool(2 * rows, 1, dtype, *shape, DEVICE, enable_memory_saver=False)
     angles = positions[:, None] * inverse
     table = torch.cat([angles.cos(), angles.sin()], dim=-1)
-    eps = torch.full((LAYERS,), EPS, device="cuda")
-    keys, values = torch.empty(2, LAYERS, rows, KV_HEADS, HEAD_DIM, dtype=dtype, device="cuda")
+    eps = torch.full((LAYERS,), EPS, device=DEVICE)
+    keys, values = torch.empty(2, LAYERS, rows, KV_HEADS, HEAD_DIM, dtype=dtype, device=DEVICE)
     projected = kv.view(rows, LAYERS, -1)
-    committed = torch.full((rows // BLOCK,), BLOCK, dtype=torch.int32, device="cuda")
+    committed = torch.full((rows // BLOCK,), BLOCK, dtype=torch.int32, device=DEVICE)
 
     def run() -> None:
         _fused_norm_rope_stacked(
@@ -350,49 +354,86 @@ def quantize_rows(rows: int) -> Case:
     return Case(lambda: quantize_rows(x), lambda: quantize_rows_naive(x), moved)
 
 
-def fuse_features(rows: int) -> Case:
-    from dflash_plugin.kernels.fuse_features import fuse_features, fuse_features_naive
+def accept(batch: int) -> Case:
+    """Blocks whose drafts were drawn; the bytes are the probabilities, read twice where judged."""
+    from dflash_plugin.kernels.accept import Sampled, accept, accept_naive
 
-    features = [random(rows, HIDDEN) for _ in range(LAYERS)]
-    weight, norm = random(HIDDEN, LAYERS * HIDDEN), random(HIDDEN)
-
-    def engine() -> Tensor:
-        fused = F.linear(torch.cat(features, dim=-1), weight)
-        return F.rms_norm(fused, norm.shape, norm, EPS)
-
-    arguments = (features, weight, norm, EPS)
+    target = torch.randn(batch, DRAFTS + 1, VOCABULARY, device=DEVICE).softmax(dim=-1)
+    draft_probs = target[:, :-1].contiguous()
+    drafts = draft_probs.argmax(dim=-1)
+    sampled = Sampled(target, draft_probs, torch.arange(batch, device=DEVICE))
+    positions = torch.arange(batch, device=DEVICE)
     return Case(
-        lambda: fuse_features(*arguments),
-        lambda: fuse_features_naive(*arguments),
-        weight.nbytes,
-        engine,
+        lambda: accept(drafts, sampled, positions),
+        lambda: accept_naive(drafts, sampled, positions),
+        4 * batch * VOCABULARY * 4,
     )
 
 
-def accept(rows: int) -> Case:
-    from dflash_plugin.kernels.accept import accept, accept_naive
+def counts_of(batch: int, value: int) -> Tensor:
+    return torch.full((batch,), value, dtype=torch.int32, device=DEVICE)
 
-    batch = max(1, rows // BLOCK)
-    target = torch.randint(VOCABULARY, (batch, BLOCK), device="cuda")
-    drafts, slots = target[:, :-1].contiguous(), torch.zeros_like(target)
-    positions = torch.arange(batch, device="cuda")
+
+def admit_drafts(batch: int) -> Case:
+    """Half of the drafts of all requests."""
+    from dflash_plugin.kernels.admit_drafts import admit_drafts, admit_drafts_naive
+
+    acceptance = torch.rand(batch, DRAFTS, device=DEVICE)
+    slots, drafts = torch.arange(batch, device=DEVICE), counts_of(batch, DRAFTS)
+    outputs = counts_of(batch, 0), counts_of(batch + 1, 0), counts_of(batch + 1, 0)
+    arguments = (acceptance, slots, drafts, counts_of(batch, 1), batch * DRAFTS // 2, *outputs)
     return Case(
-        lambda: accept(drafts, target, positions, slots=slots),
-        lambda: accept_naive(drafts, target, positions, slots=slots),
-        4 * target.nbytes,
+        lambda: admit_drafts(*arguments),
+        lambda: admit_drafts_naive(*arguments),
+        acceptance.nbytes,
     )
 
 
-def block_inputs(rows: int) -> Case:
-    from dflash_plugin.kernels.block_inputs import block_inputs, block_inputs_naive
+def cut_blocks(batch: int) -> Case:
+    """Every second row of every block."""
+    from dflash_plugin.kernels.cut_blocks import cut_blocks, cut_blocks_naive
 
-    batch = max(1, rows // BLOCK)
-    table = torch.zeros(batch, 4096, dtype=torch.int32, device="cuda")
-    arguments = (torch.arange(batch, device="cuda"), torch.arange(batch, device="cuda"), table)
+    tokens = torch.randint(VOCABULARY, (batch, BLOCK), device=DEVICE)
+    flat, verified = torch.arange(batch * BLOCK, device=DEVICE), BLOCK // 2
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * verified
+    arguments = (tokens, flat, flat, verified, starts, counts_of(batch * verified, 0))
     return Case(
-        lambda: block_inputs(*arguments, BLOCK, 3),
-        lambda: block_inputs_naive(*arguments, BLOCK, 3),
-        3 * batch * BLOCK * 8,
+        lambda: cut_blocks(*arguments, even=False),
+        lambda: cut_blocks_naive(*arguments, even=False),
+        7 * tokens.nbytes,
+    )
+
+
+def predict_acceptance(batch: int) -> Case:
+    from dflash_plugin.kernels.predict_acceptance import (
+        predict_acceptance,
+        predict_acceptance_naive,
+    )
+
+    top = torch.randn(batch * DRAFTS, device=DEVICE)
+    requests = torch.arange(batch, device=DEVICE).repeat_interleave(DRAFTS)
+    drafts = torch.arange(DRAFTS, device=DEVICE).repeat(batch)
+    slope, offsets = torch.ones(DRAFTS, device=DEVICE), torch.zeros(DRAFTS, device=DEVICE)
+    outputs = torch.zeros(2, batch, DRAFTS, device=DEVICE).unbind()
+    arguments = (top, top + 1, requests, drafts, slope, offsets, *outputs)
+    return Case(
+        lambda: predict_acceptance(*arguments),
+        lambda: predict_acceptance_naive(*arguments),
+        4 * top.nbytes + 2 * requests.nbytes,
+    )
+
+
+def learn_acceptance(batch: int) -> Case:
+    from dflash_plugin.adaptive.acceptance_model import AcceptanceModel
+    from dflash_plugin.kernels.learn_acceptance import learn_acceptance, learn_acceptance_naive
+
+    model, confidences = AcceptanceModel(DRAFTS, DEVICE), torch.randn(batch, DRAFTS, device=DEVICE)
+    state = model.state, model.prior_precision, model.fade
+    committed = counts_of(batch, 1 + DRAFTS // 2)
+    return Case(
+        lambda: learn_acceptance(confidences, committed, None, *state),
+        lambda: learn_acceptance_naive(confidences, committed, None, *state),
+        confidences.nbytes,
     )
 
 
@@ -408,7 +449,6 @@ def draft_attention_batch(batch: int) -> Case:
 
 def attention(batch: int, context: int) -> Case:
     """The block of ``batch`` requests, as SGLang lists their slots."""
-    from dflash_plugin.drafter.config import LayerAttention
     from dflash_plugin.kernels.draft_attention import (
         PagedContext,
         draft_attention,
@@ -417,14 +457,14 @@ def attention(batch: int, context: int) -> Case:
 
     count = batch * context
     keys, values = (random(count + 1, KV_HEADS, HEAD_DIM) for _ in "kv")
-    slots = torch.randperm(count, device="cuda").view(batch, context)
-    lengths = torch.full((batch,), context, device="cuda")
+    slots = torch.randperm(count, device=DEVICE).view(batch, context)
+    lengths = torch.full((batch,), context, device=DEVICE)
     paged = PagedContext(keys, values, slots.int(), lengths)
     block = [random(batch, BLOCK, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    arguments = (*block, paged, LayerAttention(causal=True), HEAD_DIM**-0.5)
+    arguments = (*block, paged, HEAD_DIM**-0.5)
     return Case(
-        lambda: draft_attention(*arguments),
-        lambda: draft_attention_naive(*arguments),
+        lambda: draft_attention(*arguments, causal=True),
+        lambda: draft_attention_naive(*arguments, causal=True),
         keys.nbytes + values.nbytes,
         sglang_attention(block, paged),
     )
@@ -438,10 +478,10 @@ def sglang_attention(block: list[Tensor], paged: Any) -> Run | None:
         return None
     query, key, value = (part.flatten(0, 1) for part in block)
     out = torch.empty_like(query)
-    rows = torch.arange(0, len(query) + 1, BLOCK, dtype=torch.int32, device="cuda")
-    batch, context = paged.page_table.shape
-    starts = torch.arange(0, batch * context + 1, context, dtype=torch.int32, device="cuda")
-    slots = paged.page_table.flatten().long()
+    rows = torch.arange(0, len(query) + 1, BLOCK, dtype=torch.int32, device=DEVICE)
+    batch, context = paged.slot_table.shape
+    starts = torch.arange(0, batch * context + 1, context, dtype=torch.int32, device=DEVICE)
+    slots = paged.slot_table.flatten().long()
     return lambda: extend_attention_fwd(
         query, key, value, out, paged.keys, paged.values, rows, starts, slots, None, True,
         None, BLOCK, 1.0, 1.0, HEAD_DIM**-0.5,
@@ -471,9 +511,11 @@ OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     fp8_linear: (16, 64, 256, 1024),
     fp8_product: (16, 32, 64),
     fp8_product_down: (16, 32, 64),
-    fuse_features: (16, 64, 256, 1024),
-    accept: (16, 1024),
-    block_inputs: (16, 1024),
+    accept: REQUESTS,
+    admit_drafts: REQUESTS,
+    cut_blocks: REQUESTS,
+    predict_acceptance: REQUESTS,
+    learn_acceptance: REQUESTS,
     draft_attention: (512, 1024, 8192, 32768),
     draft_attention_batch: (8, 64),
 }
@@ -489,7 +531,7 @@ def microseconds(run: Run, *, captured: bool = True) -> float:
 
     if not captured:
         return do_bench(run, return_mode="median") * 1e3
-    cache = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
+    cache = torch.empty(64 << 20, dtype=torch.int32, device=DEVICE)
 
     def cleared() -> None:
         cache.zero_()
@@ -504,7 +546,7 @@ def microseconds(run: Run, *, captured: bool = True) -> float:
 def measure(make: Callable[[int], Case], rows: int) -> dict[str, object]:
     case = make(rows)
     # A copy reads and writes every byte.
-    source = torch.empty(case.moved // 2, dtype=torch.uint8, device="cuda")
+    source = torch.empty(case.moved // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     times = {
         "kernel_us": microseconds(case.kernel),
@@ -529,13 +571,13 @@ def main() -> None:
     if unknown := set(wanted) - {op.__name__ for op in OPS}:
         known = ", ".join(op.__name__ for op in OPS)
         sys.exit(f"--ops names {', '.join(sorted(unknown))}; there are {known}")
-    if not torch.cuda.is_available():
+    if DEVICE == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmarks/kernels.py needs a CUDA device, and torch sees none")
     import triton
 
     record = {
         "command": " ".join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE,
         "dtype": "bfloat16",
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "date": datetime.date.today().isoformat(),

@@ -77,6 +77,7 @@ def whole(*shape: int) -> torch.Tensor:
 
 def elementwise(rows: int) -> None:
     from dflash_plugin.kernels.add_rms_norm import Convolution, add_rms_norm
+    from dflash_plugin.kernels.common import NormRope
     from dflash_plugin.kernels.gated_act import gated_act
     from dflash_plugin.kernels.grouped_convolution import grouped_convolution
     from dflash_plugin.kernels.inject_kv import KVPools, inject_kv
@@ -95,10 +96,9 @@ def elementwise(rows: int) -> None:
     for rounds in (False, True):
         projected_convolution(of(rows, HIDDEN), projection, of(TAPS, HIDDEN), 8, rounds)
     gated_act(of(rows, 2 * INTERMEDIATE))
-    inverse = torch.ones(HEAD_DIM // 2)
-    weight = of(HEAD_DIM)
+    how, weight = NormRope(torch.ones(HEAD_DIM // 2), EPS), of(HEAD_DIM)
     qkv = of(rows, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
-    qk_norm_rope(qkv, whole(rows), weight, weight, inverse, HEADS, KV_HEADS, HEAD_DIM, EPS)
+    qk_norm_rope(qkv, whole(rows), (weight, weight), how, HEADS, KV_HEADS)
     for dtype in (BF16, torch.float8_e4m3fn):
         pools = [[of(64, KV_HEADS, HEAD_DIM, dtype=dtype) for _ in range(LAYERS)] for _ in "kv"]
         inject_kv(
@@ -107,17 +107,15 @@ def elementwise(rows: int) -> None:
             whole(rows),
             KVPools.build(*pools, None if dtype == BF16 else [(0.5, 0.5)] * LAYERS),
             of(LAYERS, HEAD_DIM),
-            inverse,
-            EPS,
+            how,
             committed=torch.ones(rows, dtype=torch.int32),
         )
 
 
 def products(rows: int) -> None:
-    from dflash_plugin.kernels.fuse_features import fuse_features
 
     from dflash_plugin.kernels.best_logits import best_logits
-    from dflash_plugin.kernels.draft_head import Drawing, draft_head
+    from dflash_plugin.kernels.draft_head import draft_head
     from dflash_plugin.kernels.fp8_product import fp8_product
     from dflash_plugin.kernels.fp8_rows import quantize
     from dflash_plugin.kernels.quantize_rows import quantize_rows
@@ -130,15 +128,11 @@ def products(rows: int) -> None:
     draft_head(hidden, values, weight_scale=scales)
     rounded = quantize(hidden)
     draft_head(rounded.values, values, hidden_scale=rounded.scales, weight_scale=scales)
-    drawing = Drawing(torch.ones(rows), whole(rows), whole(rows))
-    draft_head(hidden, head, drawing=drawing)
     quantize_rows(hidden)
     if rows <= 64:
         for columns, width in ((INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)):
             fp8_product(quantize(of(rows, width)), quantize(of(columns, width)), BF16)
     quantize_rows(of(16, INTERMEDIATE))
-    features = [of(rows, HIDDEN) for _ in range(LAYERS)]
-    fuse_features(features, of(HIDDEN, LAYERS * HIDDEN), of(HIDDEN), EPS, rows=whole(rows))
 
 
 def adaptive(batch: int, drafts: int) -> None:
@@ -148,27 +142,29 @@ def adaptive(batch: int, drafts: int) -> None:
     from dflash_plugin.kernels.learn_acceptance import learn_acceptance
     from dflash_plugin.kernels.predict_acceptance import predict_acceptance
 
-    chances = of(batch, drafts, dtype=torch.float32)
+    acceptance = of(batch, drafts, dtype=torch.float32)
     counts = [of(size, dtype=torch.int32) for size in (batch, batch, batch, batch + 1, batch + 9)]
-    admit_drafts(chances, whole(batch), *counts[:2], batch, *counts[2:])
+    admit_drafts(acceptance, whole(batch), *counts[:2], batch, *counts[2:])
     rows = batch * drafts
     row, slots = of(rows, dtype=torch.float32), whole(rows)
     offsets = of(drafts, dtype=torch.float32)
     for slope in (offsets[:1], offsets):
         for log_sum_exp in (row, None):
-            predict_acceptance(row, log_sum_exp, slots, slots, slope, offsets, chances, chances)
+            predict_acceptance(
+                row, log_sum_exp, slots, slots, slope, offsets, acceptance, acceptance
+            )
     model = AcceptanceModel(drafts)
     for starts in (None, counts[3]):
-        learn_acceptance(chances, counts[0], starts, model)
+        state = model.state, model.prior_precision, model.fade
+        learn_acceptance(acceptance, counts[0], starts, *state)
     tokens, starts = whole(batch, drafts + 1), counts[-1]
     share = of(4 * len(starts), dtype=torch.int32)
     cut_blocks(tokens, tokens.flatten(), tokens.flatten(), 4, starts, share, even=False)
 
 
 def selector(batch: int, drafts: int) -> None:
-    from dflash_plugin.decoding.sampling import Stream
     from dflash_plugin.kernels.select_path import select_path
-    from dflash_plugin.kernels.uniforms import uniforms
+    from dflash_plugin.kernels.uniforms import Stream, uniforms
 
     logits = of(batch, drafts, CANDIDATES, dtype=torch.float32)
     gates = of(batch, drafts, RANK)
@@ -182,25 +178,21 @@ def selector(batch: int, drafts: int) -> None:
 
 
 def step(batch: int, block: int) -> None:
-    from dflash_plugin.kernels.block_inputs import block_inputs
 
-    from dflash_plugin.drafter.config import LayerAttention
     from dflash_plugin.kernels.accept import Sampled, accept
     from dflash_plugin.kernels.draft_attention import Blocks, PagedContext, draft_attention
 
-    drafts, place = whole(batch, block - 1), whole(batch)
-    accept(drafts, whole(batch, block), place, slots=whole(batch, block))
+    drafts, request = whole(batch, block - 1), whole(batch)
     target = of(batch, block, 1024, dtype=torch.float32)
     for draft_probs in (None, target[:, :-1].contiguous()):
-        accept(drafts, Sampled(target, draft_probs, place), place)
-        rows = Sampled(target.flatten(0, 1), draft_probs, place, whole(batch, block))
-        accept(drafts, rows, place)
-    block_inputs(place, place, whole(batch, 64), block, 3, page_size=16, requests=place)
+        accept(drafts, Sampled(target, draft_probs, request), request)
+        rows = Sampled(target.flatten(0, 1), draft_probs, request, whole(batch, block))
+        accept(drafts, rows, request)
     query, key = of(batch, block, HEADS, HEAD_DIM), of(batch, block, KV_HEADS, HEAD_DIM)
     pool = of(64, KV_HEADS, HEAD_DIM)
-    for layer in (LayerAttention(), LayerAttention(sliding_window=2048)):
-        context = PagedContext(pool, pool, whole(batch, 64), place, page_size=16)
-        draft_attention(query, key, key, context, layer, HEAD_DIM**-0.5)
+    context = PagedContext(pool, pool, whole(batch, 64), request)
+    for window in (None, 2048):
+        draft_attention(query, key, key, context, HEAD_DIM**-0.5, sliding_window=window)
     # Requests enough that no context is cut, and widths that take most shared memory.
     for width in (HEAD_DIM, 256):
         pool = of(64, 2, width)
@@ -209,13 +201,11 @@ def step(batch: int, block: int) -> None:
             context = PagedContext(pool, pool, whole(requests, 64), whole(requests))
             counts = [of(size, dtype=torch.int32) for size in (requests + 1, requests * block)]
             draft_attention(
-                *(part.flatten(0, 1) for part in (query, key, key)), context,
-                LayerAttention(causal=True), 0.1, own_slots=whole(requests * block),
-                blocks=Blocks(*counts, block),
+                *(part.flatten(0, 1) for part in (query, key, key)), context, 0.1, causal=True,
+                own_slots=whole(requests * block), blocks=Blocks(*counts, block),
             )  # fmt: skip
             draft_attention(
-                query, key, key, context, LayerAttention(causal=True), 0.1,
-                own_slots=whole(requests, block),
+                query, key, key, context, 0.1, causal=True, own_slots=whole(requests, block),
             )  # fmt: skip
 
 
@@ -223,18 +213,20 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET is 1, with which nothing is compiled: unset it")
     driver.set_active(Driver())
+    from dflash_plugin import kernels
     from dflash_plugin.kernels import common
 
     common.overlap = lambda device: {"launch_pdl": True}  # As on an H100.
     JITFunction.__getitem__ = lambda kernel, grid: Compile(kernel, grid)
-    elementwise(16)
-    for rows in (15, 60, 960):
-        products(rows)
-    step(4, 16)
-    for drafts in (7, 15):
-        selector(4, drafts)
-    for batch in (1, 64, 1024):
-        adaptive(batch, 15)
+    with kernels.forced(True):
+        elementwise(16)
+        for rows in (15, 60, 960):
+            products(rows)
+        step(4, 16)
+        for drafts in (7, 15):
+            selector(4, drafts)
+        for batch in (1, 64, 1024):
+            adaptive(batch, 15)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-# Programs that keep an H200's 132 multiprocessors at work.
+# Programs that fill the 132 multiprocessors of an H200.
 PROGRAMS = 264
-# Programs beyond which more of them hide no more waiting.
+# With more programs than this, loads wait no less.
 ENOUGH_PROGRAMS = 4096
 
 
@@ -137,14 +137,14 @@ def row_warps(block: int) -> int:
 
 @triton.jit
 def rounded(row, LIMIT: tl.constexpr):
-    """A row, of any shape, scaled so that its largest value is ``LIMIT``, and what undoes it."""
+    """A row of any shape, divided by a scale that makes its largest value ``LIMIT``; the scale."""
     largest = tl.max(tl.abs(row))
     scale = tl.where(largest > 0, largest / LIMIT, 1.0)
     return tl.minimum(tl.maximum(row / scale, -LIMIT), LIMIT), scale
 
 
 def tiles_each(rows: int, tiles: int) -> int:
-    """Tiles of a row that one program takes: with many rows, all, for the sake of their cosines."""
+    """Tiles of a row that one program takes; with many rows all, which share cosines and sines."""
     return max(1, min(tiles, rows * tiles // ENOUGH_PROGRAMS))
 
 
@@ -249,7 +249,7 @@ def _shared_memory(device: torch.device) -> int:
 
 
 class ProductTile(NamedTuple):
-    """What one program of a matrix product takes: rows of x, rows of the weight, a step's width."""
+    """A program's part of a matrix product: rows of x, rows of the weight, width of a step."""
 
     rows: int
     columns: int
@@ -297,10 +297,10 @@ def dot(x, y, total, PRECISION: tl.constexpr):
 
 @cache
 def overlap(device: torch.device) -> dict[str, bool]:
-    """Options of a launch that may begin before what it waits for is done; none where none may.
+    """Options that let a launch begin before the launch in front of it has ended, else none.
 
-    Such a kernel calls ``gdc_wait`` before it reads what others write (CUDA's programmatic
-    dependent launch, from compute capability 9.0).
+    Such a kernel calls ``gdc_wait`` before it reads what others write. This is CUDA's programmatic
+    dependent launch, from compute capability 9.0.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return {}

@@ -1,4 +1,7 @@
-"""FP8 rows: the types that kernels and linears exchange, and their rounding in plain torch."""
+"""FP8 rows: what kernels and linears exchange, and how rows are rounded, in plain torch.
+
+Each row has a scale of its own, so that its largest value is the largest that FP8 holds.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +12,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FP8 = torch.float8_e4m3fn
-# The library's product takes multiples of this.
+# torch's FP8 product takes matrices whose sides are multiples of this.
 STEP = 16
 
 
 class Fp8Rows(NamedTuple):
-    """Quantized rows.
+    """Quantized rows: ``values * scales[:, None]``.
 
     Attributes:
         values: float8_e4m3fn [N, K].
-        scales: float32 [N], what the rows of ``values`` are multiplied by.
+        scales: float32 [N].
     """
 
     values: Tensor
     scales: Tensor
 
     def rows(self, start: int) -> Fp8Rows:
-        """The rows from ``start`` on."""
+        """The rows from index ``start`` to the last."""
         return Fp8Rows(self.values[start:], self.scales[start:])
 
 
 class RoundedRows(NamedTuple):
-    """FP8 rows that stand for a linear's input.
+    """A linear's input that the kernel before it has already rounded.
 
     Attributes:
         values: float8_e4m3fn [T, K].
-        scales: float32 [T].
-        dtype: of what was rounded, and of the product.
+        scales: float32 [T], factors of the rows of ``values``.
+        dtype: dtype before rounding, and of the linear's output.
     """
 
     values: Tensor
@@ -44,26 +47,26 @@ class RoundedRows(NamedTuple):
 
 
 def round_rows(x: Tensor) -> RoundedRows:
-    """Rows x [T, K] rounded, in plain torch."""
+    """x [T, K], rounded to FP8 rows in plain torch."""
     return RoundedRows(*quantize(x), x.dtype)
 
 
 def takes_rounded(module: nn.Module) -> bool:
-    """Whether a linear takes ``RoundedRows`` in place of its input, on a GPU."""
+    """Whether a linear accepts ``RoundedRows`` in place of its input where kernels run."""
     return bool(getattr(module, "takes_rounded_rows", False))
 
 
 def fits(values: Tensor) -> bool:
-    """Whether a GPU multiplies by an FP8 weight [N, K] of such sizes."""
+    """Whether torch's FP8 product takes a weight [N, K] of these sizes."""
     return all(size % STEP == 0 for size in values.shape)
 
 
 def quantize(weight: Tensor) -> Fp8Rows:
-    """FP8 rows of a matrix [N, K], each scaled so that its largest value is FP8's largest."""
+    """A matrix [N, K] as FP8 rows; a row of zeros has scale 1."""
     limit = torch.finfo(FP8).max
     values = torch.empty(weight.shape, dtype=FP8, device=weight.device)
     scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    # By parts: a head in float32 would be twice its own size again.
+    # Part by part: all of a head in float32 would take twice the memory of its bfloat16 weight.
     for part, out, scale in zip(
         weight.split(4096), values.split(4096), scales.split(4096), strict=True
     ):

@@ -1,8 +1,8 @@
 """A sublayer's convolution of a DFlash 2 drafter, and the product that its kernels come from.
 
-For few rows, which wait for the product's weight: programs share out its width, ask for their part
-before the rows are there, and leave their sums to the convolution. On a GPU that can, each launch
-begins while the one before it still runs.
+With few rows, most time goes into reading the product's weight. So programs split its width,
+prefetch their part before the rows are there, and leave partial sums to the convolution. On a GPU
+that can, each launch begins while the one before it still runs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dflash_plugin.kernels.fp8_rows import FP8, RoundedRows, round_rows
 from dflash_plugin.kernels.grouped_convolution import BLOCK, convolve_naive
 from dflash_plugin.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
 
-# Rows beyond which a library's product is faster.
+# With more rows, a library's product is faster.
 FEW_ROWS = 64
-# Columns of the product that a program has, and bytes of a row of the weight: the fastest of those
+# Columns of the product and bytes of a row of the weight that a program takes: the fastest of those
 # tried on an H200.
 COLUMNS, SHARE_BYTES = 64, 1024
 # What a GPU's cache reads at a time.

@@ -187,10 +187,10 @@ def select_path(
     Raises:
         ValueError: shapes, dtypes or, for the kernel, strides do not fit.
     """
-    _check(candidates, logits, gates, anchors, predecessors, successors, temperature, u)
     (batch, count, choices), device = candidates.shape, candidates.device
     if choices > MAX_CANDIDATES:
         raise ValueError(f"{choices} candidates: the kernel takes 1 to {MAX_CANDIDATES} candidates")
+    _check(candidates, logits, gates, anchors, predecessors, successors, temperature, u)
     if not all(part.is_contiguous() for part in (candidates, logits, gates)):
         raise ValueError("candidates, logits and gates must be contiguous")
     if predecessors.stride(1) != 1 or successors.stride(1) != 1:
