@@ -78,6 +78,17 @@ def first_token(head: Any) -> int:
     return 0 if shard is None else int(shard.org_vocab_start_index)
 
 
+def shard_rows(head: Any, whole: int) -> int:
+    """Rows of a rank's shard that are tokens; ``whole`` where the head is not sharded.
+
+    Args:
+        head: an engine's, with ``shard_indices`` where it is sharded.
+        whole: rows of a head that is not.
+    """
+    shard = getattr(head, "shard_indices", None)
+    return whole if shard is None else int(shard.num_org_elements)
+
+
 def best_of_ranks(scores: Tensor, tokens: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
     """The best token int64 [T] over all ranks, of each rank's best.
 
