@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dflash_plugin import kernels
 from dflash_plugin.decoding.sampling import SamplingTensors, Stream, sample
-from dflash_plugin.serving.draft_tokens import Candidates, noise, noise_of_walks, walk
+from dflash_plugin.serving.draft_tokens import Candidates, noise, select_drafts, selector_noise
 from dflash_plugin.sglang import metrics, penalties, sampling, triton_attention
 from dflash_plugin.sglang.adaptive import (
     AdaptiveVerifier,
@@ -286,7 +286,7 @@ class Worker(DFlashWorkerV2):
         hidden, anchors, found = drafting
         drafter, batch = self.draft_model.drafter, len(anchors)
         if found is not None:
-            u = noise_of_walks(step.params.seed, step.anchors, self.num_drafts)
+            u = selector_noise(step.params.seed, step.anchors, self.num_drafts)
             path = self._walk(drafting, step.params.temperature, u)
             assert path.probs is not None
             step.draft_probs = drafter.target_probabilities(
@@ -306,7 +306,7 @@ class Worker(DFlashWorkerV2):
         """The selector's path; notes how likely its drafts are."""
         assert drafting.candidates is not None
         found, anchors = drafting.candidates, drafting.anchors
-        path = walk(self.draft_model.drafter, found, anchors, temperature, u)
+        path = select_drafts(self.draft_model.drafter, found, anchors, temperature, u)
         if self.widths is not None:
             self.widths.chances.predict(path.confidence.flatten(), None)
         return path

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.serving.draft_tokens import noise_of_walks, walk
+from dflash_plugin.serving.draft_tokens import select_drafts, selector_noise
 from dflash_plugin.vllm import adaptive, compat
 from dflash_plugin.vllm.draft_logits import Proposals
 from dflash_plugin.vllm.model import EngineDrafter
@@ -159,9 +159,9 @@ class Speculator(DFlashSpeculator):
         if self.proposals is not None:
             requests = slots[::drafts].clamp(min=0)
             heat = temperature[requests]
-            u = noise_of_walks(seeds[requests] ^ SALT, before[::drafts], drafts)
+            u = selector_noise(seeds[requests] ^ SALT, before[::drafts], drafts)
         found = self.model.candidates(hidden)
-        path = walk(self.model.drafter, found, anchors, heat, u)
+        path = select_drafts(self.model.drafter, found, anchors, heat, u)
         if self.proposals is not None:
             scores = path.scores.flatten(0, 1)
             self.proposals.write(found.tokens, scores, slots, draft_step)
