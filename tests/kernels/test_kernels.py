@@ -22,7 +22,7 @@ from dflash_plugin import kernels
 from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors, Stream, uniforms
 from dflash_plugin.drafter.config import ConvolutionConfig, RopeConfig
 from dflash_plugin.drafter.fp8_linear import quantize_drafter
-from dflash_plugin.drafter.model import DraftAttention, RMSNorm, TorchLayers
+from dflash_plugin.drafter.layers import DraftAttention, RMSNorm, TorchLayers
 from dflash_plugin.drafter.rope import RotaryEmbedding
 from dflash_plugin.kernels.best_logits import best_logits
 from dflash_plugin.kernels.draft_head import draft_head

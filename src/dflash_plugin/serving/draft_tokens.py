@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dflash_plugin import kernels
-from dflash_plugin.decoding.sampling import Stream, uniforms
 from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.kernels.best_logits import best_logits
+from dflash_plugin.kernels.draft_head import draft_head
+from dflash_plugin.kernels.quantize_rows import quantize_rows
+from dflash_plugin.kernels.select_path import (
+    MAX_CANDIDATES,
+    Path,
+    select_path,
+    select_path_naive,
+)
+from dflash_plugin.kernels.uniforms import Stream, uniforms
+from dflash_plugin.kernels.vocab_topk import MAX_TOP_K, HeadChoice
 from dflash_plugin.serving.fp8_weights import Fp8Method, rows_of
-
-if TYPE_CHECKING:
-    from dflash_plugin.drafter.selector import Proposal
-    from dflash_plugin.kernels.draft_head import HeadChoice
-    from dflash_plugin.kernels.select_path import Path
 
 # With more rows, a library's product and an argmax are faster than draft_head.
 FEW_ROWS = 128
@@ -121,19 +126,17 @@ def choice_of_ranks(choice: HeadChoice, gather: Callable[[Tensor], Tensor]) -> H
         gather: puts every rank's int32 [T, 3] side by side, [T, ranks * 3].
     """
     parts = (
-        choice.scores.view(torch.int32),
+        choice.logits.view(torch.int32),
         choice.tokens.int(),
         choice.log_sum_exp[:, None].view(torch.int32),
     )
     ranks = gather(torch.cat(parts, dim=-1)).view(len(choice.tokens), -1, len(parts))
-    scores, tokens, sums = ranks.unbind(dim=-1)
-    scores = scores.view(torch.float32)
-    best = scores.argmax(dim=-1, keepdim=True)
-    score = scores.gather(-1, best)
+    logits, tokens, sums = ranks.unbind(dim=-1)
+    logits = logits.view(torch.float32)
+    best = logits.argmax(dim=-1, keepdim=True)
     return choice._replace(
         tokens=tokens.gather(-1, best).long(),
-        scores=score,
-        logits=score,
+        logits=logits.gather(-1, best),
         log_sum_exp=sums.view(torch.float32).logsumexp(dim=-1),
     )
 
@@ -170,21 +173,17 @@ def best_of_shard(
         or count > (FEW_ROWS_IN_FP8 if in_fp8 else FEW_ROWS)
     ):
         return None
-    from dflash_plugin.kernels.draft_head import MAX_TOP_K, HeadChoice, draft_head
-
     if top_k > MAX_TOP_K or 0 < rows < top_k:
         return None
     first = first_token(head)
     if rows == 0:  # All of a small head lies on other ranks, which ask for this one's best too.
         nothing = torch.full((count, top_k), float("-inf"), device=hidden.device)
         tokens = torch.full((count, top_k), first, device=hidden.device)
-        return HeadChoice(tokens, nothing, nothing, nothing[:, 0])
+        return HeadChoice(tokens, nothing, nothing[:, 0])
     wanted = partial(draft_head, first_token=first, top_k=top_k, scale=scale, softcap=softcap)
     if not in_fp8:
         weight = head.weight[:rows]
         return wanted(hidden.to(weight.dtype), weight)
-    from dflash_plugin.kernels.quantize_rows import quantize_rows
-
     rounded, stored = quantize_rows(hidden), rows_of(head)
     return wanted(
         rounded.values,
@@ -245,14 +244,11 @@ def _best_of_logits(
         top_k: tokens of a row.
         first: token id of the shard's first row.
     """
-    if kernels.available(logits.device):
-        from dflash_plugin.kernels.best_logits import best_logits
-        from dflash_plugin.kernels.draft_head import MAX_TOP_K
-
-        if top_k <= min(MAX_TOP_K, logits.shape[1]):
-            scale, softcap = drafter.config.logit_scale, drafter.config.logit_softcap
-            best = best_logits(logits, top_k, first_token=first, scale=scale, softcap=softcap)
-            return best.tokens, best.logits
+    # Without kernels, torch's topk is faster than the twin, which sorts.
+    if kernels.available(logits.device) and top_k <= min(MAX_TOP_K, logits.shape[1]):
+        scale, softcap = drafter.config.logit_scale, drafter.config.logit_softcap
+        best = best_logits(logits, top_k, first_token=first, scale=scale, softcap=softcap)
+        return best.tokens, best.logits
     # A shard may have fewer tokens than candidates; the other ranks have the rest.
     missing = max(0, top_k - logits.shape[1])
     values = F.pad(drafter.scale_logits(logits.float()), (0, missing), value=float("-inf"))
@@ -266,7 +262,7 @@ def select_drafts(
     anchors: Tensor,
     temperature: Tensor | None = None,
     u: Tensor | None = None,
-) -> Path | Proposal:
+) -> Path:
     """Drafts of B blocks along the selector's path, with what they were drawn from.
 
     Args:
@@ -279,13 +275,9 @@ def select_drafts(
     selector = drafter.candidate_selector
     assert selector is not None
     tokens, logits, gates = (part.unflatten(0, (len(anchors), -1)) for part in found)
-    if kernels.available(gates.device):
-        from dflash_plugin.kernels.select_path import MAX_CANDIDATES, select_path
-
-        if selector.top_k <= MAX_CANDIDATES:
-            codebooks = selector.predecessor_codebook, selector.successor_codebook
-            return select_path(tokens, logits, gates, anchors, *codebooks, temperature, u)
-    return selector.path(tokens, logits, gates, anchors, temperature, u)
+    codebooks = selector.predecessor_codebook, selector.successor_codebook
+    select = select_path if selector.top_k <= MAX_CANDIDATES else select_path_naive
+    return select(tokens, logits, gates, anchors, *codebooks, temperature, u)
 
 
 def noise(seed: Tensor, position: Tensor) -> Tensor:
@@ -295,10 +287,6 @@ def noise(seed: Tensor, position: Tensor) -> Tensor:
         seed: int64 [B], of the requests.
         position: int64 [B, K], positions of the drafts in their texts.
     """
-    if kernels.available(seed.device):
-        from dflash_plugin.kernels.uniforms import uniforms as launched
-
-        return launched(seed.contiguous(), position.contiguous(), Stream.DRAFT)
     return uniforms(seed, position, Stream.DRAFT)
 
 

@@ -13,7 +13,7 @@ Each adapter has its own ``_window``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.fp8_rows import Fp8Rows, quantize
+from dflash_plugin.kernels.vocab_topk import HeadChoice
 from dflash_plugin.serving.draft_tokens import (
     Candidates,
     best_of_ranks,
@@ -32,9 +33,6 @@ from dflash_plugin.serving.draft_tokens import (
 from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.serving.fp8_weights import quantize_engine_drafter, quantized_head
 from dflash_plugin.serving.layers import QKVShard
-
-if TYPE_CHECKING:
-    from dflash_plugin.kernels.draft_head import HeadChoice
 
 
 class EngineDrafterMixin:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.checkpoints.io import load_checkpoint
+from dflash_plugin.checkpoints.tensors import checkpoint_names
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.drafter_spec import DrafterSpec
@@ -30,7 +31,7 @@ def fill(drafter: Drafter, spec: DrafterSpec, rank: int) -> None:
     tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], spec.config.target_layer_ids)
     heads = drafter.attentions()[0].heads
     parameters = dict(drafter.named_parameters()) | dict(drafter.named_buffers())
-    for own, names in drafter.checkpoint_names().items():
+    for own, names in checkpoint_names(drafter).items():
         parameter = parameters[own]
         loader = getattr(parameter, "weight_loader", None)
         for shard, name in enumerate(names):

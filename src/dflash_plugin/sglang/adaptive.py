@@ -16,24 +16,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dflash_plugin import kernels
 from dflash_plugin.adaptive.expected_tokens import ExpectedTokens
 from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_widths
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.admit_drafts import admit_drafts, compile_ahead
+from dflash_plugin.kernels.cut_blocks import CutBlocks, cut_blocks
+from dflash_plugin.kernels.draft_attention import Blocks
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.sglang import triton_attention
 from dflash_plugin.sglang.acceptance_probs import AcceptancePredictor
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.options import DrafterSpec
-
-if TYPE_CHECKING:
-    from dflash_plugin.kernels.cut_blocks import CutBlocks
 
 # Parts of a batch that run in other processes than its rest, or rows that are added to it.
 LIMITS = (
@@ -103,9 +102,6 @@ class AdaptiveVerifier:
         *,
         by_request: bool = True,
     ) -> None:
-        from dflash_plugin.kernels.admit_drafts import admit_drafts, admit_drafts_naive
-        from dflash_plugin.kernels.cut_blocks import cut_blocks, cut_blocks_naive
-
         self.policy, self.block, self.device = policy, block, device
         self.chosen, self.held = block, False
         self.passes: dict[int, Pass] = {}
@@ -113,12 +109,10 @@ class AdaptiveVerifier:
         self.cut: CutBlocks | None = None
         self.chances = AcceptancePredictor(block - 1, size, device)
         self.promise = ExpectedTokens(block - 1, size, device)
-        fast = kernels.available(device)
-        self._cut_blocks = cut_blocks if fast else cut_blocks_naive
         self._admit = partial(
-            admit_drafts if fast else admit_drafts_naive,
-            least=options.min_draft_tokens,
-            most=options.max_draft_tokens,
+            admit_drafts,
+            min_drafts=options.min_draft_tokens,
+            max_drafts=options.max_draft_tokens,
         )
         self._wanted, self.by_request = by_request, False
         self.unasked = options.adaptive_verification is None
@@ -146,8 +140,6 @@ class AdaptiveVerifier:
             runner: SGLang's of the target, whose graphs of whole blocks are captured.
             drafting: SGLang's of the drafter, likewise.
         """
-        from dflash_plugin.kernels.admit_drafts import compile_ahead
-
         whole = getattr(runner, "decode_cuda_graph_runner", None)
         if whole is None:
             self.held = self.unasked
@@ -182,8 +174,6 @@ class AdaptiveVerifier:
         return has_room if agree is None else bool(agree(has_room))
 
     def _capture(self, runner: Any, graphs: Any, width: int) -> Pass:
-        from dflash_plugin.kernels.draft_attention import Blocks
-
         backend = runner._get_attention_backend(init_new_workspace=True)
         share_lists(runner.attn_backend, backend)
         starts, requests = self._evenly(width)
@@ -248,8 +238,6 @@ class AdaptiveVerifier:
             positions: [B * block].
             slots: [B * block], where keys and values are written.
         """
-        from dflash_plugin.kernels.draft_attention import Blocks
-
         batch = len(tokens) // self.block
         own = self.passes.get(self.chosen)
         starts, requests = self._evenly(self.chosen) if own is None else (own.starts, own.requests)
@@ -270,7 +258,7 @@ class AdaptiveVerifier:
             if attention is not None:
                 attention.blocks = Blocks(starts, requests, self.block)
                 attention.uneven = True
-        self.cut = self._cut_blocks(
+        self.cut = cut_blocks(
             tokens.view(batch, self.block),
             positions.contiguous(),
             slots.contiguous(),
@@ -300,11 +288,11 @@ class AdaptiveVerifier:
         if cut is None:
             return
         if output.next_token_logits is not None:
-            output.next_token_logits = output.next_token_logits[cut.places]
+            output.next_token_logits = output.next_token_logits[cut.indices]
         hidden = output.hidden_states
         if hidden is not None:
-            whole = len(cut.places), *hidden.shape[1:]
-            output.hidden_states = hidden[cut.places] if features else hidden[:1].expand(whole)
+            whole = len(cut.indices), *hidden.shape[1:]
+            output.hidden_states = hidden[cut.indices] if features else hidden[:1].expand(whole)
         tokens[: len(cut.kept)].copy_(cut.kept)
 
     def learn(self, committed: Tensor) -> None:

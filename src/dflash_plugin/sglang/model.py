@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from sglang.srt.distributed.communication_op import tensor_model_parallel_all_gather
@@ -23,11 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflash_plugin import kernels
+from dflash_plugin.drafter import fused_block
 from dflash_plugin.drafter.config import DrafterConfig, LayerAttention
 from dflash_plugin.drafter.interfaces import Attend
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.best_logits import best_logits
 from dflash_plugin.kernels.fp8_rows import Fp8Rows, RoundedRows, fits
+from dflash_plugin.kernels.inject_kv import KVPools, inject_kv
+from dflash_plugin.kernels.vocab_topk import HeadChoice
 from dflash_plugin.serving import KEY
 from dflash_plugin.serving.draft_tokens import choice_of_ranks, first_token
 from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
@@ -36,9 +40,6 @@ from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.sglang.layers import SglangLayers, ShardedQKV
 from dflash_plugin.sglang.options import DrafterSpec
 from dflash_plugin.sglang.triton_attention import is_plain
-
-if TYPE_CHECKING:
-    from dflash_plugin.kernels.draft_head import HeadChoice
 
 
 class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
@@ -156,9 +157,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
 
     def _run_block(self, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         if self._fused:
-            from dflash_plugin.kernels.fused_block import run_block
-
-            return run_block(self.drafter, embedded, positions, attend, self.block_size)
+            return fused_block.run_block(self.drafter, embedded, positions, attend, self.block_size)
         return self.drafter.run_block(embedded, positions, attend, self.block_size)
 
     def _tokens(self, input_ids: Tensor) -> Tensor:
@@ -209,32 +208,24 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
             context = self.drafter.fuse(features)
             self._inject_by_layer(context, positions, slots, pool, committed)
             return
-        from dflash_plugin.kernels.inject_kv import inject_kv, inject_kv_naive
-
-        config = self.spec.config
-        (inject_kv if self._fused else inject_kv_naive)(
+        inject_kv(
             self._keys_values(self._context(features)),
             positions,
             slots,
             pools,
             self._key_weights,
-            self.drafter.rotary.inverse_frequencies,
-            config.rms_norm_eps,
+            fused_block.norm_rope(self.drafter),
             committed=committed,
-            gemma=config.norm_style == "gemma",
-            interleaved=config.rope.interleaved,
-            factor=self.drafter.rotary.factor,
-            value_scale=config.attention_value_scale,
+            value_scale=self.spec.config.attention_value_scale,
         )
 
     def _context(self, features: Tensor) -> Tensor | RoundedRows:
         """Context rows [T, hidden], rounded where their projection multiplies FP8."""
         if not self._fused:
             return self.drafter.fuse(features)
-        from dflash_plugin.kernels.fused_block import fuse
-
         weight = self.context_weight
-        return fuse(self.drafter, features, isinstance(weight, Fp8Rows) and fits(weight.values))
+        rounds = isinstance(weight, Fp8Rows) and fits(weight.values)
+        return fused_block.fuse(self.drafter, features, rounds)
 
     def _keys_values(self, context: Tensor | RoundedRows) -> Tensor:
         """Projections [T, layers, 2, kv_heads, head_dim] of context rows, not normed."""
@@ -251,8 +242,6 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
     def _plain_pools(self, pool: Any) -> Any:
         """The pool's buffers where rows can be written to directly, else None."""
         if self._pools is None:
-            from dflash_plugin.kernels.inject_kv import KVPools
-
             self._pools = False
             if is_plain(pool):
                 count = len(self.attentions)
@@ -286,14 +275,10 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         Args:
             hidden: [T, hidden].
         """
-        from dflash_plugin.kernels.best_logits import best_logits, best_logits_naive
-
         choice = self.shard_choice(hidden)
         if choice is None:
-            logits = self.filled_shard_logits(hidden)
-            fast = kernels.available(logits.device)
-            choose = best_logits if fast else best_logits_naive
-            choice = choose(logits, 1, first_token=first_token(self.drafter.head()))
+            first = first_token(self.drafter.head())
+            choice = best_logits(self.filled_shard_logits(hidden), 1, first_token=first)
         if self.gather is not None:
             choice = choice_of_ranks(choice, self.gather)
         return choice._replace(tokens=self.drafter.token_ids(choice.tokens))

@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.drafter.config import LayerAttention
 from dflash_plugin.errors import DFlashError
-
-if TYPE_CHECKING:
-    from dflash_plugin.kernels.draft_attention import Blocks
+from dflash_plugin.kernels.draft_attention import (
+    MAX_ROWS,
+    Blocks,
+    PagedContext,
+    draft_attention,
+)
 
 BACKEND = "TritonAttnBackend"
 POOL = "MHATokenToKVPool"
@@ -157,11 +159,9 @@ def routed(backend: Any, native: Callable[..., Tensor], passes: Passes) -> Calla
 
 def _takes(backend: Any, layer: Any, forward_batch: Any, q: Tensor, blocks: Blocks | None) -> bool:
     """Whether ``attend`` gives what the back end would."""
-    from dflash_plugin.kernels.draft_attention import MOST_ROWS
-
     metadata, heads, kv_heads = backend.forward_metadata, layer.tp_q_head_num, layer.tp_k_head_num
     rows, window, kind = metadata.max_extend_len, layer.sliding_window_size, _kind(layer)
-    most = rows if blocks is None else blocks.most
+    most = rows if blocks is None else blocks.max_rows
     return (
         metadata.custom_mask is None
         and getattr(forward_batch, "_attn_output", None) is None
@@ -169,7 +169,7 @@ def _takes(backend: Any, layer: Any, forward_batch: Any, q: Tensor, blocks: Bloc
         # Every request has as many rows, on average.
         and q.shape[0] == rows * forward_batch.seq_lens.shape[0]
         and heads % kv_heads == 0
-        and most * (heads // kv_heads) <= MOST_ROWS
+        and most * (heads // kv_heads) <= MAX_ROWS
         and layer.qk_head_dim == layer.v_head_dim
         and not layer.logit_cap
         and getattr(layer, "xai_temperature_len", -1) <= 0
@@ -208,8 +208,6 @@ def attend(
         sinks: [heads], or None.
         blocks: where each request's rows begin, or None where all have as many.
     """
-    from dflash_plugin.kernels.draft_attention import PagedContext, draft_attention
-
     metadata, pool = backend.forward_metadata, backend.token_to_kv_pool
     window, batch = layer.sliding_window_size, forward_batch.seq_lens.shape[0]
     places: tuple[int, ...] = (-1,)
@@ -234,12 +232,10 @@ def attend(
             forward_batch.seq_lens,
             forward_batch.req_pool_indices,
         ),
-        LayerAttention(
-            causal=_kind(layer) == CAUSAL,
-            # SGLang does not count the row itself.
-            sliding_window=None if window <= -1 else window + 1,
-        ),
         layer.scaling,
+        causal=_kind(layer) == CAUSAL,
+        # SGLang does not count the row itself.
+        sliding_window=None if window <= -1 else window + 1,
         sinks=None if sinks is None else sinks.float(),
         own_slots=forward_batch.out_cache_loc[: len(q)].long().view(places),
         blocks=blocks,

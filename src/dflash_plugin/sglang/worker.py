@@ -23,7 +23,10 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.decoding.sampling import SamplingTensors, Stream, sample
+from dflash_plugin.decoding.sampling import SamplingTensors
+from dflash_plugin.kernels.accept import Sampled, accept
+from dflash_plugin.kernels.reference import sample
+from dflash_plugin.kernels.uniforms import Stream
 from dflash_plugin.serving.draft_tokens import Candidates, noise, select_drafts, selector_noise
 from dflash_plugin.sglang import metrics, penalties, sampling, triton_attention
 from dflash_plugin.sglang.adaptive import (
@@ -445,8 +448,6 @@ class Worker(DFlashWorkerV2):
         Returns:
             Accepted drafts int32 [B], and the token after them int64 [B].
         """
-        from dflash_plugin.kernels.accept import Sampled, accept, accept_naive
-
         step = self.step
         assert step is not None
         assert step.params is not None
@@ -455,12 +456,11 @@ class Worker(DFlashWorkerV2):
         if cut is None:
             target = sampling.distribution(logits.view(batch, rows, -1), step.params, info)
         else:  # A distribution of rows that were not verified would be made for nothing.
-            params, places = step.params.of_rows(cut.sources // rows), cut.places.view(batch, rows)
+            params, places = step.params.of_rows(cut.sources // rows), cut.indices.view(batch, rows)
             target = sampling.distribution(logits[cut.sources][:, None], params, info)[:, 0]
         draft = None if step.draft_probs is None else step.draft_probs.contiguous()
         judged = Sampled(target.contiguous(), draft, step.params.seed, places)
-        run = accept if kernels.available(target.device) else accept_naive
-        accepted = run(candidates[:, 1:], judged, step.anchors)
+        accepted = accept(candidates[:, 1:], judged, step.anchors)
         return accepted.num_accepted, accepted.next_token
 
 

@@ -24,11 +24,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dflash_plugin import kernels
 from dflash_plugin.adaptive.acceptance_model import LEARNING
 from dflash_plugin.adaptive.expected_tokens import ExpectedTokens
 from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_widths
 from dflash_plugin.adaptive.step_cost import StepCost
+from dflash_plugin.kernels.admit_drafts import admit_drafts, compile_ahead
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.options import drafter_spec
@@ -66,8 +66,6 @@ class Budget:
         most_logits: int,
         admits_on_host: bool,
     ) -> None:
-        from dflash_plugin.kernels.admit_drafts import admit_drafts, admit_drafts_naive
-
         self.native, self.query_start_loc = native, query_start_loc
         self.most_logits, self.admits_on_host = most_logits, admits_on_host
         self.drafts = int(req_states.num_speculative_steps)
@@ -81,9 +79,9 @@ class Budget:
         )
         self.width = widths[-1]
         self._admit = partial(
-            admit_drafts if kernels.available(self.device) else admit_drafts_naive,
-            least=options.min_draft_tokens,
-            most=options.max_draft_tokens,
+            admit_drafts,
+            min_drafts=options.min_draft_tokens,
+            max_drafts=options.max_draft_tokens,
         )
         self._sizes: list[int] = []
         self._even: dict[tuple[int, int], Tensor] = {}
@@ -112,8 +110,6 @@ class Budget:
         Args:
             samples: vLLM's ``StepTimingSample``.
         """
-        from dflash_plugin.kernels.admit_drafts import compile_ahead
-
         verify, draft = defaultdict(list), defaultdict(list)
         for sample in samples:
             verify[sample.num_target_tokens].append(sample.forward_ms)

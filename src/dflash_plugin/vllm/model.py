@@ -37,7 +37,7 @@ from dflash_plugin.vllm.layers import VllmLayers
 from dflash_plugin.vllm.options import required_spec
 
 if TYPE_CHECKING:
-    from dflash_plugin.kernels.draft_head import HeadChoice
+    from dflash_plugin.kernels.vocab_topk import HeadChoice
 
 Slots = Tensor | Sequence[Tensor | None] | None
 

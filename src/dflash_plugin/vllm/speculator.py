@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.predict_acceptance import predict_acceptance
 from dflash_plugin.serving.draft_tokens import select_drafts, selector_noise
 from dflash_plugin.vllm import adaptive, compat
 from dflash_plugin.vllm.draft_logits import Proposals
@@ -175,8 +176,6 @@ class Speculator(DFlashSpeculator):
         self, top: Tensor, log_sum_exp: Tensor | None, slots: Tensor, draft_step: Tensor
     ) -> None:
         """How probably drafts stand; arguments as ``predict_acceptance``'s."""
-        from dflash_plugin.kernels.predict_acceptance import predict_acceptance
-
         estimator = self.acceptance_estimator
         predict_acceptance(
             top,
