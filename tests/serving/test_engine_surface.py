@@ -11,6 +11,7 @@ from dflash_plugin.serving.engine_surface import Seam, Surface
 
 ENGINE = """
     from dataclasses import dataclass
+    from typing import overload
 
     from {package}.parts import Base, Kept as Exported
 
@@ -18,6 +19,12 @@ ENGINE = """
 
     def propose(batch, *, count=1):
         return count
+
+    @overload
+    def compiled(cls): ...
+
+    def compiled(cls=None, *, sizes=None):
+        return cls
 
     @dataclass
     class Step:
@@ -90,6 +97,7 @@ def table(engine):
         seam(engine, "Runner.ready", "attribute"),
         seam(engine, "registry.add", "call", ("name", "model")),
         seam(engine, "propose", "call", ("batch", "*", "count")),
+        seam(engine, "compiled", "call", ("*", "sizes")),
         seam(engine, "Step", "call", ("*", "drafts", "tokens")),
         seam(engine, "Exported", "call", ("a", "*", "c")),
         seam(engine, "LIMIT", "attribute"),
