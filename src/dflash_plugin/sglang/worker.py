@@ -33,10 +33,9 @@ from dflash_plugin.sglang.adaptive import (
     skipping,
     widths_of,
 )
-from dflash_plugin.sglang.arguments import draft_model_path
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.model import EngineDrafter
-from dflash_plugin.sglang.options import require_hosted
+from dflash_plugin.sglang.options import draft_model_path, required_spec
 
 if TYPE_CHECKING:
     from dflash_plugin.drafter.selector import Proposal
@@ -128,7 +127,7 @@ class Worker(DFlashWorkerV2):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.step: Step | None = None
         server_args = kwargs.get("server_args", args[0] if args else None)
-        self.info = require_hosted(draft_model_path(server_args))
+        self.info = required_spec(draft_model_path(server_args))
         if argument(server_args, "device") == "cpu":
             from dflash_plugin.sglang.cpu.setup import install
 
