@@ -140,11 +140,11 @@ def test_a_symbol_that_differs_is_named(engine, tmp_path, row, message):
 
 
 def test_instance_attributes_are_seen_in_source_and_on_objects(engine, tmp_path):
-    missing = seam(engine, "Runner.lost", "attribute")
-    (line,) = check_source(tmp_path, [missing], "1.0")
+    missing, written = seam(engine, "Runner.lost", "attribute"), seam(engine, "Runner.set", "write")
+    (line, _) = check_source(tmp_path, [missing, written], "1.0")
     assert line.endswith("Runner has no 'lost'")
-    surface = Surface("toy", "1.0", [missing, *table(engine)])
-    surface.seams = tuple(s for s in surface.seams if s.kind == "attribute")
+    surface = Surface("toy", "1.0", [missing, written, *table(engine)])
+    surface.seams = tuple(s for s in surface.seams if s.kind in ("attribute", "write"))
     surface.verify({"serve"}, load=True)
     runner = load(engine).Runner("config")
     with pytest.raises(DFlashError, match=r"lost.*Runner has no 'lost'.*seen.*has no 'seen'"):

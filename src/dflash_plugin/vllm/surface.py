@@ -367,10 +367,11 @@ _V1 = (
         "DFlashProposer.max_model_len", "DFlashProposer.block_size", "DFlashProposer.input_ids",
         "DFlashProposer.positions", "DFlashProposer.arange", "DFlashProposer.token_arange_np",
         "DFlashProposer.parallel_drafting_token_id", "DFlashProposer.dflash_causal",
-        "DFlashProposer._dflash_num_context", "DFlashProposer._dflash_hidden_states",
         "DFlashProposer._context_positions_buffer", "DFlashProposer._context_slot_mapping_buffer",
         "DFlashProposer._slot_mapping_buffer", "DFlashProposer._enable_probabilistic_draft_probs",
     ),
+    *_seams(PROPOSER, V1, "write", "context rows of the next injection",
+            "DFlashProposer._dflash_num_context", "DFlashProposer._dflash_hidden_states"),
     *_seams(
         METADATA, V1, "call", "metadata of the block's pass",
         "CommonAttentionMetadata(*, query_start_loc, seq_lens, query_start_loc_cpu, "
@@ -386,6 +387,9 @@ _V1 = (
     *_seams(REJECTION, V1, "patch", "fails where no request has a draft to verify",
             "apply_sampling_constraints(logits, ...)"),
 )  # fmt: skip
+
+# Attribute that this adapter adds to vLLM's objects.
+ATTACHED = "dflash_counts"
 
 SEAMS = (*_CONFIG, *_MODEL, *_WORKER, *_V2, *_ADAPTIVE, *_METRICS, *_V1)
 
@@ -425,3 +429,25 @@ def verify_worker(vllm_config: Any) -> None:
     if vllm_config.speculative_config.enable_adaptive_verification:
         features.add(ADAPTIVE)
     surface().verify(features)
+
+
+def attach(value: Any, counts: dict[str, int]) -> None:
+    """Keep counts on one of vLLM's objects, which carries them to where they are read."""
+    setattr(value, ATTACHED, counts)
+
+
+def attached(value: Any) -> dict[str, int] | None:
+    """The counts that ``attach`` put on one of vLLM's objects, or None."""
+    return getattr(value, ATTACHED, None)
+
+
+def target_modules(target: Any) -> tuple[Any, Any]:
+    """The embedding and the head of a target model, or None for one that it lacks.
+
+    vLLM's model classes hold them under several names.
+    """
+    language = target.get_language_model() if hasattr(target, "get_language_model") else target
+    inner = getattr(language, "model", language)
+    embedding = getattr(inner, "embed_tokens", None) or getattr(inner, "embedding", None)
+    head = getattr(language, "lm_head", None) or getattr(target, "lm_head", None)
+    return embedding, head
