@@ -35,6 +35,7 @@ from dflash_plugin.serving.fp8_weights import product
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.vllm.layers import VllmLayers
 from dflash_plugin.vllm.options import required_spec
+from dflash_plugin.vllm.surface import target_modules, verify_worker
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.vocab_topk import HeadChoice
@@ -103,6 +104,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         speculative = vllm_config.speculative_config
         self.spec = required_spec(vllm_config)
         self.config = speculative.draft_model_config.hf_config
+        verify_worker(vllm_config)
         _check_parallel(vllm_config, self.spec)
         self.model = DraftBlock(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.drafter: Drafter = self.model.drafter
@@ -150,13 +152,9 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         Raises:
             DFlashError: the target has no such modules or does not fit.
         """
-        target = cast(Any, target_model)
-        language = target.get_language_model() if hasattr(target, "get_language_model") else target
-        inner = getattr(language, "model", language)
-        embedding = getattr(inner, "embed_tokens", None) or getattr(inner, "embedding", None)
+        embedding, head = target_modules(target_model)
         if isinstance(embedding, BaseLayerWithLoRA):
             embedding = embedding.base_layer
-        head = getattr(language, "lm_head", None) or getattr(target, "lm_head", None)
         self.borrow(target_model, embedding, head)
         self.lm_head = self.drafter.head()
         # Registered, so that compilation sees a parameter instead of a constant.
