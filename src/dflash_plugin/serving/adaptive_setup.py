@@ -92,7 +92,7 @@ class DraftSelection:
         """Tokens that a request commits in a step, on average, at verify length 1, 2, …, K + 1.
 
         Args:
-            drafts_per_request: drafts that are verified per request, on average, at a verify length.
+            drafts_per_request: gives the drafts of a request, on average, at a verify length.
         """
         return [
             self._expected_tokens.tokens(drafts_per_request(verify_len))
