@@ -3,7 +3,7 @@
     python benchmarks/draft_step.py --output FILE.json
 
 A step embeds the blocks, runs the layers with attention over 512 positions of context each, and
-takes drafts from the head as in the engines: the likeliest tokens, or a walk through a selector's
+takes drafts from the head as in the engines: the likeliest tokens, or a select_drafts through a selector's
 candidates. Shapes are those of a Qwen3-8B drafter in bfloat16. "convolutions" has those and takes
 drafts as DFlash does, "selector" the other way round. Steps are replayed from CUDA graphs, in
 turns; figures are medians in microseconds.
@@ -85,7 +85,7 @@ def step(
     """A step of ``batch`` requests, to be captured."""
     from dflash_plugin.drafter.fused_block import run_block
     from dflash_plugin.kernels.draft_attention import PagedContext, draft_attention
-    from dflash_plugin.serving.draft_tokens import best_of_shard, candidates, walk
+    from dflash_plugin.serving.draft_tokens import best_of_shard, candidates, select_drafts
 
     count = batch * CONTEXT
     caches = [
@@ -118,7 +118,7 @@ def step(
         found = candidates(
             made, engine_head, rows, VOCABULARY, Unquantized, lambda x: x.mm(head.T), None
         )
-        return walk(made, found, tokens[:, 0], *drawing)
+        return select_drafts(made, found, tokens[:, 0], *drawing)
 
     return run
 

@@ -20,8 +20,8 @@ from dflash_plugin.serving.draft_tokens import (
     best_of_shard,
     candidates,
     choice_of_ranks,
-    noise_of_walks,
-    walk,
+    select_drafts,
+    selector_noise,
 )
 from dflash_plugin.serving.fp8_weights import Fp8Method
 from tests.helpers.kernel_helpers import DEVICE, integers, random
@@ -117,7 +117,7 @@ def test_candidates_and_path_are_the_cores(monkeypatch, by, shards):
         kinds = (lambda part: part.logits, lambda part: part.tokens.int().view(torch.float32))
         gathered = torch.cat([kind(part) for part in parts for kind in kinds], dim=-1)
         found = rank(0, 60, lambda _: gathered)
-    path = walk(drafter, found, anchors)
+    path = select_drafts(drafter, found, anchors)
     assert torch.equal(path.tokens, expected.tokens)
     torch.testing.assert_close(path.scores, expected.scores)
     torch.testing.assert_close(path.confidence, expected.confidence)
@@ -156,8 +156,8 @@ def test_the_walk_is_the_cores(by: str, sampled: bool) -> None:
 def test_a_position_that_is_drafted_again_is_drawn_anew():
     """By its request's seed, and differently from every block."""
     seeds, anchors = torch.tensor([5, 5, 6], device=DEVICE), torch.tensor([9, 10, 9], device=DEVICE)
-    found = noise_of_walks(seeds, anchors, 3)
-    assert torch.equal(found, noise_of_walks(seeds, anchors, 3))
+    found = selector_noise(seeds, anchors, 3)
+    assert torch.equal(found, selector_noise(seeds, anchors, 3))
     assert found.shape == (3, 3)
     assert found.unique().numel() == 9
 

@@ -32,7 +32,7 @@ from dflash_plugin.drafter.fp8_linear import quantize_drafter
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Prompt
-from dflash_plugin.serving.acceptance import likely
+from dflash_plugin.serving.acceptance import probable_cause
 from dflash_plugin.serving.drafter_spec import Options, expected_acceptance
 from dflash_plugin.transformers.loading import bound, load_target
 
@@ -334,7 +334,7 @@ def check_acceptance(base: BlockAcceptance, expected: float | None) -> Check:
     if expected is None or base.tau - 1 >= LOW * (expected - 1):
         return check
     return check.fault(
-        f"τ is {base.tau:.2f} and was {expected:.2f} in training: {likely(base.by_position)}",
+        f"τ is {base.tau:.2f} and was {expected:.2f} in training: {probable_cause(base.by_position)}",
         "run doctor with --data on prompts like those of training; if τ stays low, fetch or train "
         "the drafter again",
     )

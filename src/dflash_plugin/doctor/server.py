@@ -16,7 +16,7 @@ from dflash_plugin.monitor.metrics import (
     plugin_state,
     with_server_info,
 )
-from dflash_plugin.serving.acceptance import likely
+from dflash_plugin.serving.acceptance import probable_cause
 
 # Verify passes by which acceptance can be judged.
 MIN_PASSES = 50
@@ -381,7 +381,7 @@ def _acceptance(server: InspectedServer, tau: float, expected: float | None, low
     if not server.plugin:
         return _native(check, f"τ {reached:.2f}", tau)
     rates = snapshot.acceptance.rates
-    cause = likely(rates) if rates else "no acceptance by position is counted"
+    cause = probable_cause(rates) if rates else "no acceptance by position is counted"
     return check.fault(
         f"τ is {reached:.2f} on the server and {tau:.2f} here: {cause}",
         "run doctor with --data on prompts as the server gets them, and with the server's dtype "

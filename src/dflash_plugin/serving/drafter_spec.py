@@ -1,20 +1,16 @@
-"""A drafter as an engine hosts it: options, the checkpoint behind a name, the staged directory."""
+"""What an engine's workers know of a drafter, and the options that a user sets."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from dflash_plugin.checkpoints.hub import cache_directory
-from dflash_plugin.checkpoints.io import CONFIG, replacing
 from dflash_plugin.drafter.config import Dialect, DrafterConfig, DraftWeights
-from dflash_plugin.errors import DFlashError, reason
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
 
 SWITCH = "DFLASH_PLUGIN"
@@ -25,21 +21,23 @@ class Options(BaseModel):
 
     Attributes:
         known_answers: at start, draft the checkpoint's recorded prompts through the whole engine;
-            "require" ends the engine where a draft differs, "warn" logs it, "off" leaves it out.
-        expected_acceptance_length: τ that the drafter should reach; that of the checkpoint's
-            training record when None.
-        acceptance_warning: warn when τ less its bonus token stays below this share of the
-            expected one's; 0 never warns.
-        acceptance_window: verify passes that one such judgement looks at.
+            "require" stops the engine where a draft differs, "warn" logs it, "off" skips the check.
+        expected_acceptance_length: τ that the drafter should reach; None takes the checkpoint's
+            training record.
+        acceptance_warning: warn when the accepted drafts per pass (τ - 1) stay below this share of
+            the expected ones; 0 never warns.
+        acceptance_window: verify passes that one comparison covers.
         dialect: overrides the detection of the checkpoint's dialect.
         draft_weights: "fp8" rounds the drafter's linears, and a copy of the head that drafts, to
-            FP8 with one scale a row; text stays the target's own.
-        adaptive_verification: verify as many drafts as commit most tokens a second, by what they
-            promise and by the clock; none where none pays. None leaves it to the engine's adapter.
-        min_draft_tokens: drafts of a request that are verified at least.
-        max_draft_tokens: drafts of a request that are verified at most; all of a block when None.
-        latency_vs_throughput: with 1 a step's seconds count in full, with 0 not at all, so that
-            each step verifies all it may.
+            FP8 with one scale a row. The target, and so the text, stays as it is.
+        adaptive_verification: verify the number of drafts that commits most tokens per second, by
+            their acceptance probabilities and the measured step times; that may be none. None
+            leaves the choice to the engine's adapter.
+        min_draft_tokens: drafts that are verified per request at the minimum.
+        max_draft_tokens: drafts that are verified per request at the maximum; None verifies whole
+            blocks.
+        latency_vs_throughput: weight of a step's seconds in that choice, from 1 (in full) to 0
+            (not at all, so that each step verifies all the drafts it may).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,13 +55,13 @@ class Options(BaseModel):
 
 
 class DrafterSpec(BaseModel):
-    """What the workers know of a drafter; an attribute of the draft model's configuration.
+    """What an engine's workers know of a drafter; travels in the draft model's configuration.
 
     Attributes:
-        checkpoint: its directory.
-        config: what it is; ``target_layer_ids`` in the checkpoint's order.
-        options: how the plugin runs it.
-        expected_acceptance_length: τ to judge the measured one by, if any is known.
+        checkpoint: the checkpoint's directory.
+        config: the drafter's configuration; ``target_layer_ids`` in the checkpoint's order.
+        options: how the plugin runs the drafter.
+        expected_acceptance_length: τ to compare the measured one with; None where none is known.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -83,12 +81,12 @@ def is_off() -> bool:
 
 
 def validated(model: type[OptionsT], values: Any, source: str) -> OptionsT:
-    """Options of a mapping.
+    """Options that a user gave, checked.
 
     Args:
-        model: the engine's options.
-        values: what the user gave.
-        source: where, for the message.
+        model: the engine's class of options.
+        values: a mapping of option names to values.
+        source: where the user gave them, for the message.
 
     Raises:
         DFlashError: names the option that is wrong.
@@ -105,39 +103,17 @@ def validated(model: type[OptionsT], values: Any, source: str) -> OptionsT:
 
 
 def without_checks(options: OptionsT) -> OptionsT:
-    """For weights that mean nothing: nothing to compare, nothing to warn of."""
+    """The options for dummy weights: no start-up check, and no warning of low acceptance."""
     return options.model_copy(update={"known_answers": "off", "acceptance_warning": 0.0})
 
 
-def resolve(model: str, revision: str | None, download_dir: str | None) -> Path:
-    """The drafter's directory, fetched from the hub if it is not one here.
-
-    Raises:
-        DFlashError: there is no such directory, and the hub has no such repository.
-    """
-    if Path(model).is_dir():
-        return Path(model).resolve()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                cache_dir=download_dir,
-                allow_patterns=["*.json", "*.safetensors"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise DFlashError(
-            f"the drafter {model!r} is neither a directory nor a repository that can be fetched "
-            f"({reason(error)}): check the name, or fetch it first and give its directory"
-        ) from error
-
-
 def expected_acceptance(checkpoint: Path, options: Options) -> float | None:
-    """τ to expect: the option's, or what training measured on held-out text."""
+    """The expected τ: the option's, or what training measured on held-out text.
+
+    Args:
+        checkpoint: directory that may hold a ``training.json``.
+        options: the user's.
+    """
     if options.expected_acceptance_length is not None:
         return options.expected_acceptance_length
     try:
@@ -145,39 +121,3 @@ def expected_acceptance(checkpoint: Path, options: Options) -> float | None:
         return float(record["held_out"]["held_out_tau"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def stage(engine: str, config: Mapping[str, Any], files: Iterable[Path] = ()) -> Path:
-    """Write a draft model's configuration for an engine into the cache.
-
-    Args:
-        engine: names the folder.
-        config: the content of config.json, with ``KEY`` in it.
-        files: files of the checkpoint that the engine's loader must find, as links.
-
-    Returns:
-        A directory named by the configuration's content.
-    """
-    written = json.dumps(config, indent=1, sort_keys=True)
-    name = hashlib.sha256(written.encode()).hexdigest()[:16]
-    directory = _staged(engine) / name
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        link = directory / file.name
-        if not link.is_symlink():
-            link.symlink_to(file)
-    with replacing(directory / CONFIG) as path:
-        path.write_text(written + "\n")
-    return directory
-
-
-def is_staged(engine: str, model: Any) -> bool:
-    """Whether ``model`` is a directory that ``stage`` wrote, as when a configuration is reused."""
-    path = Path(str(model)) / CONFIG
-    if path.parent.parent != _staged(engine):
-        return False
-    return path.is_file() and KEY in json.loads(path.read_text())
-
-
-def _staged(engine: str) -> Path:
-    return cache_directory() / engine

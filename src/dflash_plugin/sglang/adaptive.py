@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dflash_plugin.adaptive.expected_tokens import ExpectedTokens
-from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_widths
+from dflash_plugin.adaptive.policy import VerifyLenPolicy
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.kernels.admit_drafts import admit_drafts, compile_ahead
 from dflash_plugin.kernels.cut_blocks import CutBlocks, cut_blocks
 from dflash_plugin.kernels.draft_attention import Blocks
+from dflash_plugin.serving.adaptive_setup import DraftSelection, make_policy
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.sglang import triton_attention
 from dflash_plugin.sglang.acceptance_probs import AcceptancePredictor
@@ -108,12 +107,7 @@ class AdaptiveVerifier:
         self.attention: triton_attention.Passes | None = None
         self.cut: CutBlocks | None = None
         self.chances = AcceptancePredictor(block - 1, size, device)
-        self.promise = ExpectedTokens(block - 1, size, device)
-        self._admit = partial(
-            admit_drafts,
-            min_drafts=options.min_draft_tokens,
-            max_drafts=options.max_draft_tokens,
-        )
+        self.selection = DraftSelection(options, block - 1, size, device)
         self._wanted, self.by_request = by_request, False
         self.unasked = options.adaptive_verification is None
         self._starts: Tensor | None = None
@@ -160,7 +154,7 @@ class AdaptiveVerifier:
         uneven = [made.attention for width, made in self.passes.items() if width > 1]
         self._share_out(self._wanted and all(found is not None and found.alone for found in uneven))
         if self.by_request:
-            compile_ahead(self._admit, self.chances.predictions)
+            self.selection.compile_ahead(self.chances.predictions)
         draft = graph_seconds(getattr(drafting, "decode_cuda_graph_runner", None), self.device)
         for width in self.policy.widths:
             graphs = self.passes[width].graphs if width in self.passes else whole
@@ -195,7 +189,7 @@ class AdaptiveVerifier:
         self.policy.expected = self._expected if by_request else self.policy.acceptance.expected
 
     def _expected(self) -> list[float]:
-        return [self.promise.tokens(drafts) for drafts in range(self.block)]
+        return self.selection.expected(lambda rows: rows - 1)
 
     @contextmanager
     def verifying(self, worker: Any, batch: Any) -> Iterator[None]:
@@ -244,7 +238,7 @@ class AdaptiveVerifier:
         even = not self.by_request or self.chosen == 1
         self._starts = starts[: batch + 1]
         if not even:
-            self._admit(
+            self.selection.admit(
                 self.chances.predictions,
                 self._slots[:batch],
                 self._drafts[:batch],
@@ -300,8 +294,7 @@ class AdaptiveVerifier:
         if self.skips_draft or not self.by_request:
             return
         self.chances.learn(committed, self._starts)
-        if self.promise.is_due():
-            self.promise.ask(self.chances.predictions[: len(committed)])
+        self.selection.observe(lambda: self.chances.predictions[: len(committed)])
 
 
 def free_memory(device: torch.device) -> float:
@@ -421,9 +414,8 @@ def widths_of(
         raise DFlashError(
             f"adaptive_verification is on, but {obstacle}, or turn adaptive_verification off"
         )
-    widths = choose_widths(block, options.min_draft_tokens, options.max_draft_tokens)
     made = AdaptiveVerifier(
-        VerifyLenPolicy(widths, latency_vs_throughput=options.latency_vs_throughput, agree=agree),
+        make_policy(options, block - 1, agree=agree),
         block,
         size,
         device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -12,15 +12,22 @@ from dflash_plugin.serving.after_import import after_import
 from dflash_plugin.serving.drafter_spec import is_off
 from dflash_plugin.sglang import compat, metrics
 from dflash_plugin.sglang.arguments import (
-    ARCHITECTURE,
-    draft_model_path,
+    asks_for_dflash,
     handle_dflash,
     handle_speculative_decoding,
     refuse_version,
 )
-from dflash_plugin.sglang.options import DrafterSpec, drafter_spec
+from dflash_plugin.sglang.names import ARCHITECTURE
+from dflash_plugin.sglang.options import DrafterSpec, draft_model_path, drafter_spec
 
 _SRT = "sglang.srt."
+
+
+def _before_arguments(native: Callable[..., Any], server_args: Any) -> Any:
+    """Check the hooks before any of them is relied on."""
+    if asks_for_dflash(compat.argument(server_args, "speculative_algorithm")):
+        require_hooks(AROUND)
+    return handle_speculative_decoding(native, server_args)
 
 
 def _worker(native: Callable[..., Any], algorithm: Any, server_args: Any) -> Any:
@@ -50,7 +57,7 @@ def _before_event_loop(native: Callable[..., Any], scheduler: Any) -> Any:
 
 
 AROUND: dict[str, Callable[..., Any]] = {
-    f"{_SRT}arg_groups.speculative_hook.handle_speculative_decoding": handle_speculative_decoding,
+    f"{_SRT}arg_groups.speculative_hook.handle_speculative_decoding": _before_arguments,
     f"{_SRT}arg_groups.speculative_hook._handle_dflash": handle_dflash,
     f"{_SRT}speculative.spec_info.SpeculativeAlgorithm.create_worker": _worker,
     f"{_SRT}managers.scheduler.dispatch_event_loop": _before_event_loop,
@@ -82,13 +89,16 @@ def activate() -> None:
     after_import(f"{_SRT}models.registry", _register_architecture)
 
 
-def require_hooks() -> None:
-    """SGLang only logs a hook that it cannot apply.
+def require_hooks(targets: Iterable[str]) -> None:
+    """Check that SGLang applied the hooks; it only logs a hook that it cannot apply.
+
+    Args:
+        targets: dotted names of the hooked functions.
 
     Raises:
         DFlashError: one is missing.
     """
-    missing = [name for name in AROUND if not hasattr(pkgutil.resolve_name(name), "__wrapped__")]
+    missing = [name for name in targets if not hasattr(pkgutil.resolve_name(name), "__wrapped__")]
     if missing:
         raise DFlashError(
             f"SGLang {compat.installed()} did not take the hooks on {', '.join(missing)}: its log "

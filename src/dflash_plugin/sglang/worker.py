@@ -27,7 +27,7 @@ from dflash_plugin.decoding.sampling import SamplingTensors
 from dflash_plugin.kernels.accept import Sampled, accept
 from dflash_plugin.kernels.reference import sample
 from dflash_plugin.kernels.uniforms import Stream
-from dflash_plugin.serving.draft_tokens import Candidates, noise, noise_of_walks, walk
+from dflash_plugin.serving.draft_tokens import Candidates, noise, select_drafts, selector_noise
 from dflash_plugin.sglang import metrics, penalties, sampling, triton_attention
 from dflash_plugin.sglang.adaptive import (
     AdaptiveVerifier,
@@ -36,10 +36,9 @@ from dflash_plugin.sglang.adaptive import (
     skipping,
     widths_of,
 )
-from dflash_plugin.sglang.arguments import draft_model_path
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.model import EngineDrafter
-from dflash_plugin.sglang.options import require_hosted
+from dflash_plugin.sglang.options import draft_model_path, required_spec
 
 if TYPE_CHECKING:
     from dflash_plugin.drafter.selector import Proposal
@@ -131,7 +130,7 @@ class Worker(DFlashWorkerV2):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.step: Step | None = None
         server_args = kwargs.get("server_args", args[0] if args else None)
-        self.info = require_hosted(draft_model_path(server_args))
+        self.info = required_spec(draft_model_path(server_args))
         if argument(server_args, "device") == "cpu":
             from dflash_plugin.sglang.cpu.setup import install
 
@@ -290,7 +289,7 @@ class Worker(DFlashWorkerV2):
         hidden, anchors, found = drafting
         drafter, batch = self.draft_model.drafter, len(anchors)
         if found is not None:
-            u = noise_of_walks(step.params.seed, step.anchors, self.num_drafts)
+            u = selector_noise(step.params.seed, step.anchors, self.num_drafts)
             path = self._walk(drafting, step.params.temperature, u)
             assert path.probs is not None
             step.draft_probs = drafter.target_probabilities(
@@ -310,7 +309,7 @@ class Worker(DFlashWorkerV2):
         """The selector's path; notes how likely its drafts are."""
         assert drafting.candidates is not None
         found, anchors = drafting.candidates, drafting.anchors
-        path = walk(self.draft_model.drafter, found, anchors, temperature, u)
+        path = select_drafts(self.draft_model.drafter, found, anchors, temperature, u)
         if self.widths is not None:
             self.widths.chances.predict(path.confidence.flatten(), None)
         return path

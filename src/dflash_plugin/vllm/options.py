@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
 from dflash_plugin.serving.drafter_spec import DrafterSpec, Options, validated
+from dflash_plugin.vllm.protocols import SpeculativeConfig, VllmConfig
 
 
 def read_options(additional_config: Any) -> Options:
@@ -18,8 +20,23 @@ def read_options(additional_config: Any) -> Options:
     return validated(Options, values, "additional_config")
 
 
-def drafter_spec(speculative_config: Any) -> DrafterSpec | None:
-    """What is hosted under a ``SpeculativeConfig``, or None where the drafter is not ours."""
-    draft = getattr(speculative_config, "draft_model_config", None)
-    values = getattr(getattr(draft, "hf_config", None), KEY, None)
+def drafter_spec(speculative_config: SpeculativeConfig | None) -> DrafterSpec | None:
+    """The spec in a ``SpeculativeConfig``, or None where the plugin did not stage the drafter."""
+    draft = None if speculative_config is None else speculative_config.draft_model_config
+    values = None if draft is None else vars(draft.hf_config).get(KEY)
     return None if values is None else DrafterSpec.model_validate(values)
+
+
+def required_spec(vllm_config: VllmConfig) -> DrafterSpec:
+    """The spec in a ``VllmConfig`` that the plugin prepared.
+
+    Raises:
+        DFlashError: the plugin did not prepare it.
+    """
+    spec = drafter_spec(vllm_config.speculative_config)
+    if spec is None:
+        raise DFlashError(
+            "the draft model's configuration has no 'dflash_plugin' entry: start vLLM with "
+            "speculative method 'dflash' and let the plugin write it"
+        )
+    return spec
