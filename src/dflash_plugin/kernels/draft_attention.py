@@ -225,8 +225,8 @@ def _part_kernel(
     # looking again.
     begin, count = _rows_of(request, block_starts, ROWS)
     is_row &= row < count
-    place = (part * total_rows + begin + row) * HEADS + head
-    at = place[:, None] * HEAD_DIM + depth[None, :]
+    index = (part * total_rows + begin + row) * HEADS + head
+    at = index[:, None] * HEAD_DIM + depth[None, :]
     mask = is_row[:, None] & is_depth[None, :]
     if WHOLE:
         if sinks is not None:
@@ -237,8 +237,8 @@ def _part_kernel(
             out = out * shrink[:, None]
         tl.store(out_values + at, out / total[:, None], mask=mask)
     else:
-        tl.store(part_best + place, best, mask=is_row)
-        tl.store(part_total + place, total, mask=is_row)
+        tl.store(part_best + index, best, mask=is_row)
+        tl.store(part_total + index, total, mask=is_row)
         tl.store(part_out + at, out, mask=mask)
 
 
@@ -263,19 +263,19 @@ def _join_kernel(
     BLOCK_DIM: tl.constexpr,
 ):
     # One row of one head.
-    place = tl.program_id(0).to(tl.int64)
-    request = place // (ROWS * HEADS)
+    index = tl.program_id(0).to(tl.int64)
+    request = index // (ROWS * HEADS)
     if row_requests is not None:
-        request = tl.load(row_requests + place // HEADS).to(tl.int64)
+        request = tl.load(row_requests + index // HEADS).to(tl.int64)
     length, first, share = _extent(request, lengths, window, parts - 1, BLOCK_KEYS)
     # The first holds the block itself; of the others, those without context wrote nothing.
     live = 1 + tl.cdiv(length - first, tl.maximum(share, 1) * BLOCK_KEYS)
     part = tl.arange(0, BLOCK_PARTS)
-    best = tl.load(part_best + part * (rows * HEADS) + place, mask=part < live, other=float("-inf"))
+    best = tl.load(part_best + part * (rows * HEADS) + index, mask=part < live, other=float("-inf"))
     highest = tl.max(best, axis=0)
     whole = 0.0
     if sinks is not None:
-        sink = tl.load(sinks + place % HEADS)
+        sink = tl.load(sinks + index % HEADS)
         highest = tl.maximum(highest, sink)
         whole = tl.exp(sink - highest)
     depth = tl.arange(0, BLOCK_DIM)
@@ -284,7 +284,7 @@ def _join_kernel(
     some = tl.arange(0, STEP)
     for start in range(0, live, STEP):
         inside = start + some < live
-        at = (start + some) * (rows * HEADS) + place
+        at = (start + some) * (rows * HEADS) + index
         weight = tl.load(part_best + at, mask=inside, other=float("-inf"))
         weight = tl.exp(weight - highest)
         whole += tl.sum(tl.load(part_total + at, mask=inside, other=0.0) * weight, axis=0)
@@ -295,7 +295,7 @@ def _join_kernel(
         )
         joined += tl.sum(values * weight[:, None], axis=0)
     joined = joined / whole
-    tl.store(out + place * HEAD_DIM + depth, joined, mask=is_depth)
+    tl.store(out + index * HEAD_DIM + depth, joined, mask=is_depth)
 
 
 @with_twin
@@ -354,9 +354,9 @@ def draft_attention(
     count = 1 if tile.parts == 1 else tile.parts + 1
     part_out, part_best, part_total = None, None, None
     if count > 1:
-        places = (count, total_rows, heads)
-        part_out = torch.empty(*places, head_dim, device=query.device)
-        part_best, part_total = torch.empty(2, *places, device=query.device).unbind()
+        partial = (count, total_rows, heads)
+        part_out = torch.empty(*partial, head_dim, device=query.device)
+        part_best, part_total = torch.empty(2, *partial, device=query.device).unbind()
     _part_kernel[(batch, kv_heads, count)](
         query,
         key,
@@ -453,19 +453,19 @@ def _check(
     own_slots: Tensor | None,
     blocks: Blocks | None,
 ) -> tuple[int, int, int, int, int]:
-    *places, heads, head_dim = query.shape
+    *leading, heads, head_dim = query.shape
     kv_heads = key.shape[-2]
-    if len(places) != (2 if blocks is None else 1):
+    if len(leading) != (2 if blocks is None else 1):
         raise ValueError(f"query is {tuple(query.shape)}: give [B, T, ...], or [N, ...] of blocks")
-    if key.shape != (*places, kv_heads, head_dim) or value.shape != key.shape:
-        raise ValueError(f"key and value must be {[*places, 'kv_heads', head_dim]}")
+    if key.shape != (*leading, kv_heads, head_dim) or value.shape != key.shape:
+        raise ValueError(f"key and value must be {[*leading, 'kv_heads', head_dim]}")
     if blocks is None:
-        batch, rows = places
+        batch, rows = leading
     else:
         batch, rows = blocks.starts.shape[0] - 1, blocks.max_rows
         for name, part, size in (
             ("starts", blocks.starts, batch + 1),
-            ("requests", blocks.requests, places[0]),
+            ("requests", blocks.requests, leading[0]),
         ):
             if part.shape != (size,) or part.dtype != torch.int32 or not part.is_contiguous():
                 raise ValueError(f"{name} of blocks must be contiguous int32 [{size}]")
@@ -492,11 +492,11 @@ def _check(
     if sinks is not None and (sinks.shape != (heads,) or sinks.dtype != torch.float32):
         raise ValueError(f"sinks must be float32 [{heads}]")
     if own_slots is not None and (
-        own_slots.shape != tuple(places)
+        own_slots.shape != tuple(leading)
         or own_slots.dtype != torch.int64
         or not own_slots.is_contiguous()
     ):
-        raise ValueError(f"own_slots must be contiguous int64 {places}")
+        raise ValueError(f"own_slots must be contiguous int64 {leading}")
     return batch, rows, heads, kv_heads, head_dim
 
 
