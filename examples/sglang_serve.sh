@@ -5,7 +5,7 @@
 #   --device cpu --dtype float32 --attention-backend torch_native --disable-cuda-graph
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-target=$(python -c 'from dflash_plugin.fetch import resolve_model; print(resolve_model("smollm2"))')
+target=$(python -c 'from dflash_plugin.checkpoints.hub import resolve_model; print(resolve_model("smollm2"))')
 url=http://127.0.0.1:30011
 python -m sglang.launch_server --model-path "$target" --port 30011 --context-length 1024 \
   --mem-fraction-static 0.3 --speculative-algorithm DFLASH \

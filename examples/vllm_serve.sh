@@ -3,7 +3,7 @@
 #   usage: examples/vllm_serve.sh [more flags of vllm serve]     (in an environment with vLLM)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-target=$(python -c 'from dflash_plugin.fetch import resolve_model; print(resolve_model("smollm2"))')
+target=$(python -c 'from dflash_plugin.checkpoints.hub import resolve_model; print(resolve_model("smollm2"))')
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 
 vllm serve "$target" --served-model-name smollm2 --port 8011 --max-model-len 1024 \

@@ -20,7 +20,7 @@ from dflash_plugin.errors import DFlashError
 
 @dataclass(frozen=True)
 class SequenceSet:
-    """Tokenised prompts with responses, back to back.
+    """Tokenized prompts with responses, back to back.
 
     Attributes:
         tokens: int32 [sum of lengths].

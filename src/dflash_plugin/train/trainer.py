@@ -210,8 +210,8 @@ class Trainer:
             runs = outcome.runs.cpu()
             for row, count in zip(runs.tolist(), valid.sum(dim=1).tolist(), strict=True):
                 committed += count
-                for place in block_starts(row[:count]):
-                    reached[: row[place]] += 1
+                for start in block_starts(row[:count]):
+                    reached[: row[start]] += 1
                     passes += 1
         return {
             "tau": committed / max(1, passes),
