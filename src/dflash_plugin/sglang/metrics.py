@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from dflash_plugin.adaptive.policy import growth
+from dflash_plugin.decoding.acceptance import at_least, rates
 from dflash_plugin.serving.acceptance import AcceptanceWatch
 from dflash_plugin.serving.prometheus import (
     collectors,
@@ -96,29 +97,23 @@ class Acceptance:
         """What ``/server_info`` shows."""
         self.look()
         config = self.info.config
-        passes, rates = sum(self.histogram), shares(self.histogram)
+        passes, by_position = sum(self.histogram), shares(self.histogram)
         return {
             "version": version("dflash-plugin"),
             "drafter": str(self.info.checkpoint),
             "dialect": config.dialect,
             "block_size": config.block_size,
             "verify_passes": passes,
-            "acceptance_length": 1 + sum(rates) if passes else None,
+            "acceptance_length": 1 + sum(by_position) if passes else None,
             "expected_acceptance_length": self.info.expected_acceptance_length,
-            "accept_by_position": rates,
+            "accept_by_position": by_position,
             "acceptance_warnings": self.watch.warnings,
         }
 
 
-def at_least(histogram: Sequence[int]) -> list[int]:
-    """How many passes accepted the draft at each position, of how many accepted exactly so many."""
-    return [sum(histogram[position:]) for position in range(1, len(histogram))]
-
-
 def shares(histogram: Sequence[int]) -> list[float]:
     """Share of passes that accepted the draft at each position."""
-    total = sum(histogram)
-    return [count / total if total else 0.0 for count in at_least(histogram)]
+    return rates(at_least(histogram), sum(histogram))
 
 
 _acceptance: Acceptance | None = None
