@@ -18,11 +18,13 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("modes", ["none,plugin,plugin-adaptive"])
 def test_serving_with_replayed_acceptance(modes, tmp_path):
     output = tmp_path / "result.json"
+    options = (
+        *("--shape", "tiny", "--replay", "4", "--modes", modes, "--together"),
+        *("--concurrency", "2", "--new-tokens", "24", "--repeats", "1", "--per-slot", "1"),
+        *("--dtype", "float32"),
+    )
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "sglang_serving.py", "--output", output]
-        + ["--shape", "tiny", "--replay", "4", "--modes", modes, "--together"]
-        + ["--concurrency", "2", "--new-tokens", "24", "--repeats", "1", "--per-slot", "1"]
-        + ["--dtype", "float32"],
+        [sys.executable, ROOT / "benchmarks" / "sglang_serving.py", "--output", output, *options],
         capture_output=True,
         text=True,
         cwd=ROOT,

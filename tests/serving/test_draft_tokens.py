@@ -145,7 +145,7 @@ def test_the_walk_is_the_cores(by: str, sampled: bool) -> None:
             best = best_logits(head(rows), 5, scale=0.5, softcap=4.0)
         gates = drafter.candidate_selector.hidden_projection(rows)
         found = Candidates(best.tokens, best.logits, gates)
-        out = walk(drafter, found, anchors, temperature, u)
+        out = select_drafts(drafter, found, anchors, temperature, u)
     assert torch.equal(out.tokens, expected.tokens)
     torch.testing.assert_close(out.scores, expected.scores)
     torch.testing.assert_close(out.confidence, expected.confidence)
