@@ -3,7 +3,7 @@
     python benchmarks/draft_step.py --output FILE.json
 
 A step embeds the blocks, runs the layers with attention over 512 positions of context each, and
-takes drafts from the head as in the engines: the likeliest tokens, or a select_drafts through a selector's
+takes drafts from the head as in the engines: the likeliest tokens, or a path through a selector's
 candidates. Shapes are those of a Qwen3-8B drafter in bfloat16. "convolutions" has those and takes
 drafts as DFlash does, "selector" the other way round. Steps are replayed from CUDA graphs, in
 turns; figures are medians in microseconds.

@@ -334,7 +334,8 @@ def check_acceptance(base: BlockAcceptance, expected: float | None) -> Check:
     if expected is None or base.tau - 1 >= LOW * (expected - 1):
         return check
     return check.fault(
-        f"τ is {base.tau:.2f} and was {expected:.2f} in training: {probable_cause(base.by_position)}",
+        f"τ is {base.tau:.2f} and was {expected:.2f} in training: "
+        f"{probable_cause(base.by_position)}",
         "run doctor with --data on prompts like those of training; if τ stays low, fetch or train "
         "the drafter again",
     )
