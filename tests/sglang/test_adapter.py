@@ -14,6 +14,7 @@ from torch import Tensor
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
 from dflash_plugin.sglang import arguments, compat, metrics, penalties, register, sampling
+from dflash_plugin.sglang.names import ARCHITECTURE
 from dflash_plugin.sglang.options import DrafterSpec, Options, drafter_spec, read_options
 from tests.helpers.tiny import DFLASH2, tiny_config, write_tiny
 
@@ -51,7 +52,7 @@ def test_arguments_lead_to_a_staged_draft_model(tmp_path):
     arguments.prepare(args)
     staged = Path(args.speculative_draft_model_path)
     config = json.loads((staged / "config.json").read_text())
-    assert config["architectures"] == [arguments.ARCHITECTURE]
+    assert config["architectures"] == [ARCHITECTURE]
     assert config["dflash_config"] == {"mask_token_id": 3, "target_layer_ids": [0, 2]}
     assert config["block_size"] == args.speculative_num_draft_tokens == 4
     assert config["max_position_embeddings"] == 32768
@@ -116,7 +117,7 @@ def test_a_dflash2_drafter_is_staged_under_our_architecture(tmp_path):
     arguments.prepare(args)
     staged = Path(args.speculative_draft_model_path)
     config = json.loads((staged / "config.json").read_text())
-    assert config["architectures"] == [arguments.ARCHITECTURE]
+    assert config["architectures"] == [ARCHITECTURE]
     assert config["dflash_config"] == {"mask_token_id": 3, "target_layer_ids": [0, 2]}
     info = drafter_spec(staged)
     assert info is not None

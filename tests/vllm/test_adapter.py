@@ -14,9 +14,10 @@ from dflash_plugin.checkpoints.io import load_checkpoint, load_config
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import after_import as hooks
 from dflash_plugin.serving.acceptance import AcceptanceWatch
-from dflash_plugin.serving.drafter_spec import DrafterSpec, Options
+from dflash_plugin.serving.drafter_spec import DrafterSpec, Options, expected_acceptance
 from dflash_plugin.vllm import arguments, compat, metrics, plugin
 from dflash_plugin.vllm.draft_logits import Proposals
+from dflash_plugin.vllm.names import ARCHITECTURE
 from dflash_plugin.vllm.options import drafter_spec, read_options
 from dflash_plugin.vllm.workarounds import expand_kernel, without_empty_rows
 from tests.helpers.tiny import DFLASH2, tiny_config, tiny_target, write_tiny
@@ -65,7 +66,7 @@ def test_flags_become_a_configuration_of_ours(tmp_path):
     assert (spec["method"], spec["num_speculative_tokens"]) == ("dflash", 3)
     assert spec["draft_load_config"] == "loader"
     assert args.spec_method is args.spec_model is args.spec_tokens is None
-    assert staged["architectures"] == [plugin.ARCHITECTURE]
+    assert staged["architectures"] == [ARCHITECTURE]
     assert staged["vocab_size"] == 97
     assert staged["is_causal"] is False
     info = DrafterSpec.model_validate(staged["dflash_plugin"])
@@ -116,7 +117,7 @@ def test_a_dflash2_drafter_is_staged_under_our_architecture(tmp_path):
     """vLLM takes it for a DFlash drafter, and so its own DFlash 2 never gets it."""
     args, staged = prepared(tmp_path, changes=DFLASH2)
     assert args.speculative_config["method"] == "dflash"
-    assert staged["architectures"] == [plugin.ARCHITECTURE]
+    assert staged["architectures"] == [ARCHITECTURE]
     assert set(staged["dflash_config"]) == {"mask_token_id", "target_layer_ids"}
     assert staged["dflash_plugin"]["config"]["selector"] == DFLASH2["selector"].model_dump()
 
@@ -250,10 +251,10 @@ def test_wrong_option_is_named(values, message):
 
 
 def test_expectation_comes_from_the_option_or_the_training_record(tmp_path):
-    assert arguments.expected_acceptance(tmp_path, Options()) is None
+    assert expected_acceptance(tmp_path, Options()) is None
     (tmp_path / "training.json").write_text('{"held_out": {"held_out_tau": 3.5}}')
-    assert arguments.expected_acceptance(tmp_path, Options()) == 3.5
-    assert arguments.expected_acceptance(tmp_path, Options(expected_acceptance_length=5)) == 5
+    assert expected_acceptance(tmp_path, Options()) == 3.5
+    assert expected_acceptance(tmp_path, Options(expected_acceptance_length=5)) == 5
 
 
 def test_flags_are_long_names_of_vllms():

@@ -1,20 +1,16 @@
-"""A drafter as an engine hosts it: options, the checkpoint behind a name, the staged directory."""
+"""What an engine's workers know of a drafter, and the options that a user sets."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from dflash_plugin.checkpoints.hub import cache_directory
-from dflash_plugin.checkpoints.io import CONFIG, replacing
 from dflash_plugin.drafter.config import Dialect, DrafterConfig, DraftWeights
-from dflash_plugin.errors import DFlashError, reason
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
 
 SWITCH = "DFLASH_PLUGIN"
@@ -109,33 +105,6 @@ def without_checks(options: OptionsT) -> OptionsT:
     return options.model_copy(update={"known_answers": "off", "acceptance_warning": 0.0})
 
 
-def resolve(model: str, revision: str | None, download_dir: str | None) -> Path:
-    """The drafter's directory, fetched from the hub if it is not one here.
-
-    Raises:
-        DFlashError: there is no such directory, and the hub has no such repository.
-    """
-    if Path(model).is_dir():
-        return Path(model).resolve()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                cache_dir=download_dir,
-                allow_patterns=["*.json", "*.safetensors"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise DFlashError(
-            f"the drafter {model!r} is neither a directory nor a repository that can be fetched "
-            f"({reason(error)}): check the name, or fetch it first and give its directory"
-        ) from error
-
-
 def expected_acceptance(checkpoint: Path, options: Options) -> float | None:
     """τ to expect: the option's, or what training measured on held-out text."""
     if options.expected_acceptance_length is not None:
@@ -145,39 +114,3 @@ def expected_acceptance(checkpoint: Path, options: Options) -> float | None:
         return float(record["held_out"]["held_out_tau"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def stage(engine: str, config: Mapping[str, Any], files: Iterable[Path] = ()) -> Path:
-    """Write a draft model's configuration for an engine into the cache.
-
-    Args:
-        engine: names the folder.
-        config: the content of config.json, with ``KEY`` in it.
-        files: files of the checkpoint that the engine's loader must find, as links.
-
-    Returns:
-        A directory named by the configuration's content.
-    """
-    written = json.dumps(config, indent=1, sort_keys=True)
-    name = hashlib.sha256(written.encode()).hexdigest()[:16]
-    directory = _staged(engine) / name
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        link = directory / file.name
-        if not link.is_symlink():
-            link.symlink_to(file)
-    with replacing(directory / CONFIG) as path:
-        path.write_text(written + "\n")
-    return directory
-
-
-def is_staged(engine: str, model: Any) -> bool:
-    """Whether ``model`` is a directory that ``stage`` wrote, as when a configuration is reused."""
-    path = Path(str(model)) / CONFIG
-    if path.parent.parent != _staged(engine):
-        return False
-    return path.is_file() and KEY in json.loads(path.read_text())
-
-
-def _staged(engine: str) -> Path:
-    return cache_directory() / engine

@@ -131,13 +131,20 @@ class Counted:
     """The part of our worker that the scheduler's hooks look for.
 
     Attributes:
+        info: the drafter.
         acceptance: counts of this process, or None where another rank counts or the server is not
             warm yet.
         verifier: chooses which rows are verified, or None where every pass verifies whole blocks.
     """
 
+    info: DrafterSpec
     acceptance: Acceptance | None = None
     verifier: AdaptiveVerifier | None = None
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts of a block, the anchor not counted, whether they are verified or not."""
+        raise NotImplementedError
 
     def count(self, accepted: Sequence[int], rows: int, block: int) -> None:
         """Count a verify pass, and let the policy learn from it.
@@ -168,18 +175,18 @@ def shares(histogram: Sequence[int]) -> list[float]:
     return [count / total if total else 0.0 for count in at_least(histogram)]
 
 
-def start(worker: Counted, info: DrafterSpec, server_args: Any, num_drafts: int) -> None:
+def start(worker: Counted, server_args: Any) -> None:
     """Begin to count the passes of a worker.
 
     Args:
-        worker: takes the counts.
-        info: the drafter.
+        worker: holds the counts from then on.
         server_args: SGLang's ``ServerArgs``.
-        num_drafts: drafts of a block.
     """
     name = str(argument(server_args, "served_model_name") or argument(server_args, "model_path"))
     exported = bool(argument(server_args, "enable_metrics"))
-    worker.acceptance = Acceptance(info, num_drafts, name if exported else None, worker.verifier)
+    worker.acceptance = Acceptance(
+        worker.info, worker.num_drafts, name if exported else None, worker.verifier
+    )
 
 
 def count_accepted(native: Callable[..., Any], processor: Any, result: Any, batch: Any) -> Any:

@@ -11,11 +11,14 @@ from dflash_plugin.checkpoints.io import CONFIG
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.serving import KEY
 from dflash_plugin.serving import drafter_spec as shared
-from dflash_plugin.serving.drafter_spec import SWITCH, is_staged, validated
+from dflash_plugin.serving.drafter_spec import SWITCH, validated
+from dflash_plugin.serving.staging import is_staged
+from dflash_plugin.sglang.compat import argument
+from dflash_plugin.sglang.names import ENGINE
 
-ENGINE = "sglang"
 FILE = f"{SWITCH}_CONFIG"
-OTHERS = {SWITCH, FILE, f"{SWITCH}_CACHE"}
+# Variables that are no options.
+NOT_OPTIONS = {SWITCH, FILE, f"{SWITCH}_CACHE"}
 
 
 class Options(shared.Options):
@@ -52,31 +55,37 @@ def read_options() -> Options:
             ) from error
         if not isinstance(values, dict):
             raise DFlashError(f"{FILE} is {file!r}, which holds no JSON object: write one")
-    own = {
+    variables = {
         name.removeprefix(f"{SWITCH}_").lower(): value
         for name, value in os.environ.items()
-        if name.startswith(f"{SWITCH}_") and name not in OTHERS
+        if name.startswith(f"{SWITCH}_") and name not in NOT_OPTIONS
     }
-    return validated(Options, {**values, **own}, f"{file or 'environment'}")
+    return validated(Options, {**values, **variables}, f"{file or 'environment'}")
+
+
+def draft_model_path(server_args: Any) -> Path | None:
+    """The directory of the draft model, as SGLang's ``ServerArgs`` name it by now."""
+    path = argument(server_args, "speculative_draft_model_path")
+    return None if path is None else Path(path)
 
 
 def drafter_spec(path: Any) -> DrafterSpec | None:
-    """What is hosted at a draft model path, or None where the drafter is not ours."""
+    """The spec of the drafter at a draft model path, or None where the plugin did not stage it."""
     if path is None or not is_staged(ENGINE, path):
         return None
     return DrafterSpec.model_validate(json.loads((Path(path) / CONFIG).read_text())[KEY])
 
 
-def require_hosted(path: Any) -> DrafterSpec:
-    """What is hosted at a draft model path.
+def required_spec(path: Any) -> DrafterSpec:
+    """The spec of the drafter at a draft model path.
 
     Raises:
         DFlashError: the directory was not made by the plugin.
     """
-    info = drafter_spec(path)
-    if info is None:
+    spec = drafter_spec(path)
+    if spec is None:
         raise DFlashError(
             f"the draft model {str(path)!r} was not prepared by dflash-plugin: start SGLang with "
             "--speculative-algorithm DFLASH and let it"
         )
-    return info
+    return spec

@@ -24,7 +24,6 @@ from dflash_plugin.sglang.compat import current
 from dflash_plugin.sglang.protocols import (
     ForwardBatchLike,
     LogitsOutputLike,
-    ModelRunnerLike,
     SamplingInfoLike,
 )
 from dflash_plugin.sglang.surface import surface
@@ -122,9 +121,7 @@ def route_verification() -> None:
 
 
 @contextmanager
-def replacing_penalties(
-    info: SamplingInfoLike, gathered: penalties.Penalties
-) -> Iterator[None]:
+def replacing_penalties(info: SamplingInfoLike, gathered: penalties.Penalties) -> Iterator[None]:
     """Give a prefill's sampler the penalties of what its requests have already written."""
     kept = info.penalizer_orchestrator
     info.penalizer_orchestrator = None

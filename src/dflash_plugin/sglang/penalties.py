@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -77,7 +78,7 @@ def without_native(sampling_info: SamplingInfoLike) -> None:
 
 
 def begin(requests: Sequence[RequestLike], vocabulary: int, device: torch.device) -> None:
-    """Start the counts of requests that are prefilled; a retracted one has written tokens before."""
+    """Start the counts of requests that are prefilled; a retracted one has output already."""
     for request in requests:
         output = torch.tensor(list(request.output_ids), dtype=torch.int64)
         setattr(request, COUNTS, torch.bincount(output, minlength=vocabulary).float().to(device))

@@ -1,7 +1,7 @@
-"""The start-up check: the drafter's known answers, drafted by the whole server.
+"""The start-up check on SGLang: drafts the checkpoint's reference prompts with the whole server.
 
-The recorded prompts run through the scheduler as requests do: target pass, injection into the paged
-cache, draft with the CUDA graphs that serve. No request has come by then.
+The prompts run through the scheduler as requests do: target pass, injection into the paged cache,
+draft with the CUDA graphs that serve. The check runs before the first request.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections import deque
 from typing import Any
 from uuid import uuid4
 
-from dflash_plugin.checkpoints.reference_drafts import ReferenceDraft, ReferenceDrafts, load_record
+from dflash_plugin.checkpoints.reference_drafts import ReferenceDraft
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.serving.reference_check import trouble
+from dflash_plugin.serving.reference_check import check_drafter
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.options import DrafterSpec
 
@@ -22,67 +22,41 @@ IDLE_TURNS = 10
 logger = logging.getLogger("sglang.dflash_plugin")
 
 
-def check(scheduler: Any, info: DrafterSpec) -> None:
-    """Compare the server's drafts with the checkpoint's known answers.
+def check(scheduler: Any, spec: DrafterSpec) -> None:
+    """Compare the server's drafts with the checkpoint's reference drafts.
 
     Raises:
         DFlashError: they differ and the option ``known_answers`` is "require".
     """
-    worker = scheduler.draft_worker
-    mode = info.options.known_answers
-    if mode == "off":
-        return
-    record = load_record(info.checkpoint)
-    if record is None:
-        logger.info("%s has no known answers: the drafter is not checked", info.checkpoint)
-        return
-    if worker.block_size != info.config.block_size:
-        logger.info(
-            "blocks are cut to %d tokens of %d: the known answers do not apply",
-            worker.block_size,
-            info.config.block_size,
-        )
-        return
-    found = _compare(scheduler, record, info)
-    if found is None:
-        logger.info("the drafter's %d known answers agree", len(record.answers))
-        return
-    args = scheduler.server_args
-    quantized = argument(args, "quantization") or "fp8" in str(argument(args, "kv_cache_dtype"))
-    if mode == "warn" or quantized:
-        logger.warning("%s", found)
-        return
-    raise DFlashError(f"{found}. To serve all the same, set DFLASH_PLUGIN_KNOWN_ANSWERS=warn")
-
-
-def _compare(scheduler: Any, record: ReferenceDrafts, info: DrafterSpec) -> str | None:
-    """What is wrong, or None."""
-    worker = scheduler.draft_worker
-    limit = int(worker.target_worker.model_runner.model_config.context_len)
-    compared = 0
+    worker, args = scheduler.draft_worker, scheduler.server_args
+    runner = worker.target_worker.model_runner
+    limit = int(runner.model_config.context_len)
 
     def drafts(expected: ReferenceDraft) -> list[int] | None:
-        nonlocal compared
         if len(expected.prompt) + 1 + worker.block_size > limit:
             return None
         block = draft(scheduler, expected.prompt)
-        # In half precision the target itself may continue a prompt otherwise.
+        # In half precision the target may continue a prompt with another token than recorded.
         if block[0] != expected.anchor:
             return None
-        compared += 1
-        # One that drafts from its anchor has a last draft that SGLang's blocks have no place for.
+        # A drafter that drafts from its anchor has one draft more than SGLang's blocks hold; the
+        # recorded one stands in for it.
         return [*block[1:], *expected.drafts[len(block) - 1 :]]
 
-    dtype = str(worker.target_worker.model_runner.dtype)
-    exact = dtype == "torch.float32" and info.options.draft_weights == "checkpoint"
-    walked = info.config.selector is not None
-    found = trouble(record, drafts, is_float32=exact, walked=walked)
-    if found is None and not compared:
-        return (
+    quantized = argument(args, "quantization") or "fp8" in str(argument(args, "kv_cache_dtype"))
+    check_drafter(
+        spec,
+        drafts,
+        block_size=worker.block_size,
+        dtype=str(runner.dtype),
+        is_quantized=bool(quantized),
+        how_to_override="DFLASH_PLUGIN_KNOWN_ANSWERS=warn",
+        logger=logger,
+        if_none_compared=(
             "the target continues every known prompt otherwise than recorded: it is not the one "
             "that the drafter was made for"
-        )
-    return found
+        ),
+    )
 
 
 def draft(scheduler: Any, prompt: list[int]) -> list[int]:
@@ -92,12 +66,12 @@ def draft(scheduler: Any, prompt: list[int]) -> list[int]:
 
 
 def make_request(scheduler: Any, prompt: list[int], **params: Any) -> Any:
-    """A request as the scheduler gets it from a client.
+    """A request as a client's request reaches the scheduler.
 
     Args:
         scheduler: SGLang's.
         prompt: token ids.
-        params: of ``SamplingParams``.
+        params: arguments of ``SamplingParams``.
     """
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.sampling.sampling_params import SamplingParams
@@ -116,36 +90,36 @@ def make_request(scheduler: Any, prompt: list[int], **params: Any) -> Any:
 
 
 def run(scheduler: Any, requests: list[Any], *, whole: bool = True) -> list[list[int]]:
-    """Run requests through a scheduler that is not serving yet, and empty its cache again.
+    """Run requests through a scheduler that is not serving yet, then empty its cache.
 
     Args:
         scheduler: SGLang's.
-        requests: of ``make_request``.
+        requests: made by ``make_request``.
         whole: verify whole blocks, whatever the policy says.
 
     Returns:
         The blocks [anchor, drafts] that were verified for the batch's first request.
 
     Raises:
-        DFlashError: the scheduler does not take them.
+        DFlashError: the scheduler does not run the requests.
     """
     worker, streamer = scheduler.draft_worker, type(scheduler.output_streamer)
     blocks: list[list[int]] = []
-    # The overlapping loop makes it when it starts.
+    # SGLang's overlapping loop makes this queue when it starts, which is later.
     scheduler.result_queue = deque()
     native = streamer.stream_output
     streamer.stream_output = lambda *_, **__: None
-    widths = worker.widths
-    held = widths is not None and widths.held
-    if widths is not None:
-        widths.held = held or whole
+    verifier = worker.verifier
+    kept = verifier is not None and verifier.whole_blocks
+    if verifier is not None:
+        verifier.whole_blocks = kept or whole
     try:
         for request in requests:
             scheduler._add_request_to_queue(request)
         idle = 0
         while not all(request.finished() for request in requests):
             batch = _next_batch(scheduler)
-            # A turn may only take finished requests out.
+            # A turn without a batch may have removed finished requests.
             idle = idle + 1 if batch is None else 0
             if batch is None and idle < IDLE_TURNS:
                 continue
@@ -164,14 +138,14 @@ def run(scheduler: Any, requests: list[Any], *, whole: bool = True) -> list[list
             pass
     finally:
         streamer.stream_output = native
-        if widths is not None:
-            widths.held = held
+        if verifier is not None:
+            verifier.whole_blocks = kept
     scheduler.flush_cache()
     return blocks
 
 
 def _next_batch(scheduler: Any) -> Any:
-    """What to run next, or None; the turn of SGLang's own loops."""
+    """The batch to run next, or None; one turn of SGLang's own loops."""
     plan = scheduler.get_next_batch_to_run(
         running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
     )

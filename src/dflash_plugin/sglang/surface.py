@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Collection, Iterable
-from functools import lru_cache
-from typing import Any
+from functools import cache
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.engine_surface import Kind, Seam, Surface
@@ -35,6 +34,8 @@ KNOWN_ANSWERS = "known answers"
 GRAPHS = "CUDA graphs"
 TRITON = "Triton attention"
 ADAPTIVE = "adaptive verification"
+ADAPTIVE_GRAPHS = "adaptive verification in CUDA graphs"
+LORA = "a target with LoRA"
 
 # In use in every scheduler process with our worker.
 ALWAYS = frozenset({DRAFTING, VERIFYING, METRICS, KNOWN_ANSWERS, GRAPHS})
@@ -120,7 +121,6 @@ _PATCHES = (
     *_rows(
         _WORKER, "patch", VERIFYING, "compacts the input of a verify pass",
         "DFlashVerifyInput",
-        signature=("*", "draft_token", "positions", "draft_token_num", "..."),
     ),
 )  # fmt: skip
 
@@ -211,7 +211,7 @@ _SUBCLASSES = (
         signature=("forward_batch", "in_capture"),
     ),
     *_rows(
-        "layers.attention.triton_backend", "subclass", ADAPTIVE,
+        "layers.attention.triton_backend", "subclass", ADAPTIVE_GRAPHS,
         "replaced on back ends: shares the buffer of slots",
         "TritonAttnBackend.init_cuda_graph_state",
         signature=("max_bs", "max_num_tokens", "*", "kv_indices_buf", "..."),
@@ -260,7 +260,7 @@ _CALLS = (
         "declare_resolution", signature=("server_args", "source"), since="0.5.19",
     ),
     *_rows(
-        "utils.hf_transformers_utils", "call", ARGUMENTS, "reads the target's configuration",
+        "utils.hf_transformers.config", "call", ARGUMENTS, "reads the target's configuration",
         "get_config",
     ),
     *_rows(
@@ -279,7 +279,7 @@ _CALLS = (
     *_rows(
         "layers.sampler", "call", VERIFYING, "applies custom logit processors to blocks",
         "apply_custom_logit_processor",
-        signature=("logits", "*", "num_tokens_in_batch"),
+        signature=("logits", "sampling_batch_info", "*", "num_tokens_in_batch"),
     ),
     *_rows(
         "layers.logits_processor", "call", DRAFTING, "wraps the draft model's output",
@@ -333,7 +333,7 @@ _CALLS = (
         "ModelRunner._get_attention_backend", signature=("*", "init_new_workspace"),
     ),
     *_rows(
-        "model_executor.runner.decode_cuda_graph_runner", "call", ADAPTIVE,
+        "model_executor.runner.decode_cuda_graph_runner", "call", ADAPTIVE_GRAPHS,
         "captures passes of fewer rows",
         "DecodeCudaGraphRunner",
         signature=("model_runner", "*", "attn_backend", "speculative_num_draft_tokens"),
@@ -567,20 +567,20 @@ _ATTRIBUTES = (
         *_members("LogitsProcessorOutput", "next_token_logits", "hidden_states"),
     ),
     *_rows(
-        "model_executor.runner.decode_cuda_graph_runner", "attribute", ADAPTIVE,
+        "model_executor.runner.decode_cuda_graph_runner", "attribute", ADAPTIVE_GRAPHS,
         "captures and times passes",
         *_members("DecodeCudaGraphRunner", "capture_bs", "backend"),
     ),
     *_rows(
-        "model_executor.runner_backend.full_cuda_graph_backend", "attribute", ADAPTIVE,
+        "model_executor.runner_backend.full_cuda_graph_backend", "attribute", ADAPTIVE_GRAPHS,
         "times captured passes", "FullCudaGraphBackend._graphs",
     ),
     *_rows(
-        "model_executor.runner_backend.breakable_cuda_graph_backend", "attribute", ADAPTIVE,
+        "model_executor.runner_backend.breakable_cuda_graph_backend", "attribute", ADAPTIVE_GRAPHS,
         "times captured passes", "BreakableCudaGraphBackend._graphs",
     ),
     *_rows(
-        "model_executor.runner.shape_key", "attribute", ADAPTIVE, "times captured passes",
+        "model_executor.runner.shape_key", "attribute", ADAPTIVE_GRAPHS, "times captured passes",
         "ShapeKey.size",
     ),
     *_rows(
@@ -604,7 +604,8 @@ _ATTRIBUTES = (
         "KVIndexTranslator.is_translating", since="0.5.19",
     ),
     *_rows(
-        "layers.attention.triton_backend", "attribute", ADAPTIVE, "shares the buffer of slots",
+        "layers.attention.triton_backend", "attribute", ADAPTIVE_GRAPHS,
+        "shares the buffer of slots",
         *_members("TritonAttnBackend", "cuda_graph_kv_indices", "sliding_window_size"),
     ),
     *_rows(
@@ -642,7 +643,7 @@ _ATTRIBUTES = (
         "VocabParallelEmbeddingShardIndices.num_org_elements",
     ),
     *_rows(
-        "lora.layers", "attribute", DRAFTING, "borrows the target's head",
+        "lora.layers", "attribute", LORA, "borrows the target's head",
         "BaseLayerWithLoRA.base_layer",
     ),
 )  # fmt: skip
@@ -655,7 +656,7 @@ def surface() -> Surface:
     return _surface(compat.installed())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _surface(version: str) -> Surface:
     return Surface(ENGINE, version, SEAMS)
 
@@ -695,18 +696,22 @@ def verify_hooks(features: Collection[str] | None = None) -> None:
     _part(seam._replace(kind="subclass") for seam in rows).verify({seam.feature for seam in rows})
 
 
-def verify_features(features: Collection[str], *objects: object) -> None:
-    """Check all that features in use in this scheduler process need.
-
-    Args:
-        features: in use.
-        objects: of SGLang, whose attributes are checked too.
+def verify_features(features: Collection[str]) -> None:
+    """Check the functions, classes and patches that features in use in this process need.
 
     Raises:
-        DFlashError: names what is missing or has changed.
+        DFlashError: names what is missing, has changed or was not patched.
     """
     verify_hooks(features)
     surface().verify(features)
+
+
+def verify_objects(features: Collection[str], *objects: object) -> None:
+    """Check the attributes of SGLang's objects that features in use in this process need.
+
+    Raises:
+        DFlashError: names what is missing.
+    """
     found = _part(seam for seam in SEAMS if seam.feature in features)
     for value in objects:
         found.verify_object(value)

@@ -20,7 +20,6 @@ from dflash_plugin.drafter.config import LayerAttention
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.sglang.compat import current
 from dflash_plugin.sglang.protocols import AttnBackendLike, ForwardBatchLike
-from dflash_plugin.sglang.surface import is_instance
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.draft_attention import Blocks
@@ -106,9 +105,7 @@ def _is_plain_backend(backend: Any) -> bool:
     )
 
 
-def without_lists(
-    native: Callable[..., None], attention: VerifyAttention
-) -> Callable[..., None]:
+def without_lists(native: Callable[..., None], attention: VerifyAttention) -> Callable[..., None]:
     """The function that fills a captured pass's metadata, left out where nothing reads these.
 
     Args:

@@ -110,9 +110,7 @@ class VerifyGraphs:
         attention = triton_attention.install(backend, self.device)
         if attention is not None and self.ragged and verify_len > 1:
             attention.blocks = Blocks(starts, requests, self.block)
-        graphs = graph_runner(
-            runner, attn_backend=backend, speculative_num_draft_tokens=verify_len
-        )
+        graphs = graph_runner(runner, attn_backend=backend, speculative_num_draft_tokens=verify_len)
         return VerifyPass(backend, graphs, attention, starts, requests)
 
     def even_rows(self, verify_len: int) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ def compacting_input(
 
         draft_token: Tensor
         positions: Tensor
+        kv_loc_plan: Any
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             verifier = cutting()

@@ -1,9 +1,9 @@
 """The DFLASH worker: SGLang's own, around this project's drafter.
 
 Scheduling, block preparation, verify passes, CUDA graphs and publishing are inherited. Replaced
-are the drafter, KV injection, drafting from the head, acceptance of requests that sample, penalties,
-how many rows of a block are verified (``adaptive``), and the attention of blocks where the back end
-is Triton's (``triton_attention``).
+are the drafter, KV injection, drafting from the head, acceptance of requests that sample,
+penalties, how many rows of a block are verified (``adaptive``), and the attention of blocks where
+the back end is Triton's (``triton_attention``).
 """
 
 from __future__ import annotations
@@ -23,17 +23,22 @@ from dflash_plugin.decoding.sampling import SamplingTensors, sample
 from dflash_plugin.serving.draft_tokens import Candidates, noise, noise_of_walks, walk
 from dflash_plugin.sglang import metrics, patches, penalties, sampling, triton_attention
 from dflash_plugin.sglang.adaptive import agree_across_ranks, build_verifier
-from dflash_plugin.sglang.arguments import draft_model_path
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.model import EngineDrafter
-from dflash_plugin.sglang.options import require_hosted
+from dflash_plugin.sglang.options import draft_model_path, required_spec
 from dflash_plugin.sglang.protocols import (
     LogitsOutputLike,
     ModelRunnerLike,
     SamplingInfoLike,
     ScheduleBatchLike,
 )
-from dflash_plugin.sglang.surface import verify_worker
+from dflash_plugin.sglang.surface import (
+    ADAPTIVE,
+    ADAPTIVE_GRAPHS,
+    ALWAYS,
+    TRITON,
+    verify_features,
+)
 
 if TYPE_CHECKING:
     from dflash_plugin.drafter.selector import Proposal
@@ -140,11 +145,13 @@ class Worker(metrics.Counted, DFlashWorkerV2):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.step: Step | None = None
         server_args = kwargs.get("server_args", args[0] if args else None)
-        self.info = require_hosted(draft_model_path(server_args))
+        self.info = required_spec(draft_model_path(server_args))
         if argument(server_args, "device") == "cpu":
             from dflash_plugin.sglang.cpu.setup import install
 
             install()
+        patches.route_verification()
+        verify_features(ALWAYS)
         super().__init__(*args, **kwargs)
         self.draft_model: EngineDrafter
         self.draft_model.bind(self.target_worker.model_runner.model)
@@ -156,8 +163,6 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         self.graph_injects, self.in_graph = False, False
         patches.watch_target_passes(self)
         patches.seed_first_tokens(self.target_worker.model_runner, self.noise)
-        patches.route_verification()
-        verify_worker(self)
 
     @property
     def num_drafts(self) -> int:
@@ -169,9 +174,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         """Whether the pass that runs verifies no draft."""
         return self.verifier is not None and self.verifier.skips_draft
 
-    def forward_batch_generation(
-        self, batch: ScheduleBatchLike, *args: Any, **kwargs: Any
-    ) -> Any:
+    def forward_batch_generation(self, batch: ScheduleBatchLike, *args: Any, **kwargs: Any) -> Any:
         """Run one pass over a batch: a prefill, or draft, verify and inject."""
         decodes = not (batch.forward_mode.is_extend() or batch.is_extend_in_batch)
         if self.verifier is not None and (not decodes or batch.forward_mode.is_idle()):
@@ -251,8 +254,11 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             agree=agree_across_ranks(get_tp_group()),
             keeps_state=self._need_mamba_verify_commit,
         )
+        features = {TRITON} if attention is not None else set()
         if self.verifier is not None:
+            features |= {ADAPTIVE, ADAPTIVE_GRAPHS} if device.type == "cuda" else {ADAPTIVE}
             patches.skip_unused_drafts(drafter, self)
+        verify_features(features)
         if kernels.available(device) and triton_attention.is_plain(drafter.token_to_kv_pool):
             self.graph_injects = True
             self.target_worker.model_runner.capture_tail_hooks.append(self.capture_injection)
@@ -312,7 +318,9 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             return path.tokens.flatten()
         logits = self.draft_model.logits(hidden).view(batch, self.num_drafts, -1)
         probs = sampling.distribution(logits, step.params, step.batch.sampling_info)
-        positions = step.anchors[:, None] + torch.arange(1, self.num_drafts + 1, device=logits.device)
+        positions = step.anchors[:, None] + torch.arange(
+            1, self.num_drafts + 1, device=logits.device
+        )
         drawn = sample(probs, noise(step.params.seed, positions))
         step.draft_probs = drafter.target_probabilities(probs, self.vocab_size)
         return drafter.token_ids(drawn).flatten()
@@ -320,7 +328,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
     def _walk(
         self, drafting: Drafting, temperature: Tensor | None = None, u: Tensor | None = None
     ) -> Path | Proposal:
-        """Let the selector walk through the candidates; tells the verifier how likely drafts are."""
+        """Let the selector choose among candidates; tells the verifier how likely drafts are."""
         assert drafting.candidates is not None
         found, anchors = drafting.candidates, drafting.anchors
         path = walk(self.draft_model.drafter, found, anchors, temperature, u)
@@ -350,9 +358,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
 
     # Injection.
 
-    def capture_injection(
-        self, runner: Any, out: LogitsOutputLike, batch: Any, rows: int
-    ) -> None:
+    def capture_injection(self, runner: Any, out: LogitsOutputLike, batch: Any, rows: int) -> None:
         """Inject at the end of a captured verify pass, before the host knows what is accepted.
 
         Rejected rows are written too. They lie behind every committed row, and the next pass

@@ -1,4 +1,4 @@
-"""vLLM's arguments: the flags, and the draft model's configuration that stands behind them."""
+"""vLLM's arguments: the plugin's flags, and the staged draft model that they lead to."""
 
 from __future__ import annotations
 
@@ -7,27 +7,17 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-from dflash_plugin.checkpoints.dialects.common import FULL, SLIDING, sizes
-from dflash_plugin.checkpoints.io import load_config
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.serving import KEY
-from dflash_plugin.serving.drafter_spec import (
-    DrafterSpec,
-    expected_acceptance,
-    is_off,
-    is_staged,
-    resolve,
-    stage,
-    without_checks,
-)
+from dflash_plugin.serving import staging
+from dflash_plugin.serving.drafter_spec import DrafterSpec, is_off
 from dflash_plugin.vllm import compat
+from dflash_plugin.vllm.names import ARCHITECTURE, LOAD_FORMAT
 from dflash_plugin.vllm.options import read_options
-from dflash_plugin.vllm.plugin import ARCHITECTURE, LOAD_FORMAT
 
 METHOD = "dflash"
 ENGINE = "vllm"
-# Ours, vLLM's own, its attribute, and the key of the speculative configuration.
+# The plugin's flag, vLLM's own, its attribute of EngineArgs, its key in --speculative-config.
 FLAGS = (
     ("--speculative-method", "--spec-method", "spec_method", "method"),
     ("--speculative-model", "--spec-model", "spec_model", "model"),
@@ -79,11 +69,11 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
 
     Raises:
         DFlashError: the version, an option, the checkpoint or the number of speculative tokens
-            does not do; the message says what to change.
+            is unusable; the message says what to change.
     """
     settings = merged(arguments)
     model = settings.get("model")
-    if not asks_for_dflash(settings) or is_staged(ENGINE, model):
+    if not asks_for_dflash(settings) or staging.is_staged(ENGINE, model):
         return
     version = compat.current()
     options = read_options(arguments.additional_config)
@@ -91,32 +81,36 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
         raise DFlashError(
             "speculative method 'dflash' needs a drafter: give --speculative-model DIR"
         )
-    checkpoint = resolve(str(model), settings.get("revision"), arguments.download_dir)
-    config = load_config(checkpoint, options.dialect)
-    config.require_target(
-        target_model_config.get_hidden_size(),
-        target_model_config.get_total_num_hidden_layers(),
-        target_model_config.get_vocab_size(),
+    num_layers = target_model_config.get_total_num_hidden_layers()
+    target = staging.TargetShape(
+        target_model_config.get_hidden_size(), num_layers, target_model_config.get_vocab_size()
     )
-    check_layers(config, target_model_config.get_total_num_hidden_layers())
+    spec = staging.prepare(
+        DrafterSpec,
+        str(model),
+        revision=settings.get("revision"),
+        download_dir=arguments.download_dir,
+        options=options,
+        target=target,
+        check=lambda config: check_layers(config, num_layers),
+        load_format=arguments.load_format,
+    )
     settings["num_speculative_tokens"] = number_of_drafts(
-        config, settings.get("num_speculative_tokens")
+        spec.config, settings.get("num_speculative_tokens")
     )
     if options.adaptive_verification:
         settings.setdefault("enable_adaptive_verification", True)
-    dummy = str(getattr(arguments.load_format, "value", arguments.load_format)) == "dummy"
-    if dummy:
-        options = without_checks(options)
-    else:
+    if not staging.is_dummy(arguments.load_format):
         settings.setdefault("draft_load_config", _load_config())
-    info = DrafterSpec(
-        checkpoint=checkpoint,
-        config=config,
-        options=options,
-        expected_acceptance_length=expected_acceptance(checkpoint, options),
-    )
     settings["method"] = METHOD
-    settings["model"] = str(stage(ENGINE, engine_config(info, target_model_config)))
+    config = staging.engine_config(
+        spec,
+        architecture=ARCHITECTURE,
+        vocab_size=target.vocab_size,
+        max_positions=target_model_config.max_model_len,
+        mask_token_id=spec.config.mask_token_id,
+    )
+    settings["model"] = str(staging.stage(ENGINE, config))
     settings.pop("revision", None)
     for key, value in compat.spec_settings(version).items():
         settings.setdefault(key, value)
@@ -155,61 +149,33 @@ def check_layers(config: DrafterConfig, num_target_layers: int) -> None:
     """Check that vLLM's targets give what the drafter reads.
 
     Raises:
-        DFlashError: it reads the last layer's output, which drafters know behind the target's norm
-            and vLLM gives before it.
+        DFlashError: the drafter reads the last layer's output. Drafters are trained on that output
+            behind the target's norm; vLLM gives it before the norm.
     """
     last = num_target_layers - 1
-    if last in config.target_layer_ids:
-        raise DFlashError(
-            f"the drafter reads target layers {list(config.target_layer_ids)}, and vLLM gives the "
-            f"output of the last one ({last}) without the target's norm, with which drafters are "
-            "trained: use the Transformers engine"
-        )
+    staging.refuse_layer(
+        config,
+        last,
+        f"vLLM gives the output of the last one ({last}) without the target's norm, with which "
+        "drafters are trained",
+    )
 
 
-def number_of_drafts(config: DrafterConfig, asked: int | None) -> int:
-    """The number of speculative tokens, that of the drafter's block unless fewer are asked for.
+def number_of_drafts(config: DrafterConfig, requested: int | None) -> int:
+    """The number of speculative tokens: those of a whole block, unless fewer are requested.
 
     Raises:
-        DFlashError: more than a block drafts, or none.
+        DFlashError: more are requested than a block drafts, or none.
     """
-    most = config.num_draft_tokens
-    if asked is None:
-        return most
-    if not 1 <= asked <= most:
+    maximum = config.num_draft_tokens
+    if requested is None:
+        return maximum
+    if not 1 <= requested <= maximum:
         raise DFlashError(
-            f"num_speculative_tokens is {asked} but a block of {config.block_size} drafts {most}: "
-            f"give 1 to {most}, or leave it out for {most}"
+            f"num_speculative_tokens is {requested} but a block of {config.block_size} drafts "
+            f"{maximum}: give 1 to {maximum}, or leave it out for {maximum}"
         )
-    return asked
-
-
-def engine_config(info: DrafterSpec, target_model_config: Any) -> dict[str, Any]:
-    """config.json of the draft model, with what vLLM itself reads of it and our own entry."""
-    config = info.config
-    windows = [layer.sliding_window for layer in config.layers if layer.sliding_window]
-    length = max(config.rope.max_position_embeddings, target_model_config.max_model_len)
-    return {
-        "architectures": [ARCHITECTURE],
-        **sizes(config),
-        "rms_norm_eps": config.rms_norm_eps,
-        "vocab_size": target_model_config.get_vocab_size(),
-        "max_position_embeddings": length,
-        "layer_types": [
-            FULL if layer.sliding_window is None else SLIDING for layer in config.layers
-        ],
-        "sliding_window": max(windows, default=None),
-        "use_sliding_window": bool(windows),
-        "is_causal": all(layer.causal for layer in config.layers),
-        "tie_word_embeddings": False,
-        "torch_dtype": config.dtype,
-        "block_size": config.block_size,
-        "dflash_config": {
-            "mask_token_id": config.mask_token_id,
-            "target_layer_ids": sorted(config.target_layer_ids),
-        },
-        KEY: info.model_dump(mode="json"),
-    }
+    return requested
 
 
 def _load_config() -> Any:

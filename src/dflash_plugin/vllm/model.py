@@ -33,7 +33,7 @@ from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.serving.fp8_weights import product
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.vllm.layers import ShardedQKV, VllmLayers, head_in_fp8, round_to_fp8
-from dflash_plugin.vllm.options import drafter_spec
+from dflash_plugin.vllm.options import required_spec
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.draft_head import HeadChoice
@@ -51,7 +51,7 @@ class DraftBlock(nn.Module):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
-        info = required(vllm_config)
+        info = required_spec(vllm_config)
         config = info.config
         first = vllm_config.model_config.get_total_num_hidden_layers()
         host = VllmLayers(get_draft_quant_config(vllm_config), prefix, first)
@@ -97,7 +97,7 @@ class EngineDrafter(DFlashQwen3ForCausalLM):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         nn.Module.__init__(self)
         speculative = vllm_config.speculative_config
-        self.info = required(vllm_config)
+        self.info = required_spec(vllm_config)
         self.config = speculative.draft_model_config.hf_config
         _check_parallel(vllm_config, self.info)
         self.model = DraftBlock(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -332,21 +332,6 @@ class EngineDrafter(DFlashQwen3ForCausalLM):
     def get_draft_attn_causal(self) -> list[bool]:
         """Whether each layer's block rows are kept from later rows."""
         return [layer.causal for layer in self.info.config.layers]
-
-
-def required(vllm_config: Any) -> DrafterSpec:
-    """What is hosted under a configuration that the plugin made.
-
-    Raises:
-        DFlashError: the configuration was not made by the plugin.
-    """
-    info = drafter_spec(vllm_config.speculative_config)
-    if info is None:
-        raise DFlashError(
-            "the draft model's configuration has no 'dflash_plugin' entry: start vLLM with "
-            "speculative method 'dflash' and let the plugin write it"
-        )
-    return info
 
 
 def _window(layer: LayerAttention, window_from: str) -> int | None:

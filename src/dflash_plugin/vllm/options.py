@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
 from dflash_plugin.serving.drafter_spec import DrafterSpec, Options, validated
 
@@ -19,7 +20,22 @@ def read_options(additional_config: Any) -> Options:
 
 
 def drafter_spec(speculative_config: Any) -> DrafterSpec | None:
-    """What is hosted under a ``SpeculativeConfig``, or None where the drafter is not ours."""
+    """The spec in a ``SpeculativeConfig``, or None where the plugin did not stage the drafter."""
     draft = getattr(speculative_config, "draft_model_config", None)
     values = getattr(getattr(draft, "hf_config", None), KEY, None)
     return None if values is None else DrafterSpec.model_validate(values)
+
+
+def required_spec(vllm_config: Any) -> DrafterSpec:
+    """The spec in a ``VllmConfig`` that the plugin prepared.
+
+    Raises:
+        DFlashError: the plugin did not prepare it.
+    """
+    spec = drafter_spec(vllm_config.speculative_config)
+    if spec is None:
+        raise DFlashError(
+            "the draft model's configuration has no 'dflash_plugin' entry: start vLLM with "
+            "speculative method 'dflash' and let the plugin write it"
+        )
+    return spec

@@ -8,10 +8,8 @@ from typing import Any
 from dflash_plugin.serving.after_import import after_import
 from dflash_plugin.serving.drafter_spec import is_off
 from dflash_plugin.vllm import compat
+from dflash_plugin.vllm.names import ARCHITECTURE, LOAD_FORMAT
 from dflash_plugin.vllm.options import drafter_spec
-
-ARCHITECTURE = "DFlashPluginDraftModel"
-LOAD_FORMAT = "dflash_plugin"
 
 
 def activate() -> None:

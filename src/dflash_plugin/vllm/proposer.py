@@ -10,7 +10,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from dflash_plugin.serving.draft_tokens import noise_of_walks, walk
-from dflash_plugin.vllm.model import required
+from dflash_plugin.vllm.options import required_spec
 
 NO_SLOT = -1
 # vLLM takes lower temperatures for greedy.
@@ -22,7 +22,7 @@ class Proposer(DFlashProposer):
 
     def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
-        self.info = required(vllm_config)
+        self.info = required_spec(vllm_config)
 
     def _maybe_share_embeddings(self, target_language_model: nn.Module) -> None:
         self.model.bind(target_language_model)

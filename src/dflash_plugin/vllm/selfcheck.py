@@ -1,8 +1,8 @@
-"""The start-up check: the drafter's known answers, drafted by the whole engine.
+"""The start-up check on vLLM: drafts the checkpoint's reference prompts with the whole engine.
 
-The recorded prompts run through the runner as requests do: target pass, injection into the paged
-cache, draft with the CUDA graphs that serve. No request has come by then, so any cache block is
-free.
+The prompts run through the runner as requests do: target pass, injection into the paged cache,
+draft with the CUDA graphs that serve. The check runs before the first request, so every cache block
+is free.
 """
 
 from __future__ import annotations
@@ -11,71 +11,36 @@ import logging
 from functools import wraps
 from typing import Any
 
-from dflash_plugin.checkpoints.reference_drafts import ReferenceDraft, ReferenceDrafts, load_record
-from dflash_plugin.errors import DFlashError
+from dflash_plugin.checkpoints.reference_drafts import ReferenceDraft
 from dflash_plugin.serving.drafter_spec import DrafterSpec
-from dflash_plugin.serving.reference_check import trouble
+from dflash_plugin.serving.reference_check import check_drafter
 from dflash_plugin.vllm.options import drafter_spec
 
 logger = logging.getLogger("vllm.dflash_plugin")
 
 
 def patch(worker: Any) -> None:
-    """Run the check when a worker class is warm."""
+    """Run the check when a worker of this class has warmed up."""
     warm_up = worker.compile_or_warm_up_model
 
     @wraps(warm_up)
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = warm_up(self, *args, **kwargs)
-        info = drafter_spec(self.vllm_config.speculative_config)
-        if info is not None:
-            check(self, info)
+        spec = drafter_spec(self.vllm_config.speculative_config)
+        if spec is not None:
+            check(self, spec)
         return result
 
     worker.compile_or_warm_up_model = compile_or_warm_up_model
 
 
-def check(worker: Any, info: DrafterSpec) -> None:
-    """Compare the engine's drafts with the checkpoint's known answers.
+def check(worker: Any, spec: DrafterSpec) -> None:
+    """Compare the engine's drafts with the checkpoint's reference drafts.
 
     Raises:
         DFlashError: they differ and the option ``known_answers`` is "require".
     """
     config = worker.vllm_config
-    asked = config.speculative_config.num_speculative_tokens
-    mode = info.options.known_answers
-    if mode == "off":
-        return
-    record = load_record(info.checkpoint)
-    if record is None:
-        logger.info("%s has no known answers: the drafter is not checked", info.checkpoint)
-        return
-    if config.kv_transfer_config is not None:
-        logger.info("a KV connector moves the cache: the drafter is not checked")
-        return
-    if asked != info.config.num_draft_tokens:
-        logger.info(
-            "blocks are cut to %d drafts of %d: the known answers do not apply",
-            asked,
-            info.config.num_draft_tokens,
-        )
-        return
-    found = _compare(worker, record, info)
-    if found is None:
-        logger.info("the drafter's %d known answers agree", len(record.answers))
-        return
-    quantized = config.model_config.quantization or "fp8" in str(config.cache_config.cache_dtype)
-    if mode == "warn" or quantized:
-        logger.warning("%s", found)
-        return
-    raise DFlashError(
-        f"{found}. To serve all the same, set additional_config "
-        '{"dflash_plugin": {"known_answers": "warn"}}'
-    )
-
-
-def _compare(worker: Any, record: ReferenceDrafts, info: DrafterSpec) -> str | None:
-    """What is wrong, or None."""
     limit = worker.model_config.max_model_len
 
     def drafts(expected: ReferenceDraft) -> list[int] | None:
@@ -83,17 +48,26 @@ def _compare(worker: Any, record: ReferenceDrafts, info: DrafterSpec) -> str | N
             return None
         return draft(worker, [*expected.prompt, expected.anchor])
 
-    dtype = str(worker.vllm_config.model_config.dtype)
-    exact = dtype == "torch.float32" and info.options.draft_weights == "checkpoint"
-    walked = info.config.selector is not None
-    return trouble(record, drafts, is_float32=exact, walked=walked)
+    has_connector = config.kv_transfer_config is not None
+    quantized = config.model_config.quantization or "fp8" in str(config.cache_config.cache_dtype)
+    num_drafts = config.speculative_config.num_speculative_tokens
+    check_drafter(
+        spec,
+        drafts,
+        block_size=num_drafts + (not spec.config.sample_from_anchor),
+        dtype=str(config.model_config.dtype),
+        is_quantized=bool(quantized),
+        how_to_override='additional_config {"dflash_plugin": {"known_answers": "warn"}}',
+        logger=logger,
+        skip_reason="a KV connector moves the cache" if has_connector else None,
+    )
 
 
 def draft(worker: Any, tokens: list[int]) -> list[int]:
     """The engine's drafts after ``tokens``, whose last one is the anchor.
 
-    All but the last token are run as the first chunk of a prompt, so that the anchor is the
-    prompt's and not what the target would say.
+    All but the last token run as the first chunk of a prompt. The anchor is then the prompt's next
+    token, and not the target's own choice.
     """
     from vllm import SamplingParams
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput

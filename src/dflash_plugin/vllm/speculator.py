@@ -16,7 +16,8 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.draft_tokens import noise_of_walks, walk
 from dflash_plugin.vllm import adaptive, compat
 from dflash_plugin.vllm.draft_logits import Proposals
-from dflash_plugin.vllm.model import EngineDrafter, required
+from dflash_plugin.vllm.model import EngineDrafter
+from dflash_plugin.vllm.options import required_spec
 
 # vLLM decides on drafts by noise of the same generator, keyed by the same seeds and positions.
 SALT = 0x5EED_D4AF_7000_0001
@@ -30,7 +31,7 @@ class Speculator(DFlashSpeculator):
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.info = required(vllm_config)
+        self.info = required_spec(vllm_config)
         self.budget: adaptive.Budget | None = None
         self.skips_drafts = compat.current().skips_drafts
         config = self.info.config

@@ -1,0 +1,115 @@
+"""From the name of a drafter to the directory that an engine loads."""
+
+from __future__ import annotations
+
+import enum
+import json
+
+import pytest
+
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.serving import KEY, staging
+from dflash_plugin.serving.drafter_spec import DrafterSpec, Options
+from tests.helpers.tiny import tiny_config, write_tiny
+
+TARGET = staging.TargetShape(hidden_size=32, num_layers=4, vocab_size=97)
+
+
+class LoadFormat(enum.Enum):
+    AUTO = "auto"
+    DUMMY = "dummy"
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFLASH_PLUGIN_CACHE", str(tmp_path / "cache"))
+
+
+def prepared(model, *, options=None, target=TARGET, check=lambda config: None, load_format="auto"):
+    return staging.prepare(
+        DrafterSpec,
+        str(model),
+        revision=None,
+        download_dir=None,
+        options=options or Options(),
+        target=target,
+        check=check,
+        load_format=load_format,
+    )
+
+
+def test_a_drafter_is_found_and_described(tmp_path):
+    drafter = write_tiny(tmp_path / "drafter", target_layer_ids=(2, 0))
+    spec = prepared(drafter, options=Options(expected_acceptance_length=4.0))
+    assert spec.checkpoint == drafter.resolve()
+    assert spec.config.target_layer_ids == (2, 0)
+    assert spec.expected_acceptance_length == 4.0
+
+
+def test_a_drafter_must_fit_the_target_and_the_engine(tmp_path):
+    drafter = write_tiny(tmp_path / "drafter")
+
+    def refuse(config):
+        raise DFlashError(f"no blocks of {config.block_size}")
+
+    with pytest.raises(DFlashError, match="no blocks of 4"):
+        prepared(drafter, check=refuse)
+    with pytest.raises(DFlashError, match="hidden_size is 64"):
+        prepared(drafter, target=TARGET._replace(hidden_size=64))
+
+
+@pytest.mark.parametrize("load_format", ["dummy", LoadFormat.DUMMY, "LoadFormat.DUMMY"])
+def test_dummy_weights_are_not_judged(tmp_path, load_format):
+    options = prepared(write_tiny(tmp_path / "drafter"), load_format=load_format).options
+    assert (options.known_answers, options.acceptance_warning) == ("off", 0)
+
+
+@pytest.mark.parametrize("load_format", ["auto", LoadFormat.AUTO])
+def test_other_weights_are_judged(tmp_path, load_format):
+    assert prepared(write_tiny(tmp_path / "drafter"), load_format=load_format).options == Options()
+
+
+def test_a_layer_that_an_engine_does_not_give_is_refused():
+    config = tiny_config(target_layer_ids=(0, 3))
+    staging.refuse_layer(config, 2, "the engine gives none")
+    with pytest.raises(DFlashError, match=r"layers \[0, 3\], and the engine gives none: use hands"):
+        staging.refuse_layer(config, 3, "the engine gives none", use="hands")
+
+
+def staged_config(tmp_path, **changes):
+    spec = prepared(write_tiny(tmp_path / "drafter", **changes))
+    return spec, staging.engine_config(
+        spec,
+        architecture="Ours",
+        vocab_size=97,
+        max_positions=100,
+        mask_token_id=5,
+        of_this_engine=7,
+    )
+
+
+def test_what_an_engine_reads_and_the_spec(tmp_path):
+    layers = ({"sliding_window": 64, "causal": True}, {"causal": True})
+    spec, config = staged_config(tmp_path, layers=layers, target_layer_ids=(2, 0))
+    assert config["architectures"] == ["Ours"]
+    assert config["layer_types"] == ["sliding_attention", "full_attention"]
+    assert (config["sliding_window"], config["use_sliding_window"]) == (64, True)
+    assert config["is_causal"] is True
+    assert config["dflash_config"] == {"mask_token_id": 5, "target_layer_ids": [0, 2]}
+    assert config["max_position_embeddings"] == spec.config.rope.max_position_embeddings
+    assert config["of_this_engine"] == 7
+    assert DrafterSpec.model_validate(config[KEY]) == spec
+
+
+def test_a_staged_directory_is_known_and_named_by_its_content(tmp_path):
+    spec, config = staged_config(tmp_path)
+    weights = list(spec.checkpoint.glob("*.safetensors"))
+    directory = staging.stage("engine", config, weights)
+    assert json.loads((directory / "config.json").read_text()) == json.loads(json.dumps(config))
+    assert [(directory / file.name).resolve() for file in weights] == weights
+    assert staging.stage("engine", config, weights) == directory
+    assert staging.stage("engine", {**config, "of_this_engine": 8}) != directory
+    assert staging.is_staged("engine", directory)
+    assert not staging.is_staged("other", directory)
+    assert not staging.is_staged("engine", spec.checkpoint)
+    assert not staging.is_staged("engine", None)
