@@ -11,6 +11,7 @@ from dflash_plugin.serving.engine_surface import Seam, Surface
 
 ENGINE = """
     from dataclasses import dataclass
+    from typing import overload
 
     from {package}.parts import Base, Kept as Exported
 
@@ -18,6 +19,12 @@ ENGINE = """
 
     def propose(batch, *, count=1):
         return count
+
+    @overload
+    def compiled(cls): ...
+
+    def compiled(cls=None, *, sizes=None):
+        return cls
 
     @dataclass
     class Step:
@@ -90,6 +97,7 @@ def table(engine):
         seam(engine, "Runner.ready", "attribute"),
         seam(engine, "registry.add", "call", ("name", "model")),
         seam(engine, "propose", "call", ("batch", "*", "count")),
+        seam(engine, "compiled", "call", ("*", "sizes")),
         seam(engine, "Step", "call", ("*", "drafts", "tokens")),
         seam(engine, "Exported", "call", ("a", "*", "c")),
         seam(engine, "LIMIT", "attribute"),
@@ -132,11 +140,11 @@ def test_a_symbol_that_differs_is_named(engine, tmp_path, row, message):
 
 
 def test_instance_attributes_are_seen_in_source_and_on_objects(engine, tmp_path):
-    missing = seam(engine, "Runner.lost", "attribute")
-    (line,) = check_source(tmp_path, [missing], "1.0")
+    missing, written = seam(engine, "Runner.lost", "attribute"), seam(engine, "Runner.set", "write")
+    (line, _) = check_source(tmp_path, [missing, written], "1.0")
     assert line.endswith("Runner has no 'lost'")
-    surface = Surface("toy", "1.0", [missing, *table(engine)])
-    surface.seams = tuple(s for s in surface.seams if s.kind == "attribute")
+    surface = Surface("toy", "1.0", [missing, written, *table(engine)])
+    surface.seams = tuple(s for s in surface.seams if s.kind in ("attribute", "write"))
     surface.verify({"serve"}, load=True)
     runner = load(engine).Runner("config")
     with pytest.raises(DFlashError, match=r"lost.*Runner has no 'lost'.*seen.*has no 'seen'"):

@@ -13,10 +13,11 @@ import torch
 from dflash_plugin.checkpoints.io import load_checkpoint, load_config
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import after_import as hooks
+from dflash_plugin.serving import engine_surface
 from dflash_plugin.serving.acceptance import AcceptanceWatch
 from dflash_plugin.serving.drafter_spec import DrafterSpec, Options, expected_acceptance
-from dflash_plugin.vllm import arguments, compat, metrics, plugin
-from dflash_plugin.vllm.draft_logits import Proposals
+from dflash_plugin.vllm import adaptive, arguments, compat, metrics, plugin, surface
+from dflash_plugin.vllm.draft_logits import DraftLogits
 from dflash_plugin.vllm.names import ARCHITECTURE
 from dflash_plugin.vllm.options import drafter_spec, read_options
 from dflash_plugin.vllm.workarounds import expand_kernel, without_empty_rows
@@ -35,6 +36,7 @@ def _here(tmp_path, monkeypatch):
     monkeypatch.setenv("DFLASH_PLUGIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(arguments, "_load_config", lambda: "loader")
     monkeypatch.setattr(compat, "installed", lambda: "0.33.0")
+    surface.surface.cache_clear()
 
 
 def engine_args(**values):
@@ -127,24 +129,24 @@ def test_a_target_with_more_tokens_than_the_codebooks_is_refused(tmp_path):
         prepared(tmp_path, changes={**DFLASH2, "vocab_size": 90})
 
 
-def test_proposals_are_those_of_the_last_pass():
+def test_draft_logits_are_those_of_the_last_pass():
     """Requests stand in any order; padding behind them writes to none."""
-    proposals = Proposals((3, 2, 10), 2, torch.device("cpu"))
-    places = torch.tensor([0, 1, 0, 1], dtype=torch.int32)
+    draft_logits = DraftLogits((3, 2, 10), 2, torch.device("cpu"))
+    positions = torch.tensor([0, 1, 0, 1], dtype=torch.int32)
     scores = torch.arange(8.0).view(4, 2)
     first = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])
-    proposals.write(first, scores, torch.tensor([2, 2, 0, 0]), places)
+    draft_logits.write(first, scores, torch.tensor([2, 2, 0, 0]), positions)
     second = torch.tensor([[2, 9], [0, 3], [5, 6], [7, 8]])
-    proposals.write(second, scores + 10, torch.tensor([2, 2, -1, -1]), places)
+    draft_logits.write(second, scores + 10, torch.tensor([2, 2, -1, -1]), positions)
     expected = torch.full((3, 2, 10), float("-inf"))
-    for request, place, tokens, values in (
+    for request, position, tokens, values in (
         (2, 0, [2, 9], [10.0, 11.0]),
         (2, 1, [0, 3], [12.0, 13.0]),
         (0, 0, [5, 6], [4.0, 5.0]),
         (0, 1, [7, 8], [6.0, 7.0]),
     ):
-        expected[request, place, tokens] = torch.tensor(values)
-    assert torch.equal(proposals.logits, expected)
+        expected[request, position, tokens] = torch.tensor(values)
+    assert torch.equal(draft_logits.logits, expected)
 
 
 def test_fewer_drafts_may_be_asked_for(tmp_path):
@@ -231,10 +233,19 @@ def test_only_the_flags_where_the_plugin_is_off_or_the_version_unknown(
     patched = []
     monkeypatch.setattr(compat, "installed", lambda: version)
     monkeypatch.setenv("DFLASH_PLUGIN", switch)
-    monkeypatch.setattr(plugin, "after_import", lambda name, _: patched.append(name))
+    monkeypatch.setattr(engine_surface, "after_import", lambda name, _: patched.append(name))
     plugin.activate()
-    assert patched[0] == "vllm.engine.arg_utils"
-    assert (len(patched) > 1) is all_of_it
+    assert patched[:2] == ["vllm.engine.arg_utils"] * 2
+    assert (len(patched) > 2) is all_of_it
+
+
+def test_every_patch_of_the_table_has_its_function():
+    """Those that import vLLM are there too: their source defines them."""
+    made = {(module, symbol) for module, symbol, _ in plugin.FLAGS + plugin.PATCHES}
+    assert made == {row[:2] for row in surface.SEAMS if row.kind in ("patch", "hook")}
+    for _, _, maker in plugin.FLAGS + plugin.PATCHES:
+        module, function = maker.split(":")
+        assert callable(getattr(importlib.import_module(f"dflash_plugin.vllm.{module}"), function))
 
 
 @pytest.mark.parametrize(
@@ -280,6 +291,7 @@ def test_switch(monkeypatch, value, off):
 def test_a_configuration_without_our_entry_is_not_ours():
     draft = SimpleNamespace(hf_config=SimpleNamespace())
     assert drafter_spec(SimpleNamespace(draft_model_config=draft)) is None
+    assert drafter_spec(SimpleNamespace(draft_model_config=None)) is None
     assert drafter_spec(None) is None
 
 
@@ -295,7 +307,7 @@ def test_only_the_native_class_is_substituted(monkeypatch):
         pass
 
     monkeypatch.setattr(plugin, "drafter_spec", lambda speculative_config: speculative_config)
-    plugin._substitute(Native, Ours)
+    plugin.substitute(Native, Ours)
     with_ours, without = (SimpleNamespace(speculative_config=value) for value in (1, None))
     assert type(Native(with_ours)) is Ours
     assert Native(with_ours).config is with_ours
@@ -373,7 +385,7 @@ def test_without_an_expectation_nothing_is_warned_of(expected, options):
     assert watch(expected, **options).observe(10, [0, 0, 0]) is None
 
 
-def test_a_budgets_counts_go_where_a_steps_statistics_go(monkeypatch):
+def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
     """Those of steps whose statistics nobody gets go with the next ones."""
     stats = SimpleNamespace(waiting_lora_adapters={"a": 1})
     counted, recorded = [], []
@@ -396,9 +408,9 @@ def test_a_budgets_counts_go_where_a_steps_statistics_go(monkeypatch):
         def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0):
             recorded.append((scheduler_stats, engine_idx))
 
-    metrics.patch_runner(Runner)
-    metrics.patch_scheduler(Scheduler)
-    metrics.patch_logger(Logger)
+    Runner.sample_tokens = metrics.attach_counts(Runner.sample_tokens)
+    Scheduler.update_from_output = metrics.send_counts(Scheduler.update_from_output)
+    Logger.record = metrics.export_counts(Logger.record)
     monkeypatch.setattr(metrics, "count_budget", lambda *args: counted.append(args))
     ours = object.__new__(metrics.Metrics)
     ours.labels, ours.values = ("engine",), {2: ["2"]}
@@ -406,7 +418,8 @@ def test_a_budgets_counts_go_where_a_steps_statistics_go(monkeypatch):
     for saved, is_sent in ((None, True), (3, True), (4, False), (9, True), (9, True)):
         if saved is not None:
             policy = SimpleNamespace(counts=lambda saved=saved: {"saved": saved})
-            runner.adaptive_verification = SimpleNamespace(policy=policy)
+            runner.adaptive_verification = object.__new__(adaptive.AdaptiveManager)
+            runner.adaptive_verification.policy = policy
         scheduler.update_from_output(is_sent, runner.sample_tokens(None).model_runner_output)
         logger.record(stats if is_sent else None, None, mm_cache_stats=None, engine_idx=2)
     assert counted == [(("engine",), ["2"], {"saved": n}) for n in (3, 6)]

@@ -178,8 +178,13 @@ def _names(body: Sequence[ast.stmt]) -> dict[str, ast.AST]:
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             names = [node.target.id]
         for name in names:
-            found.setdefault(name, node)
+            if name not in found or _is_overload(found[name]):
+                found[name] = node
     return found
+
+
+def _is_overload(node: ast.AST) -> bool:
+    return isinstance(node, FunctionNode) and "overload" in map(_last_name, node.decorator_list)
 
 
 def _assigned_to_self(function: FunctionNode) -> dict[str, ast.AST]:

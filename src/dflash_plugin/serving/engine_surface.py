@@ -22,7 +22,7 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.after_import import after_import
 from dflash_plugin.serving.drafter_spec import SWITCH
 
-Kind = Literal["patch", "hook", "subclass", "call", "attribute"]
+Kind = Literal["patch", "hook", "subclass", "call", "attribute", "write"]
 # In a signature: the names behind it are given by keyword, so that their order does not matter.
 KEYWORDS = "*"
 # Last in a signature: the adapter accepts and passes on whatever other parameters there are.
@@ -37,7 +37,8 @@ class Seam(NamedTuple):
         symbol: "function", "Class", "Class.method" or "Class.attribute".
         kind: "patch" and "hook" are replaced or acted on when their module is imported; "subclass"
             is a base class, or a method of one that the adapter overrides; "call" is called by the
-            adapter; "attribute" is read or written.
+            adapter; "attribute" is read, and may be written too; "write" is an attribute that the
+            engine reads and that the adapter alone sets, so that an object may lack it at first.
         feature: the feature that needs the symbol; ``Surface.verify`` is given those in use.
         why: what the adapter does with the symbol.
         signature: the parameters that the adapter relies on, without self, in order; of a class,
@@ -196,7 +197,9 @@ class Surface:
         wrong = []
         for seam in self.current():
             owner, _, name = seam.symbol.rpartition(".")
-            if (seam.module, owner) in classes and not _has(value, name):
+            if seam.kind == "write" or (seam.module, owner) not in classes:
+                continue
+            if not _has(value, name):
                 kind = type(value).__name__
                 wrong.append(
                     f"{seam.name} ({seam.feature}: {seam.why}): the {kind} has no {name!r}"
@@ -311,7 +314,7 @@ def _trouble_at_run_time(seam: Seam, module: ModuleType) -> str | None:
         if owner is None:
             return f"{seam.module} has no {part!r}"
     if not _has(owner, name):
-        if seam.kind == "attribute" and path:
+        if seam.kind in ("attribute", "write") and path:
             return None
         return f"{seam.module} has no {seam.symbol!r}"
     if seam.signature is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 from dflash_plugin.drafter.config import DrafterConfig
@@ -13,7 +12,9 @@ from dflash_plugin.serving import staging
 from dflash_plugin.serving.drafter_spec import DrafterSpec, is_off
 from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.names import ARCHITECTURE, LOAD_FORMAT
-from dflash_plugin.vllm.options import read_options
+from dflash_plugin.vllm.options import drafter_spec, read_options
+from dflash_plugin.vllm.protocols import Method
+from dflash_plugin.vllm.surface import verify_frontend
 
 METHOD = "dflash"
 ENGINE = "vllm"
@@ -25,26 +26,30 @@ FLAGS = (
 )
 
 
-def patch(module: ModuleType) -> None:
-    """Wrap ``EngineArgs`` of ``vllm.engine.arg_utils``."""
-    arguments: Any = module.EngineArgs
-    add_cli_args, create = arguments.add_cli_args, arguments.create_speculative_config
+def add_cli_args(native: Method) -> Method:
+    """``EngineArgs.add_cli_args`` that adds the plugin's flags first."""
 
-    @wraps(add_cli_args)
+    @wraps(native)
     def add(parser: Any, *args: Any, **kwargs: Any) -> Any:
         add_flags(parser)
-        return add_cli_args(parser, *args, **kwargs)
+        return native(parser, *args, **kwargs)
 
-    @wraps(create)
-    def create_speculative_config(
-        self: Any, target_model_config: Any, target_parallel_config: Any
-    ) -> Any:
+    return add
+
+
+def create_speculative_config(native: Method) -> Method:
+    """``EngineArgs.create_speculative_config`` that stages the plugin's drafter first."""
+
+    @wraps(native)
+    def create(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
         if not is_off():
             prepare(self, target_model_config)
-        return create(self, target_model_config, target_parallel_config)
+        made = native(self, target_model_config, target_parallel_config)
+        if drafter_spec(made) is not None:
+            verify_frontend(made)
+        return made
 
-    arguments.add_cli_args = staticmethod(add)
-    arguments.create_speculative_config = create_speculative_config
+    return create
 
 
 def add_flags(parser: Any) -> None:
@@ -128,7 +133,7 @@ def merged(arguments: Any) -> dict[str, Any]:
     given = arguments.speculative_config or {}
     settings = {key.replace("-", "_"): value for key, value in given.items()}
     for flag, native, attribute, key in FLAGS:
-        value = getattr(arguments, attribute, None)
+        value = getattr(arguments, attribute)
         if value is None:
             continue
         if key in settings:

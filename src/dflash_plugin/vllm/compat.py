@@ -16,27 +16,20 @@ class Version:
     """A supported minor version.
 
     Attributes:
-        drops_cached_block: it forgets the last block of a prefix-cache hit for every method that
-            reads the target's hidden states; DFlash needs no such thing.
-        cpu_expands_into_copy: on a CPU the per-request temperature is expanded into a temporary,
-            so that sampling reads uninitialized memory.
-        top_k_needs_drafts: the V1 rejection sampler fails where no request of a batch has a draft
-            left, as at the last token of a top-k sampled output.
+        drops_cached_block: vLLM recomputes the last block of a prefix-cache hit for every method
+            that reads the target's hidden states. DFlash does not need this.
         skips_drafts: the speculator can inject without drafting.
-        admits_on_host: adaptive verification may be asked for the number of drafts on the host.
+        admits_on_host: the runner reads each request's number of verified drafts on the host, or
+            None, from adaptive verification.
     """
 
     drops_cached_block: bool
-    cpu_expands_into_copy: bool
-    top_k_needs_drafts: bool
     skips_drafts: bool
     admits_on_host: bool
 
 
 _BEFORE_0_33 = Version(
     drops_cached_block=True,
-    cpu_expands_into_copy=True,
-    top_k_needs_drafts=True,
     skips_drafts=False,
     admits_on_host=False,
 )
@@ -45,8 +38,6 @@ SUPPORTED: dict[tuple[int, int], Version] = {
     (0, 32): _BEFORE_0_33,
     (0, 33): Version(
         drops_cached_block=False,
-        cpu_expands_into_copy=True,
-        top_k_needs_drafts=True,
         skips_drafts=True,
         admits_on_host=True,
     ),

@@ -1,4 +1,4 @@
-"""What a selector's drafts were drawn from, as vLLM's rejection sampler reads it."""
+"""Distributions of a selector's drafts, in the form that vLLM's rejection sampler reads."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 
-class Proposals:
-    """The drafts' distributions of all requests that there may be.
+class DraftLogits:
+    """Logits of the drafts of all request slots.
 
-    vLLM takes the softmax of logits over the temperature: so they are the scores of the candidates
-    after the draft before, and -inf of every other token.
+    vLLM divides the logits by the temperature and takes the softmax. They hold the candidates'
+    scores, given the draft before, and -inf for every other token.
 
     Args:
-        shape: requests, drafts and vocabulary.
+        shape: R request slots, K drafts and V tokens of the vocabulary.
         top_k: C, candidates of a draft.
         device: where drafts are made.
 
@@ -25,23 +25,23 @@ class Proposals:
 
     def __init__(self, shape: Sequence[int], top_k: int, device: torch.device) -> None:
         requests, drafts, vocabulary = shape
-        # Padding of a captured pass writes to a request that there is not.
-        whole = (requests + 1, drafts, vocabulary)
-        self._logits = torch.full(whole, float("-inf"), dtype=torch.float32, device=device)
+        # Padding of a captured pass writes to one more slot, which no request has.
+        padded = (requests + 1, drafts, vocabulary)
+        self._logits = torch.full(padded, float("-inf"), dtype=torch.float32, device=device)
         self._written = torch.zeros(requests + 1, drafts, top_k, dtype=torch.int64, device=device)
         self.logits = self._logits[:requests]
 
-    def write(self, tokens: Tensor, scores: Tensor, slots: Tensor, places: Tensor) -> None:
-        """Put a pass's candidates in the place of those of the last one.
+    def write(self, tokens: Tensor, scores: Tensor, slots: Tensor, positions: Tensor) -> None:
+        """Replace the candidates of the last pass by those of this one.
 
         Args:
             tokens: int64 [T, C].
             scores: float32 [T, C].
-            slots: int64 [T], of the rows' requests; below zero for padding.
-            places: int [T], of the drafts in their blocks.
+            slots: int64 [T], request slots of the rows; below zero for padding.
+            positions: int [T], positions of the drafts in their blocks, from 0.
         """
         requests = torch.where(slots < 0, len(self.logits), slots)[:, None]
-        places = places.long()[:, None]
-        self._logits[requests, places, self._written[requests, places].squeeze(1)] = float("-inf")
-        self._logits[requests, places, tokens] = scores
-        self._written[requests, places] = tokens[:, None]
+        drafts = positions.long()[:, None]
+        self._logits[requests, drafts, self._written[requests, drafts].squeeze(1)] = float("-inf")
+        self._logits[requests, drafts, tokens] = scores
+        self._written[requests, drafts] = tokens[:, None]

@@ -34,6 +34,7 @@ from dflash_plugin.serving.fp8_weights import product
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.vllm.layers import ShardedQKV, VllmLayers, head_in_fp8, round_to_fp8
 from dflash_plugin.vllm.options import required_spec
+from dflash_plugin.vllm.surface import target_modules, verify_worker
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.draft_head import HeadChoice
@@ -99,6 +100,7 @@ class EngineDrafter(DFlashQwen3ForCausalLM):
         speculative = vllm_config.speculative_config
         self.info = required_spec(vllm_config)
         self.config = speculative.draft_model_config.hf_config
+        verify_worker(vllm_config)
         _check_parallel(vllm_config, self.info)
         self.model = DraftBlock(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.drafter: Drafter = self.model.drafter
@@ -146,13 +148,9 @@ class EngineDrafter(DFlashQwen3ForCausalLM):
         Raises:
             DFlashError: the target has no such modules or does not fit.
         """
-        target = cast(Any, target_model)
-        language = target.get_language_model() if hasattr(target, "get_language_model") else target
-        inner = getattr(language, "model", language)
-        embedding = getattr(inner, "embed_tokens", None) or getattr(inner, "embedding", None)
+        embedding, head = target_modules(target_model)
         if isinstance(embedding, BaseLayerWithLoRA):
             embedding = embedding.base_layer
-        head = getattr(language, "lm_head", None) or getattr(target, "lm_head", None)
         if embedding is None or head is None:
             raise DFlashError(
                 f"{type(target_model).__name__} has no embed_tokens or lm_head to lend to the "

@@ -7,6 +7,7 @@ from typing import Any
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
 from dflash_plugin.serving.drafter_spec import DrafterSpec, Options, validated
+from dflash_plugin.vllm.protocols import SpeculativeConfig, VllmConfig
 
 
 def read_options(additional_config: Any) -> Options:
@@ -19,14 +20,14 @@ def read_options(additional_config: Any) -> Options:
     return validated(Options, values, "additional_config")
 
 
-def drafter_spec(speculative_config: Any) -> DrafterSpec | None:
+def drafter_spec(speculative_config: SpeculativeConfig | None) -> DrafterSpec | None:
     """The spec in a ``SpeculativeConfig``, or None where the plugin did not stage the drafter."""
-    draft = getattr(speculative_config, "draft_model_config", None)
-    values = getattr(getattr(draft, "hf_config", None), KEY, None)
+    draft = None if speculative_config is None else speculative_config.draft_model_config
+    values = None if draft is None else vars(draft.hf_config).get(KEY)
     return None if values is None else DrafterSpec.model_validate(values)
 
 
-def required_spec(vllm_config: Any) -> DrafterSpec:
+def required_spec(vllm_config: VllmConfig) -> DrafterSpec:
     """The spec in a ``VllmConfig`` that the plugin prepared.
 
     Raises:

@@ -1,15 +1,40 @@
-"""What the plugin changes in vLLM, in one place."""
+"""What the plugin changes in vLLM: each patch, and the function that makes it."""
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-from dflash_plugin.serving.after_import import after_import
 from dflash_plugin.serving.drafter_spec import is_off
 from dflash_plugin.vllm import compat
+from dflash_plugin.vllm import surface as vllm
 from dflash_plugin.vllm.names import ARCHITECTURE, LOAD_FORMAT
 from dflash_plugin.vllm.options import drafter_spec
+
+# vLLM's module and symbol, and the function that gets the native object and returns its
+# replacement: "module:function" of this package, imported when vLLM's module is.
+FLAGS = (
+    (vllm.ARG_UTILS, "EngineArgs.add_cli_args", "arguments:add_cli_args"),
+    (vllm.ARG_UTILS, "EngineArgs.create_speculative_config", "arguments:create_speculative_config"),
+)
+PATCHES = (
+    (vllm.REGISTRY, "ModelRegistry", "plugin:register_architecture"),
+    (vllm.LOADERS, "register_model_loader", "plugin:register_loader"),
+    (vllm.SPECULATOR, "DFlashSpeculator", "plugin:substitute_speculator"),
+    (vllm.PROPOSER, "DFlashProposer", "plugin:substitute_proposer"),
+    (vllm.WORKER, "Worker", "adaptive:extend_worker"),
+    (vllm.WORKER, "Worker.compile_or_warm_up_model", "selfcheck:checked_when_warm"),
+    (vllm.CPU_WORKER, "CPUWorker.compile_or_warm_up_model", "selfcheck:checked_when_warm"),
+    (vllm.RUNNER, "maybe_create_adaptive_verification_manager", "adaptive:create_manager"),
+    (vllm.RUNNER, "GPUModelRunner.sample_tokens", "metrics:attach_counts"),
+    (vllm.SCHEDULER, "Scheduler.update_from_output", "metrics:send_counts"),
+    (vllm.LOGGERS, "PrometheusStatLogger.record", "metrics:export_counts"),
+    (vllm.SPEC_METRICS, "SpecDecodingProm.__init__", "metrics:make_metrics"),
+    (vllm.SPEC_METRICS, "SpecDecodingProm.observe", "metrics:feed_metrics"),
+    (vllm.CPU_KERNELS, "_expand_kernel_impl", "workarounds:expand_in_place"),
+    (vllm.REJECTION, "apply_sampling_constraints", "workarounds:without_empty_rows"),
+)
 
 
 def activate() -> None:
@@ -18,56 +43,49 @@ def activate() -> None:
     An unsupported version is left as it is and stops only when a DFlash drafter is asked for: the
     plugin must not break engines that do not use it.
     """
-    after_import("vllm.engine.arg_utils", _patch_arguments)
-    version = compat.row()
-    if is_off() or version is None:
-        return
-    after_import("vllm.model_executor.models.registry", _register_architecture)
-    after_import("vllm.model_executor.model_loader", _register_loader)
-    after_import("vllm.v1.worker.gpu.spec_decode.dflash.speculator", _substitute_speculator)
-    after_import("vllm.v1.spec_decode.dflash", _substitute_proposer)
-    after_import("vllm.v1.worker.gpu.model_runner", _replace_budget)
-    after_import("vllm.v1.worker.gpu_worker", _extend_worker)
-    after_import("vllm.v1.worker.cpu_worker", _extend_worker)
-    after_import("vllm.v1.spec_decode.metrics", _add_metrics)
-    after_import("vllm.v1.core.sched.scheduler", _send_budget)
-    after_import("vllm.v1.metrics.loggers", _count_budget)
-    if version.cpu_expands_into_copy:
-        after_import("vllm.utils.cpu_triton_utils", _mend_cpu_kernels)
-    if version.top_k_needs_drafts:
-        after_import("vllm.v1.sample.rejection_sampler", _mend_rejection_sampler)
+    in_use = FLAGS if is_off() or compat.row() is None else FLAGS + PATCHES
+    for module, symbol, maker in in_use:
+        vllm.surface().patch(module, symbol, _imported_late(maker))
 
 
-def _patch_arguments(module: ModuleType) -> None:
-    from dflash_plugin.vllm.arguments import patch
+def _imported_late(maker: str) -> Callable[[Any], Any]:
+    """A function of this package that is imported when it is called."""
+    module, _, function = maker.partition(":")
 
-    patch(module)
+    def make(native: Any) -> Any:
+        return getattr(import_module(f"dflash_plugin.vllm.{module}"), function)(native)
+
+    return make
 
 
-def _register_architecture(module: ModuleType) -> None:
-    module.ModelRegistry.register_model(ARCHITECTURE, "dflash_plugin.vllm.model:EngineDrafter")
+def register_architecture(registry: Any) -> None:
+    """Register the drafter under its architecture's name."""
+    registry.register_model(ARCHITECTURE, "dflash_plugin.vllm.model:EngineDrafter")
 
 
-def _register_loader(module: ModuleType) -> None:
+def register_loader(register_model_loader: Any) -> None:
+    """Register the loader under its format's name."""
     from dflash_plugin.vllm.loader import DrafterLoader
 
-    module.register_model_loader(LOAD_FORMAT)(DrafterLoader)
+    register_model_loader(LOAD_FORMAT)(DrafterLoader)
 
 
-def _substitute_speculator(module: ModuleType) -> None:
+def substitute_speculator(native: type) -> None:
+    """Make the V2 runner build this project's speculator."""
     from dflash_plugin.vllm.speculator import Speculator
 
-    _substitute(module.DFlashSpeculator, Speculator)
+    substitute(native, Speculator)
 
 
-def _substitute_proposer(module: ModuleType) -> None:
+def substitute_proposer(native: type) -> None:
+    """Make the V1 runner build this project's proposer."""
     from dflash_plugin.vllm.proposer import Proposer
 
-    _substitute(module.DFlashProposer, Proposer)
+    substitute(native, Proposer)
 
 
-def _substitute(native: Any, ours: Any) -> None:
-    """Make ``native(vllm_config, …)`` build ``ours``, its subclass, for a drafter that is ours.
+def substitute(native: Any, ours: type) -> None:
+    """Make ``native(vllm_config, …)`` build ``ours``, its subclass, for the plugin's drafters.
 
     The name stays bound to the native class wherever it was imported, and its other subclasses
     are left alone.
@@ -78,51 +96,3 @@ def _substitute(native: Any, ours: Any) -> None:
         return object.__new__(ours if is_ours else cls)
 
     native.__new__ = new
-
-
-def _replace_budget(module: ModuleType) -> None:
-    from dflash_plugin.vllm.adaptive import patch
-    from dflash_plugin.vllm.metrics import patch_runner
-
-    runner: Any = module
-    patch(runner)
-    patch_runner(runner.GPUModelRunner)
-
-
-def _extend_worker(module: ModuleType) -> None:
-    from dflash_plugin.vllm import adaptive, selfcheck
-
-    worker: Any = getattr(module, "CPUWorker", None) or module.Worker
-    selfcheck.patch(worker)
-    worker.dflash_adaptive = adaptive.of_worker
-
-
-def _add_metrics(module: ModuleType) -> None:
-    from dflash_plugin.vllm.metrics import patch
-
-    patch(module.SpecDecodingProm)
-
-
-def _send_budget(module: ModuleType) -> None:
-    from dflash_plugin.vllm.metrics import patch_scheduler
-
-    patch_scheduler(module.Scheduler)
-
-
-def _count_budget(module: ModuleType) -> None:
-    from dflash_plugin.vllm.metrics import patch_logger
-
-    patch_logger(module.PrometheusStatLogger)
-
-
-def _mend_cpu_kernels(module: ModuleType) -> None:
-    from dflash_plugin.vllm.workarounds import expand_kernel
-
-    module._expand_kernel_impl = expand_kernel  # type: ignore[attr-defined]
-
-
-def _mend_rejection_sampler(module: ModuleType) -> None:
-    from dflash_plugin.vllm.workarounds import without_empty_rows
-
-    sampler: Any = module
-    sampler.apply_sampling_constraints = without_empty_rows(sampler.apply_sampling_constraints)

@@ -1,4 +1,4 @@
-"""The V1 runner's proposer, which serves on a CPU: vLLM's own, around this project's drafter."""
+"""The V1 runner's proposer, which serves on a CPU: vLLM's own class around this drafter."""
 
 from __future__ import annotations
 
@@ -10,25 +10,39 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from dflash_plugin.serving.draft_tokens import noise_of_walks, walk
+from dflash_plugin.vllm.model import EngineDrafter
 from dflash_plugin.vllm.options import required_spec
+from dflash_plugin.vllm.protocols import SamplingMetadata, VllmConfig
+from dflash_plugin.vllm.surface import surface
 
 NO_SLOT = -1
-# vLLM takes lower temperatures for greedy.
-LEAST_TEMPERATURE = 1e-5
+# vLLM samples greedily at lower temperatures.
+MIN_TEMPERATURE = 1e-5
 
 
 class Proposer(DFlashProposer):
-    """Drafts a block per request; correct rather than clever."""
+    """Drafts a block per request; written for correctness, not speed."""
 
-    def __init__(self, vllm_config: Any, device: torch.device, runner: Any = None) -> None:
+    model: EngineDrafter
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
-        self.info = required_spec(vllm_config)
+        self.spec = required_spec(vllm_config)
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Load the drafter and bind it to the target.
+
+        Raises:
+            DFlashError: vLLM's proposer lacks an attribute that this class uses.
+        """
+        super().load_model(target_model)
+        surface().verify_object(self)
 
     def _maybe_share_embeddings(self, target_language_model: nn.Module) -> None:
         self.model.bind(target_language_model)
 
     def _maybe_share_lm_head(self, target_language_model: nn.Module) -> None:
-        """Done with the embedding."""
+        """Nothing to do: ``bind`` has taken the head with the embedding."""
 
     def set_inputs_first_pass(
         self,
@@ -43,19 +57,20 @@ class Proposer(DFlashProposer):
         """Fill the buffers for injection and for the block.
 
         Args:
-            target_token_ids: [T], rows of the target's pass.
-            next_token_ids: [batch], the tokens that the blocks start from.
-            target_positions: [T].
+            target_token_ids: int [T], tokens of the target's pass.
+            next_token_ids: int [batch], anchor tokens of the blocks.
+            target_positions: int [T].
             target_hidden_states: [T, hidden], context rows.
             token_indices_to_sample: unused.
             cad: metadata of the target's pass.
-            num_rejected_tokens_gpu: [batch], rows at the end of each request's that were rejected.
+            num_rejected_tokens_gpu: int [batch], rejected rows at the end of each request's rows.
 
         Returns:
-            Block rows, the rows [batch * K] that draft, and metadata of the block's pass.
+            The number of block rows, the rows int32 [batch * K] that draft, and metadata of the
+            block's pass.
         """
         batch, total = cad.batch_size(), target_token_ids.shape[0]
-        anchor_drafts = self.info.config.sample_from_anchor
+        anchor_drafts = self.spec.config.sample_from_anchor
         drafts = self.num_speculative_tokens
         rows = drafts + (not anchor_drafts)
         self.model.model.block_size = rows
@@ -108,18 +123,19 @@ class Proposer(DFlashProposer):
         return size, sample.flatten().to(torch.int32), metadata
 
     def _sample_draft_tokens(
-        self, hidden_states: Tensor, sampling_metadata: Any
+        self, hidden_states: Tensor, sampling_metadata: SamplingMetadata
     ) -> tuple[Tensor, Tensor | None]:
-        """Draft tokens int64 [batch * K] and what they were drawn from, or None where chosen.
+        """Draft tokens and, where they are sampled, their distributions.
 
         Args:
             hidden_states: [batch * K, hidden], of the rows that draft.
-            sampling_metadata: vLLM's, of the requests.
+            sampling_metadata: sampling parameters of the requests.
 
         Returns:
-            The distributions are float32 [batch * K, vocabulary].
+            Tokens int64 [batch * K] and distributions float32 [batch * K, vocabulary], or None
+            where the best tokens are taken.
         """
-        if self.info.config.selector is None:
+        if self.spec.config.selector is None:
             made: tuple[Tensor, Tensor | None] = super()._sample_draft_tokens(
                 hidden_states, sampling_metadata
             )
@@ -127,20 +143,20 @@ class Proposer(DFlashProposer):
         drafts = self.num_speculative_tokens
         batch, rows = len(hidden_states) // drafts, drafts + 1
         anchors = self.input_ids[: batch * rows : rows].long()
-        heat, u = None, None
+        temperature, u = None, None
         if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
             given = sampling_metadata.temperature
-            heat = torch.where(given < LEAST_TEMPERATURE, 0.0, given)
-            seeds = torch.randint(1 << 62, (batch,), device=heat.device)
+            temperature = torch.where(given < MIN_TEMPERATURE, 0.0, given)
+            seeds = torch.randint(1 << 62, (batch,), device=given.device)
             u = noise_of_walks(seeds, torch.zeros_like(seeds), drafts)
         drafter, found = self.model.drafter, self.model.candidates(hidden_states)
-        path = walk(drafter, found, anchors, heat, u)
+        path = walk(drafter, found, anchors, temperature, u)
         if path.probs is None:
             return path.tokens.flatten(), None
-        shares = path.probs.flatten(0, 1)
+        of_candidates = path.probs.flatten(0, 1)
         vocabulary = self.model.vocab_size
-        spread = drafter.target_probabilities(shares, vocabulary, found.tokens)
-        return path.tokens.flatten(), spread
+        probs = drafter.target_probabilities(of_candidates, vocabulary, found.tokens)
+        return path.tokens.flatten(), probs
 
     def _slots(self, cad: CommonAttentionMetadata, request: Tensor, positions: Tensor) -> Tensor:
         """Cache slots of positions of requests, both [...]."""

@@ -15,23 +15,23 @@ from dflash_plugin.checkpoints.reference_drafts import ReferenceDraft
 from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.serving.reference_check import check_drafter
 from dflash_plugin.vllm.options import drafter_spec
+from dflash_plugin.vllm.protocols import Method
 
 logger = logging.getLogger("vllm.dflash_plugin")
 
 
-def patch(worker: Any) -> None:
-    """Run the check when a worker of this class has warmed up."""
-    warm_up = worker.compile_or_warm_up_model
+def checked_when_warm(native: Method) -> Method:
+    """``Worker.compile_or_warm_up_model`` that runs the check when the worker has warmed up."""
 
-    @wraps(warm_up)
+    @wraps(native)
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = warm_up(self, *args, **kwargs)
+        result = native(self, *args, **kwargs)
         spec = drafter_spec(self.vllm_config.speculative_config)
         if spec is not None:
             check(self, spec)
         return result
 
-    worker.compile_or_warm_up_model = compile_or_warm_up_model
+    return compile_or_warm_up_model
 
 
 def check(worker: Any, spec: DrafterSpec) -> None:
@@ -100,8 +100,8 @@ def draft(worker: Any, tokens: list[int]) -> list[int]:
     step.total_num_scheduled_tokens = len(tokens) - 1
     worker.execute_model(step)
     worker.sample_tokens(None)
-    speculator = getattr(runner, "speculator", None)
-    proposed = runner._draft_token_ids if speculator is None else speculator.draft_tokens
+    is_v2 = worker.vllm_config.use_v2_model_runner
+    proposed = runner.speculator.draft_tokens if is_v2 else runner._draft_token_ids
     drafts: list[int] = proposed[0].tolist()
     finished = SchedulerOutput.make_empty()
     finished.finished_req_ids = {request}

@@ -1,4 +1,4 @@
-"""Mended parts of vLLM's V1 sampling, which serves on a CPU."""
+"""Corrections of vLLM's V1 sampling, which serves on a CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from functools import wraps
 from typing import Any
 
 from torch import Tensor
+
+
+def expand_in_place(native: Callable[..., None]) -> Callable[..., None]:
+    """``_expand_kernel_impl``, replaced."""
+    return expand_kernel
 
 
 def expand_kernel(
@@ -19,15 +24,16 @@ def expand_kernel(
 ) -> None:
     """Repeat each request's value over its tokens, in place.
 
-    vLLM's own converts ``output`` to int64 first and fills the copy, so that the temperatures that
-    rejection sampling divides by stay uninitialized.
+    vLLM's own function converts ``output`` to int64 first and fills that copy. The temperatures
+    that rejection sampling divides by then stay uninitialized.
 
     Args:
         output: [num_tokens], written.
         input_val: [batch], any dtype that converts to the output's.
         cu_num_tokens: [batch], ends of the requests' tokens.
-        replace_from, replace_to: a value of the input and what stands for it in the output.
-        MAX_NUM_TOKENS: a launch bound of the GPU kernel.
+        replace_from: input value that is replaced.
+        replace_to: output value in its place.
+        MAX_NUM_TOKENS: launch bound of the GPU kernel; unused.
     """
     values = input_val.masked_fill(input_val == replace_from, replace_to).to(output.dtype)
     ends = cu_num_tokens.long()
@@ -37,10 +43,10 @@ def expand_kernel(
 
 
 def without_empty_rows(constrain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``apply_sampling_constraints`` that leaves logits [0, vocab] alone.
+    """``apply_sampling_constraints`` that returns logits [0, vocab] unchanged.
 
-    vLLM's takes the largest top-k over the rows, of which there are none when no request of a
-    batch has a draft to verify.
+    vLLM's own function takes the largest top-k over the rows, and fails where there are none: no
+    request of the batch has a draft to verify.
     """
 
     @wraps(constrain)

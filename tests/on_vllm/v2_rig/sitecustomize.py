@@ -84,9 +84,17 @@ if os.environ.get("VLLM_V2_ON_CPU"):
 
     def _adapt_without_graphs(module):
         module.resolve_adaptive_cudagraph_mode = lambda mode, **_: mode
-        module.maybe_create_adaptive_verification_manager = (
-            lambda *, enable_adaptive_verification, **_: enable_adaptive_verification or None
-        )
+        module.maybe_create_adaptive_verification_manager = _manager_without_streams
+
+    def _manager_without_streams(*, enable_adaptive_verification, num_bonus_tokens, **_):
+        """What the plugin calls on vLLM's manager, whose constructor wants CUDA streams."""
+        if not enable_adaptive_verification:
+            return None
+        from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerificationManager
+
+        manager = object.__new__(AdaptiveVerificationManager)
+        manager.num_bonus_tokens = num_bonus_tokens
+        return manager
 
     def _allow_adapting(module):
         module.VllmConfig._validate_adaptive_verification = lambda self: None

@@ -1,0 +1,139 @@
+"""The parts of vLLM's objects that the adapter uses, for the type checker.
+
+``surface.SEAMS`` lists the same names; ``tests/contracts`` checks them against vLLM's source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Counts = NDArray[np.int32]
+
+
+class SpeculativeConfig(Protocol):
+    """Settings of the speculative method."""
+
+    draft_model_config: Any
+    draft_sample_method: str
+    enable_adaptive_verification: bool
+    num_speculative_tokens: int
+
+
+class ParallelConfig(Protocol):
+    """How many ranks share the model, and how many copies of it there are."""
+
+    tensor_parallel_size: int
+    data_parallel_size: int
+
+
+class VllmConfig(Protocol):
+    """The engine's configuration."""
+
+    speculative_config: SpeculativeConfig
+    parallel_config: ParallelConfig
+    use_v2_model_runner: bool
+
+
+class RequestState(Protocol):
+    """The V2 runner's requests."""
+
+    num_speculative_steps: int
+    max_num_reqs: int
+    device: torch.device
+
+
+class InputBatch(Protocol):
+    """The V2 runner's batch of a step."""
+
+    idx_mapping: Tensor
+
+
+class StepTimingSample(Protocol):
+    """What one profiled step took."""
+
+    forward_ms: float
+    drafter_ms: float
+    num_target_tokens: int
+    num_reqs: int
+    full_cudagraph: bool
+
+
+class AdaptiveVerificationManager(Protocol):
+    """vLLM's own choice of drafts."""
+
+    # Draft and other tokens by request, and the number of drafts that the step verifies.
+    _batch_budget: tuple[Mapping[str, int], Mapping[str, int], int] | None
+
+    def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
+        """Arguments of the steps that are profiled at start."""
+
+    def compact_batch(
+        self, num_draft_tokens_per_req: Counts, num_scheduled_tokens: Counts, starts: Counts, /
+    ) -> tuple[Counts, Counts]:
+        """The host's view of the batch."""
+
+
+class AcceptanceEstimator(Protocol):
+    """vLLM's estimate of acceptance probabilities, learned online."""
+
+    REFIT_INTERVAL: int
+    slope: Tensor
+    intercepts: Tensor
+    features: Tensor
+    predictions: Tensor
+
+    def step(self, idx_mapping: Tensor, num_sampled: Tensor, num_rejected: Tensor, /) -> None:
+        """Learn from the outcome of a step."""
+
+
+class KVCacheGroup(Protocol):
+    """Layers that share block tables."""
+
+    layer_names: Sequence[str]
+
+
+class KVCacheConfig(Protocol):
+    """Groups of the paged cache."""
+
+    kv_cache_groups: Sequence[KVCacheGroup]
+
+
+class SamplingMetadata(Protocol):
+    """Sampling parameters of a V1 batch."""
+
+    all_greedy: bool
+    temperature: Tensor
+
+
+class SpecDecodingStats(Protocol):
+    """Acceptance of one step."""
+
+    num_drafts: int
+    num_accepted_tokens_per_pos: Sequence[int]
+
+
+class SchedulerStats(Protocol):
+    """A step's statistics on the way to the API server."""
+
+    waiting_lora_adapters: MutableMapping[str, int]
+
+
+class EngineCoreOutputs(Protocol):
+    """What one step sends to one API server."""
+
+    scheduler_stats: SchedulerStats | None
+
+
+class Worker(Protocol):
+    """A worker process."""
+
+    vllm_config: VllmConfig
+
+
+Method = Callable[..., Any]

@@ -1,0 +1,453 @@
+"""Every vLLM symbol that this adapter patches, subclasses, calls or reads.
+
+``verify_frontend`` and ``verify_worker`` check the table at start, each in its process. For a new
+vLLM release, run ``tests/contracts`` against its wheel and mend the rows that it names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from dflash_plugin.serving.engine_surface import Kind, Seam, Surface
+from dflash_plugin.vllm import compat
+
+# Features: what reads the flags; what every worker needs; the V1 and V2 model runners; a CPU
+# platform; adaptive verification; metrics of the drafter, and of adaptive verification.
+ARGUMENTS, SERVE, V1, V2 = "arguments", "serve", "v1 runner", "v2 runner"
+CPU, ADAPTIVE, METRICS, ADAPTIVE_METRICS = "cpu", "adaptive", "metrics", "adaptive metrics"
+
+ARG_UTILS = "vllm.engine.arg_utils"
+REGISTRY = "vllm.model_executor.models.registry"
+LOADERS = "vllm.model_executor.model_loader"
+SPECULATOR = "vllm.v1.worker.gpu.spec_decode.dflash.speculator"
+PROPOSER = "vllm.v1.spec_decode.dflash"
+RUNNER = "vllm.v1.worker.gpu.model_runner"
+MANAGER = "vllm.v1.worker.gpu.spec_decode.adaptive_verification"
+WORKER = "vllm.v1.worker.gpu_worker"
+CPU_WORKER = "vllm.v1.worker.cpu_worker"
+SPEC_METRICS = "vllm.v1.spec_decode.metrics"
+SCHEDULER = "vllm.v1.core.sched.scheduler"
+LOGGERS = "vllm.v1.metrics.loggers"
+CPU_KERNELS = "vllm.utils.cpu_triton_utils"
+REJECTION = "vllm.v1.sample.rejection_sampler"
+MODEL = "vllm.model_executor.models.qwen3_dflash"
+LINEAR = "vllm.model_executor.layers.linear"
+EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
+ATTENTION = "vllm.model_executor.layers.attention.attention"
+METADATA = "vllm.v1.attention.backend"
+ESTIMATOR = "vllm.v1.worker.gpu.spec_decode.acceptance_estimator"
+OUTPUT = "vllm.v1.core.sched.output"
+CACHE = "vllm.v1.kv_cache_interface"
+
+
+def _seams(
+    module: str, feature: str, kind: Kind, why: str, *symbols: str, since: str = "", until: str = ""
+) -> Iterator[Seam]:
+    """Rows that differ in their symbols alone.
+
+    Args:
+        module, feature, kind, why, since, until: as in ``Seam``.
+        symbols: "name", or "name(parameter, parameter)" with the signature.
+    """
+    for symbol in symbols:
+        name, has_signature, inside = symbol.partition("(")
+        parameters = tuple(filter(None, inside.removesuffix(")").split(", ")))
+        signature = parameters if has_signature else None
+        yield Seam(module, name, kind, feature, why, signature, since, until)
+
+
+_CONFIG = (
+    *_seams(
+        ARG_UTILS, ARGUMENTS, "patch", "adds the long flags, rewrites a request for DFlash",
+        "EngineArgs.add_cli_args(parser)",
+        "EngineArgs.create_speculative_config(target_model_config, target_parallel_config)",
+    ),
+    *_seams(
+        ARG_UTILS, ARGUMENTS, "attribute", "reads and rewrites the speculative settings",
+        "EngineArgs.speculative_config", "EngineArgs.spec_method", "EngineArgs.spec_model",
+        "EngineArgs.spec_tokens", "EngineArgs.additional_config", "EngineArgs.download_dir",
+        "EngineArgs.load_format",
+    ),
+    *_seams(
+        "vllm.config.load", ARGUMENTS, "call", "names this project's loader",
+        "LoadConfig(*, load_format)",
+    ),
+    *_seams(
+        "vllm.config.model", ARGUMENTS, "call", "checks the drafter against the target",
+        "ModelConfig.get_hidden_size()", "ModelConfig.get_vocab_size()",
+        "ModelConfig.get_total_num_hidden_layers()",
+    ),
+    *_seams(
+        "vllm.config.model", SERVE, "attribute", "sizes and dtypes of target and drafter",
+        "ModelConfig.max_model_len", "ModelConfig.dtype", "ModelConfig.quantization",
+        "ModelConfig.hf_config",
+    ),
+    *_seams(
+        "vllm.config.speculative", SERVE, "attribute", "settings of the speculative method",
+        "SpeculativeConfig.method", "SpeculativeConfig.model",
+        "SpeculativeConfig.num_speculative_tokens", "SpeculativeConfig.draft_model_config",
+        "SpeculativeConfig.draft_load_config", "SpeculativeConfig.draft_sample_method",
+        "SpeculativeConfig.enable_adaptive_verification",
+    ),
+    *_seams(
+        "vllm.config.speculative", SERVE, "attribute", "keeps the last cached block of a prefix",
+        "SpeculativeConfig.disable_eagle_block_drop", until="0.33",
+    ),
+    *_seams(
+        "vllm.config.vllm", SERVE, "attribute", "configuration of the engine",
+        "VllmConfig.speculative_config", "VllmConfig.model_config", "VllmConfig.device_config",
+        "VllmConfig.cache_config", "VllmConfig.compilation_config", "VllmConfig.parallel_config",
+        "VllmConfig.kv_transfer_config", "VllmConfig.num_speculative_tokens",
+        "VllmConfig.use_v2_model_runner",
+    ),
+    *_seams(
+        "vllm.config.parallel", SERVE, "attribute", "refuses what cannot be sharded",
+        "ParallelConfig.tensor_parallel_size", "ParallelConfig.data_parallel_size",
+    ),
+    *_seams(
+        "vllm.config.compilation", SERVE, "attribute", "compiles where the target is compiled",
+        "CompilationConfig.mode", "CompilationMode.NONE",
+    ),
+    *_seams("vllm.config.cache", SERVE, "attribute", "an FP8 cache shifts drafts",
+            "CacheConfig.cache_dtype"),
+    *_seams("vllm.config.device", SERVE, "attribute", "rotary tables are made there",
+            "DeviceConfig.device"),
+)  # fmt: skip
+
+_MODEL = (
+    *_seams(REGISTRY, SERVE, "hook", "registers the drafter's architecture", "ModelRegistry"),
+    *_seams(REGISTRY, SERVE, "call", "registers the drafter's architecture",
+            "ModelRegistry.register_model(model_arch, model_cls)"),
+    *_seams(LOADERS, SERVE, "hook", "registers this project's loader",
+            "register_model_loader(load_format)"),
+    *_seams(
+        f"{LOADERS}.base_loader", SERVE, "subclass", "the core reads the checkpoint",
+        "BaseModelLoader.__init__(load_config)", "BaseModelLoader.download_model(model_config)",
+        "BaseModelLoader.load_weights(model, model_config)",
+    ),
+    *_seams(
+        MODEL, SERVE, "subclass", "what vLLM's runners call on a drafter",
+        "DFlashQwen3ForCausalLM.__init__(*, vllm_config, prefix)",
+        "DFlashQwen3ForCausalLM.forward(input_ids, positions, inputs_embeds)",
+        "DFlashQwen3ForCausalLM.combine_hidden_states(hidden_states)",
+        "DFlashQwen3ForCausalLM.precompute_and_store_context_kv"
+        "(context_states, context_positions, context_slot_mapping)",
+        "DFlashQwen3ForCausalLM.compute_logits(hidden_states)",
+        "DFlashQwen3ForCausalLM.load_weights(weights)",
+        "DFlashQwen3ForCausalLM.get_draft_kv_cache_layer_names()",
+        "DFlashQwen3ForCausalLM.get_draft_attn_causal()",
+    ),
+    *_seams("vllm.compilation.decorators", SERVE, "call", "compiles the block's layers",
+            "support_torch_compile(*, dynamic_arg_dims)"),
+    *_seams("vllm.model_executor.models.utils", SERVE, "call", "names and quantizes layers",
+            "get_draft_quant_config(vllm_config)", "maybe_prefix(prefix, name)"),
+    *_seams(
+        "vllm.distributed.parallel_state", SERVE, "call", "shards the drafter",
+        "get_pp_group()", "get_tensor_model_parallel_rank()",
+        "get_tensor_model_parallel_world_size()",
+    ),
+    *_seams("vllm.distributed.parallel_state", SERVE, "attribute", "refuses pipeline stages",
+            "GroupCoordinator.world_size"),
+    *_seams("vllm.distributed.communication_op", SERVE, "call", "joins the shards' best tokens",
+            "tensor_model_parallel_all_gather(input_)"),
+    *_seams("vllm.lora.layers.base", SERVE, "attribute", "an embedding may be wrapped for LoRA",
+            "BaseLayerWithLoRA"),
+    *_seams("vllm.lora.layers.vocab_parallel_embedding", SERVE, "attribute", "the embedding itself",
+            "VocabParallelEmbeddingWithLoRA.base_layer"),
+    *_seams("vllm.platforms.interface", SERVE, "attribute", "compiles the context projection",
+            "Platform.simple_compile_backend"),
+    *_seams("vllm.platforms.interface", SERVE, "call", "tells which seams are in use",
+            "Platform.is_cpu()"),
+    *_seams(
+        ATTENTION, SERVE, "call", "the drafter's paged attention",
+        "Attention(num_heads, head_size, scale, *, num_kv_heads, cache_config, quant_config, "
+        "per_layer_sliding_window, prefix)",
+    ),
+    *_seams(ATTENTION, SERVE, "attribute", "writes injected keys and values",
+            "Attention.impl", "Attention.kv_cache", "Attention.layer_name"),
+    *_seams(
+        "vllm.model_executor.layers.logits_processor", SERVE, "call", "logits of the target's head",
+        "LogitsProcessor(vocab_size)", "LogitsProcessor.forward(lm_head, hidden_states)",
+        "LogitsProcessor.get_top_tokens(lm_head, hidden_states)",
+    ),
+    *_seams(
+        LINEAR, SERVE, "subclass", "keys and values alone",
+        "QKVParallelLinear.__init__(hidden_size, head_size, total_num_heads, total_num_kv_heads, "
+        "*, bias, quant_config, prefix, return_bias, ...)",
+    ),
+    *_seams(
+        LINEAR, SERVE, "call", "the drafter's linears",
+        "MergedColumnParallelLinear(input_size, output_sizes, *, bias, quant_config, prefix, "
+        "return_bias)",
+        "RowParallelLinear(input_size, output_size, *, bias, quant_config, prefix, return_bias)",
+        "ReplicatedLinear(input_size, output_size, *, bias, quant_config, prefix, return_bias)",
+        "UnquantizedLinearMethod.apply(layer, x, bias)",
+    ),
+    *_seams(
+        LINEAR, SERVE, "attribute", "whether a weight is a plain matrix, and its rows",
+        "QKVParallelLinear.num_heads", "QKVParallelLinear.head_size",
+        "QKVParallelLinear.output_size_per_partition", "QKVParallelLinear.input_size",
+        "QKVParallelLinear.quant_method",
+    ),
+    *_seams(
+        EMBEDDING, SERVE, "call", "the drafter's own head",
+        "ParallelLMHead(num_embeddings, embedding_dim, *, prefix)",
+        "UnquantizedEmbeddingMethod.apply(layer, x, bias)",
+    ),
+    *_seams(
+        EMBEDDING, SERVE, "attribute", "which tokens a head's shard holds",
+        "ParallelLMHead.shard_indices", "ParallelLMHead.quant_method",
+        "VocabParallelEmbeddingShardIndices.num_org_elements",
+        "VocabParallelEmbeddingShardIndices.org_vocab_start_index",
+    ),
+)  # fmt: skip
+
+_WORKER = (
+    *_seams(WORKER, SERVE, "patch", "checks the drafter when the worker is warm",
+            "Worker.compile_or_warm_up_model()"),
+    *_seams(WORKER, SERVE, "hook", "adds collective_rpc('dflash_adaptive')", "Worker"),
+    *_seams(CPU_WORKER, CPU, "patch", "checks the drafter when the worker is warm",
+            "CPUWorker.compile_or_warm_up_model()"),
+    *_seams(
+        WORKER, SERVE, "call", "drafts the recorded prompts at start",
+        "Worker.execute_model(scheduler_output)", "Worker.sample_tokens(grammar_output)",
+    ),
+    *_seams(WORKER, SERVE, "attribute", "drafts the recorded prompts at start",
+            "Worker.model_runner", "Worker.vllm_config", "Worker.model_config"),
+    *_seams("vllm.v1.worker.gpu_model_runner", V1, "attribute", "reads the drafts at start",
+            "GPUModelRunner._draft_token_ids", "GPUModelRunner.kv_cache_config"),
+    *_seams(RUNNER, V2, "attribute", "reads the drafts at start",
+            "GPUModelRunner.speculator", "GPUModelRunner.kv_cache_config"),
+    *_seams(OUTPUT, SERVE, "call", "drafts the recorded prompts at start",
+            "SchedulerOutput.make_empty()"),
+    *_seams(
+        OUTPUT, SERVE, "call", "drafts the recorded prompts at start",
+        "NewRequestData(*, req_id, prompt_token_ids, mm_features, sampling_params, pooling_params, "
+        "block_ids, num_computed_tokens, lora_request, prefill_token_ids)",
+    ),
+    *_seams(
+        OUTPUT, SERVE, "attribute", "drafts the recorded prompts at start",
+        "SchedulerOutput.num_spec_tokens_to_schedule", "SchedulerOutput.num_common_prefix_blocks",
+        "SchedulerOutput.scheduled_new_reqs", "SchedulerOutput.num_scheduled_tokens",
+        "SchedulerOutput.total_num_scheduled_tokens", "SchedulerOutput.finished_req_ids",
+    ),
+    *_seams("vllm.sampling_params", SERVE, "call", "drafts the recorded prompts at start",
+            "SamplingParams(*, max_tokens, temperature)"),
+    *_seams(
+        CACHE, SERVE, "attribute", "cache blocks of the recorded prompts; causality by group",
+        "KVCacheConfig.kv_cache_groups", "KVCacheGroupSpec.layer_names",
+        "KVCacheGroupSpec.kv_cache_spec", "KVCacheSpec.block_size",
+    ),
+)  # fmt: skip
+
+_V2 = (
+    *_seams(SPECULATOR, V2, "patch", "makes this project's speculator",
+            "DFlashSpeculator(vllm_config, device)"),
+    *_seams(
+        SPECULATOR, V2, "subclass", "the V2 runner's speculator",
+        "DFlashSpeculator.__init__(vllm_config, device)",
+        "DFlashSpeculator.load_draft_model(target_model, target_attn_layer_names)",
+        "DFlashSpeculator.set_attn(model_state, kv_cache_config, ...)",
+        "DFlashSpeculator.sample_draft(hidden_states, sample_src_positions, idx_mapping, "
+        "temperature, seeds, draft_step, draft_logits, ...)",
+        "DFlashSpeculator.observe_verification(idx_mapping, num_sampled, num_rejected)",
+    ),
+    *_seams(SPECULATOR, V2, "subclass", "the V2 runner's speculator",
+            "DFlashSpeculator.propose(input_batch, ...)", until="0.33"),
+    *_seams(
+        SPECULATOR, V2, "subclass", "injects without drafting where nothing will be verified",
+        "DFlashSpeculator.propose(input_batch, *, num_speculative_tokens, ...)", since="0.33",
+    ),
+    *_seams(SPECULATOR, V2, "call", "predicts acceptance from a selector's scores",
+            "DFlashSpeculator._maybe_predict_acceptance(logits, idx_mapping, draft_step)"),
+    *_seams(
+        SPECULATOR, V2, "attribute", "layout of the block and of what drafts are drawn from",
+        "DFlashSpeculator.model", "DFlashSpeculator.device", "DFlashSpeculator.speculative_config",
+        "DFlashSpeculator.sample_from_anchor", "DFlashSpeculator.num_query_per_req",
+        "DFlashSpeculator.num_speculative_steps", "DFlashSpeculator.use_acceptance_estimator",
+        "DFlashSpeculator.use_local_argmax_reduction", "DFlashSpeculator.draft_logits",
+        "DFlashSpeculator.draft_tokens", "DFlashSpeculator.input_buffers",
+        "DFlashSpeculator.acceptance_estimator",
+    ),
+    *_seams("vllm.v1.worker.gpu.input_batch", V2, "attribute", "anchors of the blocks",
+            "InputBuffers.input_ids"),
+)  # fmt: skip
+
+_ADAPTIVE = (
+    *_seams(
+        RUNNER, ADAPTIVE, "patch", "wraps vLLM's manager",
+        "maybe_create_adaptive_verification_manager(*, vllm_config, req_states, query_start_loc, "
+        "num_bonus_tokens, max_total_logits, ...)",
+    ),
+    *_seams(RUNNER, ADAPTIVE, "patch", "attaches counts to a step's output",
+            "GPUModelRunner.sample_tokens(grammar_output, ...)"),
+    *_seams(RUNNER, ADAPTIVE, "attribute", "attaches counts to a step's output",
+            "GPUModelRunner.adaptive_verification"),
+    *_seams("vllm.v1.worker.gpu.async_utils", ADAPTIVE, "attribute", "carries counts of a step",
+            "AsyncOutput.model_runner_output"),
+    *_seams(
+        MANAGER, ADAPTIVE, "subclass", "the runner calls this project's manager in its place",
+        "AdaptiveVerificationManager.batches_to_profile(capture_sizes)",
+        "AdaptiveVerificationManager.set_initial_cost_curves(samples)",
+        "AdaptiveVerificationManager.add_request(req_idx)",
+        "AdaptiveVerificationManager.get_num_tokens(num_tokens_per_req, draft_tokens)",
+        "AdaptiveVerificationManager.compact_batch"
+        "(num_draft_tokens_per_req, num_scheduled_tokens, cu_num_logits_np)",
+        "AdaptiveVerificationManager.reallocate_drafts(req_ids, idx_mapping)",
+        "AdaptiveVerificationManager.record_confidences(confidence_probs, input_batch)",
+    ),
+    *_seams(MANAGER, ADAPTIVE, "attribute", "tells compact_batch how many drafts are verified",
+            "AdaptiveVerificationManager._batch_budget"),
+    *_seams(MANAGER, ADAPTIVE, "attribute", "reallocate_drafts returns a fourth value",
+            "AdmittedDraftCounts", since="0.33"),
+    *_seams(
+        "vllm.v1.worker.gpu.async_utils", ADAPTIVE, "attribute", "step times profiled at start",
+        "StepTimingSample.forward_ms", "StepTimingSample.drafter_ms",
+        "StepTimingSample.num_target_tokens", "StepTimingSample.num_reqs",
+        "StepTimingSample.full_cudagraph",
+    ),
+    *_seams(
+        "vllm.v1.worker.gpu.states", ADAPTIVE, "attribute", "size of the batch",
+        "RequestState.num_speculative_steps", "RequestState.max_num_reqs", "RequestState.device",
+    ),
+    *_seams("vllm.v1.worker.gpu.input_batch", ADAPTIVE, "attribute", "slots of the requests",
+            "InputBatch.idx_mapping"),
+    *_seams("vllm.utils.torch_utils", ADAPTIVE, "call", "sends counts to the device",
+            "async_tensor_h2d(data, *, device)"),
+    *_seams(
+        ESTIMATOR, ADAPTIVE, "attribute", "predicts acceptance from the head's own pass",
+        "OnlineAcceptanceEstimator.slope", "OnlineAcceptanceEstimator.intercepts",
+        "OnlineAcceptanceEstimator.features", "OnlineAcceptanceEstimator.predictions",
+        "OnlineAcceptanceEstimator.REFIT_INTERVAL",
+    ),
+    *_seams(ESTIMATOR, ADAPTIVE, "call", "compiles its kernels at start",
+            "OnlineAcceptanceEstimator.step(idx_mapping, num_sampled, num_rejected)"),
+)  # fmt: skip
+
+_METRICS = (
+    *_seams(
+        SPEC_METRICS, METRICS, "patch", "feeds the drafter's gauges",
+        "SpecDecodingProm.__init__(speculative_config, labelnames, per_engine_labelvalues, ...)",
+        "SpecDecodingProm.observe(spec_decoding_stats, engine_idx)",
+    ),
+    *_seams(SPEC_METRICS, METRICS, "attribute", "acceptance of a step",
+            "SpecDecodingStats.num_drafts", "SpecDecodingStats.num_accepted_tokens_per_pos"),
+    *_seams(LOGGERS, METRICS, "attribute", "holds the drafter's gauges",
+            "PrometheusStatLogger.spec_decoding_prom"),
+    *_seams(SCHEDULER, ADAPTIVE_METRICS, "patch", "sends counts with a step's statistics",
+            "Scheduler.update_from_output(scheduler_output, model_runner_output)"),
+    *_seams(LOGGERS, ADAPTIVE_METRICS, "patch", "exports the counts",
+            "PrometheusStatLogger.record(scheduler_stats, *, engine_idx, ...)"),
+    *_seams("vllm.v1.engine", ADAPTIVE_METRICS, "attribute", "carries a step's statistics",
+            "EngineCoreOutputs.scheduler_stats"),
+    # A field of our own does not survive the way to the API server: the message is a msgspec
+    # dataclass of known fields. This one is a dict, and empty: vLLM refuses adaptive
+    # verification with LoRA.
+    *_seams("vllm.v1.metrics.stats", ADAPTIVE_METRICS, "attribute", "carries the counts",
+            "SchedulerStats.waiting_lora_adapters"),
+)  # fmt: skip
+
+_V1 = (
+    *_seams(PROPOSER, V1, "patch", "makes this project's proposer",
+            "DFlashProposer(vllm_config, device, runner)"),
+    *_seams(
+        PROPOSER, V1, "subclass", "the V1 runner's proposer",
+        "DFlashProposer.__init__(vllm_config, device, runner)",
+        "DFlashProposer._maybe_share_embeddings(target_language_model)",
+        "DFlashProposer._maybe_share_lm_head(target_language_model)",
+        "DFlashProposer.set_inputs_first_pass(target_token_ids, next_token_ids, target_positions, "
+        "target_hidden_states, token_indices_to_sample, cad, num_rejected_tokens_gpu)",
+        "DFlashProposer._sample_draft_tokens(hidden_states, sampling_metadata)",
+    ),
+    *_seams(
+        PROPOSER, V1, "attribute", "buffers of injection and of the block",
+        "DFlashProposer.model", "DFlashProposer.num_speculative_tokens",
+        "DFlashProposer.max_model_len", "DFlashProposer.block_size", "DFlashProposer.input_ids",
+        "DFlashProposer.positions", "DFlashProposer.arange", "DFlashProposer.token_arange_np",
+        "DFlashProposer.parallel_drafting_token_id", "DFlashProposer.dflash_causal",
+        "DFlashProposer._context_positions_buffer", "DFlashProposer._context_slot_mapping_buffer",
+        "DFlashProposer._slot_mapping_buffer", "DFlashProposer._enable_probabilistic_draft_probs",
+    ),
+    *_seams(PROPOSER, V1, "write", "context rows of the next injection",
+            "DFlashProposer._dflash_num_context", "DFlashProposer._dflash_hidden_states"),
+    *_seams(
+        METADATA, V1, "call", "metadata of the block's pass",
+        "CommonAttentionMetadata(*, query_start_loc, seq_lens, query_start_loc_cpu, "
+        "seq_lens_cpu_upper_bound, num_reqs, num_actual_tokens, max_query_len, max_seq_len, "
+        "block_table_tensor, slot_mapping, causal)",
+        "CommonAttentionMetadata.batch_size()",
+    ),
+    *_seams("vllm.v1.sample.metadata", V1, "attribute", "temperatures of the drafts",
+            "SamplingMetadata.all_greedy", "SamplingMetadata.temperature"),
+    *_seams(CPU_KERNELS, CPU, "patch", "temperatures were expanded into a copy",
+            "_expand_kernel_impl(output, input_val, cu_num_tokens, replace_from, replace_to, "
+            "MAX_NUM_TOKENS)"),
+    *_seams(REJECTION, V1, "patch", "fails where no request has a draft to verify",
+            "apply_sampling_constraints(logits, ...)"),
+)  # fmt: skip
+
+# Attribute that this adapter adds to vLLM's objects.
+ATTACHED = "dflash_counts"
+
+SEAMS = (*_CONFIG, *_MODEL, *_WORKER, *_V2, *_ADAPTIVE, *_METRICS, *_V1)
+
+
+@cache
+def surface() -> Surface:
+    """The table for the installed vLLM, and what was patched from it in this process."""
+    return Surface("vllm", compat.installed(), SEAMS)
+
+
+def verify_frontend(speculative_config: Any) -> None:
+    """Check what the process that reads the flags and exports metrics needs.
+
+    Args:
+        speculative_config: vLLM's, of a drafter that is ours.
+
+    Raises:
+        DFlashError: vLLM lacks a symbol, or has another signature.
+    """
+    features = {ARGUMENTS, METRICS}
+    if speculative_config.enable_adaptive_verification:
+        features.add(ADAPTIVE_METRICS)
+    surface().verify(features, load=True)
+
+
+def verify_worker(vllm_config: Any) -> None:
+    """Check what a worker needs, when it makes the drafter.
+
+    Raises:
+        DFlashError: vLLM lacks a symbol, has another signature, or was never patched.
+    """
+    from vllm.platforms import current_platform
+
+    features = {SERVE, V2 if vllm_config.use_v2_model_runner else V1}
+    if current_platform.is_cpu():
+        features.add(CPU)
+    if vllm_config.speculative_config.enable_adaptive_verification:
+        features.add(ADAPTIVE)
+    surface().verify(features)
+
+
+def attach(value: Any, counts: dict[str, int]) -> None:
+    """Keep counts on one of vLLM's objects, which carries them to where they are read."""
+    setattr(value, ATTACHED, counts)
+
+
+def attached(value: Any) -> dict[str, int] | None:
+    """The counts that ``attach`` put on one of vLLM's objects, or None."""
+    return getattr(value, ATTACHED, None)
+
+
+def target_modules(target: Any) -> tuple[Any, Any]:
+    """The embedding and the head of a target model, or None for one that it lacks.
+
+    vLLM's model classes hold them under several names.
+    """
+    language = target.get_language_model() if hasattr(target, "get_language_model") else target
+    inner = getattr(language, "model", language)
+    embedding = getattr(inner, "embed_tokens", None) or getattr(inner, "embedding", None)
+    head = getattr(language, "lm_head", None) or getattr(target, "lm_head", None)
+    return embedding, head
