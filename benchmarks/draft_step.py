@@ -85,7 +85,7 @@ def step(
     """What is captured: a step of ``batch`` requests."""
     from dflash_plugin.kernels.draft_attention import PagedContext, draft_attention
     from dflash_plugin.kernels.fused_block import run_block
-    from dflash_plugin.serving.draft_tokens import best_of_shard, candidates, walk
+    from dflash_plugin.serving.draft_tokens import best_of_shard, candidates, select_drafts
 
     count = batch * CONTEXT
     caches = [
@@ -118,7 +118,7 @@ def step(
         found = candidates(
             made, engine_head, rows, VOCABULARY, Unquantized, lambda x: x.mm(head.T), None
         )
-        return walk(made, found, tokens[:, 0], *drawing)
+        return select_drafts(made, found, tokens[:, 0], *drawing)
 
     return run
 

@@ -21,27 +21,30 @@ import torch
 import transformers
 from torch import Tensor
 
-from dflash_plugin.adaptive.simulation.traces import drafted
 from dflash_plugin.checkpoints.hub import resolve_model
+from dflash_plugin.drafter.blockwise import blocks_of_texts
 from dflash_plugin.prompts import load_prompts
 from dflash_plugin.train.data import respond
-from dflash_plugin.train.features import OnlineFeatures
-from dflash_plugin.train.sequences import SequenceSet, collate
+from dflash_plugin.train.features import OnlineFeatures, known_texts
+from dflash_plugin.train.sequences import SequenceSet
 from dflash_plugin.transformers.engine import Engine
 from dflash_plugin.transformers.loading import load_drafter, load_target
 
 
 @torch.no_grad()
-def shares(name: str, target: transformers.PreTrainedModel, texts: SequenceSet) -> dict[str, float]:
+def shares(
+    name: str, target: transformers.PreTrainedModel, sequences: SequenceSet
+) -> dict[str, float]:
     """Means over all positions of the responses."""
     drafter = load_drafter(name, target).requires_grad_(False)
     selector = drafter.candidate_selector
     features = OnlineFeatures(target, drafter.config.target_layer_ids)
     found: dict[str, list[Tensor]] = {}
-    for index, parts in enumerate(drafted(drafter, features, texts)):
-        hidden = torch.cat([states[:, 0] for _, states in parts])
-        anchors = torch.cat([blocks.anchors[0] for blocks, _ in parts])
-        tokens = collate(texts, torch.tensor([index])).tokens
+    for text in known_texts(features, sequences, target.device):
+        (passes,) = blocks_of_texts(drafter, [text])
+        hidden = torch.cat([states[:, 0] for _, states in passes])
+        anchors = torch.cat([blocks.anchors[0] for blocks, _ in passes])
+        tokens = text.tokens[None]
         truth = target(tokens).logits[0].softmax(dim=-1)[anchors]
         logits = drafter.logits(hidden)
         draws = logits.softmax(dim=-1)

@@ -36,11 +36,12 @@ def smollm2() -> Path:
 
 @pytest.fixture
 def kernel_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """New tensors are where kernels run; the interpreter rounds as a GPU does."""
+    """Kernels run, and new tensors are where they do; the interpreter rounds as a GPU does."""
     import triton.runtime.interpreter
 
+    from dflash_plugin import kernels
     from tests.helpers.kernel_helpers import DEVICE, rounded
 
     monkeypatch.setattr(triton.runtime.interpreter, "_convert_float", rounded)
-    with DEVICE:
+    with DEVICE, kernels.forced(True):
         yield

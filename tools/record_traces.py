@@ -18,7 +18,7 @@ from dflash_plugin.adaptive.simulation.traces import record
 from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
 from dflash_plugin.prompts import load_prompts
 from dflash_plugin.train.data import respond
-from dflash_plugin.train.features import OnlineFeatures
+from dflash_plugin.train.features import OnlineFeatures, known_texts
 from dflash_plugin.transformers import Engine, load_drafter, load_target
 
 
@@ -38,7 +38,8 @@ def main(
     prompts = [one for name in SETS for one in load_prompts(data / f"{name}.jsonl")[:limit]]
     engine = Engine(model, drafting, max_batch=batch, max_length=1024)
     sequences = respond(engine, tokenizer, prompts, new_tokens)
-    traces = record(drafting, OnlineFeatures(model, drafting.config.target_layer_ids), sequences)
+    features = OnlineFeatures(model, drafting.config.target_layer_ids)
+    traces = record(drafting, known_texts(features, sequences, model.device))
     traces.save(output)
     print(f"{len(traces.starts) - 1} texts, {len(traces.right)} positions, τ {traces.tau:.3f}")
 

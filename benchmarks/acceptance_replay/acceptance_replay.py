@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dflash_plugin.adaptive.acceptance_model import LEAST
+from dflash_plugin.kernels.reference import MIN_CONFIDENCE
 
 # Requests that a replay keeps apart, at most; a last row takes what padding writes.
 SLOTS = 1024
@@ -87,14 +87,14 @@ def longer(traces: Any, drafts: int) -> Any:
     count, size = traces.num_drafts, len(traces.right)
     lengths = traces.starts[1:] - traces.starts[:-1]
     end = torch.repeat_interleave(traces.starts[1:], lengths)
-    confidence = torch.full((size, drafts), LEAST)
+    confidence = torch.full((size, drafts), MIN_CONFIDENCE)
     right, stands = torch.zeros(size, dtype=torch.int64), torch.ones(size, dtype=torch.bool)
     for first in range(0, drafts, count):
         place = torch.arange(size) + first
         inside = place < end
         place, part = place.clamp(max=size - 1), min(count, drafts - first)
         sure = traces.confidence[place, :part].float()
-        confidence[:, first : first + part] = torch.where(inside[:, None], sure, LEAST)
+        confidence[:, first : first + part] = torch.where(inside[:, None], sure, MIN_CONFIDENCE)
         here = torch.where(inside & stands, traces.right[place], 0).clamp(max=part)
         right, stands = right + here, stands & (here == part)
     return type(traces)(confidence, right, traces.starts)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors, sample
+from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors
 from dflash_plugin.decoding.verify import (
     FinishReason,
     Verdict,
@@ -16,6 +16,7 @@ from dflash_plugin.decoding.verify import (
     verify_greedy,
     verify_sampled,
 )
+from dflash_plugin.kernels.reference import sample
 
 VOCABULARY, DRAFTS, TRIALS = 6, 3, 200_000
 tokens = st.integers(0, 3)

@@ -8,10 +8,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dflash_plugin.drafter.attention import masked_attention
 from dflash_plugin.drafter.config import LayerAttention, RopeConfig
-from dflash_plugin.drafter.masks import dense_block_mask
+from dflash_plugin.drafter.masks import dense_block_mask, packed_blocks_mask
 from dflash_plugin.drafter.rope import RotaryEmbedding
 from dflash_plugin.drafter.static_kv import KVShape, StaticKV
-from dflash_plugin.train.blocks import training_mask
 from tests.helpers.tiny import tiny_config
 
 
@@ -87,7 +86,7 @@ def test_block_masks(layer, window_from, anchors):
 )
 def test_training_masks_show_each_block_what_the_engine_shows_it(layer, window_from, anchors):
     size, context = 4, 12
-    mask = training_mask(layer, window_from, torch.tensor([anchors]), size, context)[0]
+    mask = packed_blocks_mask(layer, window_from, torch.tensor([anchors]), size, context)[0]
     engine = dense_block_mask(layer, window_from, torch.tensor(anchors), size, 20)
     for block, anchor in enumerate(anchors):
         for query in range(size):

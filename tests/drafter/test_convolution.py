@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dflash_plugin.drafter.convolution import DynamicConvolution, grouped_convolution
-from dflash_plugin.drafter.model import TorchLayers
+from dflash_plugin.drafter.layers import TorchLayers
 from tests.helpers.tiny import DFLASH2, tiny_config
 
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from dflash_plugin.checkpoints.hub import resolve_drafter
 from dflash_plugin.drafter.config import LayerAttention, RopeConfig
 from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.drafter.static_store import StaticStore
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
-from dflash_plugin.transformers.store import StaticStore
 from tests.helpers.tiny import DFLASH2, VOCABULARY, tiny_target, write_tiny
 
 DATA = Path(__file__).parents[1] / "data"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dflash_plugin.drafter.selector import Proposal
-from dflash_plugin.transformers.store import StaticStore
+from dflash_plugin.drafter.static_store import StaticStore
 
 
 def core_drafts(reference: dict[str, Any], text: list[int], anchors: list[int]) -> list[Any]:

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from dflash_plugin.checkpoints.io import expected_tensors, save_checkpoint
+from dflash_plugin.checkpoints.tensors import load_tensors
 from dflash_plugin.drafter.config import (
     ConvolutionConfig,
     Dialect,
@@ -107,7 +108,7 @@ def tiny_drafter(target: PreTrainedModel | None = None, seed: int = 0, **changes
     """A random drafter, bound to ``target`` if one is given."""
     config = tiny_config(**changes)
     drafter = Drafter(config)
-    drafter.load_canonical(tiny_tensors(config, seed))
+    load_tensors(drafter, tiny_tensors(config, seed))
     if target is not None:
         bind_drafter(drafter, target)
     return drafter.eval()

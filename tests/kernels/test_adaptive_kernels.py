@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_plugin.adaptive.acceptance_model import confidence
 from dflash_plugin.kernels.admit_drafts import admit_drafts, admit_drafts_naive
 from dflash_plugin.kernels.draft_head import draft_head
 from dflash_plugin.kernels.predict_acceptance import (
     predict_acceptance,
     predict_acceptance_naive,
 )
+from dflash_plugin.kernels.reference import confidence
 from tests.helpers.kernel_helpers import DEVICE, integers, random
 
 pytestmark = pytest.mark.usefixtures("kernel_device")

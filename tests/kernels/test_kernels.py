@@ -22,12 +22,12 @@ from dflash_plugin import kernels
 from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors, Stream, uniforms
 from dflash_plugin.drafter.config import ConvolutionConfig, RopeConfig
 from dflash_plugin.drafter.fp8_linear import quantize_drafter
-from dflash_plugin.drafter.model import DraftAttention, RMSNorm, TorchLayers
+from dflash_plugin.drafter.layers import DraftAttention, RMSNorm, TorchLayers
 from dflash_plugin.drafter.rope import RotaryEmbedding
 from dflash_plugin.kernels.best_logits import best_logits
 from dflash_plugin.kernels.draft_head import draft_head
 from dflash_plugin.kernels.fp8_rows import takes_rounded
-from dflash_plugin.serving.draft_tokens import Candidates, walk
+from dflash_plugin.serving.draft_tokens import Candidates, select_drafts
 from tests.helpers.kernel_helpers import BOUND, DEVICE, DTYPES, error, integers, random
 from tests.helpers.tiny import DFLASH2, tiny_config, tiny_drafter, tiny_target
 
@@ -503,7 +503,7 @@ def test_the_walk_is_the_cores(by: str, sampled: bool) -> None:
         gates = drafter.candidate_selector.hidden_projection(rows)
         found = Candidates(best.tokens, best.logits, gates)
         with mock.patch("dflash_plugin.kernels.available", return_value=True):
-            out = walk(drafter, found, anchors, temperature, u)
+            out = select_drafts(drafter, found, anchors, temperature, u)
     assert torch.equal(out.tokens, expected.tokens)
     torch.testing.assert_close(out.scores, expected.scores)
     torch.testing.assert_close(out.confidence, expected.confidence)

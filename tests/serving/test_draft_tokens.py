@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dflash_plugin import kernels
-from dflash_plugin.kernels.draft_head import HeadChoice, draft_head_naive, merge_heads
+from dflash_plugin.kernels.draft_head import draft_head_naive
 from dflash_plugin.kernels.fp8_rows import quantize
 from dflash_plugin.serving import draft_tokens as serving_head
 from dflash_plugin.serving.draft_tokens import (
@@ -17,8 +17,8 @@ from dflash_plugin.serving.draft_tokens import (
     best_of_shard,
     candidates,
     choice_of_ranks,
-    noise_of_walks,
-    walk,
+    select_drafts,
+    selector_noise,
 )
 from dflash_plugin.serving.fp8_weights import Fp8Method
 from tests.helpers.kernel_helpers import DEVICE, random
@@ -53,7 +53,7 @@ def test_shards_find_the_best_of_the_whole(fp8):
             head.quant_method = Fp8Method()
             head.weight, head.fp8_scales = quantize(part)
         best.append(best_of_shard(head, hidden, rows, Plain))
-    scores = torch.cat([one.scores for one in best], dim=-1)
+    scores = torch.cat([one.logits for one in best], dim=-1)
     tokens = torch.cat([one.tokens for one in best], dim=-1)
     found = tokens.gather(-1, scores.argmax(dim=-1, keepdim=True))[:, 0]
     logits = hidden @ weight.T
@@ -81,12 +81,11 @@ def test_shards_find_the_candidates_of_the_whole(fp8):
             head.quant_method = Fp8Method()
             head.weight, head.fp8_scales = quantize(head.weight)
         parts.append(best_of_shard(head, hidden, rows, Plain, **options))
-    tokens, scores, logits = (torch.cat([part[i] for part in parts], dim=-1) for i in range(3))
-    totals = torch.stack([part.log_sum_exp for part in parts], dim=-1)
-    found = merge_heads(HeadChoice(tokens, scores, logits, totals), 4)
+    tokens, logits = (torch.cat([part[i] for part in parts], dim=-1) for i in range(2))
+    best = logits.topk(4, dim=-1)
     whole = draft_head_naive(hidden, weight, **options)
-    assert torch.equal(found.tokens, whole.tokens) or fp8
-    torch.testing.assert_close(found.logits, whole.logits, atol=0.2 if fp8 else 1e-5, rtol=0)
+    assert torch.equal(tokens.gather(-1, best.indices), whole.tokens) or fp8
+    torch.testing.assert_close(best.values, whole.logits, atol=0.2 if fp8 else 1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("by", ["draft_head", "best_logits", "torch"])
@@ -115,7 +114,7 @@ def test_candidates_and_path_are_the_cores(monkeypatch, by, shards):
         kinds = (lambda part: part.logits, lambda part: part.tokens.int().view(torch.float32))
         gathered = torch.cat([kind(part) for part in parts for kind in kinds], dim=-1)
         found = rank(0, 60, lambda _: gathered)
-    path = walk(drafter, found, anchors)
+    path = select_drafts(drafter, found, anchors)
     assert torch.equal(path.tokens, expected.tokens)
     torch.testing.assert_close(path.scores, expected.scores)
     torch.testing.assert_close(path.confidence, expected.confidence)
@@ -124,8 +123,8 @@ def test_candidates_and_path_are_the_cores(monkeypatch, by, shards):
 def test_a_position_that_is_drafted_again_is_drawn_anew():
     """By its request's seed, and differently from every block."""
     seeds, anchors = torch.tensor([5, 5, 6], device=DEVICE), torch.tensor([9, 10, 9], device=DEVICE)
-    found = noise_of_walks(seeds, anchors, 3)
-    assert torch.equal(found, noise_of_walks(seeds, anchors, 3))
+    found = selector_noise(seeds, anchors, 3)
+    assert torch.equal(found, selector_noise(seeds, anchors, 3))
     assert found.shape == (3, 3)
     assert found.unique().numel() == 9
 

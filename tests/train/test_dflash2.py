@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflash_plugin.checkpoints.io import load_checkpoint
+from dflash_plugin.checkpoints.tensors import checkpoint_tensors
+from dflash_plugin.drafter.blockwise import Blocks, block_hidden, make_blocks
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.train.blocks import Blocks, choose_anchors, make_blocks
+from dflash_plugin.train.blocks import choose_anchors
 from dflash_plugin.train.features import OnlineFeatures
 from dflash_plugin.train.losses import dpace_weights, exponential_weights
 from dflash_plugin.train.objective import Objective
@@ -66,7 +68,7 @@ def test_the_loss_adds_the_selectors_cross_entropy(weighting, frozen):
     objective = Objective(drafter, weighting, 4.0, 0.5, selector_weight=0.3)
     outcome = objective(features, blocks)
 
-    hidden = objective.block_hidden(features, blocks)
+    hidden = block_hidden(drafter, features, blocks)
     logits = drafter.logits(hidden).flatten(0, 2)
     plain = F.cross_entropy(logits, blocks.labels.flatten(), reduction="none")
     expected = torch.tensor(0.0)
@@ -109,7 +111,8 @@ def test_without_a_checkpoint_a_drafter_starts_as_the_dflash_drafter_of_its_seed
 
 def test_a_start_from_a_dflash2_checkpoint_goes_on_with_it(tmp_path):
     start = write_tiny(tmp_path / "start", **DFLASH2)
-    made = started(tiny_target(), start, tmp_path / "work", selector_weight=0.5).drafter.canonical()
+    trainer = started(tiny_target(), start, tmp_path / "work", selector_weight=0.5)
+    made = checkpoint_tensors(trainer.drafter)
     stored = load_checkpoint(start).tensors
     assert made.keys() == stored.keys()
     assert all(torch.equal(made[name], tensor) for name, tensor in stored.items())

@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from dflash_plugin.bench.evaluate import pooled_tau
+from dflash_plugin.drafter.blockwise import accepted_run, block_hidden, make_blocks
 from dflash_plugin.drafter.config import LayerAttention
+from dflash_plugin.drafter.static_store import StaticStore
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.train.blocks import choose_anchors, make_blocks
+from dflash_plugin.train.blocks import choose_anchors
 from dflash_plugin.train.data import respond, write_prompts
 from dflash_plugin.train.features import CachedFeatures, OnlineFeatures, cache_features
 from dflash_plugin.train.losses import (
-    accepted_run,
     dpace_weights,
     exponential_weights,
     gamma_for,
@@ -34,7 +35,6 @@ from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet, batches, collate
 from dflash_plugin.train.trainer import TrainConfig, Trainer
 from dflash_plugin.transformers import Engine, Request, load_target
-from dflash_plugin.transformers.store import StaticStore
 from tests.helpers.tiny import (
     DFLASH2,
     VOCABULARY,
@@ -147,9 +147,8 @@ def test_a_packed_block_is_the_block_that_the_engine_drafts(changes):
     anchors, valid = choose_anchors(batch, 6, torch.Generator().manual_seed(1))
     blocks = make_blocks(batch.tokens, batch.lengths, anchors, valid, drafter.config)
     features = OnlineFeatures(target, drafter.config.target_layer_ids)(batch)
-    objective = Objective(drafter, "exponential", 4.0, 0.5)
     with torch.no_grad():
-        packed = objective.block_hidden(features, blocks)
+        packed = block_hidden(drafter, features, blocks)
         for row in range(3):
             for column in range(6):
                 place = int(anchors[row, column])
@@ -181,7 +180,7 @@ def test_the_loss_is_weighted_cross_entropy(weighting):
     features = OnlineFeatures(target, drafter.config.target_layer_ids)(batch)
     objective = Objective(drafter, weighting, 4.0, 0.5)
     outcome = objective(features, blocks)
-    logits = drafter.logits(objective.block_hidden(features, blocks))
+    logits = drafter.logits(block_hidden(drafter, features, blocks))
     losses = F.cross_entropy(logits.flatten(0, 2), blocks.labels.flatten(), reduction="none")
     losses = losses.view(blocks.labels.shape)
     if weighting == "dpace":

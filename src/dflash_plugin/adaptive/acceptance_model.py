@@ -10,40 +10,14 @@ may learn from them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-# Confidences beyond say nothing more.
-LEAST, MOST = -8.0, 12.0
-# A confidence that counted against its token would be noise.
-LEAST_SLOPE = 0.05
+from dflash_plugin.kernels.learn_acceptance import Calibration, learn_acceptance, observe
+from dflash_plugin.kernels.reference import MAX_CONFIDENCE, MIN_CONFIDENCE
+
 # While serving, one of so many passes teaches: a launch takes its time, outcomes are many.
 LEARNING = 4
-
-
-def confidence(logits: Tensor) -> Tensor:
-    """Log-odds of the likeliest token, float32 [...], of logits [..., V]."""
-    logits = logits.float()
-    top = logits.max(dim=-1)
-    rest = logits.scatter(-1, top.indices[..., None], float("-inf")).logsumexp(dim=-1)
-    return (top.values - rest).clamp(LEAST, MOST)
-
-
-class Calibration(NamedTuple):
-    """A logistic model for each draft position k: logit p = slope_k * confidence + offset_k.
-
-    Attributes:
-        slope: float32 [K].
-        offsets: float32 [K].
-        precision: float32 [K, 3], how sure both are, of the slope, the pair and the offset: what
-            the outcomes so far have told, fading, and the prior.
-    """
-
-    slope: Tensor
-    offsets: Tensor
-    precision: Tensor
 
 
 class AcceptanceModel:
@@ -72,17 +46,16 @@ class AcceptanceModel:
         # A slope is worth more than an offset, since confidences spread wider than one.
         self.prior_precision = prior, 0.25 * prior
         self.fade = 1.0 - 1.0 / memory
-        self.prior = torch.tensor([prior, 0.0, 0.25 * prior], device=device)
         self.state = Calibration(
             torch.ones(num_drafts, device=device),
             torch.zeros(num_drafts, device=device),
-            self.prior.repeat(num_drafts, 1),
+            torch.tensor([prior, 0.0, 0.25 * prior], device=device).repeat(num_drafts, 1),
         )
 
     def probabilities(self, confidences: Tensor) -> Tensor:
         """That a draft stands if those before it do, float32 [B, K], of confidences [B, K]."""
         slope, offsets, _ = self.state
-        return torch.sigmoid(slope * confidences.clamp(LEAST, MOST) + offsets)
+        return torch.sigmoid(slope * confidences.clamp(MIN_CONFIDENCE, MAX_CONFIDENCE) + offsets)
 
     def survival(self, confidences: Tensor) -> Tensor:
         """That a draft and all before it stand, float32 [B, K]; never rising along K."""
@@ -96,28 +69,17 @@ class AcceptanceModel:
             accepted: int64 [B], drafts that stood.
             verified: int64 [B], drafts that were verified; 0 teaches nothing.
         """
-        place = torch.arange(confidences.shape[1], device=confidences.device)
-        # The first that fell was judged, those behind it were not.
-        judged = (place <= accepted[:, None]) & (place < verified[:, None])
-        stood = place < accepted[:, None]
-        x = confidences.clamp(LEAST, MOST)
-        p = self.probabilities(confidences)
-        rest = torch.where(judged, stood.float() - p, 0.0)
-        curve = torch.where(judged, p * (1 - p), 0.0)
-        slope, offsets, precision = self.state
-        told = torch.stack([curve * x * x, curve * x, curve], dim=-1).sum(dim=0)
-        precision.copy_(self.prior + self.fade * (precision - self.prior) + told)
-        (a, b, d), g, h = precision.unbind(dim=-1), (rest * x).sum(dim=0), rest.sum(dim=0)
-        scale = 1.0 / (a * d - b * b)
-        slope.add_((d * g - b * h) * scale).clamp_(min=LEAST_SLOPE)
-        offsets.add_((a * h - b * g) * scale)
+        observe(confidences, accepted, verified, self.state, self.prior_precision, self.fade)
 
+    def learn(self, confidences: Tensor, committed: Tensor, starts: Tensor | None) -> None:
+        """``observe`` by what a batch committed, in one launch where kernels run.
 
-def calibration_error(probabilities: Tensor, outcomes: Tensor, bins: int = 10) -> float:
-    """Expected calibration error: how far shares lie from probabilities [N], outcomes bool [N]."""
-    if probabilities.numel() == 0:
-        return 0.0
-    index = (probabilities * bins).long().clamp(max=bins - 1)
-    said = torch.bincount(index, weights=probabilities.double(), minlength=bins)
-    came = torch.bincount(index, weights=outcomes.double(), minlength=bins)
-    return float((said - came).abs().sum() / probabilities.numel())
+        Args:
+            confidences: float32 [B, K], of the pass's drafts.
+            committed: int32 or int64 [B], tokens of each request, the bonus token included.
+            starts: int32 [B + 1], where each request's verified rows begin, the anchor's included;
+                None where all drafts were verified.
+        """
+        learn_acceptance(
+            confidences, committed, starts, self.state, self.prior_precision, self.fade
+        )

@@ -9,9 +9,6 @@ from itertools import pairwise
 
 from dflash_plugin.errors import DFlashError
 
-# How much one measured step moves what is known of its size.
-SHARE = 0.05
-
 
 @dataclass
 class StepCost:
@@ -48,11 +45,6 @@ class StepCost:
                     )
         return cls(_rising(verify), _rising(draft), fixed)
 
-    @property
-    def largest(self) -> int:
-        """Tokens of the largest verify pass."""
-        return max(self.verify)
-
     def verify_seconds(self, tokens: int) -> float:
         """Of a verify pass; beyond the largest size, in proportion."""
         return _at(self.verify, tokens)
@@ -64,21 +56,6 @@ class StepCost:
     def step_seconds(self, tokens: int, drafting: int) -> float:
         """Of a step that verifies so many tokens and drafts for so many requests."""
         return self.fixed + self.verify_seconds(tokens) + self.draft_seconds(drafting)
-
-    def refine(self, tokens: int, drafting: int, seconds: float) -> None:
-        """Take in a step as it was measured; it moves its own verify size, and larger ones with it.
-
-        Args:
-            tokens: verified in the step.
-            drafting: requests that drafted in it.
-            seconds: of the whole step.
-        """
-        size = _size(self.verify, tokens)
-        found = seconds - self.fixed - self.draft_seconds(drafting)
-        if tokens > size or not math.isfinite(found) or found <= 0:
-            return
-        self.verify[size] += SHARE * (found - self.verify[size])
-        self.verify = _rising(self.verify)
 
 
 def _rising(table: Mapping[int, float]) -> dict[int, float]:

@@ -13,7 +13,8 @@ from dflash_plugin.bench.measurements import Counters, KeptPasses, OnDone, Reque
 from dflash_plugin.bench.schema import Pass, Role, Server, Settings
 from dflash_plugin.decoding.sampling import SamplingParams
 from dflash_plugin.prompts import Message, Prompt, encode
-from dflash_plugin.transformers.engine import Engine, Request, generate_timed
+from dflash_plugin.transformers.engine import Engine, generate_timed
+from dflash_plugin.transformers.requests import Request
 
 LENGTH_STEP = 256
 

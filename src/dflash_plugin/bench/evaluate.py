@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from dflash_plugin.decoding.sampling import SamplingParams
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Prompt, encode
-from dflash_plugin.transformers.engine import Engine, OnTokens, Request, Result, generate_timed
+from dflash_plugin.transformers.engine import Engine, OnTokens, generate_timed
+from dflash_plugin.transformers.requests import Request, Result
 
 
 class Evaluation(BaseModel):

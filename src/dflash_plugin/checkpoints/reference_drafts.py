@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.drafter.static_store import StaticStore
 from dflash_plugin.errors import DFlashError
 
 FILE_NAME = "known_answer.json"
@@ -67,8 +68,6 @@ def answer(drafter: Drafter, target: PreTrainedModel, prompt: Sequence[int]) -> 
         target: the model, any attention implementation.
         prompt: token ids.
     """
-    from dflash_plugin.transformers.store import StaticStore
-
     config = drafter.config
     device = target.device
     tokens = torch.as_tensor([list(prompt)], device=device)

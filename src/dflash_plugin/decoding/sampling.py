@@ -5,21 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dflash_plugin.errors import DFlashError
-
-
-class Stream(IntEnum):
-    """Independent random streams of one request."""
-
-    DRAFT = 0
-    ACCEPT = 1
-    NEXT = 2
 
 
 @dataclass(frozen=True)
@@ -115,71 +106,3 @@ def probabilities(logits: Tensor, params: SamplingTensors) -> Tensor:
     kept = torch.where(greedy, rank == 0, kept | (rank == 0))
     probs = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
     return torch.zeros_like(probs).scatter(-1, order, probs)
-
-
-_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
-_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
-_LOW = 0xFFFFFFFF
-
-
-def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of ``constant * x`` for 32-bit values held in int64."""
-    low_half = constant * (x & 0xFFFF)
-    high_half = constant * (x >> 16)
-    total = (low_half >> 16) + high_half
-    return total >> 16, ((total & 0xFFFF) << 16) | (low_half & 0xFFFF)
-
-
-def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Philox 4x32-10 on 32-bit values held in int64 (Salmon et al., SC 2011).
-
-    Args:
-        counter: four tensors of one shape.
-        key: two tensors that broadcast with them.
-
-    Returns:
-        Four tensors of 32-bit values.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        high0, low0 = _multiply(_PHILOX_M[0], c0)
-        high1, low1 = _multiply(_PHILOX_M[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _PHILOX_W[0]) & _LOW, (k1 + _PHILOX_W[1]) & _LOW
-    return c0, c1, c2, c3
-
-
-def uniforms(seed: Tensor, position: Tensor, stream: int) -> Tensor:
-    """Noise keyed by request, token position and stream, and by nothing else.
-
-    Args:
-        seed: int64 [B].
-        position: int64 [B, T], absolute position of the token that is drawn or judged.
-        stream: a ``Stream``.
-
-    Returns:
-        float64 [B, T] in [0, 1).
-    """
-    key = ((seed & _LOW)[:, None], ((seed >> 32) & _LOW)[:, None])
-    zero = torch.zeros_like(position)
-    counter = (position & _LOW, (position >> 32) & _LOW, zero + int(stream), zero)
-    first, second, _, _ = philox(counter, key)
-    return ((first >> 6) * (1 << 27) + (second >> 5)).double() / float(1 << 53)
-
-
-def sample(probs: Tensor, u: Tensor) -> Tensor:
-    """Draw by inverse CDF; a token of probability zero is never drawn.
-
-    Args:
-        probs: [..., V], not necessarily normalized, at least one entry above zero.
-        u: [...] in [0, 1).
-
-    Returns:
-        int64 [...].
-    """
-    cumulative = probs.double().cumsum(dim=-1)
-    threshold = u.double()[..., None] * cumulative[..., -1:]
-    drawn = (cumulative <= threshold).sum(dim=-1)
-    last = probs.shape[-1] - 1 - (probs.flip(-1) > 0).to(torch.uint8).argmax(dim=-1)
-    return torch.minimum(drawn, last)

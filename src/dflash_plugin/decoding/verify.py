@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dflash_plugin.decoding.sampling import SamplingTensors, Stream, probabilities, sample, uniforms
+from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
+from dflash_plugin.kernels.accept import rejection_sample
+from dflash_plugin.kernels.uniforms import Stream, uniforms
 
 
 class FinishReason(IntEnum):
@@ -60,46 +62,19 @@ def verify_sampled(
     next_u: Tensor,
     num_drafts: Tensor | None = None,
 ) -> Verdict:
-    """Rejection sampling: what is committed is distributed as the target alone would draw it.
-
-    A draft x is accepted with probability ``min(1, p(x) / q(x))``; at the first rejection the token
-    comes from ``max(p - q, 0)``, normalized. Without ``draft_probs`` the drafts were not drawn but
-    chosen, q is one on them, and the rule becomes "accept with p(x), else p without x". Source:
-    Leviathan et al., arXiv 2211.17192, section 2.3; Chen et al., arXiv 2302.01318, theorem 1.
+    """``rejection_sample``: what is committed is distributed as the target alone would draw it.
 
     Args:
         drafts: int64 [B, K]; below zero is invalid: the token there is drawn from the target.
         target_probs: [B, K + 1, V], after the anchor and after each draft.
-        draft_probs: [B, K, V] that the drafts were drawn from, or None.
+        draft_probs: [B, K, V] that the drafts were drawn from, or None where they were chosen.
         accept_u: [B, K] in [0, 1), for the decision on each draft.
         next_u: [B, K + 1] in [0, 1), for the token that follows 0, 1, ... accepted drafts.
         num_drafts: int64 [B], drafts that count, or None for all K.
     """
-    batch, count = drafts.shape
-    valid = drafts >= 0
     if num_drafts is not None:
-        valid = valid & _counts(drafts, num_drafts)
-    index = drafts.clamp(min=0)[..., None]
-    p = target_probs[:, :-1].gather(-1, index)[..., 0].double()
-    q = torch.ones_like(p)
-    if draft_probs is not None:
-        q = draft_probs.gather(-1, index)[..., 0].double()
-    accepted = (valid & (accept_u.double() * q < p)).long().cumprod(dim=1).sum(dim=1)
-    row = torch.arange(batch, device=drafts.device)
-    target = target_probs[row, accepted]
-    residual = target
-    if count:
-        place = accepted.clamp(max=count - 1)
-        rejected = (accepted < count) & valid[row, place]
-        if draft_probs is None:
-            is_draft = torch.arange(target.shape[-1], device=drafts.device) == index[row, place]
-            left = target.masked_fill(is_draft, 0.0)
-        else:
-            left = (target - draft_probs[row, place]).clamp(min=0)
-        # Rounding can leave nothing where p and q are equal; then a rejection cannot matter.
-        usable = rejected & (left.sum(dim=-1) > 0)
-        residual = torch.where(usable[:, None], left, target)
-    return _verdict(drafts, accepted, sample(residual, next_u[row, accepted]))
+        drafts = drafts.masked_fill(~_counts(drafts, num_drafts), -1)
+    return _verdict(drafts, *rejection_sample(drafts, target_probs, draft_probs, accept_u, next_u))
 
 
 def verify(

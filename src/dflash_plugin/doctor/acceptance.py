@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, first_values
 from dflash_plugin.doctor.texts import Texts
+from dflash_plugin.drafter import blockwise
+from dflash_plugin.drafter.blockwise import Blocks, accepted_run, block_starts, make_blocks
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.rope import RotaryEmbedding
 from dflash_plugin.serving.reference_check import FLOAT32, HALF
-from dflash_plugin.train.blocks import Blocks, choose_anchors, make_blocks
-from dflash_plugin.train.losses import accepted_run, walk
-from dflash_plugin.train.objective import Objective
+from dflash_plugin.train.blocks import choose_anchors
 from dflash_plugin.train.sequences import SequenceSet
 
 STRIDE = 4
@@ -122,8 +122,7 @@ def blocks_of(drafter: Drafter, texts: Texts, anchors: Tensor, valid: Tensor) ->
 def block_hidden(drafter: Drafter, texts: Texts, blocks: Blocks) -> Tensor:
     """Hidden states [B, A, K, hidden] of the rows that predict."""
     features = texts.features(drafter.config.target_layer_ids).to(drafter.norm.weight.dtype)
-    hidden: Tensor = Objective(drafter, "exponential", 1.0, 0.0).block_hidden(features, blocks)
-    return hidden
+    return blockwise.block_hidden(drafter, features, blocks)
 
 
 @torch.inference_mode()
@@ -162,7 +161,7 @@ def walked(drafter: Drafter, texts: Texts) -> float:
         runs.append(accepted_run((drafts == blocks.labels) & blocks.label_valid))
     counts: list[int] = valid.sum(dim=1).tolist()
     rows = zip(torch.cat(runs, dim=1).tolist(), counts, strict=True)
-    return sum(counts) / sum(1 for row, count in rows for _ in walk(row[:count]))
+    return sum(counts) / sum(1 for row, count in rows for _ in block_starts(row[:count]))
 
 
 def chosen(drafter: Drafter, hidden: Tensor, anchors: Tensor, among: Tensor | None) -> Tensor:

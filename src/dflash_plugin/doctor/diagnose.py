@@ -32,7 +32,7 @@ from dflash_plugin.drafter.fp8_linear import quantize_drafter
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Prompt
-from dflash_plugin.serving.acceptance import likely
+from dflash_plugin.serving.acceptance import probable_cause
 from dflash_plugin.serving.drafter_spec import Options, expected_acceptance
 from dflash_plugin.transformers.loading import bound, load_target
 
@@ -333,7 +333,7 @@ def check_acceptance(base: Acceptance, expected: float | None) -> Check:
         update={
             "status": "fault",
             "finding": f"τ is {base.tau:.2f} and was {expected:.2f} in training: "
-            f"{likely(base.by_position)}",
+            f"{probable_cause(base.by_position)}",
             "fix": "run doctor with --data on prompts like those of training; if τ stays low, "
             "fetch or train the drafter again",
         }

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dflash_plugin.checkpoints.io import Checkpoint
 from dflash_plugin.checkpoints.reference_drafts import first_values, layer_outputs
+from dflash_plugin.checkpoints.tensors import checkpoint_tensors, load_tensors
 from dflash_plugin.doctor.acceptance import (
     Acceptance,
     KnownBlocks,
@@ -252,8 +253,8 @@ def check_dtype(
         )
     target = reference()
     exact = Drafter(drafter.config)
-    exact.load_canonical({k: v.float() if v.is_floating_point() else v
-                          for k, v in drafter.canonical().items()})  # fmt: skip
+    tensors = checkpoint_tensors(drafter).items()
+    load_tensors(exact, {k: v.float() if v.is_floating_point() else v for k, v in tensors})
     exact.to(target.device).eval()
     bind_drafter(exact, target)
     whole = texts.on(target)

@@ -10,7 +10,7 @@ from dflash_plugin.doctor.probe import Probe, Question, Round, ServerProber
 from dflash_plugin.doctor.report import Certainty, Check
 from dflash_plugin.monitor.client import EngineName, MetricsSnapshot, ServerClient, ServerError
 from dflash_plugin.monitor.metrics import completed, summary
-from dflash_plugin.serving.acceptance import likely
+from dflash_plugin.serving.acceptance import probable_cause
 
 # Verify passes by which acceptance can be judged.
 MIN_PASSES = 50
@@ -394,7 +394,9 @@ def _acceptance(served: Served, tau: float, expected: float | None, low: bool) -
         return check
     if not served.plugin:
         return _native(check, f"τ {reached:.2f}", tau)
-    cause = likely(reading.rates) if reading.rates else "no acceptance by position is counted"
+    cause = (
+        probable_cause(reading.rates) if reading.rates else "no acceptance by position is counted"
+    )
     return check.model_copy(
         update={
             "status": "fault",

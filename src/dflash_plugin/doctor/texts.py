@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Prompt, encode
 from dflash_plugin.train.sequences import SequenceSet, collate
-from dflash_plugin.transformers.engine import Engine, Request
+from dflash_plugin.transformers.engine import Engine
+from dflash_plugin.transformers.requests import Request
 
 Form = Literal["chat template", "no template", "thinking on", "thinking off"]
 

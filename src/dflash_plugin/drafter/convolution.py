@@ -6,41 +6,13 @@ Source: ``GroupedDynamicCausalConv`` of PyPI dflash 0.1.0; https://inco.ai/blog/
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dflash_plugin.drafter.config import DrafterConfig
-
-if TYPE_CHECKING:
-    from dflash_plugin.drafter.interfaces import LayerFactory
-
-
-def grouped_convolution(x: Tensor, dynamic: Tensor, base: Tensor, block_size: int) -> Tensor:
-    """``out[t, c] = sum_k (base[k, c] + dynamic[t, k, group of c]) * x[t - k, c]``.
-
-    A row's own coefficients weigh the rows before it; rows before its block's first count as zero.
-    Summed in float32 and rounded once.
-
-    Args:
-        x: [..., T, H], blocks of ``block_size`` rows one after the other.
-        dynamic: [..., T, taps, groups]; a group is ``H / groups`` channels side by side.
-        base: [taps, H].
-        block_size: rows of a block; a last block may be shorter.
-
-    Returns:
-        [..., T, H] in x's dtype.
-    """
-    taps, groups = dynamic.shape[-2:]
-    place = torch.arange(x.shape[-2], device=x.device)[:, None] % block_size
-    rows = x.float().unflatten(-1, (groups, -1))
-    kernel = base.float().unflatten(-1, (groups, -1)) + dynamic.float()[..., None]
-    total: Tensor = kernel[..., 0, :, :] * rows
-    for tap in range(1, taps):
-        earlier = rows.roll(tap, dims=-3).masked_fill((place < tap)[..., None], 0.0)
-        total = total + kernel[..., tap, :, :] * earlier
-    return total.flatten(-2).to(x.dtype)
+from dflash_plugin.drafter.interfaces import LayerFactory
+from dflash_plugin.kernels.grouped_convolution import convolve_naive
 
 
 class DynamicConvolution(nn.Module):
@@ -78,5 +50,5 @@ class DynamicConvolution(nn.Module):
             block_size: rows of a block.
         """
         before, after = self.kernels(x)
-        x = grouped_convolution(x, before, self.base_kernel[0], block_size)
-        return grouped_convolution(sublayer(x), after, self.base_kernel[1], block_size)
+        x = convolve_naive(x, before, self.base_kernel[0], block_size)
+        return convolve_naive(sublayer(x), after, self.base_kernel[1], block_size)

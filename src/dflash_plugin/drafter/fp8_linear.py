@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from dflash_plugin import kernels
 from dflash_plugin.drafter.convolution import DynamicConvolution
-from dflash_plugin.drafter.model import Drafter, TorchQKV
+from dflash_plugin.drafter.layers import TorchQKV
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.selector import CandidateSelector
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.fp8_product import fp8_product
 from dflash_plugin.kernels.fp8_rows import Fp8Rows, RoundedRows, fits, product_naive, quantize
+from dflash_plugin.kernels.quantize_rows import quantize_rows
 
 # Rows up to which our product is the faster one.
 FEW_ROWS = 64
@@ -81,8 +84,6 @@ def library_product(x: Fp8Rows, weight: Fp8Rows) -> Tensor:
 
 def _product(x: Fp8Rows, weight: Fp8Rows, dtype: torch.dtype) -> Tensor:
     """``x @ weight.T`` [T, N] on a GPU."""
-    from dflash_plugin.kernels.fp8_product import fp8_product
-
     count = x.values.shape[0]
     if count == 0:
         return x.scales.new_empty(0, weight.values.shape[0], dtype=dtype)
@@ -94,8 +95,6 @@ def _product(x: Fp8Rows, weight: Fp8Rows, dtype: torch.dtype) -> Tensor:
 # An operator, so that an engine that compiles the drafter sees one call whatever the rows are.
 @torch.library.custom_op("dflash_plugin::fp8_linear", mutates_args=())
 def _multiply(x: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-    from dflash_plugin.kernels.quantize_rows import quantize_rows
-
     return _product(quantize_rows(x), Fp8Rows(values, scales), x.dtype)
 
 

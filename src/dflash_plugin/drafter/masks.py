@@ -70,3 +70,32 @@ def dense_block_mask(
     return sees_context(layer, window_from, anchor, query, key) | (
         in_block & sees_block(layer, window_from, query, key)
     )
+
+
+def packed_blocks_mask(
+    layer: LayerAttention, window_from: WindowFrom, anchors: Tensor, block_size: int, context: int
+) -> Tensor:
+    """What the blocks of one pass see, where a text's context keys come first and its blocks after.
+
+    Args:
+        layer: the layer's window and causality.
+        window_from: where its window counts from.
+        anchors: int64 [B, A].
+        block_size: T.
+        context: context features of each text, S.
+
+    Returns:
+        bool [B, A * T, S + A * T].
+    """
+    batch, count = anchors.shape
+    device = anchors.device
+    block = torch.arange(count * block_size, device=device) // block_size
+    row_anchor = anchors.repeat_interleave(block_size, dim=1)
+    row = row_anchor + torch.arange(block_size, device=device).repeat(count)
+    key = torch.arange(context, device=device)
+    on_context = sees_context(
+        layer, window_from, row_anchor[:, :, None], row[:, :, None], key[None, None]
+    )
+    same_block = block[:, None] == block[None]
+    on_block = same_block & sees_block(layer, window_from, row[:, :, None], row[:, None])
+    return torch.cat([on_context, on_block.expand(batch, -1, -1)], dim=2)

@@ -9,207 +9,26 @@ drafter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
-from dflash_plugin.checkpoints.io import Checkpoint
-from dflash_plugin.decoding.sampling import SamplingTensors, Stream, probabilities, sample, uniforms
+from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
 from dflash_plugin.drafter.config import DrafterConfig
-from dflash_plugin.drafter.convolution import DynamicConvolution
-from dflash_plugin.drafter.interfaces import Attend, ContextStore, LayerFactory, QKVLinear
+from dflash_plugin.drafter.interfaces import Attend, ContextStore, LayerFactory
+from dflash_plugin.drafter.layers import DraftAttention, DraftLayer, RMSNorm, TorchLayers
 from dflash_plugin.drafter.rope import RotaryEmbedding
 from dflash_plugin.drafter.selector import CandidateSelector, Proposal
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.reference import sample
+from dflash_plugin.kernels.uniforms import Stream, uniforms
 
 # A CPU multiplies 8 rows by a head twice as fast as 7.
 CPU_ROWS = 8
-
-
-class TorchQKV(nn.Linear):
-    """``QKVLinear`` on one device."""
-
-    def __init__(self, config: DrafterConfig) -> None:
-        self.query_width = config.num_attention_heads * config.head_dim
-        width = self.query_width + 2 * config.num_key_value_heads * config.head_dim
-        super().__init__(config.hidden_size, width, bias=config.attention_bias)
-
-    def keys_values(self, x: Tensor) -> Tensor:
-        """Keys and values alone."""
-        bias = None if self.bias is None else self.bias[self.query_width :]
-        return F.linear(x, self.weight[self.query_width :], bias)
-
-
-class TorchLayers:
-    """Plain torch linears on one device."""
-
-    shards = 1
-
-    def qkv_linear(self, config: DrafterConfig, name: str) -> nn.Module:
-        """One linear over queries, keys and values."""
-        return TorchQKV(config)
-
-    def column_linear(
-        self, in_features: int, out_features: Sequence[int], bias: bool, name: str
-    ) -> nn.Module:
-        """One linear over the concatenated parts."""
-        return nn.Linear(in_features, sum(out_features), bias=bias)
-
-    def row_linear(self, in_features: int, out_features: int, bias: bool, name: str) -> nn.Module:
-        """A plain linear."""
-        return nn.Linear(in_features, out_features, bias=bias)
-
-    def replicated_linear(
-        self, in_features: int, out_features: int, bias: bool, name: str
-    ) -> nn.Module:
-        """A plain linear."""
-        return nn.Linear(in_features, out_features, bias=bias)
-
-    def head(self, rows: int, hidden_size: int, name: str) -> nn.Module:
-        """A plain linear."""
-        return nn.Linear(hidden_size, rows, bias=False)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm; "gemma" style multiplies by 1 + weight."""
-
-    def __init__(self, dim: int, eps: float, gemma: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(dim) if gemma else torch.ones(dim))
-        self.eps = eps
-        self.gemma = gemma
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension."""
-        weight = 1.0 + self.weight if self.gemma else self.weight
-        return F.rms_norm(x, self.weight.shape, weight.to(x.dtype), self.eps)
-
-
-class DraftAttention(nn.Module):
-    """Projections, norms and rotation of one layer; the attention itself is the host's."""
-
-    def __init__(self, config: DrafterConfig, index: int, host: LayerFactory) -> None:
-        super().__init__()
-        self.index = index
-        self.head_dim = config.head_dim
-        self.heads = config.num_attention_heads // host.shards
-        self.kv_heads = max(1, config.num_key_value_heads // host.shards)
-        self.value_scale = config.attention_value_scale
-        name = f"layers.{index}.self_attn"
-        self.qkv_proj = host.qkv_linear(config, f"{name}.qkv_proj")
-        self.output_proj = host.row_linear(
-            config.num_attention_heads * config.head_dim,
-            config.hidden_size,
-            config.attention_output_bias,
-            f"{name}.o_proj",
-        )
-        gemma = config.norm_style == "gemma"
-        eps = config.rms_norm_eps
-        self.query_norm = RMSNorm(self.head_dim, eps, gemma) if config.qk_norm else nn.Identity()
-        self.key_norm = RMSNorm(self.head_dim, eps, gemma) if config.qk_norm else nn.Identity()
-        self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.attention_sinks else None
-
-    def context(
-        self, x: Tensor, rotary: RotaryEmbedding, tables: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of context rows x [..., hidden], each [..., kv_heads, head_dim]."""
-        kv = cast(QKVLinear, self.qkv_proj).keys_values(x)
-        return self._finish(kv, rotary, tables)
-
-    def _finish(
-        self, kv: Tensor, rotary: RotaryEmbedding, tables: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Normed, rotated keys and scaled values of projections [..., 2 * kv_heads * dim]."""
-        key, value = kv.unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(-3)
-        key = rotary.rotate(self.key_norm(key), tables)
-        return key, value if self.value_scale is None else value * self.value_scale
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: RotaryEmbedding,
-        tables: tuple[Tensor, Tensor],
-        attend: Attend,
-    ) -> Tensor:
-        """Attention of block rows x [B, T, hidden] over the context and each other."""
-        width = self.heads * self.head_dim
-        query, kv = self.qkv_proj(x).split([width, 2 * self.kv_heads * self.head_dim], dim=-1)
-        query = query.unflatten(-1, (self.heads, self.head_dim))
-        query = rotary.rotate(self.query_norm(query), tables)
-        key, value = self._finish(kv, rotary, tables)
-        out: Tensor = self.output_proj(attend(self.index, query, key, value).flatten(-2))
-        return out
-
-
-class DraftMLP(nn.Module):
-    """Gated MLP."""
-
-    def __init__(self, config: DrafterConfig, index: int, host: LayerFactory) -> None:
-        super().__init__()
-        name, inner = f"layers.{index}.mlp", config.intermediate_size
-        self.gate_up_proj = host.column_linear(
-            config.hidden_size, [inner, inner], config.mlp_bias, f"{name}.gate_up_proj"
-        )
-        self.down_proj = host.row_linear(
-            inner, config.hidden_size, config.mlp_bias, f"{name}.down_proj"
-        )
-        self.activation: Callable[[Tensor], Tensor] = ACT2FN[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``down(act(gate(x)) * up(x))``."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(self.activation(gate) * up)
-        return out
-
-
-class DraftLayer(nn.Module):
-    """Pre-norm attention and MLP with residuals, each within a convolution in DFlash 2."""
-
-    attention_conv: DynamicConvolution | None
-    mlp_conv: DynamicConvolution | None
-
-    def __init__(self, config: DrafterConfig, index: int, host: LayerFactory) -> None:
-        super().__init__()
-        gemma = config.norm_style == "gemma"
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
-        self.attention = DraftAttention(config, index, host)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
-        self.mlp = DraftMLP(config, index, host)
-        self.attention_conv = self.mlp_conv = None
-        if config.convolution is not None:
-            name = f"layers.{index}"
-            self.attention_conv = DynamicConvolution(config, host, f"{name}.attention_conv")
-            self.mlp_conv = DynamicConvolution(config, host, f"{name}.mlp_conv")
-
-    def forward(
-        self,
-        x: Tensor,
-        rotary: RotaryEmbedding,
-        tables: tuple[Tensor, Tensor],
-        attend: Attend,
-        block_size: int,
-    ) -> Tensor:
-        """One layer over block rows [..., T, hidden]."""
-
-        def attention(rows: Tensor) -> Tensor:
-            return cast(Tensor, self.attention(rows, rotary, tables, attend))
-
-        x = x + _within(self.attention_conv, self.attention_norm(x), attention, block_size)
-        return x + _within(self.mlp_conv, self.mlp_norm(x), self.mlp, block_size)
-
-
-def _within(
-    convolution: DynamicConvolution | None,
-    x: Tensor,
-    sublayer: Callable[[Tensor], Tensor],
-    block_size: int,
-) -> Tensor:
-    return sublayer(x) if convolution is None else convolution(x, sublayer, block_size)
 
 
 class Drafter(nn.Module):
@@ -259,14 +78,6 @@ class Drafter(nn.Module):
         self._target_embedding: list[Callable[[Tensor], Tensor]] = []
         self._target_head: list[nn.Module] = []
         self.store: ContextStore | None = None
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, host: LayerFactory | None = None) -> Drafter:
-        """Build a drafter and fill it with a checkpoint's tensors, in their dtype."""
-        drafter = cls(checkpoint.config, host)
-        drafter.to(checkpoint.tensors["norm.weight"].dtype)
-        drafter.load_canonical(checkpoint.tensors)
-        return drafter.eval()
 
     def borrow(
         self, weight: Tensor, head: nn.Module, lookup: Callable[[Tensor], Tensor] | None = None
@@ -484,53 +295,3 @@ class Drafter(nn.Module):
             return full.scatter_(-1, candidates, probabilities)
         columns = torch.arange(probabilities.shape[-1], device=probabilities.device)
         return full.index_copy_(-1, self.token_ids(columns), probabilities)
-
-    def load_canonical(self, tensors: dict[str, Tensor]) -> None:
-        """Fill from a checkpoint's canonical tensor names (z-lab's)."""
-        state = {own: _join(names, tensors) for own, names in self.checkpoint_names().items()}
-        self.load_state_dict(state)
-
-    def canonical(self) -> dict[str, Tensor]:
-        """The tensors under their checkpoint names."""
-        state = self.state_dict()
-        tensors: dict[str, Tensor] = {}
-        query = self.config.num_attention_heads * self.config.head_dim
-        kv = self.config.num_key_value_heads * self.config.head_dim
-        inner = self.config.intermediate_size
-        sizes = {2: [inner, inner], 3: [query, kv, kv]}
-        for own, names in self.checkpoint_names().items():
-            parts = state[own].split(sizes[len(names)]) if len(names) > 1 else (state[own],)
-            tensors.update({name: part.clone() for name, part in zip(names, parts, strict=True)})
-        return tensors
-
-    def checkpoint_names(self) -> dict[str, tuple[str, ...]]:
-        """Checkpoint names behind each entry of ``state_dict``, merged ones in order."""
-        renamed = {
-            "context_norm": "hidden_norm",
-            "attention_norm": "input_layernorm",
-            "mlp_norm": "post_attention_layernorm",
-            "attention": "self_attn",
-            "query_norm": "q_norm",
-            "key_norm": "k_norm",
-            "output_proj": "o_proj",
-            "sinks": "attention_sink_bias",
-            "own_embedding": "embed_tokens.weight",
-            "own_head": "lm_head",
-        }
-        merged = {
-            "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-            "gate_up_proj": ("gate_proj", "up_proj"),
-        }
-        names: dict[str, tuple[str, ...]] = {}
-        for own in self.state_dict():
-            parts = [renamed.get(part, part) for part in own.split(".")]
-            key = next((part for part in parts if part in merged), None)
-            joined = ".".join(parts)
-            names[own] = (
-                tuple(joined.replace(key, part) for part in merged[key]) if key else (joined,)
-            )
-        return names
-
-
-def _join(names: tuple[str, ...], tensors: dict[str, Tensor]) -> Tensor:
-    return torch.cat([tensors[name] for name in names]) if len(names) > 1 else tensors[names[0]]

@@ -8,18 +8,16 @@ https://inco.ai/blog/dflash2.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflash_plugin.adaptive.acceptance_model import confidence
-from dflash_plugin.decoding.sampling import sample
 from dflash_plugin.drafter.config import DrafterConfig
-
-if TYPE_CHECKING:
-    from dflash_plugin.drafter.interfaces import LayerFactory
+from dflash_plugin.drafter.interfaces import LayerFactory
+from dflash_plugin.kernels.reference import confidence
+from dflash_plugin.kernels.select_path import candidate_scores, select_path_naive
 
 
 class Proposal(NamedTuple):
@@ -46,73 +44,6 @@ class Proposal(NamedTuple):
         A selector's depend on the drafts before a position, and like all not on its own.
         """
         return confidence(self.scores)
-
-
-def candidate_scores(logits: Tensor, gates: Tensor, before: Tensor, rows: Tensor) -> Tensor:
-    """``logits + <before * gates, rows>``, float32 [..., C].
-
-    Args:
-        logits: [..., C], of the candidates, scaled and capped.
-        gates: [..., R], the projected hidden states.
-        before: [..., R], codebook rows of the tokens before.
-        rows: [..., C, R], codebook rows of the candidates.
-    """
-    context = before.float() * gates.float()
-    return logits.float() + torch.einsum("...r,...cr->...c", context, rows.float())
-
-
-def select_path(
-    candidates: Tensor,
-    logits: Tensor,
-    gates: Tensor,
-    anchors: Tensor,
-    predecessors: Tensor,
-    successors: Tensor,
-    temperature: Tensor | None = None,
-    u: Tensor | None = None,
-) -> Proposal:
-    """Walk each block from its anchor, taking or drawing one candidate a position.
-
-    Scores and probabilities are float32. Drawing is by inverse CDF in the candidates' order.
-
-    Args:
-        candidates: int64 [B, K, C], different token ids of a position.
-        logits: [B, K, C], of the candidates, scaled and capped.
-        gates: [B, K, R], the projected hidden states.
-        anchors: int64 [B], the tokens before the first position.
-        predecessors: [V, R], a row for each token that may come before.
-        successors: [V, R], a row for each candidate.
-        temperature: float32 [B], rows at 0 take the best; None takes it everywhere.
-        u: [B, K] in [0, 1), the noise of draws; goes with ``temperature``.
-    """
-    rows = successors[candidates].float()
-    previous = anchors
-    tokens: list[Tensor] = []
-    scores: list[Tensor] = []
-    probs: list[Tensor] = []
-    for place in range(candidates.shape[1]):
-        scores.append(
-            candidate_scores(
-                logits[:, place], gates[:, place], predecessors[previous], rows[:, place]
-            )
-        )
-        if temperature is None or u is None:
-            chosen = scores[-1].argmax(dim=-1)
-        else:
-            probs.append(_distribution(scores[-1], temperature))
-            chosen = sample(probs[-1], u[:, place])
-        previous = candidates[:, place].gather(-1, chosen[:, None])[:, 0]
-        tokens.append(previous)
-    drawn_from = torch.stack(probs, dim=1) if probs else None
-    return Proposal(torch.stack(tokens, dim=1), torch.stack(scores, dim=1), drawn_from, candidates)
-
-
-def _distribution(scores: Tensor, temperature: Tensor) -> Tensor:
-    """Probabilities [B, C] of scores [B, C]; all on the best where the temperature [B] is 0."""
-    is_greedy = (temperature == 0)[:, None]
-    best = torch.zeros_like(scores).scatter(-1, scores.argmax(dim=-1, keepdim=True), 1.0)
-    drawn = torch.softmax(scores / torch.where(is_greedy, 1.0, temperature[:, None]), dim=-1)
-    return torch.where(is_greedy, best, drawn)
 
 
 class CandidateSelector(nn.Module):
@@ -154,7 +85,7 @@ class CandidateSelector(nn.Module):
         temperature: Tensor | None = None,
         u: Tensor | None = None,
     ) -> Proposal:
-        """``select_path`` for hidden states [B, K, hidden] of the rows that predict."""
+        """``select_path_naive`` for hidden states [B, K, hidden] of the rows that predict."""
         gates = self.hidden_projection(hidden)
         return self.path(candidates, logits, gates, anchors, temperature, u)
 
@@ -167,8 +98,8 @@ class CandidateSelector(nn.Module):
         temperature: Tensor | None = None,
         u: Tensor | None = None,
     ) -> Proposal:
-        """``select_path`` with the own codebooks, where ``hidden_projection`` is done."""
-        return select_path(
+        """``select_path_naive`` with the own codebooks, where ``hidden_projection`` is done."""
+        path = select_path_naive(
             candidates,
             logits,
             gates,
@@ -178,3 +109,4 @@ class CandidateSelector(nn.Module):
             temperature,
             u,
         )
+        return Proposal(path.tokens, path.scores, path.probs, candidates)

@@ -1,56 +1,43 @@
-"""Acceptance of whole blocks in one launch: how far, the token after, and what that makes next.
-
-Greedy acceptance compares tokens. Sampled acceptance is ``verify.verify_sampled`` with the noise of
-``sampling.uniforms`` made in place; sources are named there.
-"""
+"""Rejection sampling of whole blocks in one launch, with the noise of ``uniforms``."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin.decoding.sampling import Stream, uniforms
-from dflash_plugin.decoding.verify import verify_greedy, verify_sampled
+from dflash_plugin.kernels import with_twin
 from dflash_plugin.kernels.common import uniform
+from dflash_plugin.kernels.language import tl, triton
+from dflash_plugin.kernels.reference import sample
+from dflash_plugin.kernels.uniforms import Stream, uniforms_naive
 
 
 class Accepted(NamedTuple):
     """What a verify pass commits.
 
     Attributes:
-        num_accepted: int32 [B], drafts that stand.
-        committed: int32 [B], rows whose context counts: the anchor and the accepted drafts. As many
-            tokens are new, since the token that follows takes the anchor's place.
-        tokens: int64 [B, K + 1], accepted drafts, the token that follows, then -1.
-        next_token: int64 [B], the next block's anchor.
-        next_position: int64 [B], where it stands.
-        slots: int64 [B, K + 1], the committed rows' cache slots, the others -1; None where no slots
-            were given.
+        num_accepted: int32 [B], accepted drafts.
+        next_token: int64 [B], the bonus token or the correction: the next block's anchor.
     """
 
     num_accepted: Tensor
-    committed: Tensor
-    tokens: Tensor
     next_token: Tensor
-    next_position: Tensor
-    slots: Tensor | None
 
 
 class Sampled(NamedTuple):
-    """What drawn tokens are judged by.
+    """What drafts are judged by.
 
     Attributes:
         target_probs: float32 [B, K + 1, V], after the anchor and after each draft, contiguous; or
             [N, V], with ``rows``.
         draft_probs: float32 [B, K, V] that the drafts were drawn from, contiguous; None where they
             were chosen.
-        seed: int64 [B].
+        seed: int64 [B], of each request.
         rows: int64 [B, K + 1], contiguous, which row of ``target_probs`` follows the anchor and
-            each draft; drafts that were not verified are below zero. None for a row for each.
+            each draft; drafts that were not verified must be below zero. None where
+            ``target_probs`` has all rows in order.
     """
 
     target_probs: Tensor
@@ -74,23 +61,15 @@ def _weight(at, inside, target, draft, excluded, usable, DRAFT_PROBS: tl.constex
 @triton.jit
 def _kernel(
     drafts,
-    target_tokens,
     target_probs,
     draft_probs,
     seed,
     target_rows,
     anchor_positions,
-    num_drafts,
-    slots,
     num_accepted_out,
-    committed_out,
-    tokens_out,
     next_token_out,
-    next_position_out,
-    slots_out,
     vocabulary,
     drafts_stride,
-    target_stride,
     COUNT: tl.constexpr,
     ACCEPT: tl.constexpr,
     NEXT: tl.constexpr,
@@ -98,196 +77,119 @@ def _kernel(
     BLOCK_VOCABULARY: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, BLOCK)
-    limit = COUNT
-    if num_drafts is not None:
-        limit = tl.minimum(tl.load(num_drafts + request).to(tl.int32), COUNT)
-    is_draft = place < limit
-    draft = tl.load(drafts + request * drafts_stride + place, mask=is_draft, other=-1)
+    index = tl.arange(0, BLOCK)
+    is_draft = index < COUNT
+    draft = tl.load(drafts + request * drafts_stride + index, mask=is_draft, other=-1)
     anchor_position = tl.load(anchor_positions + request)
-    if target_tokens is not None:
-        own = tl.load(
-            target_tokens + request * target_stride + place, mask=place <= COUNT, other=-2
-        )
-        stands = (draft >= 0) & (draft == own)
-        accepted = tl.min(tl.where(stands & is_draft, COUNT, tl.minimum(place, COUNT)), axis=0)
-        accepted = tl.minimum(accepted, limit)
-        following = tl.load(target_tokens + request * target_stride + accepted)
-    else:
-        key = tl.load(seed + request)
-        index = tl.maximum(draft, 0)
-        rows = request * (COUNT + 1) + place
-        if target_rows is not None:
-            rows = tl.load(target_rows + rows, mask=place <= COUNT, other=0)
-        p = tl.load(target_probs + rows * vocabulary + index, mask=is_draft, other=0.0).to(
-            tl.float64
-        )
-        q = p * 0.0 + 1.0
-        if draft_probs is not None:
-            q = tl.load(
-                draft_probs + (request * COUNT + place) * vocabulary + index,
-                mask=is_draft,
-                other=1.0,
-            ).to(tl.float64)
-        noise = uniform(key, anchor_position + 1 + place, ACCEPT)
-        stands = is_draft & (draft >= 0) & (noise * q < p)
-        accepted = tl.min(tl.where(stands, COUNT, tl.minimum(place, COUNT)), axis=0)
-        accepted = tl.minimum(accepted, limit)
-        # The draft that was rejected, if one was.
-        rejected = tl.max(tl.where(is_draft & (place == accepted), draft, -1), axis=0)
-        row = request * (COUNT + 1) + accepted
-        if target_rows is not None:
-            row = tl.load(target_rows + row)
-        target_row = target_probs + row * vocabulary
-        draft_row = target_row
-        if draft_probs is not None:
-            draft_row = (
-                draft_probs + (request * COUNT + tl.minimum(accepted, COUNT - 1)) * vocabulary
-            )
-        usable = rejected >= 0
-        total = tl.zeros((), dtype=tl.float64)
-        left = tl.zeros((), dtype=tl.float64)
-        for start in range(0, vocabulary, BLOCK_VOCABULARY):
-            at = start + tl.arange(0, BLOCK_VOCABULARY)
-            inside = at < vocabulary
-            whole = tl.load(target_row + at, mask=inside, other=0.0)
-            total += tl.sum(whole.to(tl.float64), axis=0)
-            part = _weight(
-                at, inside, target_row, draft_row, rejected, usable, draft_probs is not None
-            )
-            left += tl.sum(part.to(tl.float64), axis=0)
-        # Rounding can leave nothing where p and q are equal; then a rejection cannot matter.
-        usable = usable & (left > 0)
-        total = tl.where(usable, left, total)
-        threshold = uniform(key, anchor_position + 1 + accepted, NEXT) * total
-        reached = tl.zeros((), dtype=tl.float64)
-        found = vocabulary
-        last = 0
-        for start in range(0, vocabulary, BLOCK_VOCABULARY):
-            at = start + tl.arange(0, BLOCK_VOCABULARY)
-            part = _weight(
-                at,
-                at < vocabulary,
-                target_row,
-                draft_row,
-                rejected,
-                usable,
-                draft_probs is not None,
-            ).to(tl.float64)
-            cumulative = reached + tl.cumsum(part, axis=0)
-            over = (cumulative > threshold) & (part > 0)
-            found = tl.minimum(found, tl.min(tl.where(over, at, vocabulary), axis=0))
-            last = tl.maximum(last, tl.max(tl.where(part > 0, at, 0), axis=0))
-            reached += tl.sum(part, axis=0)
-        following = tl.where(found < vocabulary, found, last).to(tl.int64)
-    out = request * (COUNT + 1) + place
-    token = tl.where(place < accepted, draft, -1)
-    token = tl.where(place == accepted, following, token)
-    tl.store(tokens_out + out, token, mask=place <= COUNT)
+    key = tl.load(seed + request)
+    token = tl.maximum(draft, 0)
+    rows = request * (COUNT + 1) + index
+    if target_rows is not None:
+        rows = tl.load(target_rows + rows, mask=index <= COUNT, other=0)
+    p_at = target_probs + rows * vocabulary + token
+    p = tl.load(p_at, mask=is_draft, other=0.0).to(tl.float64)
+    q = p * 0.0 + 1.0
+    if draft_probs is not None:
+        q_at = draft_probs + (request * COUNT + index) * vocabulary + token
+        q = tl.load(q_at, mask=is_draft, other=1.0).to(tl.float64)
+    noise = uniform(key, anchor_position + 1 + index, ACCEPT)
+    stands = is_draft & (draft >= 0) & (noise * q < p)
+    accepted = tl.min(tl.where(stands, COUNT, tl.minimum(index, COUNT)), axis=0)
+    # The draft that was rejected, if one was.
+    rejected = tl.max(tl.where(is_draft & (index == accepted), draft, -1), axis=0)
+    row = request * (COUNT + 1) + accepted
+    if target_rows is not None:
+        row = tl.load(target_rows + row)
+    target_row = target_probs + row * vocabulary
+    draft_row = target_row
+    if draft_probs is not None:
+        draft_row = draft_probs + (request * COUNT + tl.minimum(accepted, COUNT - 1)) * vocabulary
+    usable = rejected >= 0
+    total = tl.zeros((), dtype=tl.float64)
+    left = tl.zeros((), dtype=tl.float64)
+    for start in range(0, vocabulary, BLOCK_VOCABULARY):
+        at = start + tl.arange(0, BLOCK_VOCABULARY)
+        inside = at < vocabulary
+        whole = tl.load(target_row + at, mask=inside, other=0.0)
+        total += tl.sum(whole.to(tl.float64), axis=0)
+        part = _weight(at, inside, target_row, draft_row, rejected, usable, draft_probs is not None)
+        left += tl.sum(part.to(tl.float64), axis=0)
+    # Rounding can leave nothing where p and q are equal; then a rejection cannot matter.
+    usable = usable & (left > 0)
+    total = tl.where(usable, left, total)
+    threshold = uniform(key, anchor_position + 1 + accepted, NEXT) * total
+    reached = tl.zeros((), dtype=tl.float64)
+    found = vocabulary
+    last = 0
+    for start in range(0, vocabulary, BLOCK_VOCABULARY):
+        at = start + tl.arange(0, BLOCK_VOCABULARY)
+        inside = at < vocabulary
+        part = _weight(at, inside, target_row, draft_row, rejected, usable, draft_probs is not None)
+        part = part.to(tl.float64)
+        cumulative = reached + tl.cumsum(part, axis=0)
+        over = (cumulative > threshold) & (part > 0)
+        found = tl.minimum(found, tl.min(tl.where(over, at, vocabulary), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(part > 0, at, 0), axis=0))
+        reached += tl.sum(part, axis=0)
     tl.store(num_accepted_out + request, accepted)
-    tl.store(committed_out + request, accepted + 1)
-    tl.store(next_token_out + request, following)
-    tl.store(next_position_out + request, anchor_position + accepted + 1)
-    if slots is not None:
-        slot = tl.load(slots + out, mask=place <= COUNT, other=-1)
-        tl.store(slots_out + out, tl.where(place <= accepted, slot, -1), mask=place <= COUNT)
+    tl.store(next_token_out + request, tl.where(found < vocabulary, found, last).to(tl.int64))
 
 
-def accept(
-    drafts: Tensor,
-    target: Tensor | Sampled,
-    anchor_positions: Tensor,
-    *,
-    num_drafts: Tensor | None = None,
-    slots: Tensor | None = None,
-) -> Accepted:
-    """Verify B blocks; nothing is read back to the host.
+@with_twin
+def accept(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> Accepted:
+    """Verify B blocks by ``rejection_sample``; nothing is read back to the host.
 
     Args:
         drafts: int64 [B, K], last dimension contiguous; below zero is invalid.
-        target: int64 [B, K + 1], the target's argmax after the anchor and after each draft, last
-            dimension contiguous; or what drawn tokens are judged by.
-        anchor_positions: int64 [B].
-        num_drafts: int32 or int64 [B], drafts that count, or None for all K.
-        slots: int64 [B, K + 1], contiguous, cache slots of anchor and drafts; or None.
+        target: what the drafts are judged by.
+        anchor_positions: int64 [B], which key the noise.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    batch, count = _check(drafts, target, anchor_positions, num_drafts, slots)
-    device = drafts.device
-    made = Accepted(
-        num_accepted=torch.empty(batch, dtype=torch.int32, device=device),
-        committed=torch.empty(batch, dtype=torch.int32, device=device),
-        tokens=torch.empty(batch, count + 1, dtype=torch.int64, device=device),
-        next_token=torch.empty(batch, dtype=torch.int64, device=device),
-        next_position=torch.empty(batch, dtype=torch.int64, device=device),
-        slots=None if slots is None else torch.empty_like(slots),
+    batch, count = _check(drafts, target, anchor_positions)
+    accepted = Accepted(
+        num_accepted=torch.empty(batch, dtype=torch.int32, device=drafts.device),
+        next_token=torch.empty(batch, dtype=torch.int64, device=drafts.device),
     )
     if batch == 0:
-        return made
-    sampled = target if isinstance(target, Sampled) else None
-    if sampled is not None and count == 0:  # What is empty lies nowhere.
-        sampled = sampled._replace(draft_probs=None)
-    tokens = target if isinstance(target, Tensor) else None
-    vocabulary = 0 if sampled is None else sampled.target_probs.shape[-1]
+        return accepted
+    if count == 0:  # An empty tensor has no address.
+        target = target._replace(draft_probs=None)
     _kernel[(batch,)](
         drafts,
-        tokens,
-        *(sampled or (None,) * len(Sampled._fields)),
+        *target,
         anchor_positions,
-        num_drafts,
-        slots,
-        *made,
-        vocabulary,
+        *accepted,
+        target.target_probs.shape[-1],
         drafts.stride(0),
-        0 if tokens is None else tokens.stride(0),
         COUNT=count,
         ACCEPT=int(Stream.ACCEPT),
         NEXT=int(Stream.NEXT),
         BLOCK=triton.next_power_of_2(count + 1),
         BLOCK_VOCABULARY=4096,
-        num_warps=1 if sampled is None else 8,
+        num_warps=8,
     )
-    return made
+    return accepted
 
 
-def _check(
-    drafts: Tensor,
-    target: Tensor | Sampled,
-    anchor_positions: Tensor,
-    num_drafts: Tensor | None,
-    slots: Tensor | None,
-) -> tuple[int, int]:
+def _check(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> tuple[int, int]:
+    """B and K."""
     batch, count = drafts.shape
     if drafts.dtype != torch.int64 or (count and drafts.stride(1) != 1):
         raise ValueError("drafts must be int64 [B, K] with a contiguous last dimension")
     if anchor_positions.shape != (batch,) or anchor_positions.dtype != torch.int64:
         raise ValueError(f"anchor_positions must be int64 [{batch}]")
-    if num_drafts is not None and num_drafts.shape != (batch,):
-        raise ValueError(f"num_drafts must be [{batch}]")
-    if slots is not None and (
-        slots.shape != (batch, count + 1) or slots.dtype != torch.int64 or not slots.is_contiguous()
-    ):
-        raise ValueError(f"slots must be contiguous int64 [{batch}, {count + 1}]")
-    if isinstance(target, Tensor):
-        if (
-            target.shape != (batch, count + 1)
-            or target.dtype != torch.int64
-            or (target.stride(1) != 1)
-        ):
-            raise ValueError(f"target must be int64 [{batch}, {count + 1}] with contiguous rows")
-        return batch, count
     vocabulary = target.target_probs.shape[-1]
-    places: tuple[int, ...] = (batch, count + 1)
-    wanted = [("target_probs", target.target_probs, places)]
+    verified: tuple[int, ...] = (batch, count + 1)
+    expected = [("target_probs", target.target_probs, verified)]
     if target.rows is not None:
-        wanted = [("target_probs", target.target_probs, tuple(target.target_probs.shape[:1]))]
-        if target.rows.shape != places or target.rows.dtype != torch.int64:
-            raise ValueError(f"rows must be int64 {list(places)}")
+        expected = [("target_probs", target.target_probs, tuple(target.target_probs.shape[:1]))]
+        if target.rows.shape != verified or target.rows.dtype != torch.int64:
+            raise ValueError(f"rows must be int64 {list(verified)}")
     if target.draft_probs is not None:
-        wanted.append(("draft_probs", target.draft_probs, (batch, count)))
-    for name, probs, shape in wanted:
+        expected.append(("draft_probs", target.draft_probs, (batch, count)))
+    for name, probs, shape in expected:
         fits = probs.shape == (*shape, vocabulary) and probs.dtype == torch.float32
         if not fits or not probs.is_contiguous():
             raise ValueError(f"{name} must be contiguous float32 {[*shape, vocabulary]}")
@@ -296,38 +198,64 @@ def _check(
     return batch, count
 
 
-def accept_naive(
-    drafts: Tensor,
-    target: Tensor | Sampled,
-    anchor_positions: Tensor,
-    *,
-    num_drafts: Tensor | None = None,
-    slots: Tensor | None = None,
-) -> Accepted:
-    """``accept`` in plain torch, by the core's rules."""
-    _, count = _check(drafts, target, anchor_positions, num_drafts, slots)
-    limits = None if num_drafts is None else num_drafts.long()
-    place = torch.arange(count + 1, device=drafts.device)
-    if isinstance(target, Tensor):
-        verdict = verify_greedy(drafts, target, limits)
-    else:
-        places = anchor_positions[:, None] + 1 + place
-        probs = target.target_probs
-        verdict = verify_sampled(
-            drafts,
-            probs if target.rows is None else probs[target.rows],
-            target.draft_probs,
-            uniforms(target.seed, places[:, :-1], Stream.ACCEPT),
-            uniforms(target.seed, places, Stream.NEXT),
-            limits,
-        )
-    committed = verdict.num_accepted + 1
-    kept = None if slots is None else slots.masked_fill(place >= committed[:, None], -1)
-    return Accepted(
-        num_accepted=verdict.num_accepted.int(),
-        committed=committed.int(),
-        tokens=verdict.tokens,
-        next_token=verdict.next_token,
-        next_position=anchor_positions + committed,
-        slots=kept,
+def accept_naive(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> Accepted:
+    """``accept`` in plain torch."""
+    _, count = _check(drafts, target, anchor_positions)
+    probs, draft_probs, seed, rows = target
+    positions = anchor_positions[:, None] + torch.arange(1, count + 2, device=drafts.device)
+    accepted = rejection_sample(
+        drafts,
+        probs if rows is None else probs[rows],
+        draft_probs,
+        uniforms_naive(seed, positions[:, :-1], Stream.ACCEPT),
+        uniforms_naive(seed, positions, Stream.NEXT),
     )
+    return accepted._replace(num_accepted=accepted.num_accepted.int())
+
+
+def rejection_sample(
+    drafts: Tensor,
+    target_probs: Tensor,
+    draft_probs: Tensor | None,
+    accept_u: Tensor,
+    next_u: Tensor,
+) -> Accepted:
+    """Rejection sampling: what is committed is distributed as the target alone would draw it.
+
+    A draft x is accepted with probability ``min(1, p(x) / q(x))``; at the first rejection the token
+    comes from ``max(p - q, 0)``, normalized. Without ``draft_probs`` the drafts were not drawn but
+    chosen, q is one on them, and the rule becomes "accept with p(x), else p without x". Source:
+    Leviathan et al., arXiv 2211.17192, section 2.3; Chen et al., arXiv 2302.01318, theorem 1.
+
+    Args:
+        drafts: int64 [B, K]; below zero is invalid: the token there is drawn from the target.
+        target_probs: [B, K + 1, V], after the anchor and after each draft.
+        draft_probs: [B, K, V] that the drafts were drawn from, or None.
+        accept_u: [B, K] in [0, 1), for the decision on each draft.
+        next_u: [B, K + 1] in [0, 1), for the token that follows 0, 1, ... accepted drafts.
+    """
+    batch, count = drafts.shape
+    valid = drafts >= 0
+    index = drafts.clamp(min=0)[..., None]
+    p = target_probs[:, :-1].gather(-1, index)[..., 0].double()
+    q = torch.ones_like(p)
+    if draft_probs is not None:
+        q = draft_probs.gather(-1, index)[..., 0].double()
+    accepted = (valid & (accept_u.double() * q < p)).long().cumprod(dim=1).sum(dim=1)
+    request = torch.arange(batch, device=drafts.device)
+    target = target_probs[request, accepted]
+    residual = target
+    if count:
+        judged = accepted.clamp(max=count - 1)
+        rejected = (accepted < count) & valid[request, judged]
+        if draft_probs is None:
+            is_draft = (
+                torch.arange(target.shape[-1], device=drafts.device) == index[request, judged]
+            )
+            left = target.masked_fill(is_draft, 0.0)
+        else:
+            left = (target - draft_probs[request, judged]).clamp(min=0)
+        # Rounding can leave nothing where p and q are equal; then a rejection cannot matter.
+        usable = rejected & (left.sum(dim=-1) > 0)
+        residual = torch.where(usable[:, None], left, target)
+    return Accepted(accepted, sample(residual, next_u[request, accepted]))

@@ -8,16 +8,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
-from triton.language.extra.cuda import gdc_launch_dependents
 
-from dflash_plugin.drafter.convolution import grouped_convolution
+from dflash_plugin.kernels import with_twin
 from dflash_plugin.kernels.common import norm_weight, overlap, rounded, row_warps, scaled_weight
 from dflash_plugin.kernels.fp8_rows import FP8, RoundedRows, round_rows
-from dflash_plugin.kernels.grouped_convolution import check_convolution, convolved
+from dflash_plugin.kernels.grouped_convolution import (
+    check_convolution,
+    convolve_naive,
+    convolved,
+)
+from dflash_plugin.kernels.language import gdc_launch_dependents, tl, triton
 
 
 class Convolution(NamedTuple):
@@ -82,6 +84,7 @@ def _kernel(
     tl.store(normed + row * width + column, out, mask=inside)
 
 
+@with_twin
 def add_rms_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -166,7 +169,7 @@ def add_rms_norm_naive(
 ) -> tuple[Tensor | RoundedRows, Tensor]:
     """``add_rms_norm`` in plain torch."""
     if convolved_with is not None:
-        x = grouped_convolution(x, *convolved_with)
+        x = convolve_naive(x, *convolved_with)
     total = x if residual is None else x + residual
     scale = scaled_weight(weight, x.dtype, gemma)
     normed = F.rms_norm(total, weight.shape, scale, eps)

@@ -1,28 +1,30 @@
-"""Which drafts of all requests are verified: the most promising ones that a budget holds."""
+"""Which drafts of a batch are verified: the likeliest to be accepted, within a budget."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-# Steps between 0 and 1 by which survival is told apart; more would only take longer.
+from dflash_plugin.kernels import with_twin
+from dflash_plugin.kernels.language import tl, triton
+
+# Survival probabilities are compared in this many steps between 0 and 1.
 LEVELS = 4096
-# Ranks: survival's steps, and above them one for each place that is verified whatever it promises.
+# Bits of a rank: survival's steps, and above them one rank for each of the first drafts that are
+# verified whatever their survival.
 BITS = 13
 
 
-# Compiled once for every power of two of requests: a server meets all numbers and places of them.
+# Compiled once for every power of two of requests: a server meets every batch size and alignment.
 SIZES = ["budget", "requests", "padded"]
-PLACES = ["drafts", "others", "admitted", "logit_starts", "query_starts"]
+BUFFERS = ["drafts", "others", "admitted", "logit_starts", "query_starts"]
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PLACES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=BUFFERS)
 def _kernel(
-    chances,
+    acceptance,
     slots,
     drafts,
     others,
@@ -32,27 +34,27 @@ def _kernel(
     budget,
     requests,
     padded,
-    chance_stride,
+    acceptance_stride,
     BONUS: tl.constexpr,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
+    MIN_DRAFTS: tl.constexpr,
+    MAX_DRAFTS: tl.constexpr,
     LEVELS: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK_REQUESTS: tl.constexpr,
-    BLOCK_PLACES: tl.constexpr,
+    BLOCK_DRAFTS: tl.constexpr,
 ):
     request = tl.arange(0, BLOCK_REQUESTS)
-    place = tl.arange(0, BLOCK_PLACES)
+    draft = tl.arange(0, BLOCK_DRAFTS)
     lives = request < requests
     slot = tl.load(slots + request, mask=lives, other=0).to(tl.int64)
-    count = tl.minimum(tl.load(drafts + request, mask=lives, other=0), MOST)
-    is_draft = place[None, :] < count[:, None]
-    at = chances + slot[:, None] * chance_stride + place[None, :]
+    count = tl.minimum(tl.load(drafts + request, mask=lives, other=0), MAX_DRAFTS)
+    is_draft = draft[None, :] < count[:, None]
+    at = acceptance + slot[:, None] * acceptance_stride + draft[None, :]
     survival = tl.cumprod(tl.load(at, mask=is_draft, other=0.0), axis=1)
     rank = (survival * (LEVELS - 1) + 0.5).to(tl.int32)
-    rank = tl.where(place[None, :] < LEAST, LEVELS + LEAST - place[None, :], rank)
+    rank = tl.where(draft[None, :] < MIN_DRAFTS, LEVELS + MIN_DRAFTS - draft[None, :], rank)
     rank = tl.where(is_draft, rank, -1)
-    # The largest rank that at least the budget reach.
+    # The largest rank that at least ``budget`` drafts reach.
     bound = 0
     for bit in tl.static_range(BITS):
         higher = bound + (1 << (BITS - 1 - bit))
@@ -78,8 +80,9 @@ def _kernel(
         tl.store(query_starts + rest, request * 0 + total, mask=rest < padded)
 
 
+@with_twin
 def admit_drafts(
-    chances: Tensor,
+    acceptance: Tensor,
     slots: Tensor,
     drafts: Tensor,
     others: Tensor,
@@ -89,35 +92,36 @@ def admit_drafts(
     query_starts: Tensor,
     *,
     bonus: int = 1,
-    least: int = 0,
-    most: int | None = None,
+    min_drafts: int = 0,
+    max_drafts: int | None = None,
 ) -> None:
     """Share a budget out among the drafts of B requests and lay out the batch, in one launch.
 
-    The drafts that survive most probably are admitted, each with those before it; survival is told
-    apart to one in 4,096, and of equal ones the first request's go first.
+    A draft survives if it and all drafts before it are accepted. The drafts that are likeliest to
+    survive are admitted, each with those before it. Survival is compared in steps of 1 / 4,096; of
+    equal drafts, those of the first request go first.
 
     Args:
-        chances: float32 [R, K], that a draft stands if those before it do.
-        slots: int64 [B], rows of ``chances``.
-        drafts: int32 [B], drafts that a request has.
-        others: int32 [B], tokens of a request beside its drafts.
-        budget: drafts that are admitted; fewer where there are not so many.
-        admitted: int32 [B], takes each request's number.
-        logit_starts: int32 [at least B + 1], takes where the rows of each request's logits begin.
-        query_starts: int32 [at least B + 1], takes where its tokens begin; the end of the last
-            fills the rest.
-        bonus: logits of a request beside those of its drafts.
-        least: first drafts that go before all others.
-        most: first drafts that may be admitted, or None for all.
+        acceptance: float32 [R, K], probability that a draft is accepted if those before it are.
+        slots: int64 [B], the row of ``acceptance`` of each request.
+        drafts: int32 [B], drafts of each request.
+        others: int32 [B], tokens of each request that are verified beside its drafts.
+        budget: drafts to admit in all; fewer are admitted where fewer exist.
+        admitted: int32 [B], output: admitted drafts of each request.
+        logit_starts: int32 [at least B + 1], output: the first row of logits of each request.
+        query_starts: int32 [at least B + 1], output: the first token of each request; entries
+            after B + 1 repeat the end of the last request.
+        bonus: rows of logits of a request beside those of its drafts.
+        min_drafts: drafts of every request that are admitted before all others.
+        max_drafts: drafts of a request that may be admitted, at most; None admits up to K.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    batch = _check(chances, slots, drafts, others, admitted, logit_starts, query_starts)
-    places = chances.shape[1]
+    batch = _check(acceptance, slots, drafts, others, admitted, logit_starts, query_starts)
+    count = acceptance.shape[1]
     _kernel[(1,)](
-        chances,
+        acceptance,
         slots,
         drafts,
         others,
@@ -127,36 +131,36 @@ def admit_drafts(
         budget,
         batch,
         query_starts.shape[0],
-        chances.stride(0),
+        acceptance.stride(0),
         BONUS=bonus,
-        LEAST=least,
-        MOST=places if most is None else most,
+        MIN_DRAFTS=min_drafts,
+        MAX_DRAFTS=count if max_drafts is None else max_drafts,
         LEVELS=LEVELS,
         BITS=BITS,
         BLOCK_REQUESTS=triton.next_power_of_2(max(2, batch)),
-        BLOCK_PLACES=triton.next_power_of_2(max(2, places)),
+        BLOCK_DRAFTS=triton.next_power_of_2(max(2, count)),
         num_warps=4 if batch <= 128 else 16,
     )
 
 
-def compile_ahead(admit: Callable[..., None], chances: Tensor) -> None:
-    """Have ``admit_drafts`` compiled, which is done once for every power of two of requests.
+def compile_ahead(admit: Callable[..., None], acceptance: Tensor) -> None:
+    """Compile ``admit_drafts`` for every power of two of requests, before the first request.
 
     Args:
-        admit: it, with its options.
-        chances: float32 [R, K], as it will be called with.
+        admit: ``admit_drafts``, with the options that it will be called with.
+        acceptance: float32 [R, K], the tensor that it will be called with.
     """
-    batch, device = 1, chances.device
-    while batch < 2 * len(chances):
+    batch, device = 1, acceptance.device
+    while batch < 2 * len(acceptance):
         one = torch.ones(batch, dtype=torch.int32, device=device)
         starts = torch.zeros(batch + 1, dtype=torch.int32, device=device)
         slots = torch.zeros(batch, dtype=torch.int64, device=device)
-        admit(chances, slots, one, one, 1, one.clone(), starts, starts.clone())
+        admit(acceptance, slots, one, one, 1, one.clone(), starts, starts.clone())
         batch *= 2
 
 
 def _check(
-    chances: Tensor,
+    acceptance: Tensor,
     slots: Tensor,
     drafts: Tensor,
     others: Tensor,
@@ -165,8 +169,8 @@ def _check(
     query_starts: Tensor,
 ) -> int:
     batch = slots.shape[0]
-    if chances.dim() != 2 or chances.dtype != torch.float32 or chances.stride(1) != 1:
-        raise ValueError("chances must be float32 [R, K] with contiguous rows")
+    if acceptance.dim() != 2 or acceptance.dtype != torch.float32 or acceptance.stride(1) != 1:
+        raise ValueError("acceptance must be float32 [R, K] with contiguous rows")
     for name, part in (("drafts", drafts), ("others", others), ("admitted", admitted)):
         if part.shape != (batch,) or part.dtype != torch.int32 or not part.is_contiguous():
             raise ValueError(f"{name} must be contiguous int32 [{batch}]")
@@ -177,7 +181,7 @@ def _check(
 
 
 def admit_drafts_naive(
-    chances: Tensor,
+    acceptance: Tensor,
     slots: Tensor,
     drafts: Tensor,
     others: Tensor,
@@ -187,17 +191,17 @@ def admit_drafts_naive(
     query_starts: Tensor,
     *,
     bonus: int = 1,
-    least: int = 0,
-    most: int | None = None,
+    min_drafts: int = 0,
+    max_drafts: int | None = None,
 ) -> None:
     """``admit_drafts`` in plain torch."""
-    batch = _check(chances, slots, drafts, others, admitted, logit_starts, query_starts)
-    place = torch.arange(chances.shape[1], device=chances.device)
-    count = drafts if most is None else drafts.clamp(max=most)
-    is_draft = place < count[:, None]
-    survival = torch.where(is_draft, chances[slots], 0.0).cumprod(dim=1)
+    batch = _check(acceptance, slots, drafts, others, admitted, logit_starts, query_starts)
+    draft = torch.arange(acceptance.shape[1], device=acceptance.device)
+    count = drafts if max_drafts is None else drafts.clamp(max=max_drafts)
+    is_draft = draft < count[:, None]
+    survival = torch.where(is_draft, acceptance[slots], 0.0).cumprod(dim=1)
     rank = (survival * (LEVELS - 1) + 0.5).int()
-    rank = torch.where(place < least, LEVELS + least - place.int(), rank)
+    rank = torch.where(draft < min_drafts, LEVELS + min_drafts - draft.int(), rank)
     rank = torch.where(is_draft, rank, -1).flatten()
     order = rank.argsort(descending=True, stable=True)
     chosen = torch.zeros_like(rank)

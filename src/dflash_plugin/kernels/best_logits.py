@@ -1,22 +1,22 @@
 """The best tokens of rows of logits, which are read once.
 
-A first launch keeps the maximum and the log-sum-exp of every tile of a row; two more find the tiles
-with the largest maxima and look into these, as ``draft_head`` does.
+A first launch keeps the maximum and the log-sum-exp of every tile of a row; ``best_of_tiles`` then
+looks into the tiles with the largest maxima.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin.kernels.draft_head import (
+from dflash_plugin.kernels import with_twin
+from dflash_plugin.kernels.language import tl, triton
+from dflash_plugin.kernels.vocab_topk import (
     MAX_TOP_K,
     HeadChoice,
-    ScoredTiles,
-    bent,
+    Tiles,
     best_of_tiles,
+    soft_capped,
 )
 
 COLUMNS = 128
@@ -43,7 +43,7 @@ def _kernel(
     logit = logit.to(tl.float32)
     is_tile = tile < tiles
     tl.store(maxima + row * tiles + tile, tl.max(logit, axis=1), mask=is_tile)
-    logit = tl.where(inside, bent(logit, scale, softcap), float("-inf"))
+    logit = tl.where(inside, soft_capped(logit, scale, softcap), float("-inf"))
     top = tl.max(logit, axis=1)
     # A tile may hold nothing but -inf.
     base = tl.where(top == float("-inf"), 0.0, top)
@@ -51,6 +51,7 @@ def _kernel(
     tl.store(log_sum_exp + row * tiles + tile, base + tl.log(total), mask=is_tile)
 
 
+@with_twin
 def best_logits(
     logits: Tensor,
     top_k: int,
@@ -65,8 +66,8 @@ def best_logits(
         logits: float32, bfloat16 or float16 [T, V]; rows may be strided.
         top_k: tokens of a row, from 1 to 16.
         first_token: id of the first column.
-        scale: on logits, above zero.
-        softcap: bends logits, or None.
+        scale: multiplies the logits; above zero.
+        softcap: soft-cap of the logits, or None.
 
     Raises:
         ValueError: the last dimension is not contiguous, or ``top_k`` is out of its range or larger
@@ -90,8 +91,9 @@ def best_logits(
             BLOCK_TILES=block,
             num_warps=4,
         )
-    scored = ScoredTiles(logits, None, maxima, log_sum_exp, COLUMNS)
-    return best_of_tiles(scored, top_k, first_token, scale, softcap)
+    return best_of_tiles(
+        Tiles(logits, maxima, log_sum_exp, COLUMNS), top_k, first_token, scale, softcap
+    )
 
 
 def _check(logits: Tensor, top_k: int) -> tuple[int, int]:
@@ -117,5 +119,5 @@ def best_logits_naive(
     ranked = order.values.float() * scale
     if softcap is not None:
         ranked = torch.tanh(ranked / softcap) * softcap
-    best = ranked[:, :top_k]
-    return HeadChoice(order.indices[:, :top_k] + first_token, best, best, ranked.logsumexp(dim=-1))
+    tokens = order.indices[:, :top_k] + first_token
+    return HeadChoice(tokens, ranked[:, :top_k], ranked.logsumexp(dim=-1))

@@ -1,4 +1,4 @@
-"""What several kernels share: norm weights, the norm and rotation of heads, and their tiles."""
+"""What several kernels share: norm and rotation of heads, products and tiles."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+
+from dflash_plugin.kernels.language import tl, triton
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -48,6 +48,25 @@ class Tile(NamedTuple):
         )
 
 
+class NormRope(NamedTuple):
+    """How a drafter norms and rotates heads; the norm's weights are given apart.
+
+    Attributes:
+        inverse_frequencies: float32 [rotary_dim / 2], contiguous; values of a head past
+            ``rotary_dim`` are not rotated.
+        eps: added to the mean square.
+        gemma: multiply by ``1 + weight``.
+        interleaved: rotate neighboring pairs, not the two halves.
+        factor: on cosines and sines.
+    """
+
+    inverse_frequencies: Tensor
+    eps: float
+    gemma: bool = False
+    interleaved: bool = False
+    factor: float = 1.0
+
+
 def check_rotary(positions: Tensor, inverse_frequencies: Tensor, rows: int, head_dim: int) -> None:
     """Raise ValueError unless positions are int64 [rows] and frequencies float32 that fit."""
     if positions.shape != (rows,) or positions.dtype != torch.int64:
@@ -66,17 +85,12 @@ def scaled_weight(weight: Tensor, dtype: torch.dtype, gemma: bool) -> Tensor:
     return (1.0 + weight if gemma else weight).to(dtype)
 
 
-def norm_rotate_naive(
-    x: Tensor,
-    positions: Tensor,
-    weight: Tensor | None,
-    inverse_frequencies: Tensor,
-    eps: float,
-    gemma: bool,
-    interleaved: bool,
-    factor: float,
-) -> Tensor:
-    """Norm and rotation, float32, of heads x [T, heads, head_dim] at positions [T]."""
+def norm_rotate_naive(x: Tensor, positions: Tensor, weight: Tensor | None, how: NormRope) -> Tensor:
+    """Norm and rotation, float32, of heads x [T, heads, head_dim] at positions [T].
+
+    A weight of None leaves out the norm.
+    """
+    inverse_frequencies, eps, gemma, interleaved, factor = how
     if weight is not None:
         x = F.rms_norm(x, weight.shape, scaled_weight(weight, x.dtype, gemma), eps)
     angles = positions[:, None, None].float() * inverse_frequencies
@@ -255,19 +269,12 @@ def stages_that_fit(stages: int, stage_bytes: int, other_bytes: int, device: tor
 
 
 @triton.jit
-def noise_bits(seed, place, index, STREAM: tl.constexpr):
-    """Bits keyed by a request's seed, a position, a stream and an index, which broadcast."""
-    place = place + index * 0
-    low = (place & 0xFFFFFFFF).to(tl.uint32)
-    high = ((place >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    stream = (place * 0 + STREAM).to(tl.uint32)
-    return tl.philox(seed, low, high, stream, (place * 0 + index).to(tl.uint32))
-
-
-@triton.jit
 def uniform(seed, position, STREAM: tl.constexpr):
-    """``sampling.uniforms``, float64."""
-    first, second, _, _ = noise_bits(seed, position, 0, STREAM)
+    """``uniforms_naive``, float64, of seeds and positions of one shape."""
+    low = (position & 0xFFFFFFFF).to(tl.uint32)
+    high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = (position * 0).to(tl.uint32)
+    first, second, _, _ = tl.philox(seed, low, high, (position * 0 + STREAM).to(tl.uint32), zero)
     high_bits = (first >> 6).to(tl.int64) * (1 << 27)
     return (high_bits + (second >> 5).to(tl.int64)).to(tl.float64) * (1.0 / (1 << 53))
 

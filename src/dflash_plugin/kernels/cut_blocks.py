@@ -1,37 +1,38 @@
-"""The rows of blocks that are verified, one request's behind the other's."""
+"""The verify batch compacted to the rows that are verified, one request after the other."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from dflash_plugin.kernels import with_twin
+from dflash_plugin.kernels.language import tl, triton
 
 
 class CutBlocks(NamedTuple):
-    """What is left of B blocks of T rows, N rows in all.
+    """The N verified rows of B blocks of T rows.
 
     Attributes:
         tokens: int64 [N].
-        positions: [N], in their own dtype.
-        slots: [N], in their own dtype.
-        sources: int64 [N], rows of the whole blocks [B * T] that they were.
-        places: int64 [B * T], where each row of the whole blocks lies; those that are cut lie where
-            their block ends.
-        kept: int64 [B, T], the tokens with -1 for those that are cut.
+        positions: [N], in the dtype of the input's.
+        slots: [N], in the dtype of the input's.
+        sources: int64 [N], the row of the whole blocks [B * T] that each was.
+        indices: int64 [B * T], the verified row of each row of the whole blocks; a row that is cut
+            has the last verified row of its block.
+        kept: int64 [B, T], the tokens, with -1 where a row is cut.
     """
 
     tokens: Tensor
     positions: Tensor
     slots: Tensor
     sources: Tensor
-    places: Tensor
+    indices: Tensor
     kept: Tensor
 
 
-@triton.jit(do_not_specialize=["batch", "given", "width"])
+@triton.jit(do_not_specialize=["batch", "given", "verify_length"])
 def _kernel(
     tokens,
     positions,
@@ -42,22 +43,22 @@ def _kernel(
     positions_out,
     slots_out,
     sources_out,
-    places_out,
+    indices_out,
     kept_out,
     batch,
     given,
-    width,
+    verify_length,
     tokens_stride,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0)
     row = tl.arange(0, BLOCK)
-    # Others, and those that pad a captured pass, have an even share each.
+    # Requests that pad a captured pass have ``verify_length`` rows each.
     side = tl.arange(0, 2)
     bound = request + side
     is_given = bound < given + side
-    bounds = tl.load(starts + bound, mask=is_given, other=bound * width)
+    bounds = tl.load(starts + bound, mask=is_given, other=bound * verify_length)
     begin, end = tl.min(bounds, axis=0), tl.max(bounds, axis=0)
     tl.store(starts + bound, bounds, mask=((side == 1) | (bound == 0)) & ~is_given)
     count = end - begin
@@ -73,37 +74,40 @@ def _kernel(
     slot = tl.load(slots + source, mask=is_kept, other=0)
     tl.store(slots_out + begin + row, slot, mask=is_kept)
     tl.store(sources_out + begin + row, source, mask=is_kept)
-    place = begin + tl.minimum(row, count - 1)
-    tl.store(places_out + source, place.to(tl.int64), mask=is_row)
+    index = begin + tl.minimum(row, count - 1)
+    tl.store(indices_out + source, index.to(tl.int64), mask=is_row)
 
 
+@with_twin
 def cut_blocks(
     tokens: Tensor,
     positions: Tensor,
     slots: Tensor,
-    width: int,
+    verify_length: int,
     starts: Tensor,
     requests: Tensor,
     *,
     even: bool,
 ) -> CutBlocks:
-    """Put the rows that are verified of B blocks behind each other, in one launch.
+    """Compact B blocks to the rows that are verified, in one launch.
 
     Args:
         tokens: int64 [B, T], last dimension contiguous.
         positions: int32 or int64 [B * T], contiguous.
         slots: int32 or int64 [B * T], contiguous, where keys and values are written.
-        width: rows of a block on average, of T at most.
-        starts: int32 [at least B + 1], where each block begins, the last of them at B * width;
-            those of requests beyond the batch are filled in, and with ``even`` all.
-        requests: int32 [at least as many as ``starts`` has * width], takes whose each row is.
-        even: every block keeps its first ``width`` rows.
+        verify_length: verified rows of a block on average, from 1 to T.
+        starts: int32 [at least B + 1], the first verified row of each block; entry B is
+            ``B * verify_length``. The entries of requests beyond the batch are filled in, and with
+            ``even`` all entries.
+        requests: int32 [at least (size of ``starts`` - 1) * verify_length], output: the request of
+            each row.
+        even: every block keeps its first ``verify_length`` rows.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    batch, rows = _check(tokens, positions, slots, width, starts, requests)
-    made = _empty(tokens, positions, slots, batch * width)
+    batch, rows = _check(tokens, positions, slots, verify_length, starts, requests)
+    made = _empty(tokens, positions, slots, batch * verify_length)
     capacity = starts.shape[0] - 1
     _kernel[(capacity,)](
         tokens,
@@ -114,7 +118,7 @@ def cut_blocks(
         *made,
         batch,
         0 if even else batch,
-        width,
+        verify_length,
         tokens.stride(0),
         ROWS=rows,
         BLOCK=triton.next_power_of_2(rows),
@@ -129,7 +133,7 @@ def _empty(tokens: Tensor, positions: Tensor, slots: Tensor, size: int) -> CutBl
         positions=positions.new_empty(size),
         slots=slots.new_empty(size),
         sources=tokens.new_empty(size),
-        places=tokens.new_empty(tokens.numel()),
+        indices=tokens.new_empty(tokens.numel()),
         kept=tokens.new_empty(tokens.shape),
     )
 
@@ -138,25 +142,25 @@ def _check(
     tokens: Tensor,
     positions: Tensor,
     slots: Tensor,
-    width: int,
+    verify_length: int,
     starts: Tensor,
     requests: Tensor,
 ) -> tuple[int, int]:
     batch, rows = tokens.shape
     if tokens.dtype != torch.int64 or tokens.stride(1) != 1:
         raise ValueError("tokens must be int64 [B, T] with contiguous rows")
-    if not 1 <= width <= rows:
-        raise ValueError(f"width is {width}: give 1 to {rows}")
+    if not 1 <= verify_length <= rows:
+        raise ValueError(f"verify_length is {verify_length}: give 1 to {rows}")
     for name, part in (("positions", positions), ("slots", slots)):
         if part.shape != (batch * rows,) or not part.is_contiguous():
             raise ValueError(f"{name} must be contiguous [{batch * rows}]")
     capacity = starts.shape[0] - 1
-    for name, part, least in (
+    for name, part, min_size in (
         ("starts", starts, batch + 1),
-        ("requests", requests, capacity * width),
+        ("requests", requests, capacity * verify_length),
     ):
-        if part.dim() != 1 or part.shape[0] < least or part.dtype != torch.int32:
-            raise ValueError(f"{name} must be int32 [{least}] or longer")
+        if part.dim() != 1 or part.shape[0] < min_size or part.dtype != torch.int32:
+            raise ValueError(f"{name} must be int32 [{min_size}] or longer")
     return batch, rows
 
 
@@ -164,30 +168,30 @@ def cut_blocks_naive(
     tokens: Tensor,
     positions: Tensor,
     slots: Tensor,
-    width: int,
+    verify_length: int,
     starts: Tensor,
     requests: Tensor,
     *,
     even: bool,
 ) -> CutBlocks:
     """``cut_blocks`` in plain torch; reads back to the host."""
-    batch, rows = _check(tokens, positions, slots, width, starts, requests)
+    batch, rows = _check(tokens, positions, slots, verify_length, starts, requests)
     capacity = starts.shape[0] - 1
-    shares = torch.arange(capacity + 1, dtype=torch.int32, device=starts.device) * width
+    shares = torch.arange(capacity + 1, dtype=torch.int32, device=starts.device) * verify_length
     if even:
         starts.copy_(shares)
     starts[batch + 1 :] = shares[batch + 1 :]
     counts = starts.diff()
     owners = torch.arange(capacity, dtype=torch.int32, device=starts.device)
-    requests[: capacity * width] = owners.repeat_interleave(counts)
+    requests[: capacity * verify_length] = owners.repeat_interleave(counts)
     row = torch.arange(rows, device=tokens.device)
     is_kept = row < counts[:batch, None]
-    places = starts[:batch, None].long() + torch.minimum(row, counts[:batch, None].long() - 1)
+    indices = starts[:batch, None].long() + torch.minimum(row, counts[:batch, None].long() - 1)
     return CutBlocks(
         tokens=tokens[is_kept],
         positions=positions.view(batch, rows)[is_kept],
         slots=slots.view(batch, rows)[is_kept],
         sources=is_kept.flatten().nonzero().flatten(),
-        places=places.flatten(),
+        indices=indices.flatten(),
         kept=tokens.masked_fill(~is_kept, -1),
     )

@@ -12,18 +12,15 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin.drafter.attention import masked_attention
-from dflash_plugin.drafter.config import LayerAttention
-from dflash_plugin.drafter.masks import WindowFrom, sees_block, sees_context
+from dflash_plugin.kernels import with_twin
 from dflash_plugin.kernels.common import DTYPES, PROGRAMS, dot, dot_precision, stages_that_fit
+from dflash_plugin.kernels.language import tl, triton
 
 INTEGERS = (torch.int32, torch.int64)
 # Query rows that share a key head, which one program holds.
-MOST_ROWS = 256
+MAX_ROWS = 256
 # Parts that the second launch loads at a time, and its warps.
 JOINED_AT_ONCE, JOIN_WARPS = 8, 1
 
@@ -33,34 +30,32 @@ class PagedContext(NamedTuple):
 
     Attributes:
         keys: [num_slots, kv_heads, head_dim], last two dimensions contiguous.
-        values: likewise.
-        page_table: int32 or int64 [R, pages], each request's pages in order of position.
+        values: [num_slots, kv_heads, head_dim], last two dimensions contiguous.
+        slot_table: int32 or int64 [R, positions], the slot of each position of each request.
         lengths: int32 or int64 [B], context positions of each request, which is its anchor's
             position.
-        requests: int32 or int64 [B], rows of ``page_table``, or None for the first B.
-        page_size: slots of a page.
+        requests: int32 or int64 [B], rows of ``slot_table``, or None for the first B.
     """
 
     keys: Tensor
     values: Tensor
-    page_table: Tensor
+    slot_table: Tensor
     lengths: Tensor
     requests: Tensor | None = None
-    page_size: int = 1
 
 
 class Blocks(NamedTuple):
     """Blocks of different lengths, one behind the other.
 
     Attributes:
-        starts: int32 [B + 1], contiguous, where each begins, and the end of the last.
-        requests: int32 [N], contiguous, whose each row is.
-        most: rows that a block has at most.
+        starts: int32 [B + 1], contiguous, the first row of each block, and the end of the last.
+        requests: int32 [N], contiguous, the block of each row, from 0 to B - 1.
+        max_rows: rows of the longest possible block.
     """
 
     starts: Tensor
     requests: Tensor
-    most: int
+    max_rows: int
 
 
 class AttentionTile(NamedTuple):
@@ -119,7 +114,7 @@ def _part_kernel(
     value,
     keys,
     values,
-    page_table,
+    slot_table,
     lengths,
     requests,
     sinks,
@@ -142,9 +137,7 @@ def _part_kernel(
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr,
-    FROM_ANCHOR: tl.constexpr,
     PRECISION: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -186,18 +179,17 @@ def _part_kernel(
     table_row = request
     if requests is not None:
         table_row = tl.load(requests + request).to(tl.int64)
-    table = page_table + table_row * table_stride
+    table = slot_table + table_row * table_stride
     for tile in range(tile_from, tile_to):
         at = first + tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         inside = at < length
-        page = tl.load(table + at // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
-        slot = page * PAGE_SIZE + at % PAGE_SIZE
+        slot = tl.load(table + at, mask=inside, other=0).to(tl.int64)
         mask = inside[:, None] & is_depth[None, :]
         offset = kv_head * HEAD_DIM + depth[None, :]
         k = tl.load(keys + slot[:, None] * keys_stride + offset, mask=mask, other=0.0)
         v = tl.load(values + slot[:, None] * values_stride + offset, mask=mask, other=0.0)
         visible = inside[None, :] & is_row[:, None]
-        if window is not None and not FROM_ANCHOR:
+        if window is not None:
             visible &= (length + row)[:, None] - at[None, :] < window
         best, total, out = _fold(
             queries,
@@ -226,7 +218,7 @@ def _part_kernel(
         distance = row[:, None] - own[None, :]
         if CAUSAL:
             visible &= distance >= 0
-        if window is not None and not FROM_ANCHOR:
+        if window is not None:
             visible &= tl.abs(distance) < window
         best, total, out = _fold(queries, k, v, visible, best, total, out, scale, PRECISION)
     # Until here rows behind a block's last are carried along, which takes fewer registers, as does
@@ -306,15 +298,16 @@ def _join_kernel(
     tl.store(out + place * HEAD_DIM + depth, joined, mask=is_depth)
 
 
+@with_twin
 def draft_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     context: PagedContext,
-    layer: LayerAttention,
     scale: float,
     *,
-    window_from: WindowFrom = "query",
+    causal: bool = False,
+    sliding_window: int | None = None,
     sinks: Tensor | None = None,
     own_slots: Tensor | None = None,
     blocks: Blocks | None = None,
@@ -323,17 +316,17 @@ def draft_attention(
     """Grouped-query attention of B blocks; every row sees its context and its own block.
 
     Scores and softmax are float32; weights are rounded to the values' dtype, as flash attention
-    does. Which keys a row sees is ``visibility``'s rule.
+    does.
 
     Args:
         query: float32, bfloat16 or float16 [B, T, heads, head_dim], of which at most 256 rows share
             a key head; the last two dimensions are contiguous, as in key and value.
         key: of the block's rows, [B, T, kv_heads, head_dim], rotated.
-        value: likewise.
-        context: of every request.
-        layer: causality and window.
+        value: of the block's rows, [B, T, kv_heads, head_dim].
+        context: keys and values of every request before its block.
         scale: on scores.
-        window_from: where a window counts from.
+        causal: a row sees no later row of its block.
+        sliding_window: positions that a row sees on either side, itself included; None sees all.
         sinks: float32 [heads], logits that join each softmax without a value, or None.
         own_slots: int64 [B, T], contiguous, where the block's own keys and values are written on
             the way, none of them a slot of anyone's context; or None.
@@ -370,7 +363,7 @@ def draft_attention(
         value,
         context.keys,
         context.values,
-        context.page_table,
+        context.slot_table,
         context.lengths,
         context.requests,
         sinks,
@@ -386,16 +379,14 @@ def draft_attention(
         _row_stride(value),
         context.keys.stride(0),
         context.values.stride(0),
-        context.page_table.stride(0),
+        context.slot_table.stride(0),
         scale,
-        layer.sliding_window,
+        sliding_window,
         ROWS=rows,
         GROUP=group,
         HEADS=heads,
         HEAD_DIM=head_dim,
-        PAGE_SIZE=context.page_size,
-        CAUSAL=layer.causal,
-        FROM_ANCHOR=window_from == "anchor",
+        CAUSAL=causal,
         PRECISION=dot_precision(query.dtype),
         WHOLE=count == 1,
         BLOCK_ROWS=block_rows,
@@ -416,7 +407,7 @@ def draft_attention(
             out,
             count,
             total_rows,
-            layer.sliding_window,
+            sliding_window,
             ROWS=rows,
             HEADS=heads,
             HEAD_DIM=head_dim,
@@ -471,17 +462,17 @@ def _check(
     if blocks is None:
         batch, rows = places
     else:
-        batch, rows = blocks.starts.shape[0] - 1, blocks.most
+        batch, rows = blocks.starts.shape[0] - 1, blocks.max_rows
         for name, part, size in (
             ("starts", blocks.starts, batch + 1),
             ("requests", blocks.requests, places[0]),
         ):
             if part.shape != (size,) or part.dtype != torch.int32 or not part.is_contiguous():
                 raise ValueError(f"{name} of blocks must be contiguous int32 [{size}]")
-    if heads % kv_heads or rows * (heads // kv_heads) > MOST_ROWS:
+    if heads % kv_heads or rows * (heads // kv_heads) > MAX_ROWS:
         raise ValueError(
             f"{heads} query heads on {kv_heads} key heads with {rows} rows: give whole groups of "
-            f"at most {MOST_ROWS} rows"
+            f"at most {MAX_ROWS} rows"
         )
     for name, part in (("query", query), ("key", key), ("value", value)):
         rows_apart = (
@@ -496,10 +487,8 @@ def _check(
             raise ValueError(f"{name} must be [num_slots, {kv_heads}, {head_dim}]")
     if context.lengths.shape != (batch,) or context.lengths.dtype not in INTEGERS:
         raise ValueError(f"lengths must be int32 or int64 [{batch}]")
-    if context.page_table.dim() != 2:
-        raise ValueError("page_table must be [R, pages]")
-    if context.page_table.stride(-1) != 1:
-        raise ValueError("page_table must have contiguous rows")
+    if context.slot_table.dim() != 2 or context.slot_table.stride(-1) != 1:
+        raise ValueError("slot_table must be [R, positions] with contiguous rows")
     if sinks is not None and (sinks.shape != (heads,) or sinks.dtype != torch.float32):
         raise ValueError(f"sinks must be float32 [{heads}]")
     if own_slots is not None and (
@@ -516,24 +505,25 @@ def draft_attention_naive(
     key: Tensor,
     value: Tensor,
     context: PagedContext,
-    layer: LayerAttention,
     scale: float,
     *,
-    window_from: WindowFrom = "query",
+    causal: bool = False,
+    sliding_window: int | None = None,
     sinks: Tensor | None = None,
     own_slots: Tensor | None = None,
     blocks: Blocks | None = None,
     tile: AttentionTile | None = None,
 ) -> Tensor:
     """``draft_attention`` in plain torch, in float32; reads lengths back to the host."""
-    batch, rows, _, _, _ = _check(query, key, value, context, sinks, own_slots, blocks)
+    checked = _check(query, key, value, context, sinks, own_slots, blocks)
+    batch, rows, heads, kv_heads, _ = checked
     if blocks is not None:
         # One after the other, each a batch of one.
         out, starts = torch.empty_like(query), blocks.starts.tolist()
         for b, (begin, end) in enumerate(pairwise(starts)):
             request = b if context.requests is None else int(context.requests[b])
             one = context._replace(
-                page_table=context.page_table[request][None],
+                slot_table=context.slot_table[request][None],
                 lengths=context.lengths[b : b + 1],
                 requests=None,
             )
@@ -542,30 +532,30 @@ def draft_attention_naive(
                 key[None, begin:end],
                 value[None, begin:end],
                 one,
-                layer,
                 scale,
-                window_from=window_from,
+                causal=causal,
+                sliding_window=sliding_window,
                 sinks=sinks,
                 own_slots=None if own_slots is None else own_slots[None, begin:end],
             )[0]
         return out
     lengths = context.lengths.long()
     longest = int(lengths.max()) if batch else 0
-    place = torch.arange(longest, device=query.device)
-    known = place < lengths[:, None]
+    position = torch.arange(longest, device=query.device)
+    known = position < lengths[:, None]
     index = torch.arange(batch, device=query.device)
     if context.requests is not None:
         index = context.requests.long()
-    pages = context.page_table[index[:, None], place // context.page_size].long()
-    slots = pages * context.page_size + place % context.page_size
-    slots = slots.where(known, 0)
-    anchor = lengths[:, None, None]
+    slots = context.slot_table[index, :longest].long().where(known, 0)
     own = torch.arange(rows, device=query.device)
-    at = anchor + own[None, :, None]
-    before = sees_context(layer, window_from, anchor, at, place[None, None, :])
-    beside = sees_block(layer, window_from, own[None, :, None], own[None, None, :])
-    whole = [part.expand(batch, rows, -1) for part in (before & known[:, None], beside)]
-    mask = torch.cat(whole, dim=-1)
+    before = known[:, None].expand(batch, rows, longest)
+    distance = own[:, None] - own
+    beside = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if sliding_window is not None:
+        row_positions = lengths[:, None, None] + own[:, None]
+        before = before & (row_positions - position < sliding_window)
+        beside = beside & (distance.abs() < sliding_window)
+    mask = torch.cat([before, beside.expand(batch, rows, rows)], dim=-1)
     unknown = ~known[..., None, None]
     keys, values = (
         torch.cat([pool[slots].float().masked_fill(unknown, 0), part.float()], dim=1)
@@ -574,6 +564,12 @@ def draft_attention_naive(
     if own_slots is not None:
         context.keys[own_slots] = key.to(context.keys.dtype)
         context.values[own_slots] = value.to(context.values.dtype)
-    queries, keys, values = (part.transpose(1, 2) for part in (query.float(), keys, values))
-    out = masked_attention(queries, keys, values, mask, scale, sinks)
-    return out.transpose(1, 2).to(query.dtype)
+    group = heads // kv_heads
+    keys, values = (part.repeat_interleave(group, dim=2) for part in (keys, values))
+    scores = torch.einsum("bthd,blhd->bhtl", query.float(), keys) * scale
+    scores = scores.masked_fill(~mask[:, None], float("-inf"))
+    if sinks is not None:
+        column = sinks[:, None, None].expand(batch, heads, rows, 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : keys.shape[1]]
+    return torch.einsum("bhtl,blhd->bthd", weights, values).to(query.dtype)

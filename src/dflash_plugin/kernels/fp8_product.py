@@ -6,12 +6,12 @@ A library's product is made for many rows: with few, it takes up to half again a
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from dflash_plugin.kernels import with_twin
 from dflash_plugin.kernels.common import ProductTile, dot, dot_precision
 from dflash_plugin.kernels.fp8_rows import FP8, Fp8Rows, product_naive
+from dflash_plugin.kernels.language import tl, triton
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -54,6 +54,7 @@ def _tile(rows: int) -> ProductTile:
     return ProductTile(max(16, min(64, triton.next_power_of_2(rows))), 64, 256, 4, 5)
 
 
+@with_twin
 def fp8_product(
     x: Fp8Rows, weight: Fp8Rows, dtype: torch.dtype, *, tile: ProductTile | None = None
 ) -> Tensor:

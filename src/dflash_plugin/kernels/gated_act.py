@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from dflash_plugin.kernels import with_twin
 from dflash_plugin.kernels.common import rounded, row_warps
 from dflash_plugin.kernels.fp8_rows import FP8, RoundedRows, round_rows
+from dflash_plugin.kernels.language import tl, triton
 
 BLOCK = 1024
 
@@ -31,6 +31,7 @@ def _kernel(gate_up, out, scales, row_stride, width, LIMIT: tl.constexpr, BLOCK:
     tl.store(out + row * width + column, product, mask=inside)
 
 
+@with_twin
 def gated_act(gate_up: Tensor, rounds: bool = False) -> Tensor | RoundedRows:
     """``silu(gate) * up``.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin.drafter import convolution
+from dflash_plugin.kernels import with_twin
 from dflash_plugin.kernels.common import rounded, row_warps
 from dflash_plugin.kernels.fp8_rows import FP8, RoundedRows, round_rows
+from dflash_plugin.kernels.language import tl, triton
 
 BLOCK = 1024
 
@@ -29,15 +28,15 @@ def convolved(
     TAPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """``convolution.grouped_convolution`` of a row at ``column``, float32, not rounded."""
-    place = row % block_size
+    """``grouped_convolution_naive`` of a row at ``column``, float32, not rounded."""
+    in_block = row % block_size
     at = dynamic + row * dynamic_stride + column // GROUP
     total = column * 0.0
     for tap in tl.static_range(TAPS):
         weight = tl.load(base + tap * width + column, mask=inside, other=0.0).to(tl.float32)
         weight += tl.load(at + tap * (width // GROUP), mask=inside, other=0.0).to(tl.float32)
-        # Nothing of what lies before the block.
-        seen = column < tl.where(place >= tap, width, 0)
+        # Rows before the block's first count as zero.
+        seen = column < tl.where(in_block >= tap, width, 0)
         value = tl.load(x + (row - tap) * x_stride + column, mask=seen, other=0.0)
         total += weight * value.to(tl.float32)
     return total
@@ -72,18 +71,22 @@ def _kernel(
     tl.store(out + row * width + column, total, mask=inside)
 
 
+@with_twin
 def grouped_convolution(
     x: Tensor, dynamic: Tensor, base: Tensor, block_size: int, rounds: bool = False
 ) -> Tensor | RoundedRows:
-    """``convolution.grouped_convolution`` of rows.
+    """``out[t, c] = sum_k (base[k, c] + dynamic[t, k, group of c]) * x[t - k, c]``.
+
+    A row's own coefficients weigh the rows before it; rows before its block's first count as zero.
 
     Args:
         x: float32, bfloat16 or float16 [T, H], blocks of ``block_size`` rows one after the other;
             rows may be strided.
-        dynamic: [T, taps, groups]; rows may be strided.
+        dynamic: [T, taps, groups]; rows may be strided. A group is ``H / groups`` channels side by
+            side.
         base: [taps, H], contiguous.
         block_size: rows of a block; the last may be shorter.
-        rounds: give FP8 rows, rounded from x's dtype; H is at most 65,536.
+        rounds: return FP8 rows, rounded from x's dtype; H is at most 65,536.
 
     Returns:
         [T, H] in x's dtype, summed in float32 and rounded once.
@@ -141,5 +144,28 @@ def grouped_convolution_naive(
 ) -> Tensor | RoundedRows:
     """``grouped_convolution`` in plain torch."""
     check_convolution(x, dynamic, base, block_size)
-    out = convolution.grouped_convolution(x, dynamic, base, block_size)
+    out = convolve_naive(x, dynamic, base, block_size)
     return round_rows(out) if rounds else out
+
+
+def convolve_naive(x: Tensor, dynamic: Tensor, base: Tensor, block_size: int) -> Tensor:
+    """``grouped_convolution`` of any number of sequences, for training and for any engine.
+
+    Args:
+        x: [..., T, H], blocks of ``block_size`` rows one after the other.
+        dynamic: [..., T, taps, groups].
+        base: [taps, H].
+        block_size: rows of a block; a last block may be shorter.
+
+    Returns:
+        [..., T, H] in x's dtype, summed in float32 and rounded once.
+    """
+    taps, groups = dynamic.shape[-2:]
+    in_block = torch.arange(x.shape[-2], device=x.device)[:, None] % block_size
+    rows = x.float().unflatten(-1, (groups, -1))
+    kernel = base.float().unflatten(-1, (groups, -1)) + dynamic.float()[..., None]
+    total: Tensor = kernel[..., 0, :, :] * rows
+    for tap in range(1, taps):
+        earlier = rows.roll(tap, dims=-3).masked_fill((in_block < tap)[..., None], 0.0)
+        total = total + kernel[..., tap, :, :] * earlier
+    return total.flatten(-2).to(x.dtype)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from dflash_plugin.kernels import with_twin
 from dflash_plugin.kernels.common import (
     DTYPES,
+    NormRope,
     Tile,
     check_rotary,
     copy_scaled,
@@ -24,6 +24,7 @@ from dflash_plugin.kernels.common import (
     tiles_each,
     turns,
 )
+from dflash_plugin.kernels.language import tl, triton
 
 POOL_DTYPES = {**DTYPES, torch.float8_e4m3fn: tl.float8e4nv}
 
@@ -34,10 +35,10 @@ class KVPools:
 
     Attributes:
         keys: per layer, [num_slots, kv_heads, head_dim].
-        values: likewise.
+        values: per layer, [num_slots, kv_heads, head_dim].
         key_table: int64 [layers], addresses of ``keys``, on their device.
-        value_table: int64 [layers].
-        scales: float32 [2, layers], what stored keys and values are divided by; None for one.
+        value_table: int64 [layers], addresses of ``values``.
+        scales: float32 [2, layers], divisors of stored keys and values; None divides nothing.
         key_stride: values from one slot of keys to the next.
         value_stride: values from one slot of values to the next.
         alignment: bytes, a power of two up to 16, that divide every address.
@@ -64,9 +65,9 @@ class KVPools:
         Args:
             keys: per layer, float32, bfloat16, float16 or float8_e4m3fn [num_slots, kv_heads,
                 head_dim]. The last two dimensions are contiguous; slots may lie further apart,
-                alike in all layers.
-            values: likewise.
-            scales: per layer, what its keys and values are divided by, or None for one.
+                equally far in all layers.
+            values: per layer, with the dtype and shape of ``keys``.
+            scales: per layer, the divisors of its keys and of its values; None divides nothing.
 
         Raises:
             ValueError: a pool is not as above.
@@ -202,19 +203,16 @@ def _kernel(
             )
 
 
+@with_twin
 def inject_kv(
     kv: Tensor,
     positions: Tensor,
     slots: Tensor,
     pools: KVPools,
     key_weights: Tensor | None,
-    inverse_frequencies: Tensor,
-    eps: float,
+    how: NormRope,
     *,
     committed: Tensor | None = None,
-    gemma: bool = False,
-    interleaved: bool = False,
-    factor: float = 1.0,
     value_scale: float | None = None,
 ) -> None:
     """Norm and rotate context keys, scale values, and write both to the pools of all layers.
@@ -231,14 +229,10 @@ def inject_kv(
             rows written must not share a slot.
         pools: where to write.
         key_weights: [layers, head_dim], or None for no norm.
-        inverse_frequencies: float32 [rotary_dim / 2]; values past ``rotary_dim`` do not turn.
-        eps: added to the mean square.
+        how: norm and rotation.
         committed: int32 [B], or None for all. T is then B times the rows of a request, and of each
             request's rows only the first ``committed`` are written.
-        gemma: multiply by ``1 + weight``.
-        interleaved: pairs are neighbors, not the two halves.
-        factor: on cosines and sines.
-        value_scale: on values, or None to leave them.
+        value_scale: multiplies the values; None leaves them as they are.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or a tensor is not contiguous.
@@ -252,11 +246,11 @@ def inject_kv(
         key_weights.shape != (layers, head_dim) or not key_weights.is_contiguous()
     ):
         raise ValueError(f"key_weights must be contiguous [{layers}, {head_dim}]")
-    check_rotary(positions, inverse_frequencies, rows, head_dim)
+    check_rotary(positions, how.inverse_frequencies, rows, head_dim)
     rows_per_request = _rows_per_request(rows, committed)
     if rows == 0:
         return
-    half = inverse_frequencies.numel()
+    half = how.inverse_frequencies.numel()
     tile = Tile.of(kv_heads, head_dim, half)
     head_tiles = triton.cdiv(kv_heads, tile.heads)
     each = tiles_each(rows, layers * head_tiles)
@@ -267,14 +261,14 @@ def inject_kv(
         pools.key_table,
         pools.value_table,
         key_weights,
-        inverse_frequencies,
+        how.inverse_frequencies,
         committed,
         rows_per_request,
         pools.scales,
         pools.key_stride,
         pools.value_stride,
-        eps,
-        factor,
+        how.eps,
+        how.factor,
         value_scale,
         each,
         POOL=POOL_DTYPES[pools.dtype],
@@ -289,8 +283,8 @@ def inject_kv(
         BLOCK_HEAD_DIM=tile.head_dim,
         BLOCK_HALF=tile.half,
         BLOCK_REST=tile.rest,
-        GEMMA=gemma,
-        INTERLEAVED=interleaved,
+        GEMMA=how.gemma,
+        INTERLEAVED=how.interleaved,
         num_warps=tile.warps,
     )
 
@@ -317,13 +311,9 @@ def inject_kv_naive(
     slots: Tensor,
     pools: KVPools,
     key_weights: Tensor | None,
-    inverse_frequencies: Tensor,
-    eps: float,
+    how: NormRope,
     *,
     committed: Tensor | None = None,
-    gemma: bool = False,
-    interleaved: bool = False,
-    factor: float = 1.0,
     value_scale: float | None = None,
 ) -> None:
     """``inject_kv`` in plain torch; reads slots back to the host."""
@@ -335,9 +325,7 @@ def inject_kv_naive(
     for layer, (key_pool, value_pool) in enumerate(zip(pools.keys, pools.values, strict=True)):
         key, value = kv[wanted, layer].unbind(1)
         weight = None if key_weights is None else key_weights[layer]
-        key = norm_rotate_naive(
-            key, positions, weight, inverse_frequencies, eps, gemma, interleaved, factor
-        )
+        key = norm_rotate_naive(key, positions, weight, how)
         value = value.float() if value_scale is None else value.float() * value_scale
         if pools.scales is not None:
             key, value = key / pools.scales[0, layer], value / pools.scales[1, layer]

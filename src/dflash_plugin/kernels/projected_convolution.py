@@ -10,16 +10,14 @@ from __future__ import annotations
 from typing import TypeGuard
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from dflash_plugin.drafter import convolution
+from dflash_plugin.kernels import with_twin
 from dflash_plugin.kernels.common import dot, dot_precision, overlap, rounded, row_warps
 from dflash_plugin.kernels.fp8_rows import FP8, RoundedRows, round_rows
-from dflash_plugin.kernels.grouped_convolution import BLOCK
+from dflash_plugin.kernels.grouped_convolution import BLOCK, convolve_naive
+from dflash_plugin.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
 
 # Rows beyond which a library's product is faster.
 FEW_ROWS = 64
@@ -111,7 +109,7 @@ def _convolution_kernel(
 ):
     DTYPE: tl.constexpr = x.dtype.element_ty
     row = tl.program_id(0)
-    place = row % block_size
+    in_block = row % block_size
     group = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     member = tl.arange(0, BLOCK_GROUP)[None, :]
     is_group = group < groups
@@ -126,8 +124,8 @@ def _convolution_kernel(
         column = tap * groups + group
         moving = _summed(parts, column, is_group, rows * columns, SHARES, DTYPE)
         fixed = tl.load(base + tap * width + channel, mask=inside, other=0.0).to(tl.float32)
-        # Nothing of what lies before the block.
-        seen = inside & (channel < tl.where(place >= tap, width, 0))
+        # Rows before the block's first count as zero.
+        seen = inside & (channel < tl.where(in_block >= tap, width, 0))
         value = tl.load(x + (row - tap) * x_stride + channel, mask=seen, other=0.0)
         total += (fixed + moving[:, None]) * value.to(tl.float32)
         kept = _summed(parts, TAPS * groups + column, is_group, rows * columns, SHARES, DTYPE)
@@ -155,6 +153,7 @@ def projects(weight: object, x: Tensor) -> TypeGuard[Tensor]:
     )
 
 
+@with_twin
 def projected_convolution(
     x: Tensor, weight: Tensor, base: Tensor, block_size: int, rounds: bool = False
 ) -> tuple[Tensor | RoundedRows, Tensor]:
@@ -260,5 +259,5 @@ def projected_convolution_naive(
     taps, groups = _check(x, weight, base, block_size)
     kernels = F.linear(x, weight).unflatten(-1, (2, taps, groups))
     before, after = kernels.unbind(1)
-    out = convolution.grouped_convolution(x, before, base, block_size)
+    out = convolve_naive(x, before, base, block_size)
     return round_rows(out) if rounds else out, after.contiguous()

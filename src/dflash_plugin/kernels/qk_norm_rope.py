@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from dflash_plugin.kernels import with_twin
 from dflash_plugin.kernels.common import (
+    NormRope,
     Tile,
     check_rotary,
     copy_scaled,
@@ -15,6 +15,7 @@ from dflash_plugin.kernels.common import (
     tiles_each,
     turns,
 )
+from dflash_plugin.kernels.language import tl, triton
 
 
 @triton.jit(do_not_specialize=["each"])
@@ -81,20 +82,15 @@ def _kernel(
             copy_scaled(values, values, alive, value_scale, HEAD_DIM, BLOCK_HEAD_DIM)
 
 
+@with_twin
 def qk_norm_rope(
     qkv: Tensor,
     positions: Tensor,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    inverse_frequencies: Tensor,
+    weights: tuple[Tensor, Tensor] | None,
+    how: NormRope,
     heads: int,
     kv_heads: int,
-    head_dim: int,
-    eps: float,
     *,
-    gemma: bool = False,
-    interleaved: bool = False,
-    factor: float = 1.0,
     value_scale: float | None = None,
 ) -> None:
     """Norm and rotate queries and keys of ``qkv`` in place, and scale its values.
@@ -105,33 +101,20 @@ def qk_norm_rope(
         qkv: float32, bfloat16 or float16 [T, (heads + 2 * kv_heads) * head_dim]; rows may be
             strided.
         positions: int64 [T].
-        query_weight: [head_dim], or None with ``key_weight`` for no norm.
-        key_weight: [head_dim] or None.
-        inverse_frequencies: float32 [rotary_dim / 2]; values past ``rotary_dim`` do not turn.
+        weights: the norms' of queries and of keys, each [head_dim]; None for no norm.
+        how: norm and rotation.
         heads: query heads.
         kv_heads: key heads, and as many value heads.
-        head_dim: any size.
-        eps: added to the mean square.
-        gemma: multiply by ``1 + weight``.
-        interleaved: pairs are neighbors, not the two halves.
-        factor: on cosines and sines.
-        value_scale: on values, or None to leave them.
+        value_scale: multiplies the values; None leaves them as they are.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the last dimension is not contiguous.
     """
-    rows = qkv.shape[0]
-    if qkv.shape != (rows, (heads + 2 * kv_heads) * head_dim) or qkv.stride(1) != 1:
-        raise ValueError("qkv must be [T, (heads + 2 * kv_heads) * head_dim], contiguous in rows")
-    if (query_weight is None) != (key_weight is None):
-        raise ValueError("give both norm weights or neither")
-    for weight in (query_weight, key_weight):
-        if weight is not None and (weight.shape != (head_dim,) or not weight.is_contiguous()):
-            raise ValueError(f"norm weights must be contiguous [{head_dim}]")
-    check_rotary(positions, inverse_frequencies, rows, head_dim)
+    rows, head_dim = _check(qkv, positions, weights, how, heads, kv_heads)
     if rows == 0:
         return
-    half = inverse_frequencies.numel()
+    query_weight, key_weight = weights or (None, None)
+    half = how.inverse_frequencies.numel()
     tile = Tile.of(max(heads, kv_heads), head_dim, half)
     query_tiles, key_tiles = triton.cdiv(heads, tile.heads), triton.cdiv(kv_heads, tile.heads)
     value_tiles = 0 if value_scale is None else key_tiles
@@ -142,10 +125,10 @@ def qk_norm_rope(
         positions,
         query_weight,
         key_weight,
-        inverse_frequencies,
+        how.inverse_frequencies,
         qkv.stride(0),
-        eps,
-        factor,
+        how.eps,
+        how.factor,
         value_scale,
         each,
         HEADS=heads,
@@ -159,36 +142,48 @@ def qk_norm_rope(
         BLOCK_HEAD_DIM=tile.head_dim,
         BLOCK_HALF=tile.half,
         BLOCK_REST=tile.rest,
-        GEMMA=gemma,
-        INTERLEAVED=interleaved,
+        GEMMA=how.gemma,
+        INTERLEAVED=how.interleaved,
         num_warps=tile.warps,
     )
+
+
+def _check(
+    qkv: Tensor,
+    positions: Tensor,
+    weights: tuple[Tensor, Tensor] | None,
+    how: NormRope,
+    heads: int,
+    kv_heads: int,
+) -> tuple[int, int]:
+    """Rows and head_dim."""
+    rows, width = qkv.shape
+    all_heads = heads + 2 * kv_heads
+    if width % all_heads or qkv.stride(1) != 1:
+        raise ValueError("qkv must be [T, (heads + 2 * kv_heads) * head_dim], contiguous in rows")
+    head_dim = width // all_heads
+    for weight in weights or ():
+        if weight.shape != (head_dim,) or not weight.is_contiguous():
+            raise ValueError(f"norm weights must be contiguous [{head_dim}]")
+    check_rotary(positions, how.inverse_frequencies, rows, head_dim)
+    return rows, head_dim
 
 
 def qk_norm_rope_naive(
     qkv: Tensor,
     positions: Tensor,
-    query_weight: Tensor | None,
-    key_weight: Tensor | None,
-    inverse_frequencies: Tensor,
+    weights: tuple[Tensor, Tensor] | None,
+    how: NormRope,
     heads: int,
     kv_heads: int,
-    head_dim: int,
-    eps: float,
     *,
-    gemma: bool = False,
-    interleaved: bool = False,
-    factor: float = 1.0,
     value_scale: float | None = None,
 ) -> None:
     """``qk_norm_rope`` in plain torch."""
+    _, head_dim = _check(qkv, positions, weights, how, heads, kv_heads)
     split = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
     query, key, value = split
-    for part, weight in ((query, query_weight), (key, key_weight)):
-        part.copy_(
-            norm_rotate_naive(
-                part, positions, weight, inverse_frequencies, eps, gemma, interleaved, factor
-            )
-        )
+    for part, weight in zip((query, key), weights or (None, None), strict=True):
+        part.copy_(norm_rotate_naive(part, positions, weight, how))
     if value_scale is not None:
         value.mul_(value_scale)

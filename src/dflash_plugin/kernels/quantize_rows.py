@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from dflash_plugin.kernels import with_twin
 from dflash_plugin.kernels.common import rounded, row_warps
 from dflash_plugin.kernels.fp8_rows import FP8, Fp8Rows, quantize
+from dflash_plugin.kernels.language import tl, triton
 
 
 @triton.jit
@@ -22,6 +22,7 @@ def _kernel(x, values, scales, x_stride, width, LIMIT: tl.constexpr, BLOCK: tl.c
     tl.store(values + row * width + column, value, mask=inside)
 
 
+@with_twin
 def quantize_rows(x: Tensor) -> Fp8Rows:
     """FP8 rows, scaled so that each row's largest value is FP8's largest.
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from dflash_plugin.adaptive.acceptance_model import LEAST, MOST
-from dflash_plugin.drafter import selector
+from dflash_plugin.kernels import with_twin
 from dflash_plugin.kernels.common import dot
+from dflash_plugin.kernels.language import tl, triton
+from dflash_plugin.kernels.reference import MAX_CONFIDENCE, MIN_CONFIDENCE, confidence, sample
 
 # Candidates of a position.
 MAX_CANDIDATES = 32
@@ -29,10 +28,10 @@ class Path(NamedTuple):
 
     Attributes:
         tokens: int64 [B, K].
-        scores: float32 [B, K, C], of the candidates after the token before.
+        scores: float32 [B, K, C], of the candidates given the token before.
         probs: float32 [B, K, C], the distribution that each token was drawn from, all on one where
             the temperature is 0; None where nothing is drawn.
-        confidence: float32 [B, K], log-odds of the likeliest candidate, see ``Proposal``.
+        confidence: float32 [B, K], log-odds of the likeliest candidate at temperature 1.
     """
 
     tokens: Tensor
@@ -49,8 +48,8 @@ def _best(scores, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _softmax(scores, heat, AXIS: tl.constexpr):
-    scaled = scores / heat
+def _softmax(scores, temperature, AXIS: tl.constexpr):
+    scaled = scores / temperature
     weight = tl.exp(scaled - tl.expand_dims(tl.max(scaled, axis=AXIS), AXIS))
     return weight / tl.expand_dims(tl.sum(weight, axis=AXIS), AXIS)
 
@@ -78,23 +77,23 @@ def _kernel(
     anchor_stride,
     predecessor_stride,
     successor_stride,
-    LEAST: tl.constexpr,
-    MOST: tl.constexpr,
+    MIN_CONFIDENCE: tl.constexpr,
+    MAX_CONFIDENCE: tl.constexpr,
     PRECISION: tl.constexpr,
-    PLACES: tl.constexpr,
+    POSITIONS: tl.constexpr,
     BLOCK: tl.constexpr,
     SHARES: tl.constexpr,
     SHARE: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1)
-    row = request * count + place
+    step = tl.program_id(1)
+    row = request * count + step
     choice = tl.arange(0, BLOCK)
     is_choice = choice < choices
     token = tl.load(candidates + row * choices + choice, mask=is_choice, other=0)
-    # Any candidate of the place before the first stands for the anchor.
+    # Before the first position, every candidate stands for the anchor.
     anchor = tl.load(anchors + request * anchor_stride)
-    follows = choice < tl.where(place > 0, choices, 0)
+    follows = choice < tl.where(step > 0, choices, 0)
     before = tl.load(candidates + (row - 1) * choices + choice, mask=follows, other=anchor)
     # Of [a warp's share of the rank, the candidate before, the candidate].
     parts = tl.zeros((SHARES, BLOCK, BLOCK), dtype=tl.float32)
@@ -112,49 +111,50 @@ def _kernel(
     scores = tl.sum(parts, axis=0) + logit.to(tl.float32)[None, :]
     following = _best(scores, 1)
     if temperature is not None:
-        heat = tl.load(temperature + request)
-        if heat > 0:
-            probs = _softmax(scores, heat, 1)
+        request_temperature = tl.load(temperature + request)
+        if request_temperature > 0:
+            probs = _softmax(scores, request_temperature, 1)
             cumulative = tl.cumsum(probs.to(tl.float64), axis=1)
             noise = tl.load(u + row).to(tl.float64)
             threshold = noise * tl.max(cumulative, axis=1)
             drawn = tl.sum((cumulative <= threshold[:, None]).to(tl.int32), axis=1)
             last = tl.max(tl.where(probs > 0, choice[None, :], 0), axis=1)
             following = tl.minimum(drawn, last)
-    at = (row * BLOCK + choice[:, None]) * BLOCK + choice[None, :]
-    tl.store(all_scores + at, scores)
+    pair = (row * BLOCK + choice[:, None]) * BLOCK + choice[None, :]
+    tl.store(all_scores + pair, scores)
     tl.store(followers + row * BLOCK + choice, following.to(tl.int8))
     tl.debug_barrier()  # Every warp's stores come before what tells of them.
     if tl.atomic_add(done + request, 1, sem="acq_rel") == count - 1:
-        places = tl.arange(0, PLACES)
-        is_place = places < count
-        rows = request * count + places
-        came_from = tl.zeros((PLACES,), dtype=tl.int32)
+        position = tl.arange(0, POSITIONS)
+        is_position = position < count
+        rows = request * count + position
+        came_from = tl.zeros((POSITIONS,), dtype=tl.int32)
         index = tl.zeros((), dtype=tl.int32)
-        for step in range(count):
-            came_from = tl.where(places == step, index, came_from)
-            index = tl.load(followers + (request * count + step) * BLOCK + index).to(tl.int32)
+        for at in range(count):
+            came_from = tl.where(position == at, index, came_from)
+            index = tl.load(followers + (request * count + at) * BLOCK + index).to(tl.int32)
         before_at = rows * BLOCK + came_from
-        chosen = tl.load(followers + before_at, mask=is_place, other=0).to(tl.int32)
-        chosen_token = tl.load(candidates + rows * choices + chosen, mask=is_place, other=0)
-        tl.store(tokens_out + rows, chosen_token, mask=is_place)
-        realised_at = all_scores + before_at[:, None] * BLOCK + choice[None, :]
-        realised = tl.load(realised_at, mask=is_place[:, None], other=0.0)
+        chosen = tl.load(followers + before_at, mask=is_position, other=0).to(tl.int32)
+        chosen_token = tl.load(candidates + rows * choices + chosen, mask=is_position, other=0)
+        tl.store(tokens_out + rows, chosen_token, mask=is_position)
+        realized_at = all_scores + before_at[:, None] * BLOCK + choice[None, :]
+        realized = tl.load(realized_at, mask=is_position[:, None], other=0.0)
         out = rows[:, None] * choices + choice[None, :]
-        is_out = is_place[:, None] & is_choice[None, :]
-        tl.store(scores_out + out, realised, mask=is_out)
+        is_out = is_position[:, None] & is_choice[None, :]
+        tl.store(scores_out + out, realized, mask=is_out)
         if probs_out is not None:
             share = (choice[None, :] == chosen[:, None]).to(tl.float32)
-            if heat > 0:
-                share = _softmax(realised, heat, 1)
+            if request_temperature > 0:
+                share = _softmax(realized, request_temperature, 1)
             tl.store(probs_out + out, share, mask=is_out)
-        is_best = choice[None, :] == _best(realised, 1)[:, None]
-        others = tl.where(is_best, float("-inf"), realised) - tl.max(realised, axis=1)[:, None]
+        is_best = choice[None, :] == _best(realized, 1)[:, None]
+        others = tl.where(is_best, float("-inf"), realized) - tl.max(realized, axis=1)[:, None]
         odds = -tl.log(tl.sum(tl.exp(others), axis=1))
-        odds = tl.minimum(tl.maximum(odds, LEAST), MOST)
-        tl.store(confidence_out + rows, odds, mask=is_place)
+        odds = tl.minimum(tl.maximum(odds, MIN_CONFIDENCE), MAX_CONFIDENCE)
+        tl.store(confidence_out + rows, odds, mask=is_position)
 
 
+@with_twin
 def select_path(
     candidates: Tensor,
     logits: Tensor,
@@ -165,25 +165,38 @@ def select_path(
     temperature: Tensor | None = None,
     u: Tensor | None = None,
 ) -> Path:
-    """``selector.select_path``, one program a position.
+    """Walk each block from its anchor, taking or drawing one candidate a position.
+
+    The score of a candidate c after token p at position t is ``logit[t, c] + <A[p] * gate[t],
+    B[c]>`` with codebooks A and B. Scores and probabilities are float32. Drawing is by inverse CDF
+    in the candidates' order. Source: ``CandidateSelector`` of PyPI dflash 0.1.0.
 
     Args:
-        candidates: int64 [B, K, C], contiguous, different token ids of a position; C is at most 32.
+        candidates: int64 [B, K, C], contiguous, different token ids of a position. The kernel takes
+            at most ``MAX_CANDIDATES``, the twin any number.
         logits: [B, K, C], contiguous, of the candidates, scaled and capped.
         gates: [B, K, R], contiguous, the projected hidden states.
         anchors: int64 [B], the tokens before the first position.
         predecessors: float32, bfloat16 or float16 [V, R], a row for each token that may come
             before; rows may be strided.
-        successors: alike, a row for each candidate.
+        successors: [V, R], a row for each candidate; rows may be strided.
         temperature: float32 [B], rows at 0 take the best; None takes it everywhere.
         u: float32 or float64 [B, K] in [0, 1), contiguous, the noise of draws; goes with
             ``temperature``.
 
     Raises:
-        ValueError: shapes or dtypes do not fit or memory is not laid out so.
+        ValueError: shapes, dtypes or, for the kernel, strides do not fit.
     """
     _check(candidates, logits, gates, anchors, predecessors, successors, temperature, u)
     (batch, count, choices), device = candidates.shape, candidates.device
+    if choices > MAX_CANDIDATES:
+        raise ValueError(f"{choices} candidates: the kernel takes 1 to {MAX_CANDIDATES} candidates")
+    if not all(part.is_contiguous() for part in (candidates, logits, gates)):
+        raise ValueError("candidates, logits and gates must be contiguous")
+    if predecessors.stride(1) != 1 or successors.stride(1) != 1:
+        raise ValueError("predecessors and successors must have contiguous rows")
+    if u is not None and not u.is_contiguous():
+        raise ValueError("u must be contiguous")
     scores = torch.empty(candidates.shape, dtype=torch.float32, device=device)
     path = Path(
         tokens=torch.empty(batch, count, dtype=torch.int64, device=device),
@@ -215,10 +228,10 @@ def select_path(
         anchors.stride(0),
         predecessors.stride(0),
         successors.stride(0),
-        LEAST=LEAST,
-        MOST=MOST,
+        MIN_CONFIDENCE=MIN_CONFIDENCE,
+        MAX_CONFIDENCE=MAX_CONFIDENCE,
         PRECISION="tf32x3",
-        PLACES=triton.next_power_of_2(count),
+        POSITIONS=triton.next_power_of_2(count),
         BLOCK=block,
         SHARES=whole // share,
         SHARE=share,
@@ -238,30 +251,28 @@ def _check(
     u: Tensor | None,
 ) -> None:
     batch, count, choices = candidates.shape
-    if candidates.dtype != torch.int64 or not 1 <= choices <= MAX_CANDIDATES or count == 0:
+    if candidates.dtype != torch.int64 or choices == 0 or count == 0:
         raise ValueError(
             f"candidates are {candidates.dtype} {list(candidates.shape)}: give int64 [B, K, C], at "
-            f"least one position and 1 to {MAX_CANDIDATES} candidates of each"
+            "least one position and one candidate of each"
         )
     if logits.shape != candidates.shape:
         raise ValueError(f"logits must be {list(candidates.shape)}")
     rank = predecessors.shape[1]
     if gates.shape != (batch, count, rank):
         raise ValueError(f"gates must be [{batch}, {count}, {rank}]")
-    if not all(part.is_contiguous() for part in (candidates, logits, gates)):
-        raise ValueError("candidates, logits and gates must be contiguous")
     if anchors.shape != (batch,) or anchors.dtype != torch.int64:
         raise ValueError(f"anchors must be int64 [{batch}]")
-    if successors.shape[1] != rank or predecessors.stride(1) != 1 or successors.stride(1) != 1:
-        raise ValueError("predecessors and successors must be [V, R] with contiguous rows")
+    if successors.shape[1] != rank:
+        raise ValueError("predecessors and successors must be [V, R]")
     if (temperature is None) != (u is None):
         raise ValueError("temperature and u go together")
     if temperature is not None and (
         temperature.shape != (batch,) or temperature.dtype != torch.float32
     ):
         raise ValueError(f"temperature must be float32 [{batch}]")
-    if u is not None and (u.shape != (batch, count) or not u.is_contiguous()):
-        raise ValueError(f"u must be contiguous [{batch}, {count}]")
+    if u is not None and u.shape != (batch, count):
+        raise ValueError(f"u must be [{batch}, {count}]")
 
 
 def select_path_naive(
@@ -276,7 +287,43 @@ def select_path_naive(
 ) -> Path:
     """``select_path`` in plain torch."""
     _check(candidates, logits, gates, anchors, predecessors, successors, temperature, u)
-    found = selector.select_path(
-        candidates, logits, gates, anchors, predecessors, successors, temperature, u
-    )
-    return Path(found.tokens, found.scores, found.probs, found.confidence)
+    rows = successors[candidates].float()
+    previous = anchors
+    tokens: list[Tensor] = []
+    scores: list[Tensor] = []
+    probs: list[Tensor] = []
+    for step in range(candidates.shape[1]):
+        scores.append(
+            candidate_scores(logits[:, step], gates[:, step], predecessors[previous], rows[:, step])
+        )
+        if temperature is None or u is None:
+            chosen = scores[-1].argmax(dim=-1)
+        else:
+            probs.append(_distribution(scores[-1], temperature))
+            chosen = sample(probs[-1], u[:, step])
+        previous = candidates[:, step].gather(-1, chosen[:, None])[:, 0]
+        tokens.append(previous)
+    drawn_from = torch.stack(probs, dim=1) if probs else None
+    all_scores = torch.stack(scores, dim=1)
+    return Path(torch.stack(tokens, dim=1), all_scores, drawn_from, confidence(all_scores))
+
+
+def candidate_scores(logits: Tensor, gates: Tensor, before: Tensor, rows: Tensor) -> Tensor:
+    """``logits + <before * gates, rows>``, float32 [..., C].
+
+    Args:
+        logits: [..., C], of the candidates, scaled and capped.
+        gates: [..., R], the projected hidden states.
+        before: [..., R], codebook rows of the tokens before.
+        rows: [..., C, R], codebook rows of the candidates.
+    """
+    context = before.float() * gates.float()
+    return logits.float() + torch.einsum("...r,...cr->...c", context, rows.float())
+
+
+def _distribution(scores: Tensor, temperature: Tensor) -> Tensor:
+    """Probabilities [B, C] of scores [B, C]; all on the best where the temperature [B] is 0."""
+    is_greedy = (temperature == 0)[:, None]
+    best = torch.zeros_like(scores).scatter(-1, scores.argmax(dim=-1, keepdim=True), 1.0)
+    drawn = torch.softmax(scores / torch.where(is_greedy, 1.0, temperature[:, None]), dim=-1)
+    return torch.where(is_greedy, best, drawn)

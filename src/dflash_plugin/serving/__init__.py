@@ -1,4 +1,4 @@
-"""What the engine adapters share: a hosted drafter, its start-up check and its acceptance."""
+"""What the engine adapters share: preparing, loading, checking and watching a drafter."""
 
-# The plugin's entry in configurations, and in what a server tells of itself.
+# The plugin's key in engine configurations and in a server's own description.
 KEY = "dflash_plugin"

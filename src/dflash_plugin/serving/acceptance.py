@@ -1,4 +1,4 @@
-"""Judges acceptance while an engine serves."""
+"""Watches the acceptance length while an engine serves."""
 
 from __future__ import annotations
 
@@ -8,27 +8,36 @@ from dflash_plugin.serving.drafter_spec import DrafterSpec
 
 
 class AcceptanceWatch:
-    """Judges acceptance over windows of verify passes.
+    """Compares the acceptance length of each window of verify passes with the expected one.
 
     Args:
-        info: the drafter, with its expectation and options.
+        spec: the drafter, with its expected acceptance length and options.
+
+    Attributes:
+        acceptance_length: τ of the last whole window; None before the first one.
+        warnings: windows that were far below the expected acceptance length.
     """
 
-    def __init__(self, info: DrafterSpec) -> None:
-        self.expected = info.expected_acceptance_length
-        self.share = info.options.acceptance_warning
-        self.window = info.options.acceptance_window
+    def __init__(self, spec: DrafterSpec) -> None:
+        self.expected = spec.expected_acceptance_length
+        self.share = spec.options.acceptance_warning
+        self.window = spec.options.acceptance_window
         self.passes = 0
         self.accepted: list[int] = []
         self.acceptance_length: float | None = None
         self.warnings = 0
 
     def observe(self, passes: int, accepted_by_position: Sequence[int]) -> str | None:
-        """Add verify passes; what to warn of at the end of a window that went badly.
+        """Add verify passes.
 
         Args:
-            passes: verify passes.
-            accepted_by_position: how many of them accepted the draft at each position.
+            passes: number of verify passes, one per request and step.
+            accepted_by_position: [num_draft_tokens], how many of these passes accepted the draft
+                at each position.
+
+        Returns:
+            A warning where these passes complete a window that is far below the expected
+            acceptance length, else None.
         """
         self.passes += passes
         old = self.accepted or [0] * len(accepted_by_position)
@@ -43,12 +52,17 @@ class AcceptanceWatch:
         self.warnings += 1
         return (
             f"acceptance length is {self.acceptance_length:.2f} over the last {self.window} "
-            f"verify passes, the drafter's own record is {self.expected:.2f}: {likely(rates)}"
+            f"verify passes, the drafter's own record is {self.expected:.2f}: "
+            f"{probable_cause(rates)}"
         )
 
 
-def likely(rates: Sequence[float]) -> str:
-    """The likely cause of low acceptance, from the share of passes accepting each position."""
+def probable_cause(rates: Sequence[float]) -> str:
+    """The probable cause of low acceptance.
+
+    Args:
+        rates: share of verify passes that accepted the draft at each position.
+    """
     if rates[0] < 0.1:
         return (
             "hardly any first draft is accepted, so the drafter probably belongs to another "

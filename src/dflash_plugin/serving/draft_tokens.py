@@ -1,36 +1,41 @@
-"""The likeliest tokens under an engine's head, without logits where that is faster."""
+"""Draft tokens under an engine's head, without materialized logits where that is faster."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dflash_plugin import kernels
-from dflash_plugin.decoding.sampling import Stream, uniforms
 from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.kernels.best_logits import best_logits
+from dflash_plugin.kernels.draft_head import draft_head
+from dflash_plugin.kernels.quantize_rows import quantize_rows
+from dflash_plugin.kernels.select_path import (
+    MAX_CANDIDATES,
+    Path,
+    select_path,
+    select_path_naive,
+)
+from dflash_plugin.kernels.uniforms import Stream, uniforms
+from dflash_plugin.kernels.vocab_topk import MAX_TOP_K, HeadChoice
 from dflash_plugin.serving.fp8_weights import Fp8Method, rows_of
 
-if TYPE_CHECKING:
-    from dflash_plugin.drafter.selector import Proposal
-    from dflash_plugin.kernels.draft_head import HeadChoice
-    from dflash_plugin.kernels.select_path import Path
-
-# Rows beyond which a library's product and an argmax are faster than draft_head.
+# With more rows, a library's product and an argmax are faster than draft_head.
 FEW_ROWS = 128
 FEW_ROWS_IN_FP8 = 512
 
 
 class Candidates(NamedTuple):
-    """What a selector chooses among, of rows that draft.
+    """What a selector chooses among, for T rows that draft.
 
     Attributes:
-        tokens: int64 [T, C], the likeliest, ids of the target.
-        logits: float32 [T, C], scaled and bent.
+        tokens: int64 [T, C], the likeliest tokens, ids of the target.
+        logits: float32 [T, C], with the drafter's scale and soft-cap.
         gates: [T, R], the selector's projection of the rows.
     """
 
@@ -39,14 +44,22 @@ class Candidates(NamedTuple):
     gates: Tensor
 
     def first(self, rows: int) -> Candidates:
-        """Those of so many rows."""
+        """The candidates of the first ``rows`` rows."""
         return Candidates(*(part[:rows] for part in self))
 
 
 def _beside(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Start what takes little of a GPU beside what is launched until its result is asked for.
+    """Run a small computation on a second stream, beside what is launched on the current one.
 
-    The result's memory is the second stream's, which waits for the first before it is used again.
+    The second stream owns the result's memory; it waits for the current stream before it starts, so
+    that the memory is not reused too early.
+
+    Args:
+        run: makes the result.
+        device: where it runs; on a CPU it runs at once.
+
+    Returns:
+        A function that makes the current stream wait and gives the result.
     """
     if device.type != "cuda":
         made = run()
@@ -69,7 +82,7 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def first_token(head: Any) -> int:
-    """The id of the first token of a rank's shard; 0 where the head is whole.
+    """The token id of the first row of a rank's head; 0 where the head is not sharded.
 
     Args:
         head: an engine's, with ``shard_indices`` where it is sharded.
@@ -78,13 +91,24 @@ def first_token(head: Any) -> int:
     return 0 if shard is None else int(shard.org_vocab_start_index)
 
 
-def best_of_ranks(scores: Tensor, tokens: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
-    """The best token int64 [T] over all ranks, of each rank's best.
+def shard_rows(head: Any, whole: int) -> int:
+    """Rows of a rank's head that are tokens, without padding.
 
     Args:
-        scores: float32 [T, 1], of this rank's.
-        tokens: int64 [T, 1], ids in the whole vocabulary.
-        gather: puts every rank's [T, 1] side by side.
+        head: an engine's, with ``shard_indices`` where it is sharded.
+        whole: the answer for a head that is not sharded.
+    """
+    shard = getattr(head, "shard_indices", None)
+    return whole if shard is None else int(shard.num_org_elements)
+
+
+def best_of_ranks(scores: Tensor, tokens: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """The best token int64 [T] over all ranks.
+
+    Args:
+        scores: float32 [T, 1], logit of this rank's best token.
+        tokens: int64 [T, 1], this rank's best token, an id in the whole vocabulary.
+        gather: puts every rank's [T, 1] side by side, [T, ranks].
     """
     best = gather(scores).argmax(dim=-1, keepdim=True)
     return gather(tokens).gather(-1, best).squeeze(-1)
@@ -93,27 +117,26 @@ def best_of_ranks(scores: Tensor, tokens: Tensor, gather: Callable[[Tensor], Ten
 def choice_of_ranks(choice: HeadChoice, gather: Callable[[Tensor], Tensor]) -> HeadChoice:
     """The best token of each row over all ranks with its normalizer, the same bits on every rank.
 
-    What is gathered is the same everywhere, also where hidden states differ in their last bits, and
-    what is made of it has one order. Ranks may therefore decide by it what they run together.
+    Every rank gathers the same numbers, even where hidden states differ in their last bits between
+    ranks, and reduces them in the same order. Ranks may therefore decide by the result what they
+    run together.
 
     Args:
-        choice: of this rank, one token a row, ids in the whole vocabulary.
-        gather: puts every rank's int32 [T, 3] side by side.
+        choice: this rank's, one token a row, ids in the whole vocabulary.
+        gather: puts every rank's int32 [T, 3] side by side, [T, ranks * 3].
     """
     parts = (
-        choice.scores.view(torch.int32),
+        choice.logits.view(torch.int32),
         choice.tokens.int(),
         choice.log_sum_exp[:, None].view(torch.int32),
     )
     ranks = gather(torch.cat(parts, dim=-1)).view(len(choice.tokens), -1, len(parts))
-    scores, tokens, sums = ranks.unbind(dim=-1)
-    scores = scores.view(torch.float32)
-    best = scores.argmax(dim=-1, keepdim=True)
-    score = scores.gather(-1, best)
+    logits, tokens, sums = ranks.unbind(dim=-1)
+    logits = logits.view(torch.float32)
+    best = logits.argmax(dim=-1, keepdim=True)
     return choice._replace(
         tokens=tokens.gather(-1, best).long(),
-        scores=score,
-        logits=score,
+        logits=logits.gather(-1, best),
         log_sum_exp=sums.view(torch.float32).logsumexp(dim=-1),
     )
 
@@ -130,16 +153,17 @@ def best_of_shard(
 ) -> HeadChoice | None:
     """The best tokens of each row over this rank's shard, or None where logits are to be made.
 
-    A scale or soft-cap on logits keeps their order; a selector adds to what they make of them.
+    Scale and soft-cap keep the order of logits, so that only a selector needs them: it adds to the
+    logits.
 
     Args:
         head: an engine's, with ``shard_indices`` where it is sharded.
         hidden: [T, hidden].
-        rows: of its weight that are tokens.
+        rows: rows of the head's weight that are tokens.
         plain: the engine's method of heads that are not quantized.
         top_k: tokens of a row, from 1 to 16.
-        scale: on logits.
-        softcap: bends logits, or None.
+        scale: factor on logits.
+        softcap: bound c of logits, as c * tanh(logit / c); None for no bound.
     """
     method, count = getattr(head, "quant_method", None), hidden.shape[0]
     in_fp8 = isinstance(method, Fp8Method)
@@ -149,21 +173,17 @@ def best_of_shard(
         or count > (FEW_ROWS_IN_FP8 if in_fp8 else FEW_ROWS)
     ):
         return None
-    from dflash_plugin.kernels.draft_head import MAX_TOP_K, HeadChoice, draft_head
-
     if top_k > MAX_TOP_K or 0 < rows < top_k:
         return None
     first = first_token(head)
     if rows == 0:  # All of a small head lies on other ranks, which ask for this one's best too.
         nothing = torch.full((count, top_k), float("-inf"), device=hidden.device)
         tokens = torch.full((count, top_k), first, device=hidden.device)
-        return HeadChoice(tokens, nothing, nothing, nothing[:, 0])
+        return HeadChoice(tokens, nothing, nothing[:, 0])
     wanted = partial(draft_head, first_token=first, top_k=top_k, scale=scale, softcap=softcap)
     if not in_fp8:
         weight = head.weight[:rows]
         return wanted(hidden.to(weight.dtype), weight)
-    from dflash_plugin.kernels.quantize_rows import quantize_rows
-
     rounded, stored = quantize_rows(hidden), rows_of(head)
     return wanted(
         rounded.values,
@@ -182,15 +202,15 @@ def candidates(
     make_logits: Callable[[Tensor], Tensor],
     gather: Callable[[Tensor], Tensor] | None,
 ) -> Candidates:
-    """The likeliest tokens of each row over all ranks, as many as the drafter's selector has.
+    """The C likeliest tokens of each row over all ranks, for the drafter's selector.
 
     Args:
-        drafter: with a selector.
+        drafter: with a selector of C candidates.
         head: an engine's, with ``shard_indices`` where it is sharded.
         hidden: [T, hidden].
-        rows: of this rank's shard of the head that are tokens.
+        rows: rows of this rank's head that are tokens.
         plain: the engine's method of heads that are not quantized.
-        make_logits: this rank's [T, rows] of ``hidden``, as the head gives them.
+        make_logits: gives this rank's logits [T, rows] of ``hidden``, neither scaled nor bounded.
         gather: puts every rank's float32 [T, 2 * C] side by side; None where there is one rank.
     """
     selector = drafter.candidate_selector
@@ -204,7 +224,7 @@ def candidates(
     else:
         tokens, logits = _best_of_logits(drafter, make_logits(hidden), top_k, first_token(head))
     if gather is not None:
-        # Once for both, as numbers of one kind.
+        # One gather for both: token ids travel as the bits of floats.
         both = torch.cat([logits, tokens.to(torch.int32).view(torch.float32)], dim=-1)
         all_logits, all_tokens = gather(both).unflatten(-1, (-1, 2, top_k)).unbind(-2)
         best = all_logits.flatten(1).topk(top_k, dim=-1)
@@ -216,74 +236,70 @@ def candidates(
 def _best_of_logits(
     drafter: Drafter, logits: Tensor, top_k: int, first: int
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and logits of a shard."""
-    if kernels.available(logits.device):
-        from dflash_plugin.kernels.best_logits import best_logits
-        from dflash_plugin.kernels.draft_head import MAX_TOP_K
+    """The ``top_k`` best token ids and their logits, both [T, top_k], of a shard's [T, rows].
 
-        if top_k <= min(MAX_TOP_K, logits.shape[1]):
-            scale, softcap = drafter.config.logit_scale, drafter.config.logit_softcap
-            best = best_logits(logits, top_k, first_token=first, scale=scale, softcap=softcap)
-            return best.tokens, best.logits
-    # Other ranks have what a small shard lacks.
+    Args:
+        drafter: gives scale and soft-cap.
+        logits: of this rank's rows.
+        top_k: tokens of a row.
+        first: token id of the shard's first row.
+    """
+    # Without kernels, torch's topk is faster than the twin, which sorts.
+    if kernels.available(logits.device) and top_k <= min(MAX_TOP_K, logits.shape[1]):
+        scale, softcap = drafter.config.logit_scale, drafter.config.logit_softcap
+        best = best_logits(logits, top_k, first_token=first, scale=scale, softcap=softcap)
+        return best.tokens, best.logits
+    # A shard may have fewer tokens than candidates; the other ranks have the rest.
     missing = max(0, top_k - logits.shape[1])
     values = F.pad(drafter.scale_logits(logits.float()), (0, missing), value=float("-inf"))
     ranked = values.topk(top_k, dim=-1)
     return ranked.indices + first, ranked.values
 
 
-def walk(
+def select_drafts(
     drafter: Drafter,
     found: Candidates,
     anchors: Tensor,
     temperature: Tensor | None = None,
     u: Tensor | None = None,
-) -> Path | Proposal:
+) -> Path:
     """Drafts of B blocks along the selector's path, with what they were drawn from.
 
     Args:
         drafter: with a selector.
-        found: of the B * K rows that predict.
-        anchors: int64 [B], the blocks' anchors.
-        temperature: float32 [B], rows at 0 take the best; None takes it everywhere.
+        found: candidates of the B * K rows that draft.
+        anchors: int64 [B], anchor tokens.
+        temperature: float32 [B], blocks at 0 take the best candidate; None takes it in all blocks.
         u: [B, K] in [0, 1), the noise of draws; goes with ``temperature``.
     """
     selector = drafter.candidate_selector
     assert selector is not None
     tokens, logits, gates = (part.unflatten(0, (len(anchors), -1)) for part in found)
-    if kernels.available(gates.device):
-        from dflash_plugin.kernels.select_path import MAX_CANDIDATES, select_path
-
-        if selector.top_k <= MAX_CANDIDATES:
-            codebooks = selector.predecessor_codebook, selector.successor_codebook
-            return select_path(tokens, logits, gates, anchors, *codebooks, temperature, u)
-    return selector.path(tokens, logits, gates, anchors, temperature, u)
+    codebooks = selector.predecessor_codebook, selector.successor_codebook
+    select = select_path if selector.top_k <= MAX_CANDIDATES else select_path_naive
+    return select(tokens, logits, gates, anchors, *codebooks, temperature, u)
 
 
 def noise(seed: Tensor, position: Tensor) -> Tensor:
     """The noise of drafts, float64 [B, K] in [0, 1), one launch where kernels run.
 
     Args:
-        seed: int64 [B].
-        position: int64 [B, K], of the drafts.
+        seed: int64 [B], of the requests.
+        position: int64 [B, K], positions of the drafts in their texts.
     """
-    if kernels.available(seed.device):
-        from dflash_plugin.kernels.uniforms import uniforms as launched
-
-        return launched(seed.contiguous(), position.contiguous(), Stream.DRAFT)
     return uniforms(seed, position, Stream.DRAFT)
 
 
-def noise_of_walks(seed: Tensor, anchors: Tensor, drafts: int) -> Tensor:
-    """The noise of selectors' drafts, float64 [B, K], new for every block.
+def selector_noise(seed: Tensor, anchors: Tensor, drafts: int) -> Tensor:
+    """The noise of a selector's drafts, float64 [B, K] in [0, 1), new for every block.
 
-    What a path promises depends on what was drawn, and so does how much of later blocks is
-    verified. A position that is drafted again must therefore be drawn anew.
+    The drawn tokens decide the confidence of a path, and with it how many drafts of later blocks
+    are verified. A position that is drafted again must therefore be drawn anew.
 
     Args:
-        seed: int64 [B].
+        seed: int64 [B], of the requests.
         anchors: int64 [B], positions of the blocks' anchors.
-        drafts: K.
+        drafts: K, drafts of a block.
     """
-    places = anchors[:, None] + torch.arange(1, drafts + 1, device=anchors.device)
-    return noise(seed ^ (anchors << 32), places)
+    positions = anchors[:, None] + torch.arange(1, drafts + 1, device=anchors.device)
+    return noise(seed ^ (anchors << 32), positions)

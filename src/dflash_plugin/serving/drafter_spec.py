@@ -21,21 +21,23 @@ class Options(BaseModel):
 
     Attributes:
         known_answers: at start, draft the checkpoint's recorded prompts through the whole engine;
-            "require" ends the engine where a draft differs, "warn" logs it, "off" leaves it out.
-        expected_acceptance_length: τ that the drafter should reach; that of the checkpoint's
-            training record when None.
-        acceptance_warning: warn when τ less its bonus token stays below this share of the
-            expected one's; 0 never warns.
-        acceptance_window: verify passes that one such judgement looks at.
+            "require" stops the engine where a draft differs, "warn" logs it, "off" skips the check.
+        expected_acceptance_length: τ that the drafter should reach; None takes the checkpoint's
+            training record.
+        acceptance_warning: warn when the accepted drafts per pass (τ - 1) stay below this share of
+            the expected ones; 0 never warns.
+        acceptance_window: verify passes that one comparison covers.
         dialect: overrides the detection of the checkpoint's dialect.
         draft_weights: "fp8" rounds the drafter's linears, and a copy of the head that drafts, to
-            FP8 with one scale a row; text stays the target's own.
-        adaptive_verification: verify as many drafts as commit most tokens a second, by what they
-            promise and by the clock; none where none pays. None leaves it to the engine's adapter.
-        min_draft_tokens: drafts of a request that are verified at least.
-        max_draft_tokens: drafts of a request that are verified at most; all of a block when None.
-        latency_vs_throughput: with 1 a step's seconds count in full, with 0 not at all, so that
-            each step verifies all it may.
+            FP8 with one scale a row. The target, and so the text, stays as it is.
+        adaptive_verification: verify the number of drafts that commits most tokens per second, by
+            their acceptance probabilities and the measured step times; that may be none. None
+            leaves the choice to the engine's adapter.
+        min_draft_tokens: drafts that are verified per request at the minimum.
+        max_draft_tokens: drafts that are verified per request at the maximum; None verifies whole
+            blocks.
+        latency_vs_throughput: weight of a step's seconds in that choice, from 1 (in full) to 0
+            (not at all, so that each step verifies all the drafts it may).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,13 +55,13 @@ class Options(BaseModel):
 
 
 class DrafterSpec(BaseModel):
-    """What the workers know of a drafter; an attribute of the draft model's configuration.
+    """What an engine's workers know of a drafter; travels in the draft model's configuration.
 
     Attributes:
-        checkpoint: its directory.
-        config: what it is; ``target_layer_ids`` in the checkpoint's order.
-        options: how the plugin runs it.
-        expected_acceptance_length: τ to judge the measured one by, if any is known.
+        checkpoint: the checkpoint's directory.
+        config: the drafter's configuration; ``target_layer_ids`` in the checkpoint's order.
+        options: how the plugin runs the drafter.
+        expected_acceptance_length: τ to compare the measured one with; None where none is known.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -79,12 +81,12 @@ def is_off() -> bool:
 
 
 def validated(model: type[OptionsT], values: Any, source: str) -> OptionsT:
-    """Options of a mapping.
+    """Options that a user gave, checked.
 
     Args:
-        model: the engine's options.
-        values: what the user gave.
-        source: where, for the message.
+        model: the engine's class of options.
+        values: a mapping of option names to values.
+        source: where the user gave them, for the message.
 
     Raises:
         DFlashError: names the option that is wrong.
@@ -101,12 +103,17 @@ def validated(model: type[OptionsT], values: Any, source: str) -> OptionsT:
 
 
 def without_checks(options: OptionsT) -> OptionsT:
-    """For weights that mean nothing: nothing to compare, nothing to warn of."""
+    """The options for dummy weights: no start-up check, and no warning of low acceptance."""
     return options.model_copy(update={"known_answers": "off", "acceptance_warning": 0.0})
 
 
 def expected_acceptance(checkpoint: Path, options: Options) -> float | None:
-    """τ to expect: the option's, or what training measured on held-out text."""
+    """The expected τ: the option's, or what training measured on held-out text.
+
+    Args:
+        checkpoint: directory that may hold a ``training.json``.
+        options: the user's.
+    """
     if options.expected_acceptance_length is not None:
         return options.expected_acceptance_length
     try:

@@ -1,4 +1,4 @@
-"""FP8 weights for a drafter on an engine's layers, as ``draft_weights: fp8`` asks for."""
+"""FP8 weights for a drafter on an engine's layers: the option ``draft_weights: fp8``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from dflash_plugin.kernels.fp8_rows import Fp8Rows, RoundedRows, fits, quantize
 
 
 def product(x: Tensor | RoundedRows, weight: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias``, where rounded rows want a rounded weight."""
+    """``x @ weight.T + bias``; a plain weight needs plain rows.
+
+    Args:
+        x: [T, in], or rows rounded to FP8.
+        weight: [out, in], plain or FP8.
+        bias: [out], or None.
+    """
     if isinstance(weight, Fp8Rows):
         return linear(x, weight, bias)
     assert isinstance(x, Tensor)
@@ -25,33 +31,33 @@ def product(x: Tensor | RoundedRows, weight: Tensor | Fp8Rows, bias: Tensor | No
 
 
 class Fp8Method:
-    """Takes the place of an engine's way to multiply by a layer's weight.
+    """Replaces an engine's ``quant_method``, which multiplies by a layer's weight.
 
-    The scales are a buffer of the layer: a compiled model reads it, and would keep anything else as
-    it was.
+    The scales are a buffer of the layer, because a compiled model reads buffers and would keep any
+    other tensor as a constant.
     """
 
     def apply(self, layer: Any, x: Tensor | RoundedRows, bias: Tensor | None = None) -> Tensor:
-        """[..., K] to [..., N], this shard's."""
+        """Rows [..., in] times this shard's weight [out, in], as [..., out]."""
         return linear(x, rows_of(layer), bias)
 
 
 def rows_of(layer: Any) -> Fp8Rows:
-    """The rounded weight of a layer that has an ``Fp8Method``."""
+    """The FP8 weight of a layer whose method is an ``Fp8Method``."""
     return Fp8Rows(layer.weight, layer.fp8_scales)
 
 
 def quantize_engine_drafter(drafter: Drafter, plain: type) -> None:
-    """Round the weights of the drafter's linears to FP8, each rank its own shard's.
+    """Round the weights of the drafter's linears to FP8; each rank rounds its own shard.
 
-    The small projections of convolutions and selector stay as they are.
+    The small projections of convolutions and selector keep their weights.
 
     Args:
         drafter: its weights are loaded.
         plain: the engine's method of linears that are not quantized.
 
     Raises:
-        DFlashError: a linear is quantized already, or the GPU has no FP8.
+        DFlashError: the checkpoint quantizes a linear, or the GPU has no FP8.
     """
     require_fp8(next(drafter.parameters()).device)
     parts = (DynamicConvolution, CandidateSelector)
@@ -69,7 +75,7 @@ def quantize_engine_drafter(drafter: Drafter, plain: type) -> None:
 
 
 def quantized_head(head: nn.Module, plain: type) -> nn.Module:
-    """A copy of an engine's head with an FP8 weight; the head itself where it is not plain.
+    """A copy of an engine's head with an FP8 weight; the head itself where it is quantized already.
 
     Args:
         head: the target's or the drafter's own.
@@ -78,7 +84,7 @@ def quantized_head(head: nn.Module, plain: type) -> nn.Module:
     if not isinstance(getattr(head, "quant_method", None), plain):
         return head
     copied = copy.copy(head)
-    # A copied module shares its tables of tensors with the first.
+    # copy.copy shares the tables of parameters and buffers between both modules.
     copied._parameters, copied._buffers = dict(head._parameters), dict(head._buffers)
     _quantize(copied)
     return copied

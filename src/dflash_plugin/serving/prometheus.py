@@ -1,4 +1,4 @@
-"""Prometheus collectors under ``dflash:``, made once in a process."""
+"""Prometheus collectors named ``dflash:…``, made once in a process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dflash_plugin.serving.drafter_spec import DrafterSpec
 
 @cache
 def collectors(labels: tuple[str, ...]) -> dict[str, Any]:
-    """Ours; the registry refuses a second of the same name.
+    """Collectors of every engine. Cached, because the registry refuses a second one of a name.
 
     Args:
-        labels: the engine's own label names.
+        labels: names of the engine's own labels.
     """
     from prometheus_client import Counter, Gauge
 
@@ -39,7 +39,11 @@ def collectors(labels: tuple[str, ...]) -> dict[str, Any]:
 
 @cache
 def position_counters(labels: tuple[str, ...]) -> dict[str, Any]:
-    """Counters of verify passes, for an engine that has none of its own by position."""
+    """Counters of verify passes, for an engine that has none by position.
+
+    Args:
+        labels: names of the engine's own labels.
+    """
     from prometheus_client import Counter
 
     return {
@@ -54,7 +58,11 @@ def position_counters(labels: tuple[str, ...]) -> dict[str, Any]:
 
 @cache
 def budget_counters(labels: tuple[str, ...]) -> dict[str, Any]:
-    """Counters of how many drafts an adaptive policy lets an engine verify."""
+    """Counters of how many drafts an adaptive policy lets an engine verify.
+
+    Args:
+        labels: names of the engine's own labels.
+    """
     from prometheus_client import Counter
 
     return {
@@ -74,9 +82,10 @@ def count_budget(
     """Add what an adaptive policy has chosen.
 
     Args:
-        labels: the engine's own label names.
-        values: of them.
-        grown: ``budget.width.growth``.
+        labels: names of the engine's own labels.
+        values: values of these labels.
+        grown: by how much each count has grown, by "steps:ROWS", "proposed", "verified" and
+            "saved".
     """
     counters = budget_counters(labels)
     for name, count in grown.items():
@@ -84,18 +93,18 @@ def count_budget(
         counters[kind].labels(*values, *rows).inc(count)
 
 
-def introduce(made: dict[str, Any], info: DrafterSpec, values: list[object]) -> None:
-    """Set what does not change while an engine serves.
+def introduce(made: dict[str, Any], spec: DrafterSpec, values: list[object]) -> None:
+    """Set the metrics that do not change while an engine serves.
 
     Args:
-        made: ``collectors``.
-        info: the drafter.
-        values: of the engine's labels.
+        made: made by ``collectors``.
+        spec: the drafter.
+        values: values of the engine's labels.
     """
-    config = info.config
+    config = spec.config
     made["info"].labels(
         *values, version("dflash-plugin"), config.dialect, str(config.block_size)
     ).set(1)
-    if info.expected_acceptance_length is not None:
-        made["expected"].labels(*values).set(info.expected_acceptance_length)
+    if spec.expected_acceptance_length is not None:
+        made["expected"].labels(*values).set(spec.expected_acceptance_length)
     made["warnings"].labels(*values).inc(0)

@@ -1,4 +1,4 @@
-"""Fills a hosted drafter, whose parameters are an engine's, from a checkpoint of any dialect."""
+"""Fills a drafter on an engine's layers from a checkpoint of any dialect."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.checkpoints.io import load_checkpoint
+from dflash_plugin.checkpoints.tensors import checkpoint_names
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.drafter_spec import DrafterSpec
 
 
-def fill(drafter: Drafter, info: DrafterSpec, rank: int) -> None:
+def fill(drafter: Drafter, spec: DrafterSpec, rank: int) -> None:
     """Read the checkpoint into the drafter's parameters, each by its own loader.
 
     Args:
         drafter: on an engine's layers; a parameter with a ``weight_loader`` takes its shard itself.
-        info: names the checkpoint.
-        rank: of this shard.
+        spec: names the checkpoint.
+        rank: tensor-parallel rank of this shard.
 
     Raises:
         DFlashError: the checkpoint is malformed.
     """
     tensors = load_checkpoint(
-        info.checkpoint, drafter.norm.weight.dtype, info.options.dialect
+        spec.checkpoint, drafter.norm.weight.dtype, spec.options.dialect
     ).tensors
-    tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], info.config.target_layer_ids)
+    tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], spec.config.target_layer_ids)
     heads = drafter.attentions()[0].heads
     parameters = dict(drafter.named_parameters()) | dict(drafter.named_buffers())
-    for own, names in drafter.checkpoint_names().items():
+    for own, names in checkpoint_names(drafter).items():
         parameter = parameters[own]
         loader = getattr(parameter, "weight_loader", None)
         for shard, name in enumerate(names):
@@ -48,8 +49,12 @@ def fill(drafter: Drafter, info: DrafterSpec, rank: int) -> None:
 def draft_columns(drafter: Drafter, vocab_size: int) -> Tensor | None:
     """The target's ids of a reduced draft vocabulary, int64 [draft_vocab_size], or None.
 
+    Args:
+        drafter: its weights are loaded.
+        vocab_size: of the target.
+
     Raises:
-        DFlashError: it maps to tokens that the target lacks.
+        DFlashError: the draft vocabulary maps to tokens that the target lacks.
     """
     if drafter.d2t is None:
         return None
@@ -63,22 +68,31 @@ def draft_columns(drafter: Drafter, vocab_size: int) -> Tensor | None:
 
 
 def sorted_columns(weight: Tensor, layer_ids: Sequence[int]) -> Tensor:
-    """``fc.weight`` [hidden, n * width] for features in ascending order of their layers.
+    """``fc.weight`` with its columns in ascending order of the target layers they read.
 
-    An engine collects the target's outputs as its layers run, whatever order the checkpoint lists.
+    An engine collects the target's outputs as its layers run, in whatever order the checkpoint
+    lists them.
+
+    Args:
+        weight: [hidden, n * target_hidden], one group of columns per target layer.
+        layer_ids: n target layers, in the order of the groups.
     """
-    order = sorted(range(len(layer_ids)), key=lambda place: layer_ids[place])
+    order = sorted(range(len(layer_ids)), key=lambda index: layer_ids[index])
     parts = weight.chunk(len(layer_ids), dim=1)
-    return torch.cat([parts[place] for place in order], dim=1)
+    return torch.cat([parts[index] for index in order], dim=1)
 
 
-def check_features(width: int, info: DrafterSpec) -> None:
+def check_features(width: int, spec: DrafterSpec) -> None:
     """Check the width of the target's features.
 
+    Args:
+        width: numbers of a feature row, n * target_hidden.
+        spec: the drafter.
+
     Raises:
-        DFlashError: the target gave another number of layers.
+        DFlashError: the features come from another number of layers or another target.
     """
-    config = info.config
+    config = spec.config
     expected = len(config.target_layer_ids) * config.target_hidden_size
     if width != expected:
         raise DFlashError(

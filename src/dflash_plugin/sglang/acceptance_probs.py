@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dflash_plugin import kernels
 from dflash_plugin.adaptive.acceptance_model import LEARNING, AcceptanceModel
+from dflash_plugin.kernels.predict_acceptance import predict_acceptance
 
 
 class AcceptancePredictor:
@@ -41,16 +41,8 @@ class AcceptancePredictor:
             log_sum_exp: float32 [B * K], log-sum-exp of each row's logits; None where ``top`` holds
                 the confidences themselves.
         """
-        from dflash_plugin.kernels.predict_acceptance import (
-            predict_acceptance,
-            predict_acceptance_naive,
-        )
-
         rows = top.shape[0]
-        run = predict_acceptance
-        if not kernels.available(top.device):
-            run = predict_acceptance_naive
-        run(
+        predict_acceptance(
             top.contiguous(),
             log_sum_exp,
             self._requests[:rows],
@@ -69,13 +61,7 @@ class AcceptancePredictor:
             starts: int32 [B + 1], the first verified row of each request, and the end of the last;
                 None where all drafts were verified.
         """
-        from dflash_plugin.kernels.learn_acceptance import (
-            learn_acceptance,
-            learn_acceptance_naive,
-        )
-
         self._passes += 1
         if self._passes % LEARNING:
             return
-        run = learn_acceptance if kernels.available(committed.device) else learn_acceptance_naive
-        run(self.confidences[: len(committed)], committed, starts, self.model)
+        self.model.learn(self.confidences[: len(committed)], committed, starts)

@@ -13,17 +13,17 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dflash_plugin import kernels
-from dflash_plugin.adaptive.expected_tokens import ExpectedTokens
-from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_widths
+from dflash_plugin.adaptive.policy import VerifyLenPolicy
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.cut_blocks import CutBlocks, cut_blocks
+from dflash_plugin.kernels.draft_attention import Blocks
+from dflash_plugin.serving.adaptive_setup import DraftSelection, make_policy
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.sglang import triton_attention
 from dflash_plugin.sglang.acceptance_probs import AcceptancePredictor
@@ -31,9 +31,6 @@ from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.options import DrafterSpec
 from dflash_plugin.sglang.protocols import ModelRunnerLike, ScheduleBatchLike
 from dflash_plugin.sglang.verify_graphs import VerifyGraphs, graph_seconds
-
-if TYPE_CHECKING:
-    from dflash_plugin.kernels.cut_blocks import CutBlocks
 
 # Other values run parts of a batch in other processes than its rest, or add rows to it.
 REQUIRED_ARGUMENTS = (
@@ -72,6 +69,7 @@ class AdaptiveVerifier:
             own.
         cut: the rows that the pass verifies, once it has drafted; None for whole blocks.
         predictor: how probably each draft is accepted.
+        selection: selects the drafts that a pass verifies.
     """
 
     def __init__(
@@ -84,23 +82,13 @@ class AdaptiveVerifier:
         *,
         by_request: bool = True,
     ) -> None:
-        from dflash_plugin.kernels.admit_drafts import admit_drafts, admit_drafts_naive
-        from dflash_plugin.kernels.cut_blocks import cut_blocks, cut_blocks_naive
-
         self.policy, self.block, self.device = policy, block, device
         self.verify_len, self.whole_blocks = block, False
         self.graphs = VerifyGraphs(block, size, device, ragged=by_request)
         self.attention: triton_attention.VerifyAttention | None = None
         self.cut: CutBlocks | None = None
         self.predictor = AcceptancePredictor(block - 1, size, device)
-        self.expected_tokens = ExpectedTokens(block - 1, size, device)
-        fast = kernels.available(device)
-        self._cut_blocks = cut_blocks if fast else cut_blocks_naive
-        self._admit = partial(
-            admit_drafts if fast else admit_drafts_naive,
-            least=options.min_draft_tokens,
-            most=options.max_draft_tokens,
-        )
+        self.selection = DraftSelection(options, block - 1, size, device)
         self.by_request = False
         self.is_optional = options.adaptive_verification is None
         self._starts: Tensor | None = None
@@ -124,8 +112,6 @@ class AdaptiveVerifier:
             runner: the target's, whose passes of whole blocks are captured already.
             draft_runner: the drafter's, whose passes are captured already.
         """
-        from dflash_plugin.kernels.admit_drafts import compile_ahead
-
         whole, passes = runner.decode_cuda_graph_runner, self.graphs.passes
         if whole is None:
             self.whole_blocks = self.is_optional
@@ -135,7 +121,7 @@ class AdaptiveVerifier:
         policy.widths = self.graphs.capture(runner, policy.widths, policy.agree)
         self._set_by_request(self.graphs.can_be_ragged())
         if self.by_request:
-            compile_ahead(self._admit, self.predictor.predictions)
+            self.selection.compile_ahead(self.predictor.predictions)
         draft = graph_seconds(draft_runner.decode_cuda_graph_runner, self.device)
         for verify_len in policy.widths:
             graphs = passes[verify_len].graphs if verify_len in passes else whole
@@ -149,7 +135,7 @@ class AdaptiveVerifier:
         self.policy.expected = self._expected if by_request else self.policy.acceptance.expected
 
     def _expected(self) -> list[float]:
-        return [self.expected_tokens.tokens(drafts) for drafts in range(self.block)]
+        return self.selection.expected(lambda verify_len: verify_len - 1)
 
     @contextmanager
     def verifying(self, worker: Any, batch: ScheduleBatchLike) -> Iterator[None]:
@@ -188,8 +174,6 @@ class AdaptiveVerifier:
             positions: [B * block].
             slots: [B * block], where keys and values are written.
         """
-        from dflash_plugin.kernels.draft_attention import Blocks
-
         batch = len(tokens) // self.block
         own = self.graphs.passes.get(self.verify_len)
         if own is None:
@@ -199,7 +183,7 @@ class AdaptiveVerifier:
         even = not self.by_request or self.verify_len == 1
         self._starts = starts[: batch + 1]
         if not even:
-            self._admit(
+            self.selection.admit(
                 self.predictor.predictions,
                 self._slots[:batch],
                 self._drafts[:batch],
@@ -213,7 +197,7 @@ class AdaptiveVerifier:
             if attention is not None:
                 attention.blocks = Blocks(starts, requests, self.block)
                 attention.ragged = True
-        self.cut = self._cut_blocks(
+        self.cut = cut_blocks(
             tokens.view(batch, self.block),
             positions.contiguous(),
             slots.contiguous(),
@@ -235,8 +219,7 @@ class AdaptiveVerifier:
         if self.skips_draft or not self.by_request:
             return
         self.predictor.learn(committed, self._starts)
-        if self.expected_tokens.is_due():
-            self.expected_tokens.ask(self.predictor.predictions[: len(committed)])
+        self.selection.observe(lambda: self.predictor.predictions[: len(committed)])
 
 
 def agree_across_ranks(group: Any) -> Callable[[int], int] | None:
@@ -306,10 +289,7 @@ def build_verifier(
         raise DFlashError(
             f"adaptive_verification is on, but {obstacle}, or turn adaptive_verification off"
         )
-    verify_lens = choose_widths(block, options.min_draft_tokens, options.max_draft_tokens)
-    policy = VerifyLenPolicy(
-        verify_lens, latency_vs_throughput=options.latency_vs_throughput, agree=agree
-    )
+    policy = make_policy(options, block - 1, agree=agree)
     verifier = AdaptiveVerifier(policy, block, size, device, options, by_request=not same_rows)
     verifier.attention = attention
     return verifier

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from sglang.srt.distributed.communication_op import tensor_model_parallel_all_gather
@@ -13,39 +13,39 @@ from sglang.srt.distributed.parallel_state import (
     get_tensor_model_parallel_world_size,
 )
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
+from sglang.srt.layers.quantization.unquant import (
+    UnquantizedEmbeddingMethod,
+    UnquantizedLinearMethod,
+)
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.models.dflash import DFlashDraftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflash_plugin import kernels
+from dflash_plugin.drafter import fused_block
 from dflash_plugin.drafter.config import DrafterConfig, LayerAttention
 from dflash_plugin.drafter.interfaces import Attend
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.kernels.fp8_rows import Fp8Rows, RoundedRows, fits, quantize
+from dflash_plugin.kernels.best_logits import best_logits
+from dflash_plugin.kernels.fp8_rows import Fp8Rows, RoundedRows, fits
+from dflash_plugin.kernels.inject_kv import KVPools, inject_kv
+from dflash_plugin.kernels.vocab_topk import HeadChoice
 from dflash_plugin.serving import KEY
-from dflash_plugin.serving.draft_tokens import (
-    Candidates,
-    best_of_ranks,
-    best_of_shard,
-    candidates,
-    choice_of_ranks,
-    first_token,
-)
+from dflash_plugin.serving.draft_tokens import choice_of_ranks, first_token
+from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
 from dflash_plugin.serving.fp8_weights import product
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
-from dflash_plugin.sglang.layers import SglangLayers, ShardedQKV, round_to_fp8
+from dflash_plugin.sglang.layers import SglangLayers, ShardedQKV
 from dflash_plugin.sglang.options import DrafterSpec
 from dflash_plugin.sglang.triton_attention import is_plain
 
-if TYPE_CHECKING:
-    from dflash_plugin.kernels.draft_head import HeadChoice
 
+class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
+    """The draft model that SGLang's draft runner loads and calls.
 
-class EngineDrafter(DFlashDraftModel):
-    """What SGLang's draft runner loads and calls; a subclass for what its versions ask of one.
+    SGLang's own class is the base for the attributes that its versions read.
 
     Args:
         config: the configuration that the plugin staged.
@@ -56,16 +56,18 @@ class EngineDrafter(DFlashDraftModel):
         DFlashError: the heads cannot be shared out over the tensor-parallel ranks.
     """
 
+    plain_linear = UnquantizedLinearMethod
+    plain_head = UnquantizedEmbeddingMethod
     supports_fused_context_kv = False
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         nn.Module.__init__(self)
         self.config = config
-        self.info = DrafterSpec.model_validate(getattr(config, KEY))
-        drafter_config = self.info.config
-        host = SglangLayers(quant_config)
-        _check_shards(drafter_config, host.shards)
-        self.drafter = Drafter(drafter_config, host)
+        self.spec = DrafterSpec.model_validate(getattr(config, KEY))
+        drafter_config = self.spec.config
+        layers = SglangLayers(quant_config)
+        _check_shards(drafter_config, layers.shards)
+        self.drafter = Drafter(drafter_config, layers)
         self.drafter.requires_grad_(False)
         device = torch.empty(0).device
         self.drafter.rotary.to(device)
@@ -92,14 +94,14 @@ class EngineDrafter(DFlashDraftModel):
         self.is_nemotron_35_draft = False
         self._fused = kernels.available(device)
         self._draft_columns: Tensor | None = None
-        self._kv_weight: Tensor | Fp8Rows | None = None
-        self._kv_bias: Tensor | None = None
+        is_whole = get_tensor_model_parallel_world_size() == 1
+        self.gather = None if is_whole else partial(tensor_model_parallel_all_gather, dim=-1)
         self._key_weights: Tensor | None = None
         self._pools: Any = None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Fill the parameters from the checkpoint, whatever stream a loader offers."""
-        fill(self.drafter, self.info, get_tensor_model_parallel_rank())
+        fill(self.drafter, self.spec, get_tensor_model_parallel_rank())
 
     def set_block_size(self, block_size: int) -> None:
         """Take the rows of a block, anchor included, from the worker."""
@@ -107,12 +109,12 @@ class EngineDrafter(DFlashDraftModel):
 
     def get_attention_sliding_window_size(self) -> int | None:
         """The one window of the sliding layers, as SGLang counts it, or None."""
-        config = self.info.config
+        config = self.spec.config
         windows = [_window(layer, config) for layer in config.layers]
         return max((window for window in windows if window > 0), default=None)
 
     def bind(self, target: nn.Module) -> None:
-        """Borrow the target's embedding and head, and merge the context projections.
+        """Borrow the target's embedding and head, and prepare the drafter's weights.
 
         Args:
             target: the target model, loaded.
@@ -123,24 +125,11 @@ class EngineDrafter(DFlashDraftModel):
         model = cast(Any, target)
         embedding = _without_lora(model.get_input_embeddings())
         head = _without_lora(getattr(model, "lm_head", None))
-        if embedding is None or head is None:
-            raise DFlashError(
-                f"{type(target).__name__} has no embedding or lm_head to lend to the drafter: use "
-                "a decoder-only language model as the target"
-            )
-        self.drafter.borrow(embedding.weight, head, embedding)
+        self.borrow(target, embedding, head)
         self._draft_columns = draft_columns(self.drafter, self.vocab_size)
-        attentions = self.drafter.attentions()
-        linears = [cast(ShardedQKV, attention.qkv_proj) for attention in attentions]
-        if all(linear.is_plain for linear in linears):
-            self._kv_weight = torch.cat([q.weight[q.query_width :] for q in linears])
-            if self.info.config.attention_bias:
-                self._kv_bias = torch.cat([q.bias[q.query_width :] for q in linears])
-        if self.info.options.draft_weights == "fp8":
-            round_to_fp8(self.drafter)
-            if isinstance(self._kv_weight, Tensor):
-                self._kv_weight = quantize(self._kv_weight)
-        if self.info.config.qk_norm:
+        self.prepare_weights()
+        if self.spec.config.qk_norm:
+            attentions = self.drafter.attentions()
             norms = [cast(Tensor, attention.key_norm.weight) for attention in attentions]
             self._key_weights = torch.stack(norms)
 
@@ -162,20 +151,18 @@ class EngineDrafter(DFlashDraftModel):
         embedded = self.drafter.embed(self._tokens(input_ids))
         attend = partial(self._attend, forward_batch)
         hidden = self._run_block(embedded, positions, attend)
-        if self.info.config.sample_from_anchor:
+        if self.spec.config.sample_from_anchor:
             hidden = hidden.unflatten(0, (-1, self.block_size)).roll(1, dims=1).flatten(0, 1)
         return LogitsProcessorOutput(next_token_logits=None, hidden_states=hidden)
 
     def _run_block(self, embedded: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         if self._fused:
-            from dflash_plugin.kernels.fused_block import run_block
-
-            return run_block(self.drafter, embedded, positions, attend, self.block_size)
+            return fused_block.run_block(self.drafter, embedded, positions, attend, self.block_size)
         return self.drafter.run_block(embedded, positions, attend, self.block_size)
 
     def _tokens(self, input_ids: Tensor) -> Tensor:
         """Block tokens, with a mask id that lies outside the target's vocabulary put in."""
-        mask = self.info.config.mask_token_id
+        mask = self.spec.config.mask_token_id
         if mask < self.vocab_size:
             return input_ids
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)
@@ -215,44 +202,36 @@ class EngineDrafter(DFlashDraftModel):
         Raises:
             DFlashError: the target gave features of another width.
         """
-        check_features(features.shape[-1], self.info)
+        check_features(features.shape[-1], self.spec)
         pools = self._plain_pools(pool)
         if pools is None:
             context = self.drafter.fuse(features)
             self._inject_by_layer(context, positions, slots, pool, committed)
             return
-        from dflash_plugin.kernels.inject_kv import inject_kv, inject_kv_naive
-
-        config = self.info.config
-        (inject_kv if self._fused else inject_kv_naive)(
+        inject_kv(
             self._keys_values(self._context(features)),
             positions,
             slots,
             pools,
             self._key_weights,
-            self.drafter.rotary.inverse_frequencies,
-            config.rms_norm_eps,
+            fused_block.norm_rope(self.drafter),
             committed=committed,
-            gemma=config.norm_style == "gemma",
-            interleaved=config.rope.interleaved,
-            factor=self.drafter.rotary.factor,
-            value_scale=config.attention_value_scale,
+            value_scale=self.spec.config.attention_value_scale,
         )
 
     def _context(self, features: Tensor) -> Tensor | RoundedRows:
         """Context rows [T, hidden], rounded where their projection multiplies FP8."""
         if not self._fused:
             return self.drafter.fuse(features)
-        from dflash_plugin.kernels.fused_block import fuse
-
-        weight = self._kv_weight
-        return fuse(self.drafter, features, isinstance(weight, Fp8Rows) and fits(weight.values))
+        weight = self.context_weight
+        rounds = isinstance(weight, Fp8Rows) and fits(weight.values)
+        return fused_block.fuse(self.drafter, features, rounds)
 
     def _keys_values(self, context: Tensor | RoundedRows) -> Tensor:
         """Projections [T, layers, 2, kv_heads, head_dim] of context rows, not normed."""
         attentions = self.drafter.attentions()
-        if self._kv_weight is not None:
-            kv = product(context, self._kv_weight, self._kv_bias)
+        if self.context_weight is not None:
+            kv = product(context, self.context_weight, self.context_bias)
         else:
             assert isinstance(context, Tensor)
             linears = [cast(ShardedQKV, attention.qkv_proj) for attention in attentions]
@@ -263,8 +242,6 @@ class EngineDrafter(DFlashDraftModel):
     def _plain_pools(self, pool: Any) -> Any:
         """The pool's buffers where rows can be written to directly, else None."""
         if self._pools is None:
-            from dflash_plugin.kernels.inject_kv import KVPools
-
             self._pools = False
             if is_plain(pool):
                 count = len(self.attentions)
@@ -292,97 +269,38 @@ class EngineDrafter(DFlashDraftModel):
                     attention, by_request, committed, key, value, *scales
                 )
 
-    def top_tokens(self, hidden: Tensor) -> Tensor:
-        """The likeliest token ids int64 [T] of hidden states [T, hidden].
-
-        Without gathering the vocabulary's shards; the drafter's scale and soft-cap keep the order.
-        """
-        head = self._head()
-        choice = best_of_shard(head, hidden, self._shard_rows(), UnquantizedEmbeddingMethod)
-        if choice is not None:
-            value, index = choice.scores, choice.tokens
-        else:
-            value, index = self._some_logits(hidden).max(dim=-1, keepdim=True)
-        if get_tensor_model_parallel_world_size() == 1:
-            return self.drafter.token_ids(index.squeeze(-1))
-        if choice is None:
-            index = index + first_token(head)
-        gather = partial(tensor_model_parallel_all_gather, dim=-1)
-        best = best_of_ranks(value.float().contiguous(), index.contiguous(), gather)
-        return self.drafter.token_ids(best)
-
     def best_choice(self, hidden: Tensor) -> HeadChoice:
         """The likeliest draft of each row with its normalizer, the same bits on every rank.
 
         Args:
             hidden: [T, hidden].
         """
-        from dflash_plugin.kernels.best_logits import best_logits, best_logits_naive
-
-        head = self._head()
-        choice = best_of_shard(head, hidden, self._shard_rows(), UnquantizedEmbeddingMethod)
+        choice = self.shard_choice(hidden)
         if choice is None:
-            logits = self._some_logits(hidden)
-            fast = kernels.available(logits.device)
-            choose = best_logits if fast else best_logits_naive
-            choice = choose(logits, 1, first_token=first_token(head))
-        if get_tensor_model_parallel_world_size() > 1:
-            choice = choice_of_ranks(choice, partial(tensor_model_parallel_all_gather, dim=-1))
+            first = first_token(self.drafter.head())
+            choice = best_logits(self.filled_shard_logits(hidden), 1, first_token=first)
+        if self.gather is not None:
+            choice = choice_of_ranks(choice, self.gather)
         return choice._replace(tokens=self.drafter.token_ids(choice.tokens))
-
-    def candidates(self, hidden: Tensor) -> Candidates:
-        """The likeliest tokens of each row, for the selector of a DFlash 2 drafter.
-
-        Args:
-            hidden: [T, hidden].
-        """
-        gather = None
-        if get_tensor_model_parallel_world_size() > 1:
-            gather = partial(tensor_model_parallel_all_gather, dim=-1)
-        return candidates(
-            self.drafter,
-            self._head(),
-            hidden,
-            self._shard_rows(),
-            UnquantizedEmbeddingMethod,
-            self._shard_logits,
-            gather,
-        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits float32 [T, draft vocabulary] of hidden states [T, hidden]."""
-        if get_tensor_model_parallel_world_size() == 1:
-            return self.drafter.scale_logits(self._shard_logits(hidden).float())
-        shard = self._all_rows(hidden)
-        full = tensor_model_parallel_all_gather(shard.contiguous(), dim=-1)
-        rows = self.info.config.draft_vocab_size or self.vocab_size
+        if self.gather is None:
+            return self.drafter.scale_logits(self.shard_logits(hidden).float())
+        full = self.gather(self._all_rows(hidden).contiguous())
+        rows = self.spec.config.draft_vocab_size or self.vocab_size
         return self.drafter.scale_logits(full[:, :rows].float())
 
-    def _head(self) -> Any:
-        return self.drafter.head()
-
-    def _shard_rows(self) -> int:
-        """This rank's rows of the head that are tokens."""
-        indices = getattr(self._head(), "shard_indices", None)
-        return self.vocab_size if indices is None else int(indices.num_org_elements)
-
-    def _some_logits(self, hidden: Tensor) -> Tensor:
-        """``_shard_logits``, or one that nothing is below where there are none."""
-        logits = self._shard_logits(hidden)
-        if logits.shape[-1] == 0:  # All of a small head may lie on other ranks.
-            return logits.new_full((logits.shape[0], 1), float("-inf"))
-        return logits
-
-    def _shard_logits(self, hidden: Tensor) -> Tensor:
-        """Logits over this rank's real rows of the head, padding left out."""
-        head, rows = self._head(), self._shard_rows()
+    def shard_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, rows] over this rank's rows of the head, padding left out."""
+        head, rows = cast(Any, self.drafter.head()), self.shard_rows()
         if _is_dense(head):
             return F.linear(hidden.to(head.weight.dtype), head.weight[:rows])
         return self._all_rows(hidden)[:, :rows]
 
     def _all_rows(self, hidden: Tensor) -> Tensor:
         """Logits over all of this rank's rows of the head."""
-        head = self._head()
+        head = cast(Any, self.drafter.head())
         if _is_dense(head):
             return F.linear(hidden.to(head.weight.dtype), head.weight)
         out: Tensor = head.quant_method.apply(head, hidden, None)
@@ -402,17 +320,19 @@ def _is_dense(head: Any) -> bool:
 
 
 def _window(layer: LayerAttention, config: DrafterConfig) -> int:
-    """How far back a row sees, itself not counted; -1 for all."""
+    """The window in SGLang's convention, the row itself left out; -1 sees all positions.
+
+    See ``serving.engine_drafter``.
+    """
     if layer.sliding_window is None:
         return -1
-    # Counted from the anchor, the window ends one position further back.
     return layer.sliding_window - (config.window_from == "query")
 
 
 def _check_shards(config: DrafterConfig, shards: int) -> None:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    fits = heads % shards == 0 and (kv_heads % shards == 0 or shards % kv_heads == 0)
-    if not fits or config.intermediate_size % shards:
+    heads_divide = heads % shards == 0 and (kv_heads % shards == 0 or shards % kv_heads == 0)
+    if not heads_divide or config.intermediate_size % shards:
         raise DFlashError(
             f"the drafter's {heads} heads, {kv_heads} key/value heads and intermediate size "
             f"{config.intermediate_size} cannot be shared out over {shards} ranks: choose another "

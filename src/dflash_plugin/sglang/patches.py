@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dflash_plugin.decoding.sampling import Stream
+from dflash_plugin.kernels.uniforms import Stream
 from dflash_plugin.sglang import penalties, sampling
 from dflash_plugin.sglang.adaptive import AdaptiveVerifier
 from dflash_plugin.sglang.compat import current

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dflash_plugin.decoding.sampling import SamplingTensors, Stream, probabilities, sample, uniforms
+from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
+from dflash_plugin.kernels.reference import sample
+from dflash_plugin.kernels.uniforms import Stream, uniforms
 from dflash_plugin.sglang.penalties import to_device
 from dflash_plugin.sglang.protocols import RequestLike, SamplingInfoLike
 

@@ -10,19 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.drafter.config import LayerAttention
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.draft_attention import (
+    MAX_ROWS,
+    Blocks,
+    PagedContext,
+    draft_attention,
+)
 from dflash_plugin.sglang.compat import current
 from dflash_plugin.sglang.protocols import AttnBackendLike, ForwardBatchLike
-
-if TYPE_CHECKING:
-    from dflash_plugin.kernels.draft_attention import Blocks
 
 BACKEND = "TritonAttnBackend"
 POOL = "MHATokenToKVPool"
@@ -179,18 +181,16 @@ def _takes(
     blocks: Blocks | None,
 ) -> bool:
     """Whether ``attend`` gives the result that the back end would give."""
-    from dflash_plugin.kernels.draft_attention import MOST_ROWS
-
     metadata, heads, kv_heads = backend.forward_metadata, layer.tp_q_head_num, layer.tp_k_head_num
     rows, window, kind = metadata.max_extend_len, layer.sliding_window_size, _kind(layer)
-    max_rows = rows if blocks is None else blocks.most
+    max_rows = rows if blocks is None else blocks.max_rows
     return (
         metadata.custom_mask is None
         and rows is not None
         # A request has this number of rows, on average.
         and q.shape[0] == rows * forward_batch.seq_lens.shape[0]
         and heads % kv_heads == 0
-        and max_rows * (heads // kv_heads) <= MOST_ROWS
+        and max_rows * (heads // kv_heads) <= MAX_ROWS
         and layer.qk_head_dim == layer.v_head_dim
         and not layer.logit_cap
         and layer.xai_temperature_len <= 0
@@ -230,8 +230,6 @@ def attend(
         sinks: [heads], logits that join the softmax without a value, or None.
         blocks: the rows of each request, or None where all have the same number.
     """
-    from dflash_plugin.kernels.draft_attention import PagedContext, draft_attention
-
     metadata, pool = backend.forward_metadata, backend.token_to_kv_pool
     window, batch = layer.sliding_window_size, forward_batch.seq_lens.shape[0]
     leading: tuple[int, ...] = (-1,)
@@ -256,12 +254,10 @@ def attend(
             forward_batch.seq_lens,
             forward_batch.req_pool_indices,
         ),
-        LayerAttention(
-            causal=_kind(layer) == CAUSAL,
-            # SGLang does not count the row itself.
-            sliding_window=None if window <= -1 else window + 1,
-        ),
         layer.scaling,
+        causal=_kind(layer) == CAUSAL,
+        # SGLang does not count the row itself.
+        sliding_window=None if window <= -1 else window + 1,
         sinks=None if sinks is None else sinks.float(),
         own_slots=forward_batch.out_cache_loc[: len(q)].long().view(leading),
         blocks=blocks,

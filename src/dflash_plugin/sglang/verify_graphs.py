@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dflash_plugin.kernels.draft_attention import Blocks
 from dflash_plugin.sglang import triton_attention
 from dflash_plugin.sglang.protocols import AttnBackendLike, GraphRunnerLike, ModelRunnerLike
 from dflash_plugin.sglang.surface import is_instance
@@ -102,8 +103,6 @@ class VerifyGraphs:
     def _capture(
         self, runner: ModelRunnerLike, graph_runner: Callable[..., GraphRunnerLike], verify_len: int
     ) -> VerifyPass:
-        from dflash_plugin.kernels.draft_attention import Blocks
-
         backend = runner._get_attention_backend(init_new_workspace=True)
         share_kv_indices(runner.attn_backend, backend)
         starts, requests = self.even_rows(verify_len)

@@ -9,15 +9,13 @@ rejected.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from dflash_plugin.kernels.cut_blocks import CutBlocks
 from dflash_plugin.sglang.adaptive import AdaptiveVerifier
 from dflash_plugin.sglang.protocols import LogitsOutputLike
-
-if TYPE_CHECKING:
-    from dflash_plugin.kernels.cut_blocks import CutBlocks
 
 
 def compacting_input(
@@ -97,9 +95,9 @@ def scatter(
             made to fit.
     """
     if output.next_token_logits is not None:
-        output.next_token_logits = output.next_token_logits[cut.places]
+        output.next_token_logits = output.next_token_logits[cut.indices]
     hidden = output.hidden_states
     if hidden is not None:
-        shape = len(cut.places), *hidden.shape[1:]
-        output.hidden_states = hidden[cut.places] if reads_features else hidden[:1].expand(shape)
+        shape = len(cut.indices), *hidden.shape[1:]
+        output.hidden_states = hidden[cut.indices] if reads_features else hidden[:1].expand(shape)
     tokens[: len(cut.kept)].copy_(cut.kept)

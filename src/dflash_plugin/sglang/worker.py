@@ -19,8 +19,10 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.decoding.sampling import SamplingTensors, sample
-from dflash_plugin.serving.draft_tokens import Candidates, noise, noise_of_walks, walk
+from dflash_plugin.decoding.sampling import SamplingTensors
+from dflash_plugin.kernels.accept import Sampled, accept
+from dflash_plugin.kernels.reference import sample
+from dflash_plugin.serving.draft_tokens import Candidates, noise, select_drafts, selector_noise
 from dflash_plugin.sglang import metrics, patches, penalties, sampling, triton_attention
 from dflash_plugin.sglang.adaptive import agree_across_ranks, build_verifier
 from dflash_plugin.sglang.compat import argument
@@ -309,7 +311,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         hidden, anchors, found = drafting
         drafter, batch = self.draft_model.drafter, len(anchors)
         if found is not None:
-            u = noise_of_walks(step.params.seed, step.anchors, self.num_drafts)
+            u = selector_noise(step.params.seed, step.anchors, self.num_drafts)
             path = self._walk(drafting, step.params.temperature, u)
             assert path.probs is not None
             step.draft_probs = drafter.target_probabilities(
@@ -331,7 +333,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         """Let the selector choose among candidates; tells the verifier how likely drafts are."""
         assert drafting.candidates is not None
         found, anchors = drafting.candidates, drafting.anchors
-        path = walk(self.draft_model.drafter, found, anchors, temperature, u)
+        path = select_drafts(self.draft_model.drafter, found, anchors, temperature, u)
         if self.verifier is not None:
             self.verifier.predictor.predict(path.confidence.flatten(), None)
         return path
@@ -478,8 +480,6 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         Returns:
             Number of accepted drafts int32 [B], and the token after them int64 [B].
         """
-        from dflash_plugin.kernels.accept import Sampled, accept, accept_naive
-
         step = self.step
         assert step is not None
         assert step.params is not None
@@ -489,10 +489,9 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             target = sampling.distribution(logits.view(batch, rows, -1), step.params, info)
         else:  # Rows that were not verified need no distribution.
             params = step.params.of_rows(cut.sources // rows)
-            row_index = cut.places.view(batch, rows)
+            row_index = cut.indices.view(batch, rows)
             target = sampling.distribution(logits[cut.sources][:, None], params, info)[:, 0]
         draft = None if step.draft_probs is None else step.draft_probs.contiguous()
         judged = Sampled(target.contiguous(), draft, step.params.seed, row_index)
-        run = accept if kernels.available(target.device) else accept_naive
-        accepted = run(candidates[:, 1:], judged, step.anchors)
+        accepted = accept(candidates[:, 1:], judged, step.anchors)
         return accepted.num_accepted, accepted.next_token

@@ -14,7 +14,8 @@ from dflash_plugin.decoding.sampling import SamplingParams
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import Prompt, encode
 from dflash_plugin.train.sequences import SequenceSet
-from dflash_plugin.transformers.engine import Engine, Request
+from dflash_plugin.transformers.engine import Engine
+from dflash_plugin.transformers.requests import Request
 
 Progress = Callable[[int, int], None]
 _SLOT = "\u241fPROMPT\u241f"

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dflash_plugin.checkpoints.io import save_checkpoint
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
+from dflash_plugin.checkpoints.tensors import checkpoint_tensors
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.prompts import Prompt, encode
@@ -45,7 +46,7 @@ def export_drafter(
     """
     tensors = {
         name: tensor.to("cpu", torch.bfloat16) if tensor.is_floating_point() else tensor.cpu()
-        for name, tensor in drafter.canonical().items()
+        for name, tensor in checkpoint_tensors(drafter).items()
     }
     save_checkpoint(output, drafter.config, tensors, dialect="z-lab", overwrite=True)
     target, tokenizer = load_target(target_directory, torch.float32, device)

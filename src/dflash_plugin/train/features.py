@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dflash_plugin.drafter.blockwise import KnownText
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.train.sequences import Batch, SequenceSet, collate
 
@@ -39,6 +41,15 @@ class OnlineFeatures:
             input_ids=batch.tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1
         )
         return torch.cat([out.hidden_states[i + 1] for i in self.layer_ids], dim=-1)
+
+
+def known_texts(
+    features: FeatureSource, sequences: SequenceSet, device: torch.device
+) -> Iterator[KnownText]:
+    """Every sequence with its features, on ``device``; its first anchor starts the response."""
+    for index in range(len(sequences)):
+        batch = collate(sequences, torch.tensor([index])).to(device)
+        yield KnownText(batch.tokens[0], features(batch)[0], int(batch.prompt_lengths))
 
 
 class CachedFeatures:

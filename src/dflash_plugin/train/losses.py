@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch import Tensor
 
@@ -40,21 +38,3 @@ def dpace_weights(cross_entropy: Tensor, valid: Tensor, alpha: float) -> Tensor:
         smooth = torch.where(valid, (1 - alpha) * confidence + alpha, 1.0)
         reach = smooth.cumprod(dim=-1) * valid
         return reach.flip(-1).cumsum(dim=-1).flip(-1) * valid
-
-
-def walk(runs: Sequence[int]) -> Iterator[int]:
-    """Places at which blocks begin when a text is decoded greedily.
-
-    Args:
-        runs: leading drafts that are right of the block at each place; the next block begins one
-            further than the last of them.
-    """
-    place = 0
-    while place < len(runs):
-        yield place
-        place += int(runs[place]) + 1
-
-
-def accepted_run(correct: Tensor) -> Tensor:
-    """Leading True entries of bool [..., K], int64 [...]."""
-    return correct.long().cumprod(dim=-1).sum(dim=-1)

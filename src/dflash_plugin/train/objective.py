@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dflash_plugin.drafter.attention import masked_attention
-from dflash_plugin.drafter.config import LayerAttention
+from dflash_plugin.drafter.blockwise import Blocks, accepted_run, block_hidden
 from dflash_plugin.drafter.model import Drafter
-from dflash_plugin.train.blocks import Blocks, training_mask
-from dflash_plugin.train.losses import accepted_run, dpace_weights, exponential_weights
+from dflash_plugin.train.losses import dpace_weights, exponential_weights
 
 Weighting = Literal["exponential", "dpace"]
 LOGIT_ROWS = 16384
@@ -59,7 +57,7 @@ class Objective(nn.Module):
 
     def forward(self, features: Tensor, blocks: Blocks) -> Outcome:
         """Loss of the blocks [B, A] over context features [B, S, n * hidden]."""
-        hidden = self.block_hidden(features, blocks)
+        hidden = block_hidden(self.drafter, features, blocks)
         labels = self._draft_labels(blocks.labels)
         before = torch.cat([blocks.tokens[..., :1], blocks.labels[..., :-1]], dim=-1)
         rows = (
@@ -93,37 +91,6 @@ class Objective(nn.Module):
             weights = exponential_weights(counted.shape[-1], self.gamma, counted.device) * counted
             normalizer = weights.sum().clamp(min=1e-6)
         return (cross_entropy.masked_fill(cross_entropy.isinf(), 0.0) * weights).sum() / normalizer
-
-    def block_hidden(self, features: Tensor, blocks: Blocks) -> Tensor:
-        """Hidden states [B, A, K, hidden] of the rows that predict, for every anchor's block."""
-        drafter, config = self.drafter, self.drafter.config
-        batch, context = features.shape[:2]
-        count, size = blocks.anchors.shape[1], config.block_size
-        places = torch.arange(context, device=features.device).expand(batch, -1)
-        stored = list(drafter.context_keys_values(drafter.fuse(features), places))
-        masks: dict[LayerAttention, Tensor] = {
-            layer: training_mask(layer, config.window_from, blocks.anchors, size, context)
-            for layer in set(config.layers)
-        }
-
-        def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys = torch.cat([stored[index][0].to(key.dtype), key], dim=1)
-            values = torch.cat([stored[index][1].to(value.dtype), value], dim=1)
-            out = masked_attention(
-                query.transpose(1, 2),
-                keys.transpose(1, 2).to(query.dtype),
-                values.transpose(1, 2).to(query.dtype),
-                masks[config.layers[index]],
-                config.head_dim**-0.5,
-                drafter.sinks(index),
-            )
-            return out.transpose(1, 2)
-
-        positions = blocks.anchors[..., None] + torch.arange(size, device=features.device)
-        hidden = drafter.run_block(
-            drafter.embed(blocks.tokens.flatten(1)), positions.flatten(1), attend
-        )
-        return hidden.view(batch, count, size, -1)[:, :, size - config.num_draft_tokens :]
 
     def _predict(
         self, hidden: Tensor, labels: Tensor, before: Tensor

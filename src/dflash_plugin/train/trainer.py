@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 
 from dflash_plugin.checkpoints.dialects import write_config
 from dflash_plugin.checkpoints.io import load_checkpoint, load_config
+from dflash_plugin.checkpoints.tensors import checkpoint_tensors, load_tensors
+from dflash_plugin.drafter.blockwise import block_starts, make_blocks
 from dflash_plugin.drafter.config import (
     DrafterConfig,
     LayerAttention,
@@ -31,9 +33,9 @@ from dflash_plugin.drafter.config import (
 )
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.train.blocks import choose_anchors, make_blocks
+from dflash_plugin.train.blocks import choose_anchors
 from dflash_plugin.train.features import FeatureSource
-from dflash_plugin.train.losses import gamma_for, walk
+from dflash_plugin.train.losses import gamma_for
 from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet, batches, collate
 
@@ -194,7 +196,7 @@ def new_drafter(config: DrafterConfig, train: TrainConfig) -> Drafter:
     initialize(drafter, train.seed)
     if train.start_from is not None:
         kept = load_checkpoint(train.start_from, dtype=torch.float32).tensors
-        drafter.load_canonical({**drafter.canonical(), **kept})
+        load_tensors(drafter, {**checkpoint_tensors(drafter), **kept})
     return drafter
 
 
@@ -394,7 +396,7 @@ class Trainer:
             runs = outcome.runs.cpu()
             for row, count in zip(runs.tolist(), valid.sum(dim=1).tolist(), strict=True):
                 committed += count
-                for place in walk(row[:count]):
+                for place in block_starts(row[:count]):
                     reached[: row[place]] += 1
                     passes += 1
         return {

@@ -9,71 +9,26 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_widths
-from dflash_plugin.decoding.sampling import (
-    SamplingParams,
-    SamplingTensors,
-)
 from dflash_plugin.decoding.verify import FinishReason, commit, verify
 from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.drafter.static_store import StaticStore
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.transformers.graphs import Graphs
 from dflash_plugin.transformers.loading import bind_drafter
-from dflash_plugin.transformers.store import StaticStore
+from dflash_plugin.transformers.requests import Request, Result
+from dflash_plugin.transformers.rows import MAX_STOP_IDS, RowTensors
 from dflash_plugin.transformers.target import Target, TargetPass
 
-MAX_STOP_IDS = 8
 PREFILL_TOKENS = 8192
 KEYS_STEP = 64
 OnTokens = Callable[[int, list[int]], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt to continue.
-
-    Attributes:
-        prompt: token ids, at least one.
-        max_new_tokens: upper limit of the output.
-        stop_ids: tokens that end the output, themselves included; None takes the target's.
-        sampling: how the target samples; greedy by default.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int = 256
-    stop_ids: Sequence[int] | None = None
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-
-
-@dataclass
-class Result:
-    """What one request gave.
-
-    Attributes:
-        tokens: output token ids, a stop token included.
-        finish_reason: "stop" or "length".
-        committed: tokens committed by each verify pass, the bonus token included; the first output
-            token comes from the prompt's own pass and is not among them.
-        accepted: drafts that verification accepted in each pass, before stop and length limits.
-        drafted: drafts that each pass verified, if the engine records them.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    committed: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    drafted: list[list[int]] = field(default_factory=list)
-
-    @property
-    def acceptance_length(self) -> float:
-        """τ: tokens committed per verify pass; 0 when there was none."""
-        return sum(self.committed) / len(self.committed) if self.committed else 0.0
 
 
 @dataclass
@@ -133,11 +88,12 @@ class Engine:
         rows = self.num_drafts + 1
         length = max_length + max(rows, drafter.config.block_size if drafter else 0) + 1
         length = -(-length // KEYS_STEP) * KEYS_STEP
-        self.target = Target(model, max_batch, length)
-        self.device = self.target.device
         self.layer_ids = drafter.config.target_layer_ids if drafter else ()
         if drafter is not None:
             bind_drafter(drafter, model)
+        self.target = Target(model, max_batch, length, self.layer_ids)
+        self.device = self.target.device
+        if drafter is not None:
             drafter.store = self.store = StaticStore(
                 drafter,
                 max_batch,
@@ -152,25 +108,13 @@ class Engine:
         if adaptive and drafter is not None:
             sizes = {min(1 << n, max_batch) for n in range(max_batch.bit_length() + 1)}
             self.policy = VerifyLenPolicy(choose_widths(rows, 0, None), sorted(sizes))
-        self._allocate(rows, len(self.layer_ids) * self.target.config.hidden_size)
-
-    def _allocate(self, rows: int, feature_width: int) -> None:
-        def integers(*shape: int, fill: int = 0) -> Tensor:
-            return torch.full(shape, fill, dtype=torch.int64, device=self.device)
-
-        batch = self.max_batch
-        self._anchors = integers(batch)
-        self._lengths = integers(batch)
-        self._remaining = integers(batch)
-        self._stops = integers(batch, MAX_STOP_IDS, fill=-1)
-        self._drafts = integers(batch, rows - 1)
-        self._feature_positions = integers(batch, rows, fill=-1)
-        self._features = torch.zeros(
-            batch, rows, feature_width, dtype=self.target.dtype, device=self.device
+        self.state = RowTensors(
+            max_batch,
+            rows,
+            len(self.layer_ids) * self.target.config.hidden_size,
+            self.target.dtype,
+            self.device,
         )
-        self._draft_probs: Tensor | None = None
-        self._outcome = integers(batch, rows + 3)
-        self._sampling = SamplingTensors.build([SamplingParams()] * batch, self.device)
 
     def generate(
         self, requests: Iterable[Request], on_tokens: OnTokens | None = None
@@ -270,21 +214,24 @@ class Engine:
         last_logits = self._run_prompts(
             tokens.to(self.device), positions.to(self.device), lengths, rows
         )
-        self._load_rows(group, rows)
+        self.state.load(rows, [slot.request for slot in group], self.stop_ids)
         verdict = verify(
             rows.new_zeros(len(group), 0),
             last_logits[:, None],
             None,
-            SamplingTensors(*(tensor[rows] for tensor in self._sampling)),
-            self._lengths[rows] - 1,
+            self.state.sampling.of_rows(rows),
+            self.state.lengths[rows] - 1,
             all_greedy=_all_greedy(group),
         )
         committed, _, reason = commit(
-            verdict.tokens, verdict.num_accepted + 1, self._stops[rows], self._remaining[rows]
+            verdict.tokens,
+            verdict.num_accepted + 1,
+            self.state.stops[rows],
+            self.state.remaining[rows],
         )
-        self._anchors[rows] = verdict.next_token
-        self._remaining[rows] -= committed
-        self._feature_positions[rows] = -1
+        self.state.anchors[rows] = verdict.next_token
+        self.state.remaining[rows] -= committed
+        self.state.feature_positions[rows] = -1
         outcome = torch.stack([reason.long(), verdict.next_token], dim=1).tolist()
         for slot, (code, token) in zip(group, outcome, strict=True):
             self._record(slot, [token], code, on_tokens)
@@ -302,9 +249,7 @@ class Engine:
             columns = torch.as_tensor(ending, device=self.device)
             part = positions[:, start:end]
             target_pass = TargetPass(self.target.kv, part, self._num_keys(end), rows)
-            logits, features = self.target.forward(
-                tokens[:, start:end], target_pass, self.layer_ids, columns
-            )
+            logits, features = self.target.forward(tokens[:, start:end], target_pass, columns)
             column = torch.searchsorted(columns, last - start).clamp(max=len(ending) - 1)
             chosen = logits[torch.arange(len(lengths), device=self.device), column]
             here = (last >= start) & (last < end)
@@ -316,20 +261,6 @@ class Engine:
                 self.drafter.inject(features, part)
         assert last_logits is not None
         return last_logits
-
-    def _load_rows(self, group: list[_Running], rows: Tensor) -> None:
-        stops = torch.full((len(group), MAX_STOP_IDS), -1, dtype=torch.int64)
-        for row, slot in enumerate(group):
-            ids = self.stop_ids if slot.request.stop_ids is None else slot.request.stop_ids
-            stops[row, : len(ids)] = torch.as_tensor(list(ids), dtype=torch.int64)
-        self._stops[rows] = stops.to(self.device)
-        self._lengths[rows] = torch.as_tensor([slot.length for slot in group], device=self.device)
-        self._remaining[rows] = torch.as_tensor(
-            [slot.request.max_new_tokens for slot in group], device=self.device
-        )
-        sampling = SamplingTensors.build([slot.request.sampling for slot in group], self.device)
-        for destination, source in zip(self._sampling, sampling, strict=True):
-            destination[rows] = source
 
     def _step(self, rows: list[_Running | None], on_tokens: OnTokens | None) -> None:
         """Draft and verify one block for every running request."""
@@ -351,11 +282,13 @@ class Engine:
             ("verify", batch, num_keys, greedy, width),
             lambda: self._verify(batch, num_keys, greedy, width),
         )
-        outcomes = self._outcome[: len(rows)].tolist()
+        outcomes = self.state.outcome[: len(rows)].tolist()
         if self.policy is not None:
             passed = [row[2] for row, slot in zip(outcomes, rows, strict=True) if slot is not None]
             self.policy.observe(width, passed)
-        drafts = self._drafts[: len(rows), : width - 1].tolist() if self.record_drafts else None
+        drafts = (
+            self.state.drafts[: len(rows), : width - 1].tolist() if self.record_drafts else None
+        )
         for row, outcome in enumerate(outcomes):
             slot = rows[row]
             if slot is None:
@@ -374,27 +307,27 @@ class Engine:
         """Inject the features that the last verification committed."""
         assert self.drafter is not None
         self.store.rows, self.store.num_keys = None, num_keys
-        self.drafter.inject(self._features[:batch], self._feature_positions[:batch])
+        self.drafter.inject(self.state.features[:batch], self.state.feature_positions[:batch])
 
     def _draft(self, batch: int, num_keys: int, greedy: bool) -> None:
         """Inject the features that the last verification committed, then draft a block."""
         assert self.drafter is not None
         self._inject(batch, num_keys)
-        anchors, positions = self._anchors[:batch], self._lengths[:batch]
+        anchors, positions = self.state.anchors[:batch], self.state.lengths[:batch]
         draws = self.sampled_drafts and not greedy
         proposal = self.drafter.propose(
             self.drafter.draft(anchors, positions),
             anchors,
             positions,
-            _rows_of(self._sampling, 0, batch) if draws else None,
+            self.state.sampling_of(batch) if draws else None,
         )
-        self._drafts[:batch] = proposal.tokens
+        self.state.drafts[:batch] = proposal.tokens
         if proposal.probs is None:
             return
-        if self._draft_probs is None:
+        if self.state.draft_probs is None:
             shape = self.max_batch, self.num_drafts, self.vocabulary
-            self._draft_probs = proposal.probs.new_zeros(shape)
-        self._draft_probs[:batch] = self.drafter.target_probabilities(
+            self.state.draft_probs = proposal.probs.new_zeros(shape)
+        self.state.draft_probs[:batch] = self.drafter.target_probabilities(
             proposal.probs, self.vocabulary, proposal.candidates
         )
 
@@ -407,37 +340,37 @@ class Engine:
             greedy: no request samples.
             rows: of each request, the anchor's among them.
         """
-        drafts = self._drafts[:batch, : rows - 1]
-        tokens = torch.cat([self._anchors[:batch, None], drafts], dim=1)
+        drafts = self.state.drafts[:batch, : rows - 1]
+        tokens = torch.cat([self.state.anchors[:batch, None], drafts], dim=1)
         offsets = torch.arange(rows, device=self.device)
-        positions = self._lengths[:batch, None] + offsets
+        positions = self.state.lengths[:batch, None] + offsets
         target_pass = TargetPass(self.target.kv, positions, num_keys)
-        logits, features = self.target.forward(tokens, target_pass, self.layer_ids)
+        logits, features = self.target.forward(tokens, target_pass)
         draft_probs = None
-        if not greedy and self._draft_probs is not None:
-            draft_probs = self._draft_probs[:batch, : rows - 1]
+        if not greedy and self.state.draft_probs is not None:
+            draft_probs = self.state.draft_probs[:batch, : rows - 1]
         verdict = verify(
             drafts,
             logits,
             draft_probs,
-            _rows_of(self._sampling, 0, batch),
-            self._lengths[:batch],
+            self.state.sampling_of(batch),
+            self.state.lengths[:batch],
             all_greedy=greedy,
         )
         advance = verdict.num_accepted + 1
         committed, finished, reason = commit(
-            verdict.tokens, advance, self._stops[:batch], self._remaining[:batch]
+            verdict.tokens, advance, self.state.stops[:batch], self.state.remaining[:batch]
         )
         if features is not None:
-            self._features[:batch, :rows] = features
+            self.state.features[:batch, :rows] = features
             kept = (offsets < advance[:, None]) & ~finished[:, None]
-            self._feature_positions[:batch] = -1
-            self._feature_positions[:batch, :rows] = torch.where(kept, positions, -1)
-        self._anchors[:batch] = verdict.next_token
+            self.state.feature_positions[:batch] = -1
+            self.state.feature_positions[:batch, :rows] = torch.where(kept, positions, -1)
+        self.state.anchors[:batch] = verdict.next_token
         # A finished row idles at position 0 until another request takes it.
-        self._lengths[:batch] = torch.where(finished, 0, self._lengths[:batch] + advance)
-        self._remaining[:batch] -= committed
-        self._outcome[:batch, : rows + 3] = torch.cat(
+        self.state.lengths[:batch] = torch.where(finished, 0, self.state.lengths[:batch] + advance)
+        self.state.remaining[:batch] -= committed
+        self.state.outcome[:batch, : rows + 3] = torch.cat(
             [
                 torch.stack([committed, reason.long(), verdict.num_accepted], dim=1),
                 verdict.tokens,
@@ -470,16 +403,7 @@ class Engine:
         self.target.kv.move_row(source, destination)
         if self.drafter is not None:
             self.store.kv.move_row(source, destination)
-        for tensor in (
-            self._anchors,
-            self._lengths,
-            self._remaining,
-            self._stops,
-            self._features,
-            self._feature_positions,
-            *self._sampling,
-        ):
-            tensor[destination] = tensor[source].clone()
+        self.state.move(source, destination)
 
     def _batch_bucket(self, size: int) -> int:
         """Batch that a step runs at: exact without graphs, a power of two with them."""
@@ -493,10 +417,6 @@ class Engine:
         if self.graphs.enabled:
             step = max(256, 1 << (needed - 1).bit_length())
         return min(-(-needed // step) * step, self.target.kv.length)
-
-
-def _rows_of(sampling: SamplingTensors, first: int, size: int) -> SamplingTensors:
-    return SamplingTensors(*(tensor[first : first + size] for tensor in sampling))
 
 
 def _all_greedy(slots: list[_Running]) -> bool:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dflash_plugin.checkpoints.io import Checkpoint, load_checkpoint
+from dflash_plugin.checkpoints.tensors import build_drafter
 from dflash_plugin.drafter.config import Dialect, DraftWeights
 from dflash_plugin.drafter.fp8_linear import quantize_drafter
 from dflash_plugin.drafter.model import Drafter
@@ -79,7 +80,7 @@ def bound(checkpoint: Checkpoint, target: PreTrainedModel) -> Drafter:
     Raises:
         DFlashError: it was made for another target.
     """
-    drafter = Drafter.from_checkpoint(checkpoint).to(target.device)
+    drafter = build_drafter(checkpoint).to(target.device)
     bind_drafter(drafter, target)
     return drafter
 

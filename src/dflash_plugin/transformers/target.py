@@ -7,6 +7,7 @@ model that hands its keyword arguments down to its attention, as Transformers' m
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from dflash_plugin.drafter.attention import masked_attention
 from dflash_plugin.drafter.static_kv import KVShape, StaticKV
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.transformers.features import FeatureTap
 
 # Transformers takes any name with "flash" in it for a Flash Attention kernel.
 ATTENTION = "static_kv"
@@ -126,16 +128,33 @@ AttentionInterface.register(ATTENTION, _static_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the model's forward calls its cache: ``cache``, or ``past_key_values`` before 5.24."""
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
 class Target:
     """The target model, run over its static buffers.
+
+    Args:
+        model: a causal language model; its attention is replaced.
+        rows: requests that the buffers hold.
+        length: positions of each request.
+        layer_ids: layers whose outputs each pass returns as context features, as
+            ``DrafterConfig.target_layer_ids`` counts them.
 
     Raises:
         DFlashError: the model keeps state other than attention keys and values, which cannot roll
             back, or attends in a way that the static attention does not cover.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, length: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, rows: int, length: int, layer_ids: tuple[int, ...] = ()
+    ) -> None:
         self.model = model
+        self.layer_ids = layer_ids
+        self._cache_name = cache_argument(model)
         self.config = model.config.get_text_config()
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
@@ -148,7 +167,10 @@ class Target:
         shapes = self._probe_shapes()
         model.set_attn_implementation(ATTENTION)
         self.kv = StaticKV(shapes, rows, length, self.dtype, self.device)
+        self._features: FeatureTap | None = None
         self._check_windows()
+        if layer_ids:
+            self._features = FeatureTap.of(model, layer_ids, self._probe)
 
     @property
     def num_layers(self) -> int:
@@ -172,7 +194,6 @@ class Target:
         self,
         tokens: Tensor,
         target_pass: TargetPass,
-        layer_ids: tuple[int, ...] = (),
         logits_at: Tensor | int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the target on [B, T] tokens.
@@ -180,33 +201,52 @@ class Target:
         Args:
             tokens: int64 [B, T].
             target_pass: positions and buffers of this pass.
-            layer_ids: layers whose outputs are wanted as context features.
             logits_at: Transformers' ``logits_to_keep``: 0 for all positions, or columns int64 [C].
 
         Returns:
-            Logits [B, C, vocab], and features [B, T, len(layer_ids) * hidden] or None.
+            Logits [B, C, vocab], and features [B, T, len(layer_ids) * hidden], or None without
+            ``layer_ids``.
         """
-        out = self.model(
+        if self._features is None:
+            return self._run(tokens, target_pass, logits_at).logits, None
+        with self._features.recording() as recorded:
+            out = self._run(tokens, target_pass, logits_at, recorded.asks_for_all)
+        return out.logits, recorded.features(out)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        target_pass: TargetPass,
+        logits_at: Tensor | int = 0,
+        output_hidden_states: bool = False,
+    ) -> Any:
+        cache = {self._cache_name: _StaticCache(target_pass)}
+        return self.model(
             input_ids=tokens,
             position_ids=target_pass.positions,
             attention_mask=target_pass.mask(None)[:, None],
-            past_key_values=_StaticCache(target_pass),
             use_cache=True,
-            output_hidden_states=bool(layer_ids),
+            output_hidden_states=output_hidden_states,
             logits_to_keep=logits_at,
             target_pass=target_pass,
+            **cache,
         )
-        if not layer_ids:
-            return out.logits, None
-        return out.logits, torch.cat([out.hidden_states[i + 1] for i in layer_ids], dim=-1)
+
+    @torch.inference_mode()
+    def _probe(self) -> Any:
+        """A pass over two padding tokens with all hidden states; it writes to scratch alone."""
+        tokens = torch.arange(2, device=self.device)[None]
+        return self._run(
+            tokens, TargetPass(self.kv, torch.full_like(tokens, -1), 1), output_hidden_states=True
+        )
 
     @torch.inference_mode()
     def _probe_shapes(self) -> list[KVShape]:
         cache = DynamicCache(config=self.config)
         self.model(
             input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device),
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_name: cache},
         )
         shapes = []
         for index, layer in enumerate(cache.layers):

@@ -13,7 +13,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial, wraps
+from functools import wraps
 from itertools import product
 from statistics import median
 from typing import Any
@@ -22,11 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dflash_plugin import kernels
 from dflash_plugin.adaptive.acceptance_model import LEARNING
-from dflash_plugin.adaptive.expected_tokens import ExpectedTokens
-from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_widths
 from dflash_plugin.adaptive.step_cost import StepCost
+from dflash_plugin.serving.adaptive_setup import DraftSelection, make_policy
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.options import drafter_spec
@@ -74,25 +72,15 @@ class AdaptiveManager:
         max_logits: int,
         admits_on_host: bool,
     ) -> None:
-        from dflash_plugin.kernels.admit_drafts import admit_drafts, admit_drafts_naive
-
         self.native, self.query_start_loc = native, query_start_loc
         self.max_logits, self.admits_on_host = max_logits, admits_on_host
         self.drafts = int(req_states.num_speculative_steps)
         self.device = torch.device(req_states.device)
         size = int(req_states.max_num_reqs)
         self.acceptance_probs = torch.zeros(size, self.drafts, device=self.device)
-        self.expected_tokens = ExpectedTokens(self.drafts, size, self.device)
-        widths = choose_widths(self.drafts + 1, options.min_draft_tokens, options.max_draft_tokens)
-        self.policy = VerifyLenPolicy(
-            widths, (), options.latency_vs_throughput, expected=self._expected
-        )
-        self.verify_len = widths[-1]
-        self._admit = partial(
-            admit_drafts if kernels.available(self.device) else admit_drafts_naive,
-            least=options.min_draft_tokens,
-            most=options.max_draft_tokens,
-        )
+        self.selection = DraftSelection(options, self.drafts, size, self.device)
+        self.policy = make_policy(options, self.drafts, expected=self._expected)
+        self.verify_len = self.policy.widths[-1]
         self._capture_sizes: list[int] = []
         # Tensors that were sent once and are used again.
         self._sent_starts: dict[tuple[int, int], Tensor] = {}
@@ -127,8 +115,6 @@ class AdaptiveManager:
         Args:
             samples: profiled steps; times in milliseconds.
         """
-        from dflash_plugin.kernels.admit_drafts import compile_ahead
-
         verify, draft = defaultdict(list), defaultdict(list)
         for sample in samples:
             verify[sample.num_target_tokens].append(sample.forward_ms)
@@ -145,7 +131,7 @@ class AdaptiveManager:
                 tokens = size + self._drafts_to_verify(rows, size, size)
                 drafts = size if rows > 1 else 0
                 self.policy.prior[size, rows] = cost.step_seconds(tokens, drafts)
-        compile_ahead(self._admit, self.acceptance_probs)
+        self.selection.compile_ahead(self.acceptance_probs)
 
     # While serving.
 
@@ -231,7 +217,7 @@ class AdaptiveManager:
             batch = len(req_ids)
             drafts, others = self._counts_on_device(async_tensor_h2d)
             logit_starts = torch.empty(batch + 1, dtype=torch.int32, device=self.device)
-            self._admit(
+            self.selection.admit(
                 self.acceptance_probs,
                 idx_mapping,
                 drafts,
@@ -252,8 +238,8 @@ class AdaptiveManager:
             input_batch: the runner's batch.
         """
         self._steps += 1
-        if self.verify_len > 1 and self.expected_tokens.is_due():
-            self.expected_tokens.ask(self.acceptance_probs[input_batch.idx_mapping])
+        if self.verify_len > 1:
+            self.selection.observe(lambda: self.acceptance_probs[input_batch.idx_mapping])
 
     @property
     def learns(self) -> bool:
@@ -309,10 +295,9 @@ class AdaptiveManager:
     def _expected(self) -> list[float]:
         """Tokens that a request commits in a step, on average, at verify length 1, 2, …"""
         requests = max(1, self._requests)
-        return [
-            self.expected_tokens.tokens(self._drafts_to_verify(rows, requests, requests) / requests)
-            for rows in range(1, self.drafts + 2)
-        ]
+        return self.selection.expected(
+            lambda rows: self._drafts_to_verify(rows, requests, requests) / requests
+        )
 
     def _report(self) -> None:
         steps = sum(self.policy.steps.values())

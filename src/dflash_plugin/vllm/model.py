@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from vllm.distributed import (
 )
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
@@ -27,17 +29,16 @@ from vllm.platforms import current_platform
 from dflash_plugin.drafter.config import LayerAttention
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.kernels.fp8_rows import Fp8Rows, quantize
-from dflash_plugin.serving.draft_tokens import Candidates, best_of_ranks, best_of_shard, candidates
 from dflash_plugin.serving.drafter_spec import DrafterSpec
+from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
 from dflash_plugin.serving.fp8_weights import product
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
-from dflash_plugin.vllm.layers import ShardedQKV, VllmLayers, head_in_fp8, round_to_fp8
+from dflash_plugin.vllm.layers import VllmLayers
 from dflash_plugin.vllm.options import required_spec
 from dflash_plugin.vllm.surface import target_modules, verify_worker
 
 if TYPE_CHECKING:
-    from dflash_plugin.kernels.draft_head import HeadChoice
+    from dflash_plugin.kernels.vocab_topk import HeadChoice
 
 Slots = Tensor | Sequence[Tensor | None] | None
 
@@ -52,11 +53,11 @@ class DraftBlock(nn.Module):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
-        info = required_spec(vllm_config)
-        config = info.config
+        config = required_spec(vllm_config).config
         first = vllm_config.model_config.get_total_num_hidden_layers()
-        host = VllmLayers(get_draft_quant_config(vllm_config), prefix, first)
-        self.drafter = Drafter(config, host)
+        layers = VllmLayers(get_draft_quant_config(vllm_config), prefix, first)
+        self.drafter = Drafter(config, layers)
+        quant_config = layers.common["quant_config"]
         device = vllm_config.device_config.device
         self.drafter.rotary.to(device)
         self.drafter.requires_grad_(False)
@@ -69,9 +70,9 @@ class DraftBlock(nn.Module):
                 attention.head_dim**-0.5,
                 num_kv_heads=attention.kv_heads,
                 cache_config=vllm_config.cache_config,
-                quant_config=host.quant_config,
+                quant_config=quant_config,
                 per_layer_sliding_window=_window(config.layers[index], config.window_from),
-                prefix=host.place(f"layers.{index}.self_attn.attn"),
+                prefix=layers.full_name(f"layers.{index}.self_attn.attn"),
                 **({} if attention.sinks is None else {"sinks": attention.sinks}),
             )
             for index, attention in enumerate(self.drafter.attentions())
@@ -92,32 +93,35 @@ class DraftBlock(nn.Module):
         return out.view_as(query)
 
 
-class EngineDrafter(DFlashQwen3ForCausalLM):
-    """What vLLM's runners call; a subclass because the V1 runner asks for one."""
+class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
+    """The draft model that vLLM's runners call; the V1 runner asks for vLLM's class."""
+
+    plain_linear = UnquantizedLinearMethod
+    plain_head = UnquantizedEmbeddingMethod
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         nn.Module.__init__(self)
         speculative = vllm_config.speculative_config
-        self.info = required_spec(vllm_config)
+        self.spec = required_spec(vllm_config)
         self.config = speculative.draft_model_config.hf_config
         verify_worker(vllm_config)
-        _check_parallel(vllm_config, self.info)
+        _check_parallel(vllm_config, self.spec)
         self.model = DraftBlock(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.drafter: Drafter = self.model.drafter
         # The names by which vLLM's loaders decide what to take from the target.
-        self.has_own_embed_tokens = self.info.config.own_embedding
-        self.has_own_lm_head = self.info.config.own_head
+        self.has_own_embed_tokens = self.spec.config.own_embedding
+        self.has_own_lm_head = self.spec.config.own_head
         if self.has_own_lm_head:
             self.lm_head = self.drafter.own_head
         self.vocab_size = vllm_config.model_config.get_vocab_size()
-        drafter_config = self.info.config
+        drafter_config = self.spec.config
         head_rows = drafter_config.draft_vocab_size or (
             drafter_config.vocab_size if self.has_own_lm_head else self.vocab_size
         )
         self.logits_processor = LogitsProcessor(head_rows)
-        self._targets: Tensor | None = None
-        self._kv_weight: Tensor | Fp8Rows | None = None
-        self._kv_bias: Tensor | None = None
+        self._draft_columns: Tensor | None = None
+        is_whole = get_tensor_model_parallel_world_size() == 1
+        self.gather = None if is_whole else partial(tensor_model_parallel_all_gather, dim=-1)
         self._finish = self._finish_context
         if vllm_config.compilation_config.mode != CompilationMode.NONE:
             self._finish = torch.compile(
@@ -133,9 +137,9 @@ class EngineDrafter(DFlashQwen3ForCausalLM):
         Raises:
             DFlashError: the checkpoint is malformed or maps tokens that the target lacks.
         """
-        fill(self.drafter, self.info, get_tensor_model_parallel_rank())
-        self._prepare_weights()
-        self._targets = draft_columns(self.drafter, self.vocab_size)
+        fill(self.drafter, self.spec, get_tensor_model_parallel_rank())
+        self.prepare_weights()
+        self._draft_columns = draft_columns(self.drafter, self.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Fill the parameters from the checkpoint, whatever stream a loader offers."""
@@ -143,7 +147,7 @@ class EngineDrafter(DFlashQwen3ForCausalLM):
         return {name for name, _ in self.named_parameters()}
 
     def bind(self, target_model: nn.Module) -> None:
-        """Borrow the target's embedding and head, and merge the context projections.
+        """Borrow the target's embedding and head, and prepare the drafter's weights.
 
         Raises:
             DFlashError: the target has no such modules or does not fit.
@@ -151,43 +155,12 @@ class EngineDrafter(DFlashQwen3ForCausalLM):
         embedding, head = target_modules(target_model)
         if isinstance(embedding, BaseLayerWithLoRA):
             embedding = embedding.base_layer
-        if embedding is None or head is None:
-            raise DFlashError(
-                f"{type(target_model).__name__} has no embed_tokens or lm_head to lend to the "
-                "drafter: use a decoder-only language model as the target"
-            )
-        if not self.has_own_lm_head:
-            self.lm_head = head
-        if self._in_fp8:
-            self.lm_head = head_in_fp8(cast(nn.Module, self.lm_head))
-            if self.has_own_lm_head:
-                self.drafter.own_head = self.lm_head
+        self.borrow(target_model, embedding, head)
+        self.lm_head = self.drafter.head()
         # Registered, so that compilation sees a parameter instead of a constant.
-        self.model.embed_tokens = embedding
-        self.drafter.borrow(embedding.weight, head, embedding)
-        self._prepare_weights()
-
-    @property
-    def _in_fp8(self) -> bool:
-        return self.info.options.draft_weights == "fp8"
-
-    def _prepare_weights(self) -> None:
-        """Stack what makes context keys and values of all layers, and round weights to FP8.
-
-        Once the weights are there and before a platform packs them away; with dummy weights,
-        which no loader announces, when the target is bound.
-        """
-        if self._kv_weight is not None:
-            return
-        linears = [cast(ShardedQKV, a.qkv_proj) for a in self.drafter.attentions()]
-        if all(linear.is_plain for linear in linears):
-            self._kv_weight = torch.cat([q.weight[q.query_width :] for q in linears])
-            if self.info.config.attention_bias:
-                self._kv_bias = torch.cat([q.bias[q.query_width :] for q in linears])
-        if self._in_fp8:
-            round_to_fp8(self.drafter)
-            if self._kv_weight is not None:
-                self._kv_weight = quantize(self._kv_weight)
+        self.model.embed_tokens = cast(nn.Module, embedding)
+        # Dummy weights are not announced by a loader, so they are prepared here.
+        self.prepare_weights()
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None
@@ -202,7 +175,7 @@ class EngineDrafter(DFlashQwen3ForCausalLM):
         Raises:
             DFlashError: the target gave another number of layers.
         """
-        check_features(hidden_states.shape[-1], self.info)
+        check_features(hidden_states.shape[-1], self.spec)
         return self.drafter.fuse(hidden_states)
 
     def precompute_and_store_context_kv(
@@ -233,9 +206,9 @@ class EngineDrafter(DFlashQwen3ForCausalLM):
 
     def _context(self, context: Tensor, positions: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Per layer, keys and values [T, kv_heads, head_dim] of context rows."""
-        if self._kv_weight is None:
+        if self.context_weight is None:
             return list(self.drafter.context_keys_values(context, positions))
-        kv = product(context, self._kv_weight, self._kv_bias)
+        kv = product(context, self.context_weight, self.context_bias)
         # One row would be compiled for itself, in the middle of serving.
         finish = self._finish if context.shape[0] > 1 else self._finish_context
         keys, values = finish(kv, positions)
@@ -261,67 +234,31 @@ class EngineDrafter(DFlashQwen3ForCausalLM):
         if logits is None:
             return None
         logits = self.drafter.scale_logits(logits)
-        if self._targets is not None:
+        if self._draft_columns is not None:
             full = logits.new_full((logits.shape[0], self.vocab_size), float("-inf"))
-            return full.index_copy_(1, self._targets, logits)
+            return full.index_copy_(1, self._draft_columns, logits)
         missing = self.vocab_size - logits.shape[-1]
         if missing > 0:
             return F.pad(logits, (0, missing), value=float("-inf"))
         return logits[:, : self.vocab_size]
 
     def get_top_tokens(self, hidden_states: Tensor) -> Tensor:
-        """The likeliest token ids [T], without gathering the vocabulary's shards.
-
-        The drafter's scale and soft-cap keep the order of logits.
-        """
-        choice = self._shard_choice(hidden_states)
-        if choice is None:
-            draft_ids = self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
-            return self.drafter.token_ids(draft_ids)
-        if get_tensor_model_parallel_world_size() == 1:
-            return self.drafter.token_ids(choice.tokens.squeeze(-1))
-        best = best_of_ranks(choice.scores, choice.tokens, tensor_model_parallel_all_gather)
-        return self.drafter.token_ids(best)
+        """The likeliest token ids int64 [T]; vLLM's name of ``top_tokens``."""
+        return self.top_tokens(hidden_states)
 
     def best_choice(self, hidden_states: Tensor) -> HeadChoice | None:
-        """The likeliest draft of each row with its normalizer, or None where it takes logits.
+        """The likeliest draft of each row with its normalizer, or None where logits are needed.
 
         Args:
             hidden_states: [T, hidden].
         """
-        if get_tensor_model_parallel_world_size() > 1:
-            return None
-        return self._shard_choice(hidden_states)
+        return None if self.gather is not None else self.shard_choice(hidden_states)
 
-    def candidates(self, hidden_states: Tensor) -> Candidates:
-        """The likeliest tokens of each row, for the selector of a DFlash 2 drafter.
-
-        Args:
-            hidden_states: [T, hidden].
-        """
-        is_whole = get_tensor_model_parallel_world_size() == 1
-        return candidates(
-            self.drafter,
-            self.lm_head,
-            hidden_states,
-            self._shard_rows(),
-            UnquantizedEmbeddingMethod,
-            self._shard_logits,
-            None if is_whole else tensor_model_parallel_all_gather,
-        )
-
-    def _shard_rows(self) -> int:
-        """This rank's rows of the head that are tokens."""
-        return int(cast(Any, self.lm_head).shard_indices.num_org_elements)
-
-    def _shard_choice(self, hidden_states: Tensor) -> HeadChoice | None:
-        rows = self._shard_rows()
-        return best_of_shard(self.lm_head, hidden_states, rows, UnquantizedEmbeddingMethod)
-
-    def _shard_logits(self, hidden_states: Tensor) -> Tensor:
-        head = cast(Any, self.lm_head)
-        logits: Tensor = head.quant_method.apply(head, hidden_states, bias=None)
-        return logits[:, : self._shard_rows()]
+    def shard_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, rows] over this rank's rows of the head, padding left out."""
+        head = cast(Any, self.drafter.head())
+        logits: Tensor = head.quant_method.apply(head, hidden, bias=None)
+        return logits[:, : self.shard_rows()]
 
     def get_draft_kv_cache_layer_names(self) -> list[str]:
         """Names of the attention layers, in the drafter's order."""
@@ -329,24 +266,23 @@ class EngineDrafter(DFlashQwen3ForCausalLM):
 
     def get_draft_attn_causal(self) -> list[bool]:
         """Whether each layer's block rows are kept from later rows."""
-        return [layer.causal for layer in self.info.config.layers]
+        return [layer.causal for layer in self.spec.config.layers]
 
 
 def _window(layer: LayerAttention, window_from: str) -> int | None:
-    """The window that vLLM counts back from each row, the row itself included."""
+    """The window in vLLM's convention, the row itself included; see ``serving.engine_drafter``."""
     if layer.sliding_window is None:
         return None
-    # A window from the anchor keeps its size in front of the anchor's own row.
     return layer.sliding_window + (window_from == "anchor")
 
 
-def _check_parallel(vllm_config: Any, info: DrafterSpec) -> None:
-    config = info.config
+def _check_parallel(vllm_config: Any, spec: DrafterSpec) -> None:
+    config = spec.config
     stages = get_pp_group().world_size
     if stages > 1:
         raise DFlashError(
             f"pipeline_parallel_size is {stages}: the drafter needs the target's embedding "
-            "and all its features on one rank; use tensor parallelizm"
+            "and all its features on one rank; use tensor parallelism"
         )
     shards = vllm_config.parallel_config.tensor_parallel_size
     if config.num_attention_heads % shards:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
-from dflash_plugin.serving.draft_tokens import noise_of_walks, walk
+from dflash_plugin.serving.draft_tokens import select_drafts, selector_noise
 from dflash_plugin.vllm.model import EngineDrafter
 from dflash_plugin.vllm.options import required_spec
 from dflash_plugin.vllm.protocols import SamplingMetadata, VllmConfig
@@ -148,9 +148,9 @@ class Proposer(DFlashProposer):
             given = sampling_metadata.temperature
             temperature = torch.where(given < MIN_TEMPERATURE, 0.0, given)
             seeds = torch.randint(1 << 62, (batch,), device=given.device)
-            u = noise_of_walks(seeds, torch.zeros_like(seeds), drafts)
+            u = selector_noise(seeds, torch.zeros_like(seeds), drafts)
         drafter, found = self.model.drafter, self.model.candidates(hidden_states)
-        path = walk(drafter, found, anchors, temperature, u)
+        path = select_drafts(drafter, found, anchors, temperature, u)
         if path.probs is None:
             return path.tokens.flatten(), None
         of_candidates = path.probs.flatten(0, 1)

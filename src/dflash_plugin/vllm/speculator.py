@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.serving.draft_tokens import noise_of_walks, walk
+from dflash_plugin.kernels.predict_acceptance import predict_acceptance
+from dflash_plugin.serving.draft_tokens import select_drafts, selector_noise
 from dflash_plugin.vllm import adaptive, compat
 from dflash_plugin.vllm.draft_logits import DraftLogits
 from dflash_plugin.vllm.model import EngineDrafter
@@ -175,9 +176,9 @@ class Speculator(DFlashSpeculator):
         if self.selector_logits is not None:
             requests = slots[::drafts].clamp(min=0)
             of_blocks = temperature[requests]
-            u = noise_of_walks(seeds[requests] ^ SALT, before[::drafts], drafts)
+            u = selector_noise(seeds[requests] ^ SALT, before[::drafts], drafts)
         found = self.model.candidates(hidden)
-        path = walk(self.model.drafter, found, anchors, of_blocks, u)
+        path = select_drafts(self.model.drafter, found, anchors, of_blocks, u)
         if self.selector_logits is not None:
             scores = path.scores.flatten(0, 1)
             self.selector_logits.write(found.tokens, scores, slots, draft_step)
@@ -191,8 +192,6 @@ class Speculator(DFlashSpeculator):
         self, top: Tensor, log_sum_exp: Tensor | None, slots: Tensor, draft_step: Tensor
     ) -> None:
         """Set acceptance probabilities; arguments as of ``predict_acceptance``."""
-        from dflash_plugin.kernels.predict_acceptance import predict_acceptance
-
         estimator = self._estimator()
         predict_acceptance(
             top,

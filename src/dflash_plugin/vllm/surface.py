@@ -170,7 +170,6 @@ _MODEL = (
     *_seams(
         "vllm.model_executor.layers.logits_processor", SERVE, "call", "logits of the target's head",
         "LogitsProcessor(vocab_size)", "LogitsProcessor.forward(lm_head, hidden_states)",
-        "LogitsProcessor.get_top_tokens(lm_head, hidden_states)",
     ),
     *_seams(
         LINEAR, SERVE, "subclass", "keys and values alone",

@@ -6,7 +6,7 @@ policy: a step at a position commits the drafts that are right and verified, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dflash_plugin.drafter.blockwise import KnownText, accepted_run, block_starts, blocks_of_texts
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError, reason
-from dflash_plugin.train.blocks import Blocks, choose_anchors, make_blocks
-from dflash_plugin.train.features import FeatureSource
-from dflash_plugin.train.losses import accepted_run, walk
-from dflash_plugin.train.objective import Objective
-from dflash_plugin.train.sequences import SequenceSet, collate
-
-# Blocks of one pass.
-BLOCKS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +48,7 @@ class Traces:
     def passes(self) -> list[int]:
         """Of each text, when all drafts are verified."""
         ends = zip(self.starts.tolist(), self.starts[1:].tolist(), strict=False)
-        return [sum(1 for _ in walk(self.right[start:end].tolist())) for start, end in ends]
+        return [sum(1 for _ in block_starts(self.right[start:end].tolist())) for start, end in ends]
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
@@ -90,48 +83,20 @@ class Traces:
         return found
 
 
-def drafted(
-    drafter: Drafter, features: FeatureSource, sequences: SequenceSet
-) -> Iterator[list[tuple[Blocks, Tensor]]]:
-    """Of each text, the blocks at every position of its response, in parts that fit one pass.
-
-    Args:
-        drafter: bound to its target.
-        features: of the target.
-        sequences: prompts and responses.
-
-    Yields:
-        Blocks [1, A] and the hidden states [A, K, hidden] of the rows that predict.
-    """
-    objective = Objective(drafter, "exponential", 1.0, 0.0)
-    device = drafter.norm.weight.device
-    for index in range(len(sequences)):
-        batch = collate(sequences, torch.tensor([index])).to(device)
-        context = features(batch).to(drafter.norm.weight.dtype)
-        anchors, valid = choose_anchors(batch, batch.longest_response, None)
-        parts = []
-        for part in anchors[:, valid[0]].split(BLOCKS, dim=1):
-            here = torch.ones_like(part, dtype=torch.bool)
-            blocks = make_blocks(batch.tokens, batch.lengths, part, here, drafter.config)
-            parts.append((blocks, objective.block_hidden(context, blocks)[0]))
-        yield parts
-
-
 @torch.no_grad()
-def record(drafter: Drafter, features: FeatureSource, sequences: SequenceSet) -> Traces:
-    """Draft at every position of every response.
+def record(drafter: Drafter, texts: Iterable[KnownText]) -> Traces:
+    """Draft at every position of every text from its first anchor on.
 
     Args:
         drafter: bound to its target.
-        features: of the target.
-        sequences: prompts and greedy responses.
+        texts: greedy text of the target.
     """
     confidences, rights, starts = [], [], [0]
-    for parts in drafted(drafter, features, sequences):
-        for blocks, hidden in parts:
+    for passes in blocks_of_texts(drafter, texts):
+        for blocks, hidden in passes:
             proposal = drafter.propose(hidden, blocks.tokens[0, :, 0], blocks.anchors[0])
-            stands = (proposal.tokens == blocks.labels[0]) & blocks.label_valid[0]
+            correct = (proposal.tokens == blocks.labels[0]) & blocks.label_valid[0]
             confidences.append(proposal.confidence.half().cpu())
-            rights.append(accepted_run(stands).cpu())
-        starts.append(starts[-1] + sum(len(hidden) for _, hidden in parts))
+            rights.append(accepted_run(correct).cpu())
+        starts.append(starts[-1] + sum(len(hidden) for _, hidden in passes))
     return Traces(torch.cat(confidences), torch.cat(rights), torch.tensor(starts))

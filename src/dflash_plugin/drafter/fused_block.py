@@ -1,4 +1,4 @@
-"""The drafter's block pass with fused kernels: ``Drafter.run_block``, which is its naive twin."""
+"""The drafter's block pass with fused kernels: ``Drafter.run_block`` is its naive twin."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from transformers.activations import SiLUActivation
 
 from dflash_plugin.drafter.convolution import DynamicConvolution
 from dflash_plugin.drafter.interfaces import Attend
-from dflash_plugin.drafter.model import DraftAttention, Drafter, DraftLayer, DraftMLP, RMSNorm
+from dflash_plugin.drafter.layers import DraftAttention, DraftLayer, DraftMLP, RMSNorm
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.kernels.add_rms_norm import Convolution, add_rms_norm
+from dflash_plugin.kernels.common import NormRope
 from dflash_plugin.kernels.fp8_rows import RoundedRows, takes_rounded
 from dflash_plugin.kernels.gated_act import gated_act
 from dflash_plugin.kernels.grouped_convolution import grouped_convolution
@@ -92,6 +94,18 @@ def fuse(drafter: Drafter, features: Tensor, rounds: bool) -> Tensor | RoundedRo
     return _norm(drafter.context_norm, rows, None, rounds)[0]
 
 
+def norm_rope(drafter: Drafter) -> NormRope:
+    """How a drafter norms and rotates the heads of queries and keys."""
+    config, rotary = drafter.config, drafter.rotary
+    return NormRope(
+        rotary.inverse_frequencies,
+        config.rms_norm_eps,
+        gemma=config.norm_style == "gemma",
+        interleaved=rotary.interleaved,
+        factor=rotary.factor,
+    )
+
+
 def _norm(
     norm: RMSNorm,
     x: Tensor,
@@ -109,23 +123,19 @@ def _attention(
     positions: Tensor,
     attend: Attend,
 ) -> Tensor:
-    config, rotary = drafter.config, drafter.rotary
     heads, kv_heads, dim = attention.heads, attention.kv_heads, attention.head_dim
     qkv = attention.qkv_proj(x)
-    normed = config.qk_norm
+    weights = None
+    if drafter.config.qk_norm:
+        norms = attention.query_norm, attention.key_norm
+        weights = cast("tuple[Tensor, Tensor]", tuple(norm.weight for norm in norms))
     qk_norm_rope(
         qkv,
         positions,
-        cast(Tensor, attention.query_norm.weight) if normed else None,
-        cast(Tensor, attention.key_norm.weight) if normed else None,
-        rotary.inverse_frequencies,
+        weights,
+        norm_rope(drafter),
         heads,
         kv_heads,
-        dim,
-        config.rms_norm_eps,
-        gemma=config.norm_style == "gemma",
-        interleaved=rotary.interleaved,
-        factor=rotary.factor,
         value_scale=attention.value_scale,
     )
     query, key, value = (

@@ -1,0 +1,177 @@
+"""A drafter bound to an engine's target: weights, head and choice of draft tokens.
+
+Each engine's draft model inherits ``EngineDrafterMixin`` and adds its attention and its paged
+cache.
+
+Sliding windows: ``LayerAttention.sliding_window`` is the number of positions W that a row sees,
+itself included. It counts back from each row, or from the block's anchor for drafters with
+``window_from="anchor"``, whose windows end one position further back. vLLM takes a window that
+includes the row itself, so W or W + 1. SGLang takes one that leaves the row out, so W - 1 or W.
+Each adapter has its own ``_window``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.fp8_rows import Fp8Rows, quantize
+from dflash_plugin.kernels.vocab_topk import HeadChoice
+from dflash_plugin.serving.draft_tokens import (
+    Candidates,
+    best_of_ranks,
+    best_of_shard,
+    candidates,
+    first_token,
+    shard_rows,
+)
+from dflash_plugin.serving.drafter_spec import DrafterSpec
+from dflash_plugin.serving.fp8_weights import quantize_engine_drafter, quantized_head
+from dflash_plugin.serving.layers import QKVShard
+
+
+class EngineDrafterMixin:
+    """What the engines' draft models do alike.
+
+    Attributes:
+        plain_linear: the engine's method of linears that are not quantized.
+        plain_head: the engine's method of heads that are not quantized.
+        spec: the drafter's checkpoint, configuration and options.
+        drafter: on the engine's layers.
+        vocab_size: of the target.
+        gather: puts every rank's [T, n] side by side, [T, ranks * n]; None where there is one rank.
+        context_weight: [layers * 2 * kv_heads * head_dim, hidden], makes the keys and values of
+            context rows of all layers in one product; None where a layer's weight is not plain.
+        context_bias: goes with ``context_weight``, or None.
+    """
+
+    plain_linear: ClassVar[type]
+    plain_head: ClassVar[type]
+    spec: DrafterSpec
+    drafter: Drafter
+    vocab_size: int
+    gather: Callable[[Tensor], Tensor] | None
+    context_weight: Tensor | Fp8Rows | None = None
+    context_bias: Tensor | None = None
+
+    def borrow(self, target: nn.Module, embedding: Any, head: Any) -> None:
+        """Let the drafter use the target's embedding and head; with FP8, a copy of the head.
+
+        Args:
+            target: for the message.
+            embedding: the target's, or None where it has none.
+            head: the target's, or None where it has none.
+
+        Raises:
+            DFlashError: the target lacks one, or its width does not fit.
+        """
+        if embedding is None or head is None:
+            raise DFlashError(
+                f"{type(target).__name__} has no embedding or lm_head to lend to the drafter: use "
+                "a decoder-only language model as the target"
+            )
+        drafter = self.drafter
+        drafter.borrow(embedding.weight, head, embedding)
+        if not self._in_fp8:
+            return
+        rounded = quantized_head(drafter.head(), self.plain_head)
+        if drafter.own_head is None:
+            drafter.replace_borrowed_head(rounded)
+        else:
+            drafter.own_head = rounded
+
+    def prepare_weights(self) -> None:
+        """Stack what makes context keys and values of all layers, and round weights to FP8.
+
+        Call it when the weights are loaded and before a platform packs them. A second call does
+        nothing once the weights are stacked.
+        """
+        if self.context_weight is not None:
+            return
+        linears = [cast(QKVShard, layer.qkv_proj) for layer in self.drafter.attentions()]
+        weight = None
+        if all(linear.is_plain for linear in linears):
+            weight = torch.cat([linear.weight[linear.query_width :] for linear in linears])
+            if self.spec.config.attention_bias:
+                biases = [cast(Tensor, linear.bias)[linear.query_width :] for linear in linears]
+                self.context_bias = torch.cat(biases)
+        if self._in_fp8:
+            quantize_engine_drafter(self.drafter, self.plain_linear)
+        self.context_weight = quantize(weight) if self._in_fp8 and weight is not None else weight
+
+    @property
+    def _in_fp8(self) -> bool:
+        return self.spec.options.draft_weights == "fp8"
+
+    def shard_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, rows] over this rank's rows of the head, padding left out.
+
+        Args:
+            hidden: [T, hidden].
+        """
+        raise NotImplementedError
+
+    def shard_rows(self) -> int:
+        """This rank's rows of the head that are tokens."""
+        return shard_rows(self.drafter.head(), self.vocab_size)
+
+    def shard_choice(self, hidden: Tensor) -> HeadChoice | None:
+        """The likeliest token of each row over this rank's shard, found without logits.
+
+        Args:
+            hidden: [T, hidden].
+
+        Returns:
+            Row numbers of the head in ``tokens``; None where logits are to be made.
+        """
+        return best_of_shard(self.drafter.head(), hidden, self.shard_rows(), self.plain_head)
+
+    def top_tokens(self, hidden: Tensor) -> Tensor:
+        """The likeliest token ids int64 [T], without gathering the vocabulary's shards.
+
+        The drafter's scale and soft-cap keep the order of logits, so they are left out.
+
+        Args:
+            hidden: [T, hidden].
+        """
+        choice = self.shard_choice(hidden)
+        if choice is not None:
+            logit, row = choice.logits, choice.tokens
+        else:
+            logit, row = self.filled_shard_logits(hidden).max(dim=-1, keepdim=True)
+            row = row + first_token(self.drafter.head())
+        if self.gather is None:
+            return self.drafter.token_ids(row.squeeze(-1))
+        best = best_of_ranks(logit.float().contiguous(), row.contiguous(), self.gather)
+        return self.drafter.token_ids(best)
+
+    def filled_shard_logits(self, hidden: Tensor) -> Tensor:
+        """``shard_logits``, or one column of -inf where this rank has no tokens.
+
+        All tokens of a small head may lie on other ranks.
+        """
+        logits = self.shard_logits(hidden)
+        if logits.shape[-1] == 0:
+            return logits.new_full((logits.shape[0], 1), float("-inf"))
+        return logits
+
+    def candidates(self, hidden: Tensor) -> Candidates:
+        """The likeliest tokens of each row over all ranks, for the selector of DFlash 2 drafters.
+
+        Args:
+            hidden: [T, hidden].
+        """
+        return candidates(
+            self.drafter,
+            self.drafter.head(),
+            hidden,
+            self.shard_rows(),
+            self.plain_head,
+            self.shard_logits,
+            self.gather,
+        )
