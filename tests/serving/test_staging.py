@@ -9,7 +9,7 @@ import pytest
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY, staging
-from dflash_plugin.serving.drafter_spec import DrafterSpec, Options
+from dflash_plugin.serving.drafter_spec import DrafterSpec, Options, expected_acceptance
 from tests.helpers.tiny import tiny_config, write_tiny
 
 TARGET = staging.TargetShape(hidden_size=32, num_layers=4, vocab_size=97)
@@ -56,6 +56,13 @@ def test_a_drafter_must_fit_the_target_and_the_engine(tmp_path):
         prepared(drafter, check=refuse)
     with pytest.raises(DFlashError, match="hidden_size is 64"):
         prepared(drafter, target=TARGET._replace(hidden_size=64))
+
+
+def test_expectation_comes_from_the_option_or_the_training_record(tmp_path):
+    assert expected_acceptance(tmp_path, Options()) is None
+    (tmp_path / "training.json").write_text('{"held_out": {"held_out_tau": 3.5}}')
+    assert expected_acceptance(tmp_path, Options()) == 3.5
+    assert expected_acceptance(tmp_path, Options(expected_acceptance_length=5)) == 5
 
 
 @pytest.mark.parametrize("load_format", ["dummy", LoadFormat.DUMMY, "LoadFormat.DUMMY"])

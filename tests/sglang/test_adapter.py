@@ -57,10 +57,10 @@ def test_arguments_lead_to_a_staged_draft_model(tmp_path):
     assert config["block_size"] == args.speculative_num_draft_tokens == 4
     assert config["max_position_embeddings"] == 32768
     assert (staged / "model.safetensors").resolve() == (drafter / "model.safetensors").resolve()
-    info = drafter_spec(staged)
-    assert info is not None
-    assert info.config.target_layer_ids == (2, 0)
-    assert info.options == Options()
+    spec = drafter_spec(staged)
+    assert spec is not None
+    assert spec.config.target_layer_ids == (2, 0)
+    assert spec.options == Options()
     assert args.speculative_draft_model_revision is None
 
 
@@ -119,9 +119,9 @@ def test_a_dflash2_drafter_is_staged_under_our_architecture(tmp_path):
     config = json.loads((staged / "config.json").read_text())
     assert config["architectures"] == [ARCHITECTURE]
     assert config["dflash_config"] == {"mask_token_id": 3, "target_layer_ids": [0, 2]}
-    info = drafter_spec(staged)
-    assert info is not None
-    assert info.config.selector == DFLASH2["selector"]
+    spec = drafter_spec(staged)
+    assert spec is not None
+    assert spec.config.selector == DFLASH2["selector"]
 
 
 def test_a_target_with_more_tokens_than_the_codebooks_is_refused(tmp_path, monkeypatch):
@@ -134,13 +134,13 @@ def test_a_target_with_more_tokens_than_the_codebooks_is_refused(tmp_path, monke
 def test_dummy_weights_are_not_checked(tmp_path):
     args = server_args(write_tiny(tmp_path / "drafter"), load_format="dummy")
     arguments.prepare(args)
-    info = drafter_spec(args.speculative_draft_model_path)
-    assert info is not None
-    assert info.options.known_answers == "off"
-    assert info.options.acceptance_warning == 0
+    spec = drafter_spec(args.speculative_draft_model_path)
+    assert spec is not None
+    assert spec.options.known_answers == "off"
+    assert spec.options.acceptance_warning == 0
 
 
-def test_another_directory_is_not_hosted(tmp_path):
+def test_a_directory_that_was_not_staged_has_no_spec(tmp_path):
     assert drafter_spec(write_tiny(tmp_path / "drafter")) is None
     assert drafter_spec(None) is None
 
@@ -319,13 +319,13 @@ def test_given_seeds_are_kept_and_the_others_new():
 def counting(checkpoint: Path) -> metrics.Acceptance:
     """Counts of a drafter with 3 drafts, judged every ``STRIDE`` passes by an expected τ of 3."""
     options = Options(expected_acceptance_length=3.0, acceptance_window=metrics.STRIDE)
-    info = DrafterSpec(
+    spec = DrafterSpec(
         checkpoint=checkpoint,
         config=tiny_config(),
         options=options,
         expected_acceptance_length=3.0,
     )
-    return metrics.Acceptance(info, 3, None)
+    return metrics.Acceptance(spec, 3, None)
 
 
 def test_acceptance_is_counted_by_position(tmp_path, caplog):

@@ -14,14 +14,13 @@ from dflash_plugin.checkpoints.io import load_checkpoint, load_config
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import after_import as hooks
 from dflash_plugin.serving import engine_surface
-from dflash_plugin.serving.acceptance import AcceptanceWatch
-from dflash_plugin.serving.drafter_spec import DrafterSpec, Options, expected_acceptance
+from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.vllm import adaptive, arguments, compat, metrics, plugin, surface
 from dflash_plugin.vllm.draft_logits import DraftLogits
 from dflash_plugin.vllm.names import ARCHITECTURE
 from dflash_plugin.vllm.options import drafter_spec, read_options
 from dflash_plugin.vllm.workarounds import expand_kernel, without_empty_rows
-from tests.helpers.tiny import DFLASH2, tiny_config, tiny_target, write_tiny
+from tests.helpers.tiny import DFLASH2, tiny_target, write_tiny
 
 TARGET = SimpleNamespace(
     get_hidden_size=lambda: 32,
@@ -64,15 +63,15 @@ def prepared(tmp_path, **values):
 
 def test_flags_become_a_configuration_of_ours(tmp_path):
     args, staged = prepared(tmp_path)
-    spec = args.speculative_config
-    assert (spec["method"], spec["num_speculative_tokens"]) == ("dflash", 3)
-    assert spec["draft_load_config"] == "loader"
+    settings = args.speculative_config
+    assert (settings["method"], settings["num_speculative_tokens"]) == ("dflash", 3)
+    assert settings["draft_load_config"] == "loader"
     assert args.spec_method is args.spec_model is args.spec_tokens is None
     assert staged["architectures"] == [ARCHITECTURE]
     assert staged["vocab_size"] == 97
     assert staged["is_causal"] is False
-    info = DrafterSpec.model_validate(staged["dflash_plugin"])
-    assert info.config == load_config(info.checkpoint)
+    spec = DrafterSpec.model_validate(staged["dflash_plugin"])
+    assert spec.config == load_config(spec.checkpoint)
 
 
 def test_preparing_twice_changes_nothing(tmp_path):
@@ -261,13 +260,6 @@ def test_wrong_option_is_named(values, message):
         read_options({"dflash_plugin": values})
 
 
-def test_expectation_comes_from_the_option_or_the_training_record(tmp_path):
-    assert expected_acceptance(tmp_path, Options()) is None
-    (tmp_path / "training.json").write_text('{"held_out": {"held_out_tau": 3.5}}')
-    assert expected_acceptance(tmp_path, Options()) == 3.5
-    assert expected_acceptance(tmp_path, Options(expected_acceptance_length=5)) == 5
-
-
 def test_flags_are_long_names_of_vllms():
     parser = argparse.ArgumentParser()
     for _, native, attribute, _ in arguments.FLAGS:
@@ -343,46 +335,6 @@ def test_nothing_left_to_verify_needs_no_constraints():
     assert constrain(torch.zeros(0, 5), 2).shape == (0, 5)
     assert seen == []
     assert constrain(torch.ones(1, 5), 2).tolist() == [[2.0] * 5]
-
-
-def watch(expected, **options):
-    info = DrafterSpec(
-        checkpoint=Path("x"),
-        config=tiny_config(),
-        options=Options(acceptance_window=10, **options),
-        expected_acceptance_length=expected,
-    )
-    return AcceptanceWatch(info)
-
-
-@pytest.mark.parametrize(
-    ("accepted", "reason"),
-    [
-        ([0, 0, 0], "another target"),
-        ([9, 1, 0], "rotation, window"),
-        ([4, 2, 1], "unlike the training text"),
-    ],
-)
-def test_low_acceptance_is_warned_of_with_its_likely_cause(accepted, reason):
-    found = watch(3.4).observe(10, accepted)
-    assert found is not None
-    assert f"{1 + sum(accepted) / 10:.2f}" in found
-    assert reason in found
-
-
-def test_acceptance_is_judged_over_whole_windows():
-    judged = watch(3.4)
-    assert judged.observe(9, [0, 0, 0]) is None
-    assert judged.acceptance_length is None
-    assert judged.observe(1, [1, 1, 1]) is not None
-    assert judged.acceptance_length == pytest.approx(1.3)
-    assert judged.observe(10, [8, 6, 4]) is None
-    assert judged.acceptance_length == pytest.approx(2.8)
-
-
-@pytest.mark.parametrize(("expected", "options"), [(None, {}), (3.4, {"acceptance_warning": 0.0})])
-def test_without_an_expectation_nothing_is_warned_of(expected, options):
-    assert watch(expected, **options).observe(10, [0, 0, 0]) is None
 
 
 def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):

@@ -1,4 +1,4 @@
-"""The drafter on SGLang's layers: its linears, paged attention and head."""
+"""The draft model that SGLang runs: the drafter on SGLang's layers, with its paged attention."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         self._pools: Any = None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Fill the parameters from the checkpoint, whatever stream a loader offers."""
+        """Fill the parameters from the checkpoint; the stream of a loader's weights is not read."""
         fill(self.drafter, self.spec, get_tensor_model_parallel_rank())
 
     def set_block_size(self, block_size: int) -> None:

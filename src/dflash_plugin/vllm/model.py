@@ -1,9 +1,8 @@
-"""The drafter on vLLM's layers: its linears, paged attention and head."""
+"""The draft model that vLLM runs: the drafter on vLLM's layers, with its paged attention."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -121,7 +120,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         self.logits_processor = LogitsProcessor(head_rows)
         self._draft_columns: Tensor | None = None
         is_whole = get_tensor_model_parallel_world_size() == 1
-        self.gather = None if is_whole else partial(tensor_model_parallel_all_gather, dim=-1)
+        self.gather = None if is_whole else tensor_model_parallel_all_gather
         self._finish = self._finish_context
         if vllm_config.compilation_config.mode != CompilationMode.NONE:
             self._finish = torch.compile(
@@ -142,7 +141,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         self._draft_columns = draft_columns(self.drafter, self.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Fill the parameters from the checkpoint, whatever stream a loader offers."""
+        """Fill the parameters from the checkpoint; the stream of a loader's weights is not read."""
         self.load_checkpoint()
         return {name for name, _ in self.named_parameters()}
 

@@ -14,9 +14,11 @@ from dflash_plugin.serving.engine_surface import Kind, Seam, Surface
 from dflash_plugin.vllm import compat
 
 # Features: what reads the flags; what every worker needs; the V1 and V2 model runners; a CPU
-# platform; adaptive verification; metrics of the drafter, and of adaptive verification.
+# platform, and V1 on it; adaptive verification; metrics of the drafter, and of adaptive
+# verification.
 ARGUMENTS, SERVE, V1, V2 = "arguments", "serve", "v1 runner", "v2 runner"
-CPU, ADAPTIVE, METRICS, ADAPTIVE_METRICS = "cpu", "adaptive", "metrics", "adaptive metrics"
+CPU, V1_ON_CPU = "cpu", "v1 runner on a cpu"
+ADAPTIVE, METRICS, ADAPTIVE_METRICS = "adaptive", "metrics", "adaptive metrics"
 
 ARG_UTILS = "vllm.engine.arg_utils"
 REGISTRY = "vllm.model_executor.models.registry"
@@ -380,7 +382,7 @@ _V1 = (
     ),
     *_seams("vllm.v1.sample.metadata", V1, "attribute", "temperatures of the drafts",
             "SamplingMetadata.all_greedy", "SamplingMetadata.temperature"),
-    *_seams(CPU_KERNELS, CPU, "patch", "temperatures were expanded into a copy",
+    *_seams(CPU_KERNELS, V1_ON_CPU, "patch", "temperatures were expanded into a copy",
             "_expand_kernel_impl(output, input_val, cu_num_tokens, replace_from, replace_to, "
             "MAX_NUM_TOKENS)"),
     *_seams(REJECTION, V1, "patch", "fails where no request has a draft to verify",
@@ -422,9 +424,10 @@ def verify_worker(vllm_config: Any) -> None:
     """
     from vllm.platforms import current_platform
 
-    features = {SERVE, V2 if vllm_config.use_v2_model_runner else V1}
+    is_v2 = vllm_config.use_v2_model_runner
+    features = {SERVE, V2 if is_v2 else V1}
     if current_platform.is_cpu():
-        features.add(CPU)
+        features |= {CPU} if is_v2 else {CPU, V1_ON_CPU}
     if vllm_config.speculative_config.enable_adaptive_verification:
         features.add(ADAPTIVE)
     surface().verify(features)
