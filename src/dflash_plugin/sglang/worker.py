@@ -9,8 +9,7 @@ the back end is Triton's (``triton_attention``).
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.distributed.parallel_state import get_tp_group
@@ -19,13 +18,13 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.decoding.sampling import SamplingTensors
 from dflash_plugin.kernels.accept import Sampled, accept
 from dflash_plugin.kernels.reference import sample
-from dflash_plugin.serving.draft_tokens import Candidates, noise, select_drafts, selector_noise
+from dflash_plugin.serving.draft_tokens import noise, select_drafts, selector_noise
 from dflash_plugin.sglang import metrics, patches, penalties, sampling, triton_attention
 from dflash_plugin.sglang.adaptive import agree_across_ranks, build_verifier
 from dflash_plugin.sglang.compat import argument
+from dflash_plugin.sglang.draft_step import DraftGraphHead, Drafting, Step
 from dflash_plugin.sglang.model import EngineDrafter
 from dflash_plugin.sglang.options import draft_model_path, required_spec
 from dflash_plugin.sglang.protocols import (
@@ -48,97 +47,6 @@ if TYPE_CHECKING:
 
 # The largest batch that is captured, unless the server runs more requests at once.
 MAX_CAPTURED = 1024
-
-
-@dataclass
-class Step:
-    """One decode pass of a batch.
-
-    Attributes:
-        batch: of B requests.
-        anchors: int64 [B], positions of the anchors in their texts.
-        params: how the requests sample, or None where all are greedy.
-        draft_probs: float32 [B, K, V], the distributions that the drafts were drawn from, or None
-            where the likeliest drafts were chosen.
-        penalties: of the requests, or None where they have none.
-    """
-
-    batch: ScheduleBatchLike
-    anchors: Tensor
-    params: SamplingTensors | None = None
-    draft_probs: Tensor | None = None
-    penalties: penalties.Penalties | None = None
-
-
-class Drafting(NamedTuple):
-    """The output of a draft pass, from which drafts are chosen or drawn.
-
-    Attributes:
-        hidden: [B * K, hidden], the rows that draft.
-        anchors: int64 [B], token ids of the blocks' anchors.
-        candidates: the likeliest tokens of each row; None where the drafter has no selector.
-    """
-
-    hidden: Tensor
-    anchors: Tensor
-    candidates: Candidates | None
-
-    def first(self, batch: int, drafts: int) -> Drafting:
-        """Drop the requests that pad a batch.
-
-        Args:
-            batch: requests that are kept, the first ones.
-            drafts: K, drafts of each request.
-        """
-        rows, found = batch * drafts, self.candidates
-        if found is not None:
-            found = found.first(rows)
-        return Drafting(self.hidden[:rows], self.anchors[:batch], found)
-
-
-class DraftGraphHead:
-    """Makes drafts at the end of the captured draft pass.
-
-    SGLang calls the object while it captures a draft pass, and reads ``out`` after each replay.
-
-    Args:
-        worker: the worker whose drafter's head runs.
-        max_batch: largest number of requests in a captured batch.
-    """
-
-    def __init__(self, worker: Worker, max_batch: int) -> None:
-        self.worker = worker
-        rows = max_batch * worker.num_drafts
-        self.tokens = torch.zeros(rows, dtype=torch.int64, device=worker.device)
-        self.captured: dict[int, Drafting] = {}
-
-    def __call__(self, hidden: Tensor, input_ids: Tensor) -> None:
-        """Capture the head.
-
-        Args:
-            hidden: [B * block, hidden], the output of the draft pass.
-            input_ids: int64 [B * block], tokens of the blocks.
-        """
-        rows = self.worker.drafting_rows(hidden)
-        anchors = input_ids[: len(hidden)].view(-1, int(self.worker.block_size))[:, 0]
-        drafting = self.worker.drafting(rows, anchors)
-        self.captured[len(anchors)] = drafting
-        self.tokens[: rows.shape[0]].copy_(self.worker.choose_drafts(drafting))
-
-    @property
-    def out(self) -> Tensor:
-        """Drafts of the pass that was just replayed, int64 [at least B * K].
-
-        A property because SGLang reads ``.out``. For a batch that samples, reading it launches the
-        kernels that draw the drafts, and sets ``step.draft_probs``.
-        """
-        step = self.worker.step
-        if step is None or not self.worker.draws_drafts(step) or self.worker.skips_draft:
-            return self.tokens
-        size = len(step.batch.reqs)
-        captured = min(batch for batch in self.captured if batch >= size)
-        drafting = self.captured[captured].first(size, self.worker.num_drafts)
-        return self.worker.draw_drafts(drafting, step)
 
 
 class Worker(metrics.Counted, DFlashWorkerV2):
