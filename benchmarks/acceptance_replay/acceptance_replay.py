@@ -219,9 +219,9 @@ def into_sglang() -> None:
 
         def forward(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
             slots = state["slots"] = batch.req_pool_indices.long()
-            widths = getattr(self, "widths", None)
-            if widths is not None and not batch.forward_mode.is_extend():
-                sure(widths.chances, slots)
+            verifier = getattr(self, "verifier", None)
+            if verifier is not None and not batch.forward_mode.is_extend():
+                sure(verifier.predictor, slots)
             return native(self, batch, *args, **kwargs)
 
         def accept(

@@ -146,38 +146,38 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
         interpreted.turn_on()
         counts = interpreted.COUNTS
     scheduler = Scheduler(args, ports, rank, rank, 0, 0, 0, 0, None)
-    widths, cut = scheduler.draft_worker.widths, []
+    verifier, cut = scheduler.draft_worker.verifier, []
     if job["widths"]:
-        learn, worker = widths.learn, scheduler.draft_worker
+        learn, worker = verifier.learn, scheduler.draft_worker
 
         def noted(committed: Any) -> None:
             learn(committed)
             tokens = worker._draft_block_tokens_buf[: len(committed), 1:].tolist()
             drafts = [[token for token in block if token >= 0] for block in tokens]
-            cut.append([widths.chosen, worker.step.anchors.tolist(), drafts])
+            cut.append([verifier.verify_len, worker.step.anchors.tolist(), drafts])
 
-        widths.learn = noted
+        verifier.learn = noted
     if job["widths"] == "chosen":
         drawn = random.Random(rank)
         clock = itertools.accumulate(10 ** drawn.uniform(-1, 1) for _ in itertools.count())
         adaptive.time = SimpleNamespace(monotonic=lambda: next(clock))
     elif job["widths"]:
         cycle = itertools.cycle(job["widths"])
-        widths.policy.choose = lambda *_: next(cycle)
-        narrow, generator = widths.narrow, torch.Generator().manual_seed(0)
+        verifier.policy.choose = lambda *_: next(cycle)
+        compact, generator = verifier.compact, torch.Generator().manual_seed(0)
 
         def unlike(*arguments: Any) -> Any:
             # Copies of a prompt would have as many rows each.
-            widths.chances.predictions.uniform_(generator=generator)
-            return narrow(*arguments)
+            verifier.predictor.predictions.uniform_(generator=generator)
+            return compact(*arguments)
 
-        widths.narrow = unlike
+        verifier.compact = unlike
     texts, blocks = [], []
     for prompt in job["prompts"]:
         requests = [make_request(scheduler, prompt, **job["params"]) for _ in range(job["copies"])]
         blocks.append(run(scheduler, requests, whole=not job["widths"]))
         texts.append([list(request.output_ids_through_stop) for request in requests])
-    learnt = None if widths is None else widths.policy.summary()
+    learnt = None if verifier is None else verifier.policy.summary()
     return {
         "texts": texts, "blocks": blocks, "counts": counts, "cut": cut, "learnt": learnt
     }  # fmt: skip

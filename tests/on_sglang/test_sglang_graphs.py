@@ -10,7 +10,8 @@ import torch
 
 from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors
 from dflash_plugin.serving.draft_tokens import Candidates, selector_noise
-from dflash_plugin.sglang.worker import DraftGraphHead, Step, Worker
+from dflash_plugin.sglang.draft_step import DraftGraphHead, Step
+from dflash_plugin.sglang.worker import Worker
 from tests.helpers.tiny import DFLASH2, tiny_drafter, tiny_target
 
 

@@ -11,9 +11,11 @@ import torch
 from dflash_plugin.adaptive.policy import VerifyLenPolicy
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.drafter_spec import Options
-from dflash_plugin.sglang import adaptive, compat, triton_attention
-from dflash_plugin.sglang.adaptive import AdaptiveVerifier, route_inputs, skipping, widths_of
-from dflash_plugin.sglang.triton_attention import Passes
+from dflash_plugin.sglang import adaptive, compat, triton_attention, verify_graphs
+from dflash_plugin.sglang.adaptive import AdaptiveVerifier, build_verifier
+from dflash_plugin.sglang.patches import skip_unused_drafts
+from dflash_plugin.sglang.triton_attention import VerifyAttention
+from dflash_plugin.sglang.verify_input import compacting_input, scatter
 
 BLOCK, BATCH, SIZE = 4, 3, 5
 CPU = torch.device("cpu")
@@ -45,9 +47,9 @@ class Runner:
         return SimpleNamespace(number=self.backends)
 
 
-def worker_of(widths: AdaptiveVerifier) -> SimpleNamespace:
+def worker_of(verifier: AdaptiveVerifier) -> SimpleNamespace:
     return SimpleNamespace(
-        widths=widths,
+        verifier=verifier,
         step="a step",
         target_worker=SimpleNamespace(model_runner=Runner()),
         _draft_block_tokens_buf=torch.zeros(8, BLOCK, dtype=torch.int64, device=CPU),
@@ -55,18 +57,20 @@ def worker_of(widths: AdaptiveVerifier) -> SimpleNamespace:
 
 
 def batch_of(**changes: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{"reqs": [None] * BATCH, "return_logprob": False, **changes})
+    return SimpleNamespace(
+        **{"reqs": [None] * BATCH, "return_logprob": False, "has_grammar": False, **changes}
+    )
 
 
-def widths_of_rows(*rows: int, by_request: bool = True, **options: Any) -> AdaptiveVerifier:
+def verifier_of_rows(*rows: int, by_request: bool = True, **options: Any) -> AdaptiveVerifier:
     policy = VerifyLenPolicy(rows)
     return AdaptiveVerifier(policy, BLOCK, SIZE, CPU, Options(**options), by_request=by_request)
 
 
-def widths_choosing(rows: int, **options: Any) -> AdaptiveVerifier:
-    widths = widths_of_rows(1, 2, BLOCK, **options)
-    widths.policy.choose = lambda requests, now: rows
-    return widths
+def verifier_choosing(rows: int, **options: Any) -> AdaptiveVerifier:
+    verifier = verifier_of_rows(1, 2, BLOCK, **options)
+    verifier.policy.choose = lambda requests, now: rows
+    return verifier
 
 
 def rows_of_batch(batch: int = BATCH) -> torch.Tensor:
@@ -74,33 +78,33 @@ def rows_of_batch(batch: int = BATCH) -> torch.Tensor:
 
 
 def test_every_width_has_a_back_end_and_graphs_of_its_own():
-    widths, runner = widths_of_rows(1, 2, BLOCK), Runner()
-    widths.capture(runner, Runner())
-    assert set(widths.passes) == {1, 2}
-    for rows, made in widths.passes.items():
+    verifier, runner = verifier_of_rows(1, 2, BLOCK), Runner()
+    verifier.capture(runner, Runner())
+    assert set(verifier.graphs.passes) == {1, 2}
+    for rows, made in verifier.graphs.passes.items():
         assert made.graphs.made == (runner, made.backend, rows)
         assert made.starts.tolist() == [rows * n for n in range(SIZE + 1)]
         assert made.requests.tolist() == [n for n in range(SIZE) for _ in range(rows)]
     assert runner.backends == 2
-    assert widths.policy.sizes == (1, 2, 4)
+    assert verifier.policy.sizes == (1, 2, 4)
     assert not runner.init_new_workspace
 
 
 @pytest.mark.parametrize(
-    ("passes", "wanted", "shared"),
+    ("attention", "wanted", "shared"),
     [
-        (Passes(ours=True), True, True),
-        (Passes(ours=True), False, False),
-        (Passes(ours=True, its_own=True), True, False),
+        (VerifyAttention(used_ours=True), True, True),
+        (VerifyAttention(used_ours=True), False, False),
+        (VerifyAttention(used_ours=True, used_native=True), True, False),
         (None, True, False),
     ],
 )
-def test_rows_are_shared_out_where_all_attention_takes_them(monkeypatch, passes, wanted, shared):
-    monkeypatch.setattr(triton_attention, "install", lambda backend, device: passes)
-    widths = widths_of_rows(1, 2, BLOCK, by_request=wanted)
-    widths.capture(Runner(), Runner())
-    assert widths.by_request is shared
-    assert (widths.policy.expected == widths._expected) is shared
+def test_rows_are_shared_out_where_all_attention_takes_them(monkeypatch, attention, wanted, shared):
+    monkeypatch.setattr(triton_attention, "install", lambda backend, device: attention)
+    verifier = verifier_of_rows(1, 2, BLOCK, by_request=wanted)
+    verifier.capture(Runner(), Runner())
+    assert verifier.by_request is shared
+    assert (verifier.policy.expected == verifier._expected) is shared
 
 
 def test_captured_passes_are_profiled(monkeypatch):
@@ -113,9 +117,9 @@ def test_captured_passes_are_profiled(monkeypatch):
         return {size: 0.001 * size * graphs.made[2] for size in (1, 2, 4)}
 
     monkeypatch.setattr(adaptive, "graph_seconds", seconds)
-    widths = widths_of_rows(1, 2, BLOCK)
-    widths.capture(Runner(), drafting)
-    assert widths.policy.prior == pytest.approx(
+    verifier = verifier_of_rows(1, 2, BLOCK)
+    verifier.capture(Runner(), drafting)
+    assert verifier.policy.prior == pytest.approx(
         {
             (1, 1): 0.001, (2, 1): 0.002, (4, 1): 0.004,
             (1, 2): 0.0025, (2, 2): 0.005,
@@ -123,42 +127,44 @@ def test_captured_passes_are_profiled(monkeypatch):
         }
     )  # fmt: skip
     monkeypatch.undo()
-    assert adaptive.graph_seconds(drafting.decode_cuda_graph_runner, CPU) == {}
-    assert adaptive.graph_seconds(None, CPU) == {}
+    assert verify_graphs.graph_seconds(drafting.decode_cuda_graph_runner, CPU) == {}
+    assert verify_graphs.graph_seconds(None, CPU) == {}
 
 
 @pytest.mark.parametrize("asked", [True, None])
 def test_nothing_is_captured_where_graphs_are_off(asked):
-    widths, runner = widths_of_rows(1, BLOCK, adaptive_verification=asked), Runner()
+    verifier, runner = verifier_of_rows(1, BLOCK, adaptive_verification=asked), Runner()
     runner.decode_cuda_graph_runner = None
-    widths.capture(runner, Runner())
-    assert not widths.passes
+    verifier.capture(runner, Runner())
+    assert not verifier.graphs.passes
     assert runner.backends == 0
-    assert widths.held == (asked is None)
+    assert verifier.whole_blocks == (asked is None)
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_pass_is_cut_and_whole_again_afterwards(fails):
     """Two rows each on average: the drafts that stand most probably, of whatever request."""
-    widths = widths_choosing(2)
-    worker = worker_of(widths)
+    verifier = verifier_choosing(2)
+    worker = worker_of(verifier)
     runner, rows = worker.target_worker.model_runner, rows_of_batch()
-    widths.capture(runner, Runner())
-    widths.by_request = True
+    verifier.capture(runner, Runner())
+    verifier.by_request = True
     before = runner.attn_backend, runner.decode_cuda_graph_runner
-    widths.chances.predictions[:BATCH] = torch.tensor([[0.9, 0.8, 0.2], [0.1] * 3, [0.7, 0.1, 0.9]])
+    verifier.predictor.predictions[:BATCH] = torch.tensor(
+        [[0.9, 0.8, 0.2], [0.1] * 3, [0.7, 0.1, 0.9]]
+    )
     try:
-        with widths.verifying(worker, batch_of()):
-            own = widths.passes[2]
+        with verifier.verifying(worker, batch_of()):
+            own = verifier.graphs.passes[2]
             assert (runner.attn_backend, runner.decode_cuda_graph_runner) == (
                 own.backend, own.graphs,
             )  # fmt: skip
-            assert not widths.skips_draft
-            cut = widths.narrow(rows + 50, rows, rows + 100)
+            assert not verifier.skips_draft
+            cut = verifier.compact(rows + 50, rows, rows + 100)
             assert cut.tokens.tolist() == [50, 51, 52, 54, 58, 59]
             assert cut.positions.tolist() == [0, 1, 2, 4, 8, 9]
             assert cut.slots.tolist() == [100, 101, 102, 104, 108, 109]
-            assert widths.row_counts() == [3, 1, 2]
+            assert verifier.row_counts() == [3, 1, 2]
             # Two requests that pad the captured pass have two rows each.
             assert own.starts.tolist() == [0, 3, 4, 6, 8, 10]
             assert own.requests.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4, 4]
@@ -167,43 +173,43 @@ def test_a_pass_is_cut_and_whole_again_afterwards(fails):
     except ZeroDivisionError:
         assert fails
     assert (runner.attn_backend, runner.decode_cuda_graph_runner) == before
-    assert widths.cut is None
-    assert widths.chosen == BLOCK
+    assert verifier.cut is None
+    assert verifier.verify_len == BLOCK
 
 
 def test_requests_that_cannot_differ_have_as_many_rows_each():
-    widths = widths_choosing(2)
-    widths.by_request = False
-    widths.chances.predictions[0] = 1.0
-    with widths.verifying(worker_of(widths), batch_of()):
-        cut = widths.narrow(rows_of_batch(), rows_of_batch(), rows_of_batch())
+    verifier = verifier_choosing(2)
+    verifier.by_request = False
+    verifier.predictor.predictions[0] = 1.0
+    with verifier.verifying(worker_of(verifier), batch_of()):
+        cut = verifier.compact(rows_of_batch(), rows_of_batch(), rows_of_batch())
         assert cut.tokens.tolist() == [0, 1, 4, 5, 8, 9]
-        assert widths.row_counts() == [2, 2, 2]
+        assert verifier.row_counts() == [2, 2, 2]
 
 
 def test_a_pass_of_anchors_alone():
-    widths = widths_choosing(1)
-    with widths.verifying(worker_of(widths), batch_of()):
-        assert widths.skips_draft
-        cut = widths.narrow(rows_of_batch(), rows_of_batch(), rows_of_batch())
+    verifier = verifier_choosing(1)
+    with verifier.verifying(worker_of(verifier), batch_of()):
+        assert verifier.skips_draft
+        cut = verifier.compact(rows_of_batch(), rows_of_batch(), rows_of_batch())
         assert cut.tokens.tolist() == [0, 4, 8]
-        widths.learn(torch.ones(BATCH, device=CPU))
-    assert not widths.skips_draft
+        verifier.learn(torch.ones(BATCH, device=CPU))
+    assert not verifier.skips_draft
 
 
 @pytest.mark.parametrize("features", [False, True])
 def test_the_output_is_laid_out_like_whole_blocks(features):
-    widths = widths_choosing(2)
-    widths.chances.predictions[:BATCH] = torch.tensor([[0.9, 0.8, 0.2], [0.1] * 3, [0.7, 0.1, 0.9]])
+    verifier = verifier_choosing(2)
+    verifier.predictor.predictions[:BATCH] = torch.tensor(
+        [[0.9, 0.8, 0.2], [0.1] * 3, [0.7, 0.1, 0.9]]
+    )
     output = SimpleNamespace(
         next_token_logits=torch.arange(6.0).repeat(9, 1).T, hidden_states=torch.arange(6.0)[:, None]
     )
     tokens = rows_of_batch(SIZE).view(SIZE, BLOCK)
-    widths.widen(output, tokens, features=features)
-    assert len(output.next_token_logits) == 6
-    with widths.verifying(worker_of(widths), batch_of()):
-        widths.narrow(tokens[:BATCH].flatten(), rows_of_batch(), rows_of_batch())
-        widths.widen(output, tokens, features=features)
+    with verifier.verifying(worker_of(verifier), batch_of()):
+        cut = verifier.compact(tokens[:BATCH].flatten(), rows_of_batch(), rows_of_batch())
+    scatter(output, cut, tokens, reads_features=features)
     places = [0, 1, 2, 2, 3, 3, 3, 3, 4, 5, 5, 5]
     assert output.next_token_logits[:, 0].tolist() == places
     assert output.hidden_states.shape == (12, 1)
@@ -215,37 +221,39 @@ def test_the_output_is_laid_out_like_whole_blocks(features):
 
 def test_the_policy_hears_what_drafts_promise_once_outcomes_are_learnt():
     """A drafter that is sure and wrong is not believed in for long."""
-    widths = widths_choosing(BLOCK)
-    worker = worker_of(widths)
-    chances = widths.chances
-    believed = widths.policy.expected()
+    verifier = verifier_choosing(BLOCK)
+    worker = worker_of(verifier)
+    predictor = verifier.predictor
+    believed = verifier.policy.expected()
     for _ in range(1500):
-        chances.confidences[:BATCH] = 4.0
-        chances.predictions[:BATCH] = chances.model.probabilities(chances.confidences[:BATCH])
-        with widths.verifying(worker, batch_of()):
-            widths.learn(torch.ones(BATCH, dtype=torch.int32, device=CPU))
-        widths.policy.expected()
-    assert widths.policy.expected()[-1] < 1.2 < believed[-1]
+        predictor.confidences[:BATCH] = 4.0
+        predictor.predictions[:BATCH] = predictor.model.probabilities(predictor.confidences[:BATCH])
+        with verifier.verifying(worker, batch_of()):
+            verifier.learn(torch.ones(BATCH, dtype=torch.int32, device=CPU))
+        verifier.policy.expected()
+    assert verifier.policy.expected()[-1] < 1.2 < believed[-1]
 
 
 @pytest.mark.parametrize("reason", ["logprobs", "held", "grammar"])
 def test_passes_that_stay_whole(reason):
-    widths = widths_choosing(1)
-    worker = worker_of(widths)
-    widths.held = reason == "held"
+    verifier = verifier_choosing(1)
+    worker = worker_of(verifier)
+    verifier.whole_blocks = reason == "held"
     batch = batch_of(return_logprob=reason == "logprobs", has_grammar=reason == "grammar")
-    with widths.verifying(worker, batch):
-        assert not widths.skips_draft
-        assert widths.chosen == BLOCK
+    with verifier.verifying(worker, batch):
+        assert not verifier.skips_draft
+        assert verifier.verify_len == BLOCK
 
 
 @pytest.mark.parametrize(("rows", "runs"), [(1, 0), (2, 1)])
 def test_the_draft_pass_is_left_out_where_no_draft_is_verified(rows, runs):
-    widths = widths_choosing(rows)
-    worker, calls = worker_of(widths), []
-    forward = skipping(lambda batch: calls.append(batch), worker)
+    verifier = verifier_choosing(rows)
+    worker, calls = worker_of(verifier), []
+    runner = SimpleNamespace(forward=calls.append)
+    skip_unused_drafts(runner, worker)
+    forward = runner.forward
     positions = torch.arange(BATCH * BLOCK, device=CPU)
-    with widths.verifying(worker, batch_of()):
+    with verifier.verifying(worker, batch_of()):
         out = forward(SimpleNamespace(positions=positions))
         assert len(calls) == runs
         assert runs or out.logits_output.hidden_states.shape == (BATCH * BLOCK, 1)
@@ -264,16 +272,17 @@ def test_the_input_of_a_pass_is_cut():
         def prepare_for_verify(self, batch: Any, target_worker: Any) -> Any:
             return batch.out_cache_loc
 
-    widths = widths_choosing(2)
-    worker: Any = worker_of(widths)
-    module = SimpleNamespace(DFlashVerifyInput=DFlashVerifyInput)
+    verifier = verifier_choosing(2)
+    worker: Any = worker_of(verifier)
     running: list[Any] = [None]
-    route_inputs(module, lambda: running[0])
+    compacted = compacting_input(DFlashVerifyInput, lambda: running[0], plans_kv_writes=False)
     rows = rows_of_batch()
-    widths.chances.predictions[:BATCH] = torch.tensor([[0.9, 0.8, 0.2], [0.1] * 3, [0.7, 0.1, 0.9]])
+    verifier.predictor.predictions[:BATCH] = torch.tensor(
+        [[0.9, 0.8, 0.2], [0.1] * 3, [0.7, 0.1, 0.9]]
+    )
 
     def made() -> tuple[int, list[int], list[int], Any]:
-        found = module.DFlashVerifyInput(draft_token=rows, positions=rows, draft_token_num=BLOCK)
+        found = compacted(draft_token=rows, positions=rows, draft_token_num=BLOCK)
         assert isinstance(found, DFlashVerifyInput)
         slots = found.prepare_for_verify(SimpleNamespace(out_cache_loc=rows), worker.target_worker)
         assert torch.equal(found.draft_token, found.positions)
@@ -282,9 +291,9 @@ def test_the_input_of_a_pass_is_cut():
 
     everything, cut = rows.tolist(), [0, 1, 2, 4, 8, 9]
     assert made() == (BLOCK, everything, everything, None)
-    running[0] = worker
+    running[0] = verifier
     assert made() == (BLOCK, everything, everything, None)
-    with widths.verifying(worker, batch_of()):
+    with verifier.verifying(worker, batch_of()):
         assert made() == (2, cut, cut, [3, 1, 2])
 
 
@@ -310,9 +319,9 @@ def old_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("old_sglang")
 def test_widths_follow_the_options():
-    assert widths_of(info_of(adaptive_verification=False), runner_of(), 16, CPU, None) is None
+    assert build_verifier(info_of(adaptive_verification=False), runner_of(), 16, CPU, None) is None
     limits = info_of(min_draft_tokens=2, max_draft_tokens=7)
-    found = widths_of(limits, runner_of(), 16, CPU, None)
+    found = build_verifier(limits, runner_of(), 16, CPU, None)
     assert found is not None
     assert found.block == 16
     assert found.by_request
@@ -321,13 +330,13 @@ def test_widths_follow_the_options():
 
 
 def test_one_rank_asks_nobody():
-    assert adaptive.agreement(SimpleNamespace(world_size=1)) is None
+    assert adaptive.agree_across_ranks(SimpleNamespace(world_size=1)) is None
 
 
 @pytest.mark.usefixtures("old_sglang")
 @pytest.mark.parametrize("changes", [{"enable_lora": True}, {"mrope": True}])
 def test_targets_that_lay_out_rows_by_themselves_have_as_many_of_each_request(changes):
-    found = widths_of(info_of(), runner_of(**changes), 16, CPU, None)
+    found = build_verifier(info_of(), runner_of(**changes), 16, CPU, None)
     assert found is not None
     assert not found.by_request
 
@@ -338,27 +347,27 @@ def test_targets_that_lay_out_rows_by_themselves_have_as_many_of_each_request(ch
 )
 def test_servers_whose_batches_are_split_up_are_refused(name, value):
     with pytest.raises(DFlashError, match=f"{name} is {value}: set it to .*, or turn"):
-        widths_of(info_of(), runner_of(**{name: value}), 16, CPU, None)
+        build_verifier(info_of(), runner_of(**{name: value}), 16, CPU, None)
 
 
 @pytest.mark.usefixtures("old_sglang")
 def test_what_recurrent_layers_keep_is_not_cut():
     with pytest.raises(DFlashError, match=r"the target keeps state .*, or turn"):
-        widths_of(info_of(), runner_of(), 16, CPU, None, keeps_state=True)
+        build_verifier(info_of(), runner_of(), 16, CPU, None, keeps_state=True)
 
 
 @pytest.mark.usefixtures("old_sglang")
 @pytest.mark.parametrize(
     ("changes", "attention", "keeps_state", "why"),
     [
-        ({}, Passes(), False, None),
+        ({}, VerifyAttention(), False, None),
         ({}, None, False, "requests cannot differ"),
-        ({"mrope": True}, Passes(), False, "requests cannot differ"),
-        ({"enable_lora": True}, Passes(), False, "requests cannot differ"),
-        ({"pp_size": 2}, Passes(), False, "pp_size is 2"),
-        ({"size": 8}, Passes(), False, "no more than 8 requests"),
-        ({}, Passes(), True, "keeps state"),
-        ({"agree": int}, Passes(), False, "several ranks"),
+        ({"mrope": True}, VerifyAttention(), False, "requests cannot differ"),
+        ({"enable_lora": True}, VerifyAttention(), False, "requests cannot differ"),
+        ({"pp_size": 2}, VerifyAttention(), False, "pp_size is 2"),
+        ({"size": 8}, VerifyAttention(), False, "no more than 8 requests"),
+        ({}, VerifyAttention(), True, "keeps state"),
+        ({"agree": int}, VerifyAttention(), False, "several ranks"),
     ],
 )
 def test_where_verification_adapts_unasked(caplog, changes, attention, keeps_state, why):
@@ -366,42 +375,49 @@ def test_where_verification_adapts_unasked(caplog, changes, attention, keeps_sta
     agree = changes.get("agree")
     info = info_of(adaptive_verification=None)
     with caplog.at_level("INFO"):
-        found = widths_of(info, runner, 16, CPU, attention, agree=agree, keeps_state=keeps_state)
+        found = build_verifier(
+            info, runner, 16, CPU, attention, agree=agree, keeps_state=keeps_state
+        )
     assert (found is None) == (why is not None)
     assert why is None or why in caplog.text
 
 
 def test_graphs_take_at_most_half_of_the_memory(monkeypatch):
     """Three back ends of 3 GiB each, of 8: the second leaves less than half."""
-    runner, widths = Runner(), widths_of_rows(1, 2, 3, BLOCK)
-    monkeypatch.setattr(adaptive, "free_memory", lambda device: 8.0 - 3.0 * runner.backends)
-    widths.capture(runner, Runner())
-    assert set(widths.passes) == {1, 2}
-    assert widths.policy.widths == (1, 2, BLOCK)
+    runner, verifier = Runner(), verifier_of_rows(1, 2, 3, BLOCK)
+    monkeypatch.setattr(verify_graphs, "free_memory", lambda device: 8.0 - 3.0 * runner.backends)
+    verifier.capture(runner, Runner())
+    assert set(verifier.graphs.passes) == {1, 2}
+    assert verifier.policy.widths == (1, 2, BLOCK)
     # What is verified at most has to be there.
     runner = Runner()
-    widths = widths_of_rows(1, 2, 3)
-    widths.capture(runner, Runner())
-    assert set(widths.passes) == {1, 2, 3}
+    verifier = verifier_of_rows(1, 2, 3)
+    verifier.capture(runner, Runner())
+    assert set(verifier.graphs.passes) == {1, 2, 3}
+
+
+class TritonAttnBackend:
+    """SGLang's, before its captured passes have a buffer of slots."""
+
+    def __init__(self, window: int | None = None) -> None:
+        self.sliding_window_size = window
+        self.made: list[Any] = []
+        self.cuda_graph_kv_indices = torch.zeros(1)
+
+    def init_cuda_graph_state(self, *sizes: int, **more: Any) -> None:
+        self.made.append((sizes, more))
 
 
 def test_slots_are_listed_where_those_of_whole_blocks_are():
-    made: list[Any] = []
-
-    def backend(**values: Any) -> SimpleNamespace:
-        return SimpleNamespace(
-            init_cuda_graph_state=lambda *sizes, **more: made.append((sizes, more)), **values
-        )
-
-    lists = torch.zeros(1)
-    whole, cut = SimpleNamespace(cuda_graph_kv_indices=lists), backend()
-    adaptive.share_lists(whole, cut)
+    whole, cut = TritonAttnBackend(), TritonAttnBackend()
+    verify_graphs.share_kv_indices(whole, cut)
     cut.init_cuda_graph_state(4, 8)
-    assert made.pop() == ((4, 8), {"kv_indices_buf": lists})
-    for without, other in (
-        (whole, backend(sliding_window_size=128)),
-        (SimpleNamespace(), backend(sliding_window_size=None)),
+    assert cut.made == [((4, 8), {"kv_indices_buf": whole.cuda_graph_kv_indices})]
+    # A window would need a second buffer; another back end's lists are of another kind.
+    for first, second in (
+        (whole, TritonAttnBackend(window=128)),
+        (SimpleNamespace(cuda_graph_kv_indices=[torch.zeros(1)]), TritonAttnBackend()),
     ):
-        adaptive.share_lists(without, other)
-        other.init_cuda_graph_state(4, 8)
-        assert made.pop() == ((4, 8), {})
+        verify_graphs.share_kv_indices(first, second)
+        second.init_cuda_graph_state(4, 8)
+        assert second.made == [((4, 8), {})]

@@ -17,7 +17,7 @@ from dflash_plugin.kernels.best_logits import best_logits_naive
 from dflash_plugin.serving.draft_tokens import choice_of_ranks
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.sglang import adaptive
-from dflash_plugin.sglang.adaptive import AdaptiveVerifier, agreement
+from dflash_plugin.sglang.adaptive import AdaptiveVerifier, agree_across_ranks
 
 RANKS, STEPS, BATCH, BLOCK = 2, 240, 3, 5
 HIDDEN, VOCABULARY = 16, 50
@@ -45,7 +45,7 @@ def serve(rank: int, folder: Path) -> None:
     clock = itertools.accumulate(10 ** drawn.uniform(-1, 1) for _ in itertools.count())
     adaptive.time = SimpleNamespace(monotonic=lambda: next(clock))
     group = SimpleNamespace(world_size=RANKS, ranks=[0, 1], cpu_group=distributed.group.WORLD)
-    agree, wanted = agreement(group), []
+    agree, wanted = agree_across_ranks(group), []
     assert agree is not None
 
     def noted(chosen: int) -> int:
@@ -53,7 +53,7 @@ def serve(rank: int, folder: Path) -> None:
         return agree(chosen)
 
     policy = VerifyLenPolicy(ROWS, agree=noted)
-    widths = AdaptiveVerifier(policy, BLOCK, BATCH, torch.device("cpu"), Options())
+    verifier = AdaptiveVerifier(policy, BLOCK, BATCH, torch.device("cpu"), Options())
     worker: Any = SimpleNamespace(
         target_worker=SimpleNamespace(
             model_runner=SimpleNamespace(attn_backend=None, decode_cuda_graph_runner=None)
@@ -67,21 +67,21 @@ def serve(rank: int, folder: Path) -> None:
         shard = best_logits_naive(seen @ weight[first : first + rows].T, 1)
         shard = shard._replace(tokens=shard.tokens + first)
         choice = choice_of_ranks(shard, gather)
-        widths.chances.predict(choice.logits[:, 0], choice.log_sum_exp)
+        verifier.predictor.predict(choice.logits[:, 0], choice.log_sum_exp)
         committed = torch.randint(1, BLOCK, (BATCH,), dtype=torch.int32, generator=common)
-        batch = SimpleNamespace(reqs=[None] * BATCH, return_logprob=False)
-        with widths.verifying(worker, batch):
+        batch = SimpleNamespace(reqs=[None] * BATCH, return_logprob=False, has_grammar=False)
+        with verifier.verifying(worker, batch):
             tokens = torch.arange(BATCH * BLOCK)
-            cut = widths.narrow(tokens, tokens, tokens)
-            counts = widths.row_counts()
-            widths.learn(torch.minimum(committed, torch.tensor(counts)).int())
-        chances = widths.chances
+            cut = verifier.compact(tokens, tokens, tokens)
+            counts = verifier.row_counts()
+            verifier.learn(torch.minimum(committed, torch.tensor(counts)).int())
+        predictor = verifier.predictor
         same = [
             *choice,
             cut.tokens,
             torch.tensor(counts),
-            chances.predictions,
-            *chances.model.state,
+            predictor.predictions,
+            *predictor.model.state,
         ]
         made["same"].append([part.clone() for part in same])
         made["alone"].append(best_logits_naive(seen @ weight.T, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dflash_plugin import kernels
 from dflash_plugin.drafter.attention import masked_attention
-from dflash_plugin.sglang import triton_attention
+from dflash_plugin.sglang import compat, triton_attention
 from tests.helpers.kernel_helpers import DEVICE, error, integers, random
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
@@ -21,10 +22,19 @@ TOKENS = ROWS * len(LENGTHS)
 REQUESTS = (4, 0, 3)
 
 
+class AttentionType(Enum):
+    """SGLang's."""
+
+    DECODER = "decoder"
+    DECODER_BIDIRECTIONAL = "decoder_bidirectional"
+    ENCODER_ONLY = "encoder_only"
+
+
 class MHATokenToKVPool:
     """A pool as SGLang makes it for one layer."""
 
     dtype = store_dtype = torch.float32
+    is_quantized_kv_cache = use_hnd = False
 
     def __init__(self) -> None:
         self.k_buffer, self.v_buffer = ([random(256, KV_HEADS, DIM, seed=seed)] for seed in (1, 2))
@@ -42,6 +52,8 @@ class MHATokenToKVPool:
 
 class TritonAttnBackend:
     """A back end in a verify pass; its own attention only says that it was asked."""
+
+    dcp_size, enable_deterministic, _translate_kv_loc = 1, False, None
 
     def __init__(self, **changes: Any) -> None:
         self.token_to_kv_pool = MHATokenToKVPool()
@@ -72,9 +84,10 @@ def layer_of(**changes: Any) -> SimpleNamespace:
     values: dict[str, Any] = {
         "tp_q_head_num": HEADS, "tp_k_head_num": KV_HEADS, "qk_head_dim": DIM, "v_head_dim": DIM,
         "layer_id": 0, "scaling": 0.25, "sliding_window_size": -1, "attn_type": "decoder",
-        "logit_cap": 0.0, "k_scale": None, "is_cross_attention": False,
+        "logit_cap": 0.0, "k_scale": None, "is_cross_attention": False, "xai_temperature_len": -1,
     }  # fmt: skip
-    return SimpleNamespace(**{**values, **changes})
+    values.update(changes)
+    return SimpleNamespace(**{**values, "attn_type": AttentionType(values["attn_type"])})
 
 
 def batch_of(backend: TritonAttnBackend, verifies: bool = True) -> SimpleNamespace:
@@ -83,6 +96,7 @@ def batch_of(backend: TritonAttnBackend, verifies: bool = True) -> SimpleNamespa
         out_cache_loc=backend.slots[200 : 200 + TOKENS],
         seq_lens=torch.tensor(LENGTHS),
         req_pool_indices=torch.tensor(REQUESTS),
+        _attn_output=None,
     )
 
 
@@ -103,7 +117,9 @@ def reference(backend: TritonAttnBackend, layer: SimpleNamespace, sinks: Tensor 
         values = torch.cat([pool.v_buffer[0][slots], value[own]])
         row = len(slots) + torch.arange(ROWS)[:, None]
         column = torch.arange(len(keys))[None]
-        mask = column <= row if layer.attn_type == "decoder" else (column >= 0).expand(ROWS, -1)
+        mask = (
+            column <= row if layer.attn_type.value == "decoder" else (column >= 0).expand(ROWS, -1)
+        )
         if layer.sliding_window_size > -1:
             mask = mask & (row <= column + layer.sliding_window_size)
         heads = [
@@ -118,6 +134,7 @@ def reference(backend: TritonAttnBackend, layer: SimpleNamespace, sinks: Tensor 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "available", lambda device: True)
+    monkeypatch.setattr(compat, "installed", lambda: "0.5.17")
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder_only"])
@@ -192,6 +209,33 @@ def test_back_ends_that_are_left_alone(attribute):
     backend = TritonAttnBackend()
     setattr(backend, attribute, 2)
     assert not triton_attention.install(backend, DEVICE)
+
+
+@pytest.mark.parametrize("translates", [False, True])
+def test_back_ends_that_translate_slots_are_left_alone(monkeypatch, translates):
+    monkeypatch.setattr(compat, "installed", lambda: "0.5.20")
+    backend = TritonAttnBackend()
+    backend.kv_index_translator = SimpleNamespace(is_translating=translates)
+    assert (triton_attention.install(backend, DEVICE) is None) is translates
+
+
+def test_a_pass_that_names_its_output_stays_the_back_ends():
+    backend = TritonAttnBackend()
+    assert triton_attention.install(backend, DEVICE)
+    batch = batch_of(backend)
+    batch._attn_output = torch.zeros(1)
+    backend.forward_extend(*block(), layer_of(), batch)
+    assert backend.natively == 1
+
+
+def test_a_batch_of_0_5_16_cannot_name_an_output(monkeypatch):
+    monkeypatch.setattr(compat, "installed", lambda: "0.5.16")
+    backend = TritonAttnBackend()
+    assert triton_attention.install(backend, DEVICE)
+    batch = batch_of(backend)
+    del batch._attn_output
+    backend.forward_extend(*block(), layer_of(), batch)
+    assert backend.natively == 0
 
 
 def test_pools_that_are_left_alone():

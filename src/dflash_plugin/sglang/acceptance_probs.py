@@ -1,4 +1,4 @@
-"""How probably each draft of a batch stands, out of the draft pass and learnt while serving."""
+"""The probability that each draft of a batch is accepted, learnt while serving."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from dflash_plugin.kernels.predict_acceptance import predict_acceptance
 
 
 class AcceptancePredictor:
-    """Of the batch whose pass runs; what is captured in graphs stays where it is.
+    """Acceptance probabilities of the batch whose pass runs.
+
+    Captured graphs write to the tensors, so these are never replaced.
 
     Args:
-        drafts: K, of a block.
-        size: requests of a batch, at most.
+        drafts: K, drafts of a block.
+        size: largest number of requests in a batch.
         device: where drafts are made.
 
     Attributes:
         confidences: float32 [size, K], log-odds of the drafter's likeliest tokens.
-        predictions: float32 [size, K], that a draft stands if those before it do.
+        predictions: float32 [size, K], probability that a draft is accepted if those before it
+            are.
     """
 
     def __init__(self, drafts: int, size: int, device: torch.device) -> None:
@@ -27,23 +30,23 @@ class AcceptancePredictor:
         self.model = AcceptanceModel(drafts, device)
         self.confidences, self.predictions = torch.zeros(2, size, drafts, device=device).unbind()
         self._requests = torch.arange(size, device=device).repeat_interleave(drafts)
-        self._places = torch.arange(drafts, device=device).repeat(size)
+        self._positions = torch.arange(drafts, device=device).repeat(size)
         self._passes = 0
 
     def predict(self, top: Tensor, log_sum_exp: Tensor | None) -> None:
-        """Take the draft pass's confidences.
+        """Predict from the draft pass's logits.
 
         Args:
-            top: float32 [B * K], largest logits of the rows that draft, block by block.
-            log_sum_exp: float32 [B * K], over these rows' logits; None where ``top`` holds the
-                confidences themselves.
+            top: float32 [B * K], largest logit of each row that drafts, block by block.
+            log_sum_exp: float32 [B * K], log-sum-exp of each row's logits; None where ``top`` holds
+                the confidences themselves.
         """
         rows = top.shape[0]
         predict_acceptance(
             top.contiguous(),
             log_sum_exp,
             self._requests[:rows],
-            self._places[:rows],
+            self._positions[:rows],
             self.model.state.slope,
             self.model.state.offsets,
             self.confidences,
@@ -51,12 +54,12 @@ class AcceptancePredictor:
         )
 
     def learn(self, committed: Tensor, starts: Tensor | None) -> None:
-        """Learn now and then from what came of the drafts.
+        """Learn from one of ``LEARNING`` passes, by which drafts were accepted.
 
         Args:
-            committed: int [B], tokens of each request.
-            starts: int32 [B + 1], where the rows begin that were verified of each; None where all
-                drafts were.
+            committed: int [B], tokens that each request committed.
+            starts: int32 [B + 1], the first verified row of each request, and the end of the last;
+                None where all drafts were verified.
         """
         self._passes += 1
         if self._passes % LEARNING:

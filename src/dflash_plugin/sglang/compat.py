@@ -16,24 +16,36 @@ class Version:
     """A supported version.
 
     Attributes:
-        declares_arguments: decisions about arguments are declared beside the record instead of
-            written into it.
-        log_probabilities: SGLang returns them under DFLASH.
-        draft_backend: the function that chooses the draft model's attention.
+        declares_arguments: decisions about arguments are declared beside ``ServerArgs`` instead of
+            being written into it.
+        log_probabilities: SGLang returns log-probabilities under DFLASH.
+        draft_backend: the function that chooses the draft model's attention back end.
+        forward_batch_has_output: a ``ForwardBatch`` may name the tensor that attention is written
+            to (``_attn_output``).
+        has_kv_index_translator: back ends translate slots by a ``kv_index_translator``; before, by
+            a function ``_translate_kv_loc``.
+        plans_kv_writes: the input of a verify pass holds a plan of the slots that the pass writes
+            (``kv_loc_plan``).
     """
 
-    declares_arguments: bool
-    log_probabilities: bool
+    declares_arguments: bool = False
+    log_probabilities: bool = False
     draft_backend: str = "_resolve_draft_attention_backend_fallback"
+    forward_batch_has_output: bool = False
+    has_kv_index_translator: bool = False
+    plans_kv_writes: bool = False
 
 
-_OLD = Version(declares_arguments=False, log_probabilities=False)
-_0_5_18 = Version(declares_arguments=False, log_probabilities=True)
-_0_5_19 = Version(declares_arguments=True, log_probabilities=True)
-_0_5_22 = replace(_0_5_19, draft_backend="resolve_draft_worker_attention_backend")
+_0_5_16 = Version()
+_0_5_17 = replace(_0_5_16, forward_batch_has_output=True)
+_0_5_18 = replace(_0_5_17, log_probabilities=True)
+_0_5_19 = replace(_0_5_18, declares_arguments=True, has_kv_index_translator=True)
+_0_5_22 = replace(
+    _0_5_19, draft_backend="resolve_draft_worker_attention_backend", plans_kv_writes=True
+)
 SUPPORTED: dict[str, Version] = {
-    "0.5.16": _OLD,
-    "0.5.17": _OLD,
+    "0.5.16": _0_5_16,
+    "0.5.17": _0_5_17,
     "0.5.18": _0_5_18,
     "0.5.19": _0_5_19,
     "0.5.20": _0_5_19,
@@ -77,7 +89,7 @@ def current() -> Version:
 
 
 def argument(server_args: Any, name: str) -> Any:
-    """What ``ServerArgs`` says by now, decisions included."""
+    """An argument's value in ``ServerArgs``, with the decisions that were made so far."""
     if not current().declares_arguments:
         return getattr(server_args, name)
     from sglang.srt.arg_groups.model_override_base import resolving_view

@@ -1,6 +1,7 @@
 """Acceptance per request and position, in ``meta_info``, ``/server_info`` and Prometheus.
 
-SGLang counts accepted drafts of each request in the scheduler; ours are fed where it does.
+SGLang's scheduler counts the accepted drafts of each request; the hooks of this module count them
+in the same place, on the worker whose pass it was.
 """
 
 from __future__ import annotations
@@ -25,31 +26,38 @@ from dflash_plugin.sglang.options import DrafterSpec
 
 logger = logging.getLogger("sglang.dflash_plugin")
 
-# What a pass's result says of the rows that it verified of each request, on average.
+# Attribute of a pass's result: rows that the pass verified, on average of the requests.
 ROWS = "dflash_plugin_rows"
-# Verify passes of requests between two looks at what has been counted.
+# Verify passes of single requests between two exports.
 STRIDE = 64
 LABELS = ("model_name",)
 
 
 class Acceptance:
-    """Counts of one scheduler process.
+    """Acceptance counts of one scheduler process.
 
     Args:
         info: the drafter.
         num_drafts: drafts of a block.
         model_name: label of the metrics, or None where SGLang exports none.
+        verifier: whose policy's counts are exported too, or None.
     """
 
-    def __init__(self, info: DrafterSpec, num_drafts: int, model_name: str | None) -> None:
-        self.info = info
+    def __init__(
+        self,
+        info: DrafterSpec,
+        num_drafts: int,
+        model_name: str | None,
+        verifier: AdaptiveVerifier | None = None,
+    ) -> None:
+        self.info, self.verifier = info, verifier
         self.watch = AcceptanceWatch(info)
-        # How many passes accepted exactly so many drafts; all, and those not yet looked at.
+        # Index n counts the passes that accepted exactly n drafts: all of them, and those of whole
+        # blocks and of less that are not exported yet. Passes of less do not judge the drafter.
         self.histogram = [0] * (num_drafts + 1)
-        self.recent = [0] * (num_drafts + 1)
-        # Of passes that verified a part of a block, by which the drafter is not judged.
-        self.cut = [0] * (num_drafts + 1)
-        self.unseen = 0
+        self.whole_blocks = [0] * (num_drafts + 1)
+        self.partial_blocks = [0] * (num_drafts + 1)
+        self.unexported = 0
         self.metrics: dict[str, Any] | None = None
         self.labels: list[object] = [model_name]
         self.exported: dict[str, int] = {}
@@ -58,22 +66,28 @@ class Acceptance:
             introduce(self.metrics, info, self.labels)
 
     def observe(self, accepted: Iterable[int], *, whole: bool = True) -> None:
-        """Count drafts that requests accepted in one verify pass each, of whole blocks or less."""
-        counts = self.recent if whole else self.cut
+        """Count one verify pass.
+
+        Args:
+            accepted: accepted drafts of each request.
+            whole: the pass verified whole blocks.
+        """
+        counts = self.whole_blocks if whole else self.partial_blocks
         for number in accepted:
             counts[number] += 1
-            self.unseen += 1
-        if self.unseen >= STRIDE:
-            self.look()
+            self.unexported += 1
+        if self.unexported >= STRIDE:
+            self.export()
 
-    def look(self) -> None:
-        """Judge and export what came since the last look."""
-        passes, judged = self.unseen, sum(self.recent)
-        every = [a + b for a, b in zip(self.recent, self.cut, strict=True)]
-        by_position, judged_by_position = at_least(every), at_least(self.recent)
+    def export(self) -> None:
+        """Judge the drafter by the passes since the last export, and export them."""
+        passes, judged = self.unexported, sum(self.whole_blocks)
+        every = [a + b for a, b in zip(self.whole_blocks, self.partial_blocks, strict=True)]
+        by_position, judged_by_position = at_least(every), at_least(self.whole_blocks)
         self.histogram = [a + b for a, b in zip(self.histogram, every, strict=True)]
-        self.recent, self.cut = [0] * len(self.recent), [0] * len(self.cut)
-        self.unseen = 0
+        self.whole_blocks = [0] * len(every)
+        self.partial_blocks = [0] * len(every)
+        self.unexported = 0
         if not passes:
             return
         warning = self.watch.observe(judged, judged_by_position) if judged else None
@@ -88,17 +102,17 @@ class Acceptance:
             self.metrics["length"].labels(*self.labels).set(self.watch.acceptance_length)
         if warning is not None:
             self.metrics["warnings"].labels(*self.labels).inc()
-        if _widths is not None:
-            now = _widths.policy.counts()
+        if self.verifier is not None:
+            now = self.verifier.policy.counts()
             count_budget(LABELS, self.labels, growth(now, self.exported))
             self.exported = now
 
     def summary(self) -> dict[str, Any]:
-        """What ``/server_info`` shows."""
-        self.look()
+        """The entry in ``/server_info``."""
+        self.export()
         config = self.info.config
         passes, by_position = sum(self.histogram), shares(self.histogram)
-        return {
+        found = {
             "version": version("dflash-plugin"),
             "drafter": str(self.info.checkpoint),
             "dialect": config.dialect,
@@ -109,6 +123,42 @@ class Acceptance:
             "accept_by_position": by_position,
             "acceptance_warnings": self.watch.warnings,
         }
+        if self.verifier is not None:
+            found["adaptive"] = self.verifier.policy.summary()
+        return found
+
+
+class Counted:
+    """The part of our worker that the scheduler's hooks look for.
+
+    Attributes:
+        info: the drafter.
+        acceptance: counts of this process, or None where another rank counts or the server is not
+            warm yet.
+        verifier: chooses which rows are verified, or None where every pass verifies whole blocks.
+    """
+
+    info: DrafterSpec
+    acceptance: Acceptance | None = None
+    verifier: AdaptiveVerifier | None = None
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts of a block, the anchor not counted, whether they are verified or not."""
+        raise NotImplementedError
+
+    def count(self, accepted: Sequence[int], rows: int, block: int) -> None:
+        """Count a verify pass, and let the policy learn from it.
+
+        Args:
+            accepted: accepted drafts of each request.
+            rows: rows that the pass verified, on average of the requests.
+            block: rows of a whole block.
+        """
+        if self.acceptance is not None:
+            self.acceptance.observe(accepted, whole=rows == block)
+        if self.verifier is not None and not self.verifier.by_request:
+            self.verifier.policy.observe(rows, accepted)
 
 
 def shares(histogram: Sequence[int]) -> list[float]:
@@ -116,54 +166,40 @@ def shares(histogram: Sequence[int]) -> list[float]:
     return rates(at_least(histogram), sum(histogram))
 
 
-_acceptance: Acceptance | None = None
-_widths: AdaptiveVerifier | None = None
-
-
-def listen(widths: AdaptiveVerifier) -> None:
-    """Let the choice of this process's widths learn from what is accepted."""
-    global _widths
-    _widths = widths
-
-
-def start(info: DrafterSpec, server_args: Any, num_drafts: int) -> None:
-    """Begin to count in this process.
+def start(worker: Counted, server_args: Any) -> None:
+    """Begin to count the passes of a worker.
 
     Args:
-        info: the drafter.
+        worker: holds the counts from then on.
         server_args: SGLang's ``ServerArgs``.
-        num_drafts: drafts of a block.
     """
-    global _acceptance
     name = str(argument(server_args, "served_model_name") or argument(server_args, "model_path"))
     exported = bool(argument(server_args, "enable_metrics"))
-    _acceptance = Acceptance(info, num_drafts, name if exported else None)
+    worker.acceptance = Acceptance(
+        worker.info, worker.num_drafts, name if exported else None, worker.verifier
+    )
 
 
 def count_accepted(native: Callable[..., Any], processor: Any, result: Any, batch: Any) -> Any:
-    """Where SGLang takes over the tokens that a pass committed."""
+    """Hook where SGLang takes over the tokens that a pass committed."""
     tokens = native(processor, result, batch)
-    if _acceptance is None and _widths is None:
-        return tokens
-    numbers = result.num_correct_drafts_per_req_cpu
-    accepted = [
-        number
-        for request, number in zip(batch.reqs, numbers, strict=True)
-        if not (request.finished() or request.is_retracted)
-    ]
-    block = int(result.speculative_num_draft_tokens)
-    rows = int(getattr(result, ROWS, block))
-    if _acceptance is not None:
-        _acceptance.observe(accepted, whole=rows == block)
-    if _widths is not None and not _widths.by_request:
-        _widths.policy.observe(rows, accepted)
+    worker = processor.draft_worker
+    if isinstance(worker, Counted):
+        numbers = result.num_correct_drafts_per_req_cpu
+        accepted = [
+            number
+            for request, number in zip(batch.reqs, numbers, strict=True)
+            if not (request.finished() or request.is_retracted)
+        ]
+        block = int(result.speculative_num_draft_tokens)
+        worker.count(accepted, int(vars(result).get(ROWS, block)), block)
     return tokens
 
 
 def describe_acceptance(
     native: Callable[..., Any], manager: Any, meta_info: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Add the share of a request's verify passes that accepted each position to its meta_info."""
+    """Add the share of a request's verify passes that accepted each draft to its meta_info."""
     result = native(manager, meta_info, *args, **kwargs)
     histogram = meta_info.get("spec_correct_drafts_histogram")
     passes = meta_info.get("spec_verify_ct")
@@ -177,8 +213,7 @@ def describe_acceptance(
 def describe_internal_state(native: Callable[..., Any], scheduler: Any, request: Any) -> Any:
     """Add the drafter and its acceptance to ``/server_info``."""
     output = native(scheduler, request)
-    if _acceptance is not None:
-        output.internal_state["dflash_plugin"] = _acceptance.summary()
-        if _widths is not None:
-            output.internal_state["dflash_plugin"]["adaptive"] = _widths.policy.summary()
+    worker = scheduler.draft_worker
+    if isinstance(worker, Counted) and worker.acceptance is not None:
+        output.internal_state["dflash_plugin"] = worker.acceptance.summary()
     return output

@@ -1,25 +1,27 @@
 """Penalties under speculation, exactly as the target alone applies them.
 
-A draft changes the penalties of what follows it in its block, so every row of a verify pass has its
-own. Counts of each request's output tokens live on the device: the host does not know the last
-pass's tokens yet when the next one starts.
+A draft changes the penalties of the rows behind it in its block, so every row of a verify pass has
+its own penalties. The counts of each request's output tokens live on the device, because the host
+does not know the last pass's tokens yet when the next pass starts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dflash_plugin.sglang.protocols import RequestLike, SamplingInfoLike
+
+# Attribute of a request: float32 [V], how often each token stands in its output.
 COUNTS = "_dflash_token_counts"
 
 
 @dataclass(frozen=True)
 class Penalties:
-    """Penalties of a batch.
+    """Penalties of a batch of B requests.
 
     Attributes:
         frequency, presence, repetition: float32 [B, 1].
@@ -36,11 +38,11 @@ class Penalties:
     stop: Tensor | None
 
     def apply(self, logits: Tensor, drafts: Tensor) -> None:
-        """Penalise a block's logits in place.
+        """Penalize a block's logits in place.
 
         Args:
-            logits: [B, K + 1, V], after the anchor and after each draft.
-            drafts: int64 [B, K].
+            logits: [B, K + 1, V], of the tokens after the anchor and after each draft.
+            drafts: int64 [B, K], token ids.
         """
         batch, rows, vocabulary = logits.shape
         counts = self.counts[:, None].expand(batch, rows, vocabulary).clone()
@@ -52,15 +54,15 @@ class Penalties:
         present = counts > 0
         logits -= self.frequency[:, None] * counts + self.presence[:, None] * present
         if self.stop is not None:
-            place = torch.arange(rows, device=logits.device)
-            early = place < self.remaining
+            row = torch.arange(rows, device=logits.device)
+            early = row < self.remaining
             logits.masked_fill_(early[..., None] & self.stop[:, None], float("-inf"))
         scale = torch.where(present, self.repetition[:, None], 1.0)
         logits.copy_(torch.where(logits < 0, logits * scale, logits / scale))
 
 
-def are_asked_for(sampling_info: Any) -> bool:
-    """Whether a batch has penalties; read off what SGLang prepared, without a look at requests."""
+def are_asked_for(sampling_info: SamplingInfoLike) -> bool:
+    """Whether a batch has penalties, by what SGLang prepared for it."""
     orchestrator = sampling_info.penalizer_orchestrator
     return (
         sampling_info.acc_additive_penalties is not None
@@ -69,37 +71,37 @@ def are_asked_for(sampling_info: Any) -> bool:
     )
 
 
-def without_native(sampling_info: Any) -> None:
-    """Take SGLang's own penalties, which do not know earlier tokens, off a forward's copy."""
+def without_native(sampling_info: SamplingInfoLike) -> None:
+    """Remove SGLang's own penalties, which do not know a pass's earlier tokens, from a batch."""
     sampling_info.acc_additive_penalties = None
     sampling_info.acc_scaling_penalties = None
 
 
-def begin(requests: Sequence[Any], vocabulary: int, device: torch.device) -> None:
-    """Count what requests have written before a prefill: nothing, or all if they were retracted."""
+def begin(requests: Sequence[RequestLike], vocabulary: int, device: torch.device) -> None:
+    """Start the counts of requests that are prefilled; a retracted one has output already."""
     for request in requests:
         output = torch.tensor(list(request.output_ids), dtype=torch.int64)
         setattr(request, COUNTS, torch.bincount(output, minlength=vocabulary).float().to(device))
 
 
-def gather(requests: Sequence[Any], written: Tensor, vocabulary: int) -> Penalties:
+def gather(requests: Sequence[RequestLike], written: Tensor, vocabulary: int) -> Penalties:
     """Penalties of a batch.
 
     Args:
-        requests: B of SGLang's requests; those with penalties have begun.
-        written: int64 [B], tokens of the output so far.
-        vocabulary: V.
+        requests: B requests; ``begin`` was called for those with penalties.
+        written: int64 [B], number of output tokens so far.
+        vocabulary: V, number of tokens.
     """
-    # Prefilled among requests without penalties: it has none, so its counts do not matter.
+    # A request without counts was prefilled in a batch without penalties, so it has none itself.
     none = torch.zeros(vocabulary, device=written.device)
-    counts = torch.stack([getattr(request, COUNTS, none) for request in requests])
+    counts = torch.stack([vars(request).get(COUNTS, none) for request in requests])
     for row, request in enumerate(requests):
         setattr(request, COUNTS, counts[row])
     device = counts.device
     params = [request.sampling_params for request in requests]
-    least = [p.min_new_tokens for p in params]
+    min_tokens = [p.min_new_tokens for p in params]
     stop = None
-    if any(least):
+    if any(min_tokens):
         stop = torch.zeros(counts.shape, dtype=torch.bool)
         for row, request in enumerate(requests):
             stop[row, _stop_tokens(request, counts.shape[1])] = True
@@ -113,7 +115,7 @@ def gather(requests: Sequence[Any], written: Tensor, vocabulary: int) -> Penalti
         presence=column([p.presence_penalty for p in params]),
         repetition=column([p.repetition_penalty for p in params]),
         counts=counts,
-        remaining=(to_device(least, device) - written)[:, None],
+        remaining=(to_device(min_tokens, device) - written)[:, None],
         stop=stop,
     )
 
@@ -122,27 +124,27 @@ def count(penalties: Penalties, tokens: Tensor, number: Tensor) -> None:
     """Count committed tokens.
 
     Args:
-        penalties: of the batch; its counts are the requests' own.
-        tokens: int64 [B, T]; what was not committed may be anything.
-        number: int64 [B], how many of them were committed.
+        penalties: of the batch; its counts are changed in place, and are those of the requests.
+        tokens: int64 [B, T]; tokens that were not committed may have any value.
+        number: int64 [B], number of committed tokens, the first ones.
     """
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    committed = (places < number[:, None]).float()
+    index = torch.arange(tokens.shape[1], device=tokens.device)
+    committed = (index < number[:, None]).float()
     penalties.counts.scatter_add_(1, tokens.clamp(min=0), committed)
 
 
-def _stop_tokens(request: Any, vocabulary: int) -> list[int]:
+def _stop_tokens(request: RequestLike, vocabulary: int) -> list[int]:
     tokenizer = request.tokenizer
     found = set(request.sampling_params.stop_token_ids or ())
     found |= set(request.eos_token_ids or ())
     if tokenizer is not None:
-        found |= set(getattr(tokenizer, "additional_stop_token_ids", None) or ())
+        found |= set(tokenizer.additional_stop_token_ids or ())
         found.add(tokenizer.eos_token_id)
     return sorted(token for token in found if token is not None and token < vocabulary)
 
 
 def to_device(values: Sequence[int] | Sequence[float] | Tensor, device: torch.device) -> Tensor:
-    """Host values on the device, without waiting for it."""
+    """Copy host values to the device, without waiting for the copy."""
     values = torch.as_tensor(values)
     if device.type == "cuda":
         values = values.pin_memory()

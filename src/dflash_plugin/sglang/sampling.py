@@ -1,9 +1,8 @@
-"""Drafting and verifying requests that sample, with the core's noise and rejection rule."""
+"""The sampling parameters and distributions of SGLang's requests, for the core's sampling."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,9 @@ from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
 from dflash_plugin.kernels.reference import sample
 from dflash_plugin.kernels.uniforms import Stream, uniforms
 from dflash_plugin.sglang.penalties import to_device
+from dflash_plugin.sglang.protocols import RequestLike, SamplingInfoLike
 
+# Attribute of a prefill's SamplingBatchInfo: the result of ``given_seeds``.
 SEEDS = "dflash_seeds"
 
 
@@ -36,15 +37,21 @@ class Noise:
         return drawn if given is None else torch.where(given < 0, drawn, given)
 
 
-def given_seeds(requests: Sequence[Any], device: torch.device) -> Tensor | None:
-    """The requests' own seeds, int64 [B], -1 where one gave none; None where none did."""
+def given_seeds(requests: Sequence[RequestLike], device: torch.device) -> Tensor | None:
+    """Seeds that the requests gave, int64 [B], with -1 for those that gave none; None if all."""
     seeds = [request.sampling_params.sampling_seed for request in requests]
     if all(seed is None for seed in seeds):
         return None
     return to_device([-1 if seed is None else seed % (1 << 62) for seed in seeds], device)
 
 
-def tensors(info: Any, seeds: Tensor) -> SamplingTensors:
+def kept_seeds(info: SamplingInfoLike) -> Tensor | None:
+    """The seeds that our worker attached to a prefill's batch, or None."""
+    seeds: Tensor | None = vars(info).get(SEEDS)
+    return seeds
+
+
+def tensors(info: SamplingInfoLike, seeds: Tensor) -> SamplingTensors:
     """The core's sampling parameters of SGLang's ``SamplingBatchInfo``; top-k of one is greedy."""
     greedy = info.top_ks <= 1
     return SamplingTensors(
@@ -56,13 +63,15 @@ def tensors(info: Any, seeds: Tensor) -> SamplingTensors:
     )
 
 
-def distribution(logits: Tensor, params: SamplingTensors, info: Any) -> Tensor:
-    """What tokens are drawn from, float32 [B, T, V]; sorts the vocabulary only where it must.
+def distribution(logits: Tensor, params: SamplingTensors, info: SamplingInfoLike) -> Tensor:
+    """The distributions that tokens are drawn from, float32 [B, T, V].
+
+    Sorts the vocabulary only for batches with top-k, top-p or min-p.
 
     Args:
         logits: [B, T, V].
         params: of the B requests.
-        info: SGLang's ``SamplingBatchInfo``, whose flags the host knows.
+        info: of the same batch; its flags are known to the host.
     """
     if info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling:
         return probabilities(logits, params)
@@ -70,6 +79,13 @@ def distribution(logits: Tensor, params: SamplingTensors, info: Any) -> Tensor:
     return torch.softmax(logits.float() / params.temperature[:, None, None], dim=-1)
 
 
-def draw(probs: Tensor, params: SamplingTensors, places: Tensor, stream: Stream) -> Tensor:
-    """Tokens int64 [B, T] for absolute positions ``places`` [B, T], drawn from probs [B, T, V]."""
-    return sample(probs, uniforms(params.seed, places, stream))
+def draw(probs: Tensor, params: SamplingTensors, positions: Tensor, stream: Stream) -> Tensor:
+    """Tokens int64 [B, T] drawn from probs [B, T, V].
+
+    Args:
+        probs: float32 [B, T, V].
+        params: of the B requests.
+        positions: int64 [B, T], positions of the tokens in their texts.
+        stream: what the tokens are drawn for.
+    """
+    return sample(probs, uniforms(params.seed, positions, stream))

@@ -109,10 +109,10 @@ def run(scheduler: Any, requests: list[Any], *, whole: bool = True) -> list[list
     scheduler.result_queue = deque()
     native = streamer.stream_output
     streamer.stream_output = lambda *_, **__: None
-    widths = worker.widths
-    held = widths is not None and widths.held
-    if widths is not None:
-        widths.held = held or whole
+    verifier = worker.verifier
+    kept = verifier is not None and verifier.whole_blocks
+    if verifier is not None:
+        verifier.whole_blocks = kept or whole
     try:
         for request in requests:
             scheduler._add_request_to_queue(request)
@@ -138,8 +138,8 @@ def run(scheduler: Any, requests: list[Any], *, whole: bool = True) -> list[list
             pass
     finally:
         streamer.stream_output = native
-        if widths is not None:
-            widths.held = held
+        if verifier is not None:
+            verifier.whole_blocks = kept
     scheduler.flush_cache()
     return blocks
 

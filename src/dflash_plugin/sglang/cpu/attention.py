@@ -45,7 +45,8 @@ class CpuAttention(TorchNativeAttnBackend):
         if forward_batch.forward_mode.is_target_verify():
             prefix = forward_batch.seq_lens.tolist()
             info = forward_batch.spec_info
-            rows = getattr(info, "row_counts", None) or [info.draft_token_num] * len(prefix)
+            # Set by our compacted input alone.
+            rows = vars(info).get("row_counts") or [info.draft_token_num] * len(prefix)
         else:
             prefix = forward_batch.extend_prefix_lens.tolist()
             rows = forward_batch.extend_seq_lens.tolist()

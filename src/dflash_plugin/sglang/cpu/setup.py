@@ -24,12 +24,12 @@ def prepare_cpu(server_args: Any) -> None:
 
 def install() -> None:
     """Make this process able to verify blocks on a CPU."""
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.speculative import draft_worker_common
 
     from dflash_plugin.sglang.cpu.attention import CpuAttention
 
-    ATTENTION_BACKENDS[BACKEND] = CpuAttention
+    register_attention_backend(BACKEND)(CpuAttention)
     # It would choose among back ends of a GPU.
     setattr(draft_worker_common, current().draft_backend, lambda **_: BACKEND)
     # There are no streams to record a use on.

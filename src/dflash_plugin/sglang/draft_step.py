@@ -1,0 +1,143 @@
+"""A decode step of our worker, and the head that drafts at the end of a captured draft pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dflash_plugin.decoding.sampling import SamplingTensors
+from dflash_plugin.serving.draft_tokens import Candidates
+from dflash_plugin.sglang import penalties
+from dflash_plugin.sglang.protocols import ScheduleBatchLike
+
+
+@dataclass
+class Step:
+    """One decode pass of a batch.
+
+    Attributes:
+        batch: of B requests.
+        anchors: int64 [B], positions of the anchors in their texts.
+        params: how the requests sample, or None where all are greedy.
+        draft_probs: float32 [B, K, V], the distributions that the drafts were drawn from, or None
+            where the likeliest drafts were chosen.
+        penalties: of the requests, or None where they have none.
+    """
+
+    batch: ScheduleBatchLike
+    anchors: Tensor
+    params: SamplingTensors | None = None
+    draft_probs: Tensor | None = None
+    penalties: penalties.Penalties | None = None
+
+
+class Drafting(NamedTuple):
+    """The output of a draft pass, from which drafts are chosen or drawn.
+
+    Attributes:
+        hidden: [B * K, hidden], the rows that draft.
+        anchors: int64 [B], token ids of the blocks' anchors.
+        candidates: the likeliest tokens of each row; None where the drafter has no selector.
+    """
+
+    hidden: Tensor
+    anchors: Tensor
+    candidates: Candidates | None
+
+    def first(self, batch: int, drafts: int) -> Drafting:
+        """Drop the requests that pad a batch.
+
+        Args:
+            batch: requests that are kept, the first ones.
+            drafts: K, drafts of each request.
+        """
+        rows, found = batch * drafts, self.candidates
+        if found is not None:
+            found = found.first(rows)
+        return Drafting(self.hidden[:rows], self.anchors[:batch], found)
+
+
+class DraftingWorker(Protocol):
+    """Our worker, as far as ``DraftGraphHead`` uses it."""
+
+    step: Step | None
+    device: Any
+    block_size: int
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts of a block."""
+        ...
+
+    @property
+    def skips_draft(self) -> bool:
+        """Whether the pass that runs verifies no draft."""
+        ...
+
+    def drafting_rows(self, hidden: Tensor) -> Tensor:
+        """The rows that draft, of all rows of the blocks."""
+        ...
+
+    def drafting(self, hidden: Tensor, anchors: Tensor) -> Drafting:
+        """Prepare to make drafts."""
+        ...
+
+    def draws_drafts(self, step: Step) -> bool:
+        """Whether the drafts of a step are drawn from a distribution instead of chosen."""
+        ...
+
+    def choose_drafts(self, drafting: Drafting) -> Tensor:
+        """The likeliest drafts."""
+        ...
+
+    def draw_drafts(self, drafting: Drafting, step: Step) -> Tensor:
+        """Draw drafts from the drafter's distribution."""
+        ...
+
+
+class DraftGraphHead:
+    """Makes drafts at the end of the captured draft pass.
+
+    SGLang calls the object while it captures a draft pass, and reads ``out`` after each replay.
+
+    Args:
+        worker: the worker whose drafter's head runs.
+        max_batch: largest number of requests in a captured batch.
+    """
+
+    def __init__(self, worker: DraftingWorker, max_batch: int) -> None:
+        self.worker = worker
+        rows = max_batch * worker.num_drafts
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=worker.device)
+        self.captured: dict[int, Drafting] = {}
+
+    def __call__(self, hidden: Tensor, input_ids: Tensor) -> None:
+        """Capture the head.
+
+        Args:
+            hidden: [B * block, hidden], the output of the draft pass.
+            input_ids: int64 [B * block], tokens of the blocks.
+        """
+        rows = self.worker.drafting_rows(hidden)
+        anchors = input_ids[: len(hidden)].view(-1, int(self.worker.block_size))[:, 0]
+        drafting = self.worker.drafting(rows, anchors)
+        self.captured[len(anchors)] = drafting
+        self.tokens[: rows.shape[0]].copy_(self.worker.choose_drafts(drafting))
+
+    @property
+    def out(self) -> Tensor:
+        """Drafts of the pass that was just replayed, int64 [at least B * K].
+
+        A property because SGLang reads ``.out``. For a batch that samples, reading it launches the
+        kernels that draw the drafts, and sets ``step.draft_probs``.
+        """
+        step = self.worker.step
+        if step is None or not self.worker.draws_drafts(step) or self.worker.skips_draft:
+            return self.tokens
+        size = len(step.batch.reqs)
+        captured = min(batch for batch in self.captured if batch >= size)
+        drafting = self.captured[captured].first(size, self.worker.num_drafts)
+        return self.worker.draw_drafts(drafting, step)
