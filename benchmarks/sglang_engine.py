@@ -22,7 +22,7 @@ def served(
     """A child process with one engine.
 
     Args:
-        mode: "none", "native" or "plugin", the latter also followed by "-fp8" and by "-adaptive"
+        mode: "none", "native" or "plugin", the last also followed by "-fp8" and by "-adaptive"
             or "-fixed", which turn adaptive verification on and off; "-k5" drafts 5 tokens,
             whatever ``speculative`` says; "-triton" takes that attention back end.
         settings: of ``Engine``.
@@ -30,7 +30,7 @@ def served(
         log: takes what the child prints.
         environment: added to the child's.
     """
-    settings = {**settings, **({} if mode == "none" else speculative)}
+    settings = {**settings, **({} if mode.startswith("none") else speculative)}
     if (drafts := fixed_drafts(mode)) is not None:
         settings["speculative_num_draft_tokens"] = drafts + 1
     environment["DFLASH_PLUGIN"] = "on" if mode.startswith("plugin") else "off"

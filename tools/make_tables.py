@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -278,12 +277,15 @@ def measured(name: str) -> bool:
 
 
 def rows_by_level(runs: list[dict]) -> dict[int, dict[str, dict]]:
-    """Speeds by requests in flight and mode; a mode that was measured twice counts as one."""
+    """Speeds by requests in flight and mode.
+
+    Of a mode that was measured in two groups the first counts: replayed acceptance is the same
+    for all engines of one group, and another for the next.
+    """
     found: dict[int, dict[str, dict]] = {}
     for row in (row for run in runs for row in run["rows"]):
         cells = found.setdefault(row["concurrency"], {})
-        every = [*cells.get(row["engine"], {"all": []})["all"], *row["all"]]
-        cells[row["engine"]] = {"all": every, "tokens_per_second": median(every)}
+        cells.setdefault(row["engine"], row)
     return dict(sorted(found.items()))
 
 
@@ -324,7 +326,7 @@ def of_settings(run: dict) -> str | None:
     return settings.get("attention_config", {}).get("backend")
 
 
-def fair(engine: str) -> str:
+def fair(engine: str, ranges: bool = True) -> str:
     """Tokens per second against the engine's own DFlash at its best setting.
 
     The best setting is chosen for every number of requests, on both sides.
@@ -337,16 +339,15 @@ def fair(engine: str) -> str:
     for level, cells in rows_by_level(runs).items():
         native, plugin = fastest(cells, "native"), fastest(cells, "plugin")
         options = {mode: cell for mode, cell in cells.items() if mode.startswith("plugin-")}
-        gain = cells[plugin]["tokens_per_second"] / cells[native]["tokens_per_second"]
         rows.append(
             [
                 str(level),
-                speed(cells, "none"),
-                speed(cells, "native"),
-                speed(cells, native, setting=True),
-                speed(cells, "plugin"),
-                speed(cells, fastest(options, "plugin"), setting=True),
-                f"**{gain:.2f}×**",
+                speed(cells, fastest(cells, "none"), ranges=ranges),
+                speed(cells, "native", ranges=ranges),
+                speed(cells, native, setting=True, ranges=ranges),
+                speed(cells, "plugin", ranges=ranges),
+                speed(cells, fastest(options, "plugin"), setting=True, ranges=ranges),
+                gain(cells[plugin], cells[native]),
             ]
         )
     header = [
@@ -366,19 +367,30 @@ def fair(engine: str) -> str:
     title = (
         "Output tokens/s: Qwen3-8B's shape, **dummy weights, acceptance replayed at "
         f"{record['acceptance_replayed']}**, {record['num_speculative_tokens']} drafts; "
-        f"median (lowest-highest), {attention_backends(runs)}."
+        f"{'median (lowest-highest)' if ranges else 'medians'}, {attention_backends(runs)}."
     )
     facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}; {repeats} runs"
     commands = "; ".join(f"`{run['command']}`" for run in runs)
     return f"{title}\n\n{table(header, rows)}\n\n{facts} in turns. {commands}"
 
 
-def speed(cells: dict[str, dict], mode: str | None, setting: bool = False) -> str:
+def gain(plugin: dict, native: dict) -> str:
+    """How many times as fast the plugin is; bold only where no run of one reaches the other's."""
+    ratio = f"{plugin['tokens_per_second'] / native['tokens_per_second']:.2f}×"
+    slower, faster = sorted((plugin, native), key=lambda row: row["tokens_per_second"])
+    return f"**{ratio}**" if max(slower["all"]) < min(faster["all"]) else f"{ratio}, ranges overlap"
+
+
+def speed(
+    cells: dict[str, dict], mode: str | None, setting: bool = False, ranges: bool = True
+) -> str:
     """A cell of a speed table: median (lowest-highest), and which setting it is."""
     if mode is None or mode not in cells:
         return "not measured"
     cell = cells[mode]
-    text = f"{cell['tokens_per_second']:,.0f} ({min(cell['all']):,.0f}-{max(cell['all']):,.0f})"
+    text = f"{cell['tokens_per_second']:,.0f}"
+    if ranges:
+        text += f" ({min(cell['all']):,.0f}-{max(cell['all']):,.0f})"
     if not setting:
         return text
     name = name_of(mode).partition(", ")[2] or "as it comes"
@@ -387,8 +399,10 @@ def speed(cells: dict[str, dict], mode: str | None, setting: bool = False) -> st
 
 def summary(engine: str) -> str:
     """The fair table without its command, for the first page."""
-    text = fair(engine)
-    return text.rsplit(" `python", 1)[0] if measured(FAIR[engine]) else text
+    text = fair(engine, ranges=False)
+    if not measured(FAIR[engine]):
+        return text
+    return text.split(" `python", 1)[0] + " Ranges and commands: [results](docs/results.md)."
 
 
 def plot() -> str:

@@ -27,7 +27,7 @@ def probes(source: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("adapter", ["vllm"])
+@pytest.mark.parametrize("adapter", ["vllm", "sglang"])
 def test_an_adapter_does_not_guess(adapter):
     files = sorted(path for path in (ADAPTERS / adapter).rglob("*.py") if path.name not in ALLOWED)
     assert files

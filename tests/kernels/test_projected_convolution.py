@@ -61,5 +61,6 @@ def test_faulty_arguments(change, message):
         "base": torch.zeros(2, 24),
         "block_size": 4,
     }
+    x, *others = {**arguments, **change}.values()
     with pytest.raises(ValueError, match=message):
-        projected_convolution(**{**arguments, **change})
+        projected_convolution(x, *others)

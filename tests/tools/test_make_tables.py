@@ -91,14 +91,21 @@ def test_the_back_end_is_read_from_vllms_settings(tables, tmp_path):
     assert "attention back end: FLASH_ATTN" in tables["fair"]("vllm").splitlines()[0]
 
 
-def test_a_mode_of_two_groups_counts_as_one(tables):
+def test_of_a_mode_in_two_groups_the_first_counts(tables):
     rows = [
         {"engine": "native", "concurrency": 1, "all": speeds, "tokens_per_second": speeds[1]}
         for speeds in ([10, 11, 12], [13, 14, 15])
     ]
-    assert tables["rows_by_level"]([{"rows": rows}]) == {
-        1: {"native": {"all": [10, 11, 12, 13, 14, 15], "tokens_per_second": 12.5}}
-    }
+    assert tables["rows_by_level"]([{"rows": rows}]) == {1: {"native": rows[0]}}
+
+
+def test_a_gain_is_bold_only_where_no_ranges_overlap(tables):
+    slow = {"tokens_per_second": 10, "all": [9, 10, 12]}
+    fast = {"tokens_per_second": 15, "all": [13, 15, 16]}
+    near = {"tokens_per_second": 11, "all": [10, 11, 14]}
+    assert tables["gain"](fast, slow) == "**1.50×**"
+    assert tables["gain"](slow, fast) == "**0.67×**"
+    assert tables["gain"](near, slow) == "1.10×, ranges overlap"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import staging
-from dflash_plugin.sglang import compat
+from dflash_plugin.sglang import compat, surface
 from dflash_plugin.sglang.compat import argument, set_argument
 from dflash_plugin.sglang.names import ALGORITHM, ARCHITECTURE, ENGINE
 from dflash_plugin.sglang.options import DrafterSpec, read_options
@@ -91,7 +91,7 @@ def prepare(server_args: Any) -> None:
     if all(block_size is None for block_size in requested.values()):
         set_argument(server_args, "speculative_num_draft_tokens", spec.config.block_size)
     context = argument(server_args, "context_length") or 0
-    length = max(context, int(getattr(target, "max_position_embeddings", 0) or 0))
+    length = max(context, surface.max_positions(target))
     staged = staging.stage(
         ENGINE,
         engine_config(spec, target.vocab_size, target.num_hidden_layers, length),

@@ -37,6 +37,7 @@ from dflash_plugin.serving.draft_tokens import choice_of_ranks, first_token
 from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
 from dflash_plugin.serving.fp8_weights import product
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
+from dflash_plugin.sglang import surface
 from dflash_plugin.sglang.layers import SglangLayers, ShardedQKV
 from dflash_plugin.sglang.options import DrafterSpec
 from dflash_plugin.sglang.triton_attention import is_plain
@@ -123,8 +124,8 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
             DFlashError: it has no such modules or does not fit.
         """
         model = cast(Any, target)
-        embedding = _without_lora(model.get_input_embeddings())
-        head = _without_lora(getattr(model, "lm_head", None))
+        embedding = surface.without_lora(model.get_input_embeddings())
+        head = surface.without_lora(surface.head_of(model))
         self.borrow(target, embedding, head)
         self._draft_columns = draft_columns(self.drafter, self.vocab_size)
         self.prepare_weights()
@@ -294,29 +295,17 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
     def shard_logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, rows] over this rank's rows of the head, padding left out."""
         head, rows = cast(Any, self.drafter.head()), self.shard_rows()
-        if _is_dense(head):
+        if surface.is_dense(head):
             return F.linear(hidden.to(head.weight.dtype), head.weight[:rows])
         return self._all_rows(hidden)[:, :rows]
 
     def _all_rows(self, hidden: Tensor) -> Tensor:
         """Logits over all of this rank's rows of the head."""
         head = cast(Any, self.drafter.head())
-        if _is_dense(head):
+        if surface.is_dense(head):
             return F.linear(hidden.to(head.weight.dtype), head.weight)
         out: Tensor = head.quant_method.apply(head, hidden, None)
         return out
-
-
-def _without_lora(module: Any) -> Any:
-    return getattr(module, "base_layer", module)
-
-
-def _is_dense(head: Any) -> bool:
-    """Whether the head's weight is a matrix of floating-point numbers."""
-    method = getattr(head, "quant_method", None)
-    if method is not None and not isinstance(method, UnquantizedEmbeddingMethod):
-        return False
-    return getattr(head, "weight", None) is not None
 
 
 def _window(layer: LayerAttention, config: DrafterConfig) -> int:

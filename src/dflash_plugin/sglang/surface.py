@@ -17,6 +17,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Collection, Iterable
 from functools import cache
+from typing import Any
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.engine_surface import Kind, Seam, Surface
@@ -731,3 +732,28 @@ def _is_wrapped(name: str) -> bool:
 
 def _part(seams: Iterable[Seam]) -> Surface:
     return Surface(ENGINE, compat.installed(), seams)
+
+
+def without_lora(module: Any) -> Any:
+    """A target's layer without the wrapper that LoRA puts around it."""
+    return getattr(module, "base_layer", module)
+
+
+def head_of(model: Any) -> Any:
+    """A target model's output head, or None where it has none of that name."""
+    return getattr(model, "lm_head", None)
+
+
+def is_dense(head: Any) -> bool:
+    """Whether a head's weight is a matrix of floating-point numbers."""
+    from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod
+
+    method = getattr(head, "quant_method", None)
+    if method is not None and not isinstance(method, UnquantizedEmbeddingMethod):
+        return False
+    return getattr(head, "weight", None) is not None
+
+
+def max_positions(config: Any) -> int:
+    """Positions that a target's configuration names; 0 where it names none."""
+    return int(getattr(config, "max_position_embeddings", 0) or 0)
