@@ -7,10 +7,15 @@ import random
 
 import pytest
 
-from dflash_plugin.adaptive.policy import AcceptanceRates, VerifyLenPolicy, choose_widths, growth
+from dflash_plugin.adaptive.policy import (
+    AcceptanceRates,
+    VerifyLenPolicy,
+    choose_verify_lens,
+    growth,
+)
 from dflash_plugin.errors import DFlashError
 
-WIDTHS = choose_widths(16, 0, None)
+WIDTHS = choose_verify_lens(16, 0, None)
 
 
 class Machine:
@@ -75,16 +80,16 @@ def test_widths_begin_with_the_anchor_alone_and_end_with_the_block():
     assert WIDTHS[-1] == 16
     assert list(WIDTHS) == sorted(set(WIDTHS))
     assert all(later <= 2 * earlier for earlier, later in itertools.pairwise(WIDTHS))
-    assert choose_widths(16, 3, 7)[0] == 4
-    assert choose_widths(16, 3, 7)[-1] == 8
-    assert choose_widths(8, 0, 40)[-1] == 8
-    assert choose_widths(2, 1, None) == (2,)
+    assert choose_verify_lens(16, 3, 7)[0] == 4
+    assert choose_verify_lens(16, 3, 7)[-1] == 8
+    assert choose_verify_lens(8, 0, 40)[-1] == 8
+    assert choose_verify_lens(2, 1, None) == (2,)
 
 
 @pytest.mark.parametrize(("least", "most"), [(5, 4), (-1, 3), (16, None)])
 def test_limits_that_leave_nothing_are_named(least, most):
     with pytest.raises(DFlashError, match=f"min_draft_tokens is {least}"):
-        choose_widths(16, least, most)
+        choose_verify_lens(16, least, most)
 
 
 def test_chances_are_learnt_from_what_was_judged():
@@ -337,6 +342,6 @@ def test_processes_that_agree_choose_alike_whatever_their_clocks_say():
 
 
 def test_limits_are_kept():
-    policy = VerifyLenPolicy(choose_widths(16, 2, 5))
+    policy = VerifyLenPolicy(choose_verify_lens(16, 2, 5))
     machine = Machine(0.99, row=0.0)
     assert set(machine.run(policy, 4, 2000)) == {3, 4, 6}

@@ -15,8 +15,8 @@ CPU = torch.device("cpu")
 
 def test_a_policy_has_the_options_limits():
     policy = make_policy(Options(min_draft_tokens=1, max_draft_tokens=4), 7)
-    assert (policy.widths[0], policy.widths[-1]) == (2, 5)
-    assert make_policy(Options(), 7).widths[-1] == 8
+    assert (policy.verify_lens[0], policy.verify_lens[-1]) == (2, 5)
+    assert make_policy(Options(), 7).verify_lens[-1] == 8
     assert make_policy(Options(), 7, expected=list).expected() == []
     with pytest.raises(DFlashError, match="min_draft_tokens is 8"):
         make_policy(Options(min_draft_tokens=8), 7)

@@ -316,7 +316,7 @@ def test_given_seeds_are_kept_and_the_others_new():
     assert sampling.given_seeds(requests[1:], device) is None
 
 
-def counting(checkpoint: Path) -> metrics.Acceptance:
+def counting(checkpoint: Path) -> metrics.AcceptanceCounts:
     """Counts of a drafter with 3 drafts, judged every ``STRIDE`` passes by an expected τ of 3."""
     options = Options(expected_acceptance_length=3.0, acceptance_window=metrics.STRIDE)
     spec = DrafterSpec(
@@ -325,7 +325,7 @@ def counting(checkpoint: Path) -> metrics.Acceptance:
         options=options,
         expected_acceptance_length=3.0,
     )
-    return metrics.Acceptance(spec, 3, None)
+    return metrics.AcceptanceCounts(spec, 3, None)
 
 
 def test_acceptance_is_counted_by_position(tmp_path, caplog):

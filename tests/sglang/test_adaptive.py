@@ -325,7 +325,7 @@ def test_widths_follow_the_options():
     assert found is not None
     assert found.block == 16
     assert found.by_request
-    assert found.policy.widths == (3, 4, 6, 8)
+    assert found.policy.verify_lens == (3, 4, 6, 8)
     assert found.policy.weight == 0.5
 
 
@@ -388,7 +388,7 @@ def test_graphs_take_at_most_half_of_the_memory(monkeypatch):
     monkeypatch.setattr(verify_graphs, "free_memory", lambda device: 8.0 - 3.0 * runner.backends)
     verifier.capture(runner, Runner())
     assert set(verifier.graphs.passes) == {1, 2}
-    assert verifier.policy.widths == (1, 2, BLOCK)
+    assert verifier.policy.verify_lens == (1, 2, BLOCK)
     # What is verified at most has to be there.
     runner = Runner()
     verifier = verifier_of_rows(1, 2, 3)

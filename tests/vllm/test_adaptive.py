@@ -148,7 +148,7 @@ def test_logits_have_a_limit(manager):
 
 def test_limits_of_a_request():
     manager = made(min_draft_tokens=1, max_draft_tokens=3)
-    assert manager.policy.widths == (2, 4)
+    assert manager.policy.verify_lens == (2, 4)
     manager.acceptance_probs[:2] = torch.tensor([0.99, 0.01])[:, None]
     assert manager._drafts_to_verify(4, 2, 2) == 6
     manager.verify_len = 4

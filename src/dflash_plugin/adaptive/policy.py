@@ -39,7 +39,7 @@ GAIN = 1.01
 FIRST_PROBE, PROBE = 64, 512
 
 
-def choose_widths(block: int, min_drafts: int, max_drafts: int | None) -> tuple[int, ...]:
+def choose_verify_lens(block: int, min_drafts: int, max_drafts: int | None) -> tuple[int, ...]:
     """Verify lengths that passes can have, rising: the limits, and some of ``ROWS`` between them.
 
     Args:
@@ -51,14 +51,14 @@ def choose_widths(block: int, min_drafts: int, max_drafts: int | None) -> tuple[
         DFlashError: the limits leave none.
     """
     drafts = block - 1
-    most = drafts if max_drafts is None else min(max_drafts, drafts)
-    if not 0 <= min_drafts <= most:
+    limit = drafts if max_drafts is None else min(max_drafts, drafts)
+    if not 0 <= min_drafts <= limit:
         raise DFlashError(
-            f"min_draft_tokens is {min_drafts} and max_draft_tokens {most}, of {drafts} drafts: "
+            f"min_draft_tokens is {min_drafts} and max_draft_tokens {limit}, of {drafts} drafts: "
             "give 0 <= min_draft_tokens <= max_draft_tokens"
         )
-    between = (rows for rows in ROWS if min_drafts + 1 < rows < most + 1)
-    return tuple(sorted({min_drafts + 1, *between, most + 1}))
+    between = (rows for rows in ROWS if min_drafts + 1 < rows < limit + 1)
+    return tuple(sorted({min_drafts + 1, *between, limit + 1}))
 
 
 class AcceptanceRates:
@@ -100,26 +100,26 @@ class AcceptanceRates:
 
 
 def growth(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
-    """By how much ``VerifyLenPolicy.counts`` have grown, for those that have grown or are new.
+    """Increases of ``VerifyLenPolicy.counts``, of those that rose or are new.
 
     A count that is lower than before started again from zero, as when an engine sets up its runner
     a second time.
     """
-    grown = {}
+    increases = {}
     for name, count in now.items():
         last = before.get(name)
         if last is None or count < last:
-            grown[name] = count
+            increases[name] = count
         elif count > last:
-            grown[name] = count - last
-    return grown
+            increases[name] = count - last
+    return increases
 
 
 class VerifyLenPolicy:
     """Chooses the verify length of the next step.
 
     Args:
-        widths: verify lengths that passes can have, rising; 1 verifies no draft.
+        verify_lens: verify lengths that passes can have, rising; 1 verifies no draft.
         sizes: numbers of requests that passes are captured for, rising; a number between two costs
             what the larger does.
         latency_vs_throughput: exponent of the step's seconds in ``tokens / seconds ** exponent``.
@@ -138,26 +138,26 @@ class VerifyLenPolicy:
 
     def __init__(
         self,
-        widths: Sequence[int],
+        verify_lens: Sequence[int],
         sizes: Sequence[int] = (),
         latency_vs_throughput: float = 1.0,
         expected: Callable[[], Sequence[float]] | None = None,
         agree: Callable[[int], int] | None = None,
     ) -> None:
-        self.widths = tuple(widths)
+        self.verify_lens = tuple(verify_lens)
         self.agree = agree
         self.sizes = tuple(sizes)
         self.weight = latency_vs_throughput
-        self.acceptance = AcceptanceRates(max(widths) - 1)
+        self.acceptance = AcceptanceRates(max(verify_lens) - 1)
         self.expected = expected or self.acceptance.expected
         self.prior: dict[tuple[int, int], float] = {}
         self.seconds: dict[tuple[int, int], float] = {}
-        self.steps = dict.fromkeys(self.widths, 0)
+        self.steps = dict.fromkeys(self.verify_lens, 0)
         self.proposed = self.verified = self.saved = 0
         self._times: dict[tuple[int, int], deque[float]] = {}
         self._recent: deque[tuple[int, int]] = deque(maxlen=SETTLED)
         self._last: float | None = None
-        self._verify_len, self._size, self._left = self.widths[-1], 0, 0
+        self._verify_len, self._size, self._left = self.verify_lens[-1], 0, 0
         self._until_probe, self._pause, self._probes = FIRST_PROBE, FIRST_PROBE, 0
 
     def interrupt(self) -> None:
@@ -184,9 +184,9 @@ class VerifyLenPolicy:
         self._until_probe -= 1
         self.steps[self._verify_len] += 1
         # A step that verifies no draft does not draft.
-        self.proposed += requests * (self.widths[-1] - 1) * (self._verify_len > 1)
+        self.proposed += requests * (self.verify_lens[-1] - 1) * (self._verify_len > 1)
         self.verified += requests * (self._verify_len - 1)
-        self.saved += requests * (self.widths[-1] - self._verify_len)
+        self.saved += requests * (self.verify_lens[-1] - self._verify_len)
         self._recent.append((size, self._verify_len))
         self._last = now
         return self._verify_len
@@ -249,7 +249,7 @@ class VerifyLenPolicy:
     def _next(self, size: int) -> int:
         seconds: dict[int, float] = {}
         # From the longest down, one whose time is not known at all is tried.
-        for verify_len in reversed(self.widths):
+        for verify_len in reversed(self.verify_lens):
             took = self._of_step(size, verify_len)
             if took is None:
                 return verify_len
@@ -260,20 +260,22 @@ class VerifyLenPolicy:
             tokens: float = expected[verify_len - 1] / took**self.weight
             return tokens
 
-        rates = {verify_len: rate(verify_len, seconds[verify_len]) for verify_len in self.widths}
-        best = max(self.widths, key=rates.__getitem__)
+        rates = {
+            verify_len: rate(verify_len, seconds[verify_len]) for verify_len in self.verify_lens
+        }
+        best = max(self.verify_lens, key=rates.__getitem__)
         if rates[best] <= GAIN * rates.get(self._verify_len, 0.0):
             best = self._verify_len
-        if self._until_probe > 0 or len(self.widths) == 1:
+        if self._until_probe > 0 or len(self.verify_lens) == 1:
             return best
         self._pause = min(2 * self._pause, PROBE)
         self._until_probe, self._probes = self._pause, self._probes + 1
-        index = self.widths.index(best)
+        index = self.verify_lens.index(best)
         if self._probes % 2:
             # The next longer one shows what drafts that are not verified now would gain.
-            return self.widths[index + 1 if best < self.widths[-1] else index - 1]
+            return self.verify_lens[index + 1 if best < self.verify_lens[-1] else index - 1]
         # The one that would be best if its shortest time were its true one.
-        others = [verify_len for verify_len in self.widths if verify_len != best]
+        others = [verify_len for verify_len in self.verify_lens if verify_len != best]
         shortest = {w: min(self._times.get((size, w)) or [seconds[w]]) for w in others}
         return max(others, key=lambda verify_len: rate(verify_len, shortest[verify_len]))
 
@@ -296,7 +298,7 @@ class VerifyLenPolicy:
 
     def _alike(self, rows: int, verify_len: int) -> bool:
         """Whether both are whole blocks, or neither is."""
-        return (rows == self.widths[-1]) == (verify_len == self.widths[-1])
+        return (rows == self.verify_lens[-1]) == (verify_len == self.verify_lens[-1])
 
     def _from_prior(self, size: int, verify_len: int) -> float | None:
         """The profiled time plus the host's time, by the nearest steps that have been timed.
@@ -317,6 +319,6 @@ class VerifyLenPolicy:
                 took, of_pass = self.seconds[kind], self.prior[kind]
                 guess = profiled + max(0.0, took - of_pass)
                 guesses.append(guess if nearest else min(guess, max(profiled, took)))
-                if nearest == 0 and kind[1] < verify_len < self.widths[-1]:
+                if nearest == 0 and kind[1] < verify_len < self.verify_lens[-1]:
                     floor = max(floor, took)
         return max(floor, float(median(guesses)))

@@ -67,11 +67,11 @@ def check_settings(settings: Settings, sets: Mapping[str, list[Prompt]]) -> None
         raise DFlashError(f"--temperature is {settings.temperature}: give 0 (greedy) or more")
     if not settings.concurrency or min(settings.concurrency) < 1:
         raise DFlashError(f"--concurrency is {settings.concurrency}: give numbers from 1 on")
-    most = max(settings.concurrency)
+    requests = max(settings.concurrency)
     for name, prompts in sets.items():
-        if len(prompts) < most:
+        if len(prompts) < requests:
             raise DFlashError(
-                f"--concurrency {most} needs as many prompts, {name} has {len(prompts)}: raise "
+                f"--concurrency {requests} needs as many prompts, {name} has {len(prompts)}: raise "
                 "--limit, give a longer set, or lower --concurrency"
             )
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.adaptive.expected_tokens import ExpectedTokens
-from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_widths
+from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_verify_lens
 from dflash_plugin.kernels.admit_drafts import admit_drafts, compile_ahead
 from dflash_plugin.serving.drafter_spec import Options
 
@@ -38,7 +38,9 @@ def make_policy(
     Raises:
         DFlashError: the limits leave no verify length.
     """
-    verify_lens = choose_widths(num_drafts + 1, options.min_draft_tokens, options.max_draft_tokens)
+    verify_lens = choose_verify_lens(
+        num_drafts + 1, options.min_draft_tokens, options.max_draft_tokens
+    )
     return VerifyLenPolicy(
         verify_lens,
         latency_vs_throughput=options.latency_vs_throughput,

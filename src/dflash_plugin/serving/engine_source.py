@@ -28,9 +28,9 @@ def check_source(root: Path, seams: Iterable[Seam], version: str) -> list[str]:
     for seam in seams:
         if not seam.exists_in(version):
             continue
-        trouble = source.trouble(seam)
-        if trouble is not None:
-            wrong.append(f"{seam.name} ({seam.feature}: {seam.why}): {trouble}")
+        problem = source.problem(seam)
+        if problem is not None:
+            wrong.append(f"{seam.name} ({seam.feature}: {seam.why}): {problem}")
     return wrong
 
 
@@ -88,7 +88,7 @@ class _Source:
         self.root = root
         self._modules: dict[str, dict[str, ast.AST] | None] = {}
 
-    def trouble(self, seam: Seam) -> str | None:
+    def problem(self, seam: Seam) -> str | None:
         if self._names_of(seam.module) is None:
             return "its module is missing"
         owner, _, member = seam.symbol.partition(".")

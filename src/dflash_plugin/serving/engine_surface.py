@@ -99,7 +99,7 @@ class Surface:
         self._makers: dict[str, list[tuple[Seam, Callable[[Any], Any]]]] = {}
         self._registered: set[tuple[str, str]] = set()
         self._applied: set[tuple[str, str]] = set()
-        self._troubles: dict[Seam, str] = {}
+        self._problems: dict[Seam, str] = {}
         self._logger = logging.getLogger(f"{engine}.dflash_plugin")
 
     def current(self) -> list[Seam]:
@@ -142,10 +142,10 @@ class Surface:
         self._applied.add((module, symbol))
 
     def _apply(self, seam: Seam, make: Callable[[Any], Any], module: ModuleType) -> None:
-        trouble = _trouble_at_run_time(seam, module)
-        if trouble is not None:
-            self._troubles[seam] = trouble
-            self._logger.warning("%s is left as it is: %s", seam.name, trouble)
+        problem = _problem_at_run_time(seam, module)
+        if problem is not None:
+            self._problems[seam] = problem
+            self._logger.warning("%s is left as it is: %s", seam.name, problem)
             return
         *path, name = seam.symbol.split(".")
         owner: Any = module
@@ -177,13 +177,13 @@ class Surface:
         wrong = []
         for seam in self.current():
             in_use = seam.feature in features
-            trouble = self._trouble(seam, in_use, load)
-            if trouble is None:
+            problem = self._problem(seam, in_use, load)
+            if problem is None:
                 continue
-            found = f"{seam.name} ({seam.feature}: {seam.why}): {trouble}"
+            found = f"{seam.name} ({seam.feature}: {seam.why}): {problem}"
             if in_use:
                 wrong.append(found)
-            elif seam not in self._troubles:  # Those were logged when their module was imported.
+            elif seam not in self._problems:  # Those were logged when their module was imported.
                 self._logger.warning("%s", found)
         self._stop(wrong)
 
@@ -230,9 +230,9 @@ class Surface:
             self._stop([f"{row.name} ({row.feature}: {row.why}): the {kind} has no {name!r}"])
         return getattr(value, name)
 
-    def _trouble(self, seam: Seam, in_use: bool, load: bool) -> str | None:
-        if seam in self._troubles:
-            return self._troubles[seam]
+    def _problem(self, seam: Seam, in_use: bool, load: bool) -> str | None:
+        if seam in self._problems:
+            return self._problems[seam]
         is_patch = seam.kind in ("patch", "hook")
         if seam.module not in sys.modules:
             if not in_use:
@@ -243,15 +243,15 @@ class Surface:
                 importlib.import_module(seam.module)
             except ImportError as error:
                 return f"its module cannot be imported ({error})"
-        if seam in self._troubles:
-            return self._troubles[seam]
+        if seam in self._problems:
+            return self._problems[seam]
         if is_patch and seam[:2] in self._applied:
             return None
         if is_patch and seam[:2] in self._registered:
             return "never patched, although its module is imported"
         if is_patch:  # Registered by no one: the plugin is off, or the adapter forgot it.
             return "no patch was registered" if in_use else None
-        return _trouble_at_run_time(seam, sys.modules[seam.module])
+        return _problem_at_run_time(seam, sys.modules[seam.module])
 
     def _stop(self, wrong: Sequence[str]) -> None:
         if wrong:
@@ -301,7 +301,7 @@ def _has(value: object, name: str) -> bool:
     return True
 
 
-def _trouble_at_run_time(seam: Seam, module: ModuleType) -> str | None:
+def _problem_at_run_time(seam: Seam, module: ModuleType) -> str | None:
     """What is wrong with a seam in its imported module, or None.
 
     Attributes that a class sets on its instances cannot be seen there: see

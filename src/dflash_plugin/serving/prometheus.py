@@ -77,18 +77,18 @@ def budget_counters(labels: tuple[str, ...]) -> dict[str, Any]:
 
 
 def count_budget(
-    labels: tuple[str, ...], values: Sequence[object], grown: Mapping[str, int]
+    labels: tuple[str, ...], values: Sequence[object], increases: Mapping[str, int]
 ) -> None:
     """Add what an adaptive policy has chosen.
 
     Args:
         labels: names of the engine's own labels.
         values: values of these labels.
-        grown: by how much each count has grown, by "steps:ROWS", "proposed", "verified" and
+        increases: increase of each count, by "steps:ROWS", "proposed", "verified" and
             "saved".
     """
     counters = budget_counters(labels)
-    for name, count in grown.items():
+    for name, count in increases.items():
         kind, *rows = name.split(":")
         counters[kind].labels(*values, *rows).inc(count)
 

@@ -118,12 +118,12 @@ class AdaptiveVerifier:
             return
         policy = self.policy
         policy.sizes = tuple(sorted(whole.capture_bs))
-        policy.widths = self.graphs.capture(runner, policy.widths, policy.agree)
+        policy.verify_lens = self.graphs.capture(runner, policy.verify_lens, policy.agree)
         self._set_by_request(self.graphs.can_be_ragged())
         if self.by_request:
             self.selection.compile_ahead(self.predictor.predictions)
         draft = graph_seconds(draft_runner.decode_cuda_graph_runner, self.device)
-        for verify_len in policy.widths:
+        for verify_len in policy.verify_lens:
             graphs = passes[verify_len].graphs if verify_len in passes else whole
             for size, seconds in graph_seconds(graphs, self.device).items():
                 if verify_len == 1 or size in draft:

@@ -33,7 +33,7 @@ STRIDE = 64
 LABELS = ("model_name",)
 
 
-class Acceptance:
+class AcceptanceCounts:
     """Acceptance counts of one scheduler process.
 
     Args:
@@ -139,7 +139,7 @@ class Counted:
     """
 
     info: DrafterSpec
-    acceptance: Acceptance | None = None
+    acceptance: AcceptanceCounts | None = None
     verifier: AdaptiveVerifier | None = None
 
     @property
@@ -175,7 +175,7 @@ def start(worker: Counted, server_args: Any) -> None:
     """
     name = str(argument(server_args, "served_model_name") or argument(server_args, "model_path"))
     exported = bool(argument(server_args, "enable_metrics"))
-    worker.acceptance = Acceptance(
+    worker.acceptance = AcceptanceCounts(
         worker.info, worker.num_drafts, name if exported else None, worker.verifier
     )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_widths
+from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_verify_lens
 from dflash_plugin.decoding.verify import FinishReason, commit, verify
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.static_store import StaticStore
@@ -107,7 +107,7 @@ class Engine:
         self.policy: VerifyLenPolicy | None = None
         if adaptive and drafter is not None:
             sizes = {min(1 << n, max_batch) for n in range(max_batch.bit_length() + 1)}
-            self.policy = VerifyLenPolicy(choose_widths(rows, 0, None), sorted(sizes))
+            self.policy = VerifyLenPolicy(choose_verify_lens(rows, 0, None), sorted(sizes))
         self.state = RowTensors(
             max_batch,
             rows,

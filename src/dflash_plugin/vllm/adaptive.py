@@ -80,7 +80,7 @@ class AdaptiveManager:
         self.acceptance_probs = torch.zeros(size, self.drafts, device=self.device)
         self.selection = DraftSelection(options, self.drafts, size, self.device)
         self.policy = make_policy(options, self.drafts, expected=self._expected)
-        self.verify_len = self.policy.widths[-1]
+        self.verify_len = self.policy.verify_lens[-1]
         self._capture_sizes: list[int] = []
         # Tensors that were sent once and are used again.
         self._sent_starts: dict[tuple[int, int], Tensor] = {}
@@ -127,7 +127,7 @@ class AdaptiveManager:
             )
             self.policy.sizes = tuple(sorted(drafting))
             cost = StepCost.measured(verifying, drafting)
-            for size, rows in product(self.policy.sizes, self.policy.widths):
+            for size, rows in product(self.policy.sizes, self.policy.verify_lens):
                 tokens = size + self._drafts_to_verify(rows, size, size)
                 drafts = size if rows > 1 else 0
                 self.policy.prior[size, rows] = cost.step_seconds(tokens, drafts)
@@ -283,7 +283,7 @@ class AdaptiveManager:
             others: tokens of the step that are no drafts.
             verifying: requests that have drafts.
         """
-        maximum = verifying * (self.policy.widths[-1] - 1)
+        maximum = verifying * (self.policy.verify_lens[-1] - 1)
         wanted = verifying * (rows - 1)
         if not 0 < wanted < maximum:
             return wanted

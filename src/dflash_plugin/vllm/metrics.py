@@ -68,8 +68,8 @@ class Metrics:
         carrier = stats.waiting_lora_adapters
         names = [name for name in carrier if name.startswith(PREFIX)]
         if names:
-            grown = {name.removeprefix(PREFIX): carrier.pop(name) for name in names}
-            count_budget(self.labels, self.values[engine], grown)
+            increases = {name.removeprefix(PREFIX): carrier.pop(name) for name in names}
+            count_budget(self.labels, self.values[engine], increases)
 
 
 def attach_counts(native: Method) -> Method:
@@ -99,8 +99,8 @@ def send_counts(native: Method) -> Method:
         counts = attached(model_runner_output)
         stats = next((one.scheduler_stats for one in outputs.values() if one.scheduler_stats), None)
         if counts and stats:
-            grown = growth(counts, attached(self) or {})
-            stats.waiting_lora_adapters.update({PREFIX + name: n for name, n in grown.items()})
+            increases = growth(counts, attached(self) or {})
+            stats.waiting_lora_adapters.update({PREFIX + name: n for name, n in increases.items()})
             attach(self, counts)
         return outputs
 

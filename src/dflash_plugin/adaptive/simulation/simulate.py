@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.adaptive.acceptance_model import AcceptanceModel
-from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_widths
+from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_verify_lens
 from dflash_plugin.adaptive.simulation.allocate import Allocation, allocate
 from dflash_plugin.adaptive.simulation.traces import Traces
 from dflash_plugin.adaptive.step_cost import StepCost
@@ -57,7 +57,7 @@ class ByStep(Policy):
     """
 
     def __init__(self, num_drafts: int) -> None:
-        self.policy = VerifyLenPolicy(choose_widths(num_drafts + 1, 0, None))
+        self.policy = VerifyLenPolicy(choose_verify_lens(num_drafts + 1, 0, None))
         self.now, self.rows = 0.0, 0
 
     def choose(self, confidences: Tensor, right: Tensor) -> Tensor | None:
