@@ -185,7 +185,7 @@ def test_train_makes_a_drafter_that_generates(target, prompts, start, dflash2, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("generate", "x", "--target", "nowhere"), "no drafter is shipped for 'nowhere'"),
+        (("generate", "x", "--target", "nowhere"), "'nowhere' is neither a model directory"),
         (("generate", ""), "the prompt is empty: write what to ask"),
         (("generate", " \n"), "the prompt is empty: write what to ask"),
         (("generate", "x", "--max-new-tokens", "0"), "--max-new-tokens is 0: give at least 1"),

@@ -22,6 +22,7 @@ from dflash_plugin.cli.common import (
     print_json,
     quiet,
     reports_errors,
+    resolve_pair,
 )
 from dflash_plugin.errors import DFlashError
 
@@ -166,15 +167,14 @@ def _embedded(
     record_drafts: bool,
 ) -> dict[str, Any]:
     from dflash_plugin.bench.embedded import EmbeddedEngine
-    from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
 
     if baseline not in (None, "alone"):
         raise DFlashError(
             f"--baseline is {baseline!r} and there is no URL to measure: give the server's URL "
             "first, or --baseline alone for the Transformers engine"
         )
-    directory = resolve_drafter(drafter, target)
-    model, loaded, tokenizer = load(resolve_model(target), directory, dtype, device, "checkpoint")
+    target_directory, directory = resolve_pair(target, drafter)
+    model, loaded, tokenizer = load(target_directory, directory, dtype, device, "checkpoint")
     endpoints = {
         "measured": EmbeddedEngine(
             model, tokenizer, loaded, target, adaptive, record_drafts, directory.name

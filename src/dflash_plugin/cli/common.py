@@ -137,6 +137,20 @@ def counting(what: str) -> Iterator[Callable[[int, list[int]], None]]:
         yield count
 
 
+def resolve_pair(target: str, drafter: Path | None) -> tuple[Path, Path]:
+    """Directories of a target and its drafter; a target that is missing is named first.
+
+    Raises:
+        DFlashError: one of them is missing.
+    """
+    from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
+
+    if drafter is not None and not drafter.is_dir():
+        raise DFlashError(f"--drafter is {str(drafter)!r}, which is not a directory")
+    model = resolve_model(target)
+    return model, resolve_drafter(drafter, target)
+
+
 def load(
     target: Path, drafter: Path, dtype: Dtype | None, device: str | None, weights: DraftWeights
 ) -> Any:

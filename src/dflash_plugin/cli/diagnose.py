@@ -23,6 +23,7 @@ from dflash_plugin.cli.common import (
     print_json,
     quiet,
     reports_errors,
+    resolve_pair,
 )
 from dflash_plugin.errors import DFlashError
 
@@ -117,16 +118,12 @@ def _diagnose(
 ) -> Any:
     import torch
 
-    from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
     from dflash_plugin.doctor import TargetTexts, diagnose
     from dflash_plugin.doctor.texts import PROMPTS
     from dflash_plugin.prompts import Prompt, load_prompts
     from dflash_plugin.transformers import load_target
 
-    directory = resolve_drafter(drafter, target)
-    if not directory.is_dir():
-        raise DFlashError(f"{str(directory)!r} is not a directory: give --drafter DIR")
-    model = resolve_model(target)
+    model, directory = resolve_pair(target, drafter)
     questions = (
         load_prompts(data, prompts) if data else [Prompt.user(text) for text in PROMPTS[:prompts]]
     )

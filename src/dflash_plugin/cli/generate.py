@@ -23,6 +23,7 @@ from dflash_plugin.cli.common import (
     print_json,
     quiet,
     reports_errors,
+    resolve_pair,
 )
 from dflash_plugin.cli.other_load import OtherLoad
 from dflash_plugin.errors import DFlashError
@@ -61,8 +62,8 @@ def generate(
     if max_new_tokens < 1:
         raise DFlashError(f"max_new_tokens is {max_new_tokens}: give at least 1")
     quiet()
+    target_directory, directory = resolve_pair(target, drafter)
     from dflash_plugin.bench.evaluate import compare_runs, machine
-    from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
     from dflash_plugin.decoding.sampling import SamplingParams
     from dflash_plugin.prompts import Prompt, encode
     from dflash_plugin.transformers import Engine, Request
@@ -70,8 +71,7 @@ def generate(
     sampling = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
-    directory = resolve_drafter(drafter, target)
-    model, loaded, tokenizer = load(resolve_model(target), directory, dtype, device, draft_weights)
+    model, loaded, tokenizer = load(target_directory, directory, dtype, device, draft_weights)
     tokens = tokenizer.encode(prompt) if raw else encode(tokenizer, Prompt.user(prompt))
     if not tokens:
         raise DFlashError(
@@ -191,7 +191,6 @@ def evaluate(
     """τ per request, pooled and per position, and tokens/s with and without the drafter."""
     quiet()
     from dflash_plugin.bench.evaluate import Evaluation, evaluate_set, machine
-    from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
     from dflash_plugin.decoding.sampling import SamplingParams
     from dflash_plugin.prompts import encode, load_prompts
     from dflash_plugin.transformers import Engine
@@ -200,8 +199,8 @@ def evaluate(
         raise DFlashError(f"max_new_tokens is {max_new_tokens}: give at least 1")
     sets = [(path, load_prompts(path, limit)) for path in data]
     sampling = SamplingParams(temperature=temperature, seed=seed)
-    directory = resolve_drafter(drafter, target)
-    model, loaded, tokenizer = load(resolve_model(target), directory, dtype, device, draft_weights)
+    target_directory, directory = resolve_pair(target, drafter)
+    model, loaded, tokenizer = load(target_directory, directory, dtype, device, draft_weights)
     longest = max(len(encode(tokenizer, p)) for _, prompts in sets for p in prompts)
     length = longest + max_new_tokens
     engine = Engine(model, loaded, max_batch=batch, max_length=length)
