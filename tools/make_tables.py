@@ -310,11 +310,14 @@ def attention_backends(runs: list[dict]) -> str:
             if not backend:
                 raise ValueError(f"{run['command']}: the attention back end of {mode} is unknown")
             found[mode] = backend
-    if len(set(found.values())) == 1:
-        return f"attention back end: {next(iter(found.values()))}"
-    return "attention back ends: " + ", ".join(
-        f"{name_of(mode)}: {backend}" for mode, backend in found.items()
+    backends = list(dict.fromkeys(found.values()))
+    if len(backends) == 1:
+        return f"attention back end: {backends[0]}"
+    by_backend = (
+        f"{backend} ({'; '.join(name_of(mode) for mode in found if found[mode] == backend)})"
+        for backend in backends
     )
+    return f"attention back ends: {', '.join(by_backend)}"
 
 
 def of_settings(run: dict) -> str | None:
@@ -337,12 +340,13 @@ def fair(engine: str, ranges: bool = True) -> str:
     runs = runs_of(name)
     rows = []
     for level, cells in rows_by_level(runs).items():
+        none = fastest(cells, "none")
         native, plugin = fastest(cells, "native"), fastest(cells, "plugin")
         options = {mode: cell for mode, cell in cells.items() if mode.startswith("plugin-")}
         rows.append(
             [
                 str(level),
-                speed(cells, fastest(cells, "none"), ranges=ranges),
+                speed(cells, none, setting=none != "none", ranges=ranges),
                 speed(cells, "native", ranges=ranges),
                 speed(cells, native, setting=True, ranges=ranges),
                 speed(cells, "plugin", ranges=ranges),

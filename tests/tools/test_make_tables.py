@@ -75,8 +75,8 @@ def test_back_ends_that_differ_are_named_by_mode(tables, tmp_path):
                 SPEEDS[64]}  # fmt: skip
     write(tmp_path, attention=backends)
     title = tables["fair"]("vllm").splitlines()[0]
-    assert "native: fa3" in title
-    assert "plugin, FP8 drafter: triton" in title
+    assert "fa3 (no drafter; native; native, 7 drafts)" in title
+    assert "triton (plugin; plugin, FP8 drafter, adaptive; plugin, FP8 drafter)" in title
 
 
 def test_a_table_without_its_back_end_is_refused(tables, tmp_path):
