@@ -171,7 +171,7 @@ def test_the_selector_learns_which_tokens_go_together(tmp_path):
         (None, {**PARTS, "conv_group_size": 5}, "conv_group_size is 5, which does not divide"),
         (None, {**PARTS, "conv_kernel_size": 5}, "conv_kernel_size is 5, more than block_size 4"),
         (None, {**PARTS, "selector_top_k": 98}, "selector_top_k is 98, more than vocab_size 97"),
-        (None, {"mask_token_id": None}, "mask_token_id is missing"),
+        (None, {"mask_token_id": None}, "mask_token_id is not given"),
         ({}, {"block_size": 4}, "block_size is 4, but '.*start' decides it: leave it out"),
         (DFLASH2, {"selector_rank": 6}, "selector_rank is 6, but '.*start' decides it"),
         ({"num_target_layers": 9, "target_layer_ids": (0, 8)}, {}, "reads target layer 8 but"),

@@ -183,17 +183,20 @@ def _add_run(
 ) -> list[RequestTrace]:
     """Run all prompts once and add the run; one that is interrupted adds its finished requests."""
     done: list[RequestTrace] = []
-    busy, began = time.process_time(), time.perf_counter()
+    busy_began, began = time.process_time(), time.perf_counter()
+    seconds = busy = None
     try:
         before = endpoint.counters()
-        busy, began = time.process_time(), time.perf_counter()
+        busy_began, began = time.process_time(), time.perf_counter()
         traces, seconds = _run(endpoint, prompts, level, settings, what, progress, done)
-        busy = time.process_time() - busy
+        busy = time.process_time() - busy_began
         tokens = sum(trace.tokens for trace in traces)
         after = settle(endpoint.counters, lambda now: _holds(now.since(before).tokens, tokens))
     except BaseException:
         if done:
-            seconds, busy = time.perf_counter() - began, time.process_time() - busy
+            # Requests that all finished took no longer because their counts never came.
+            if seconds is None or busy is None:
+                seconds, busy = time.perf_counter() - began, time.process_time() - busy_began
             _add_interrupted(runs, endpoint, done, seconds, busy)
         raise
     increase = after.since(before)

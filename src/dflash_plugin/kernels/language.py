@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 __all__ = ["gdc_launch_dependents", "gdc_wait", "tl", "triton"]
@@ -27,4 +28,6 @@ try:
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:
+    if find_spec("triton") is not None:  # Installed, but too old.
+        raise
     triton = tl = gdc_launch_dependents = gdc_wait = _NoTriton()

@@ -108,10 +108,14 @@ def best_of_ranks(scores: Tensor, tokens: Tensor, gather: Callable[[Tensor], Ten
     Args:
         scores: float32 [T, 1], logit of this rank's best token.
         tokens: int64 [T, 1], this rank's best token, an id in the whole vocabulary.
-        gather: puts every rank's [T, 1] side by side, [T, ranks].
+        gather: puts every rank's float32 [T, 2] side by side, [T, 2 * ranks].
     """
-    best = gather(scores).argmax(dim=-1, keepdim=True)
-    return gather(tokens).gather(-1, best).squeeze(-1)
+    # One gather, of numbers of one kind: an engine's may not take int64.
+    both = torch.cat([scores, tokens.to(torch.int32).view(torch.float32)], dim=-1)
+    scores, ids = gather(both).unflatten(-1, (-1, 2)).unbind(-1)
+    best = scores.argmax(dim=-1, keepdim=True)
+    found: Tensor = ids.contiguous().view(torch.int32).gather(-1, best).squeeze(-1).long()
+    return found
 
 
 def choice_of_ranks(choice: HeadChoice, gather: Callable[[Tensor], Tensor]) -> HeadChoice:

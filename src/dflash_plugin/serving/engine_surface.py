@@ -96,7 +96,6 @@ class Surface:
 
     def __init__(self, engine: str, version: str, seams: Iterable[Seam]) -> None:
         self.engine, self.version, self.seams = engine, version, tuple(seams)
-        self._makers: dict[str, list[tuple[Seam, Callable[[Any], Any]]]] = {}
         self._registered: set[tuple[str, str]] = set()
         self._applied: set[tuple[str, str]] = set()
         self._problems: dict[Seam, str] = {}

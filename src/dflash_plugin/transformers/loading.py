@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from http.client import HTTPException
 from pathlib import Path
+from socket import gaierror
 from typing import Any
-from urllib.error import HTTPError
+from urllib.error import URLError
 from urllib.request import Request as HttpRequest
 from urllib.request import urlopen
 
@@ -101,16 +102,21 @@ def model_source(name: str | Path) -> Path | str:
     return name
 
 
-def hub_answers(seconds: float = 3.0) -> bool:
-    """Whether the model hub can be reached; its client would retry for most of a minute."""
+def hub_answers(seconds: float = 10.0) -> bool:
+    """Whether the model hub can be reached; its client would retry for most of a minute.
+
+    What the client may settle by itself, such as a certificate of a proxy, counts as an answer.
+    """
     if constants.HF_HUB_OFFLINE:
         return False
     try:
         urlopen(HttpRequest(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
-    except HTTPError:
-        return True
-    except (OSError, HTTPException):
+    except (TimeoutError, ConnectionError):
         return False
+    except URLError as error:
+        return not isinstance(error.reason, TimeoutError | ConnectionError | gaierror)
+    except HTTPException:
+        return True
     return True
 
 

@@ -41,10 +41,10 @@ def create_speculative_config(native: Method) -> Method:
     """``EngineArgs.create_speculative_config`` that stages the plugin's drafter first."""
 
     @wraps(native)
-    def create(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+    def create(self: Any, target_model_config: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_off():
             prepare(self, target_model_config)
-        made = native(self, target_model_config, target_parallel_config)
+        made = native(self, target_model_config, *args, **kwargs)
         if drafter_spec(made) is not None:
             verify_frontend(made)
         return made

@@ -118,7 +118,7 @@ def export_counts(native: Method) -> Method:
         engine_idx: int = 0,
         **kwargs: Any,
     ) -> None:
-        ours = self.spec_decoding_prom.dflash
+        ours = vars(self.spec_decoding_prom).get("dflash")
         if ours and scheduler_stats is not None:
             ours.observe_adaptive(scheduler_stats, engine_idx)
         native(self, scheduler_stats, *args, engine_idx=engine_idx, **kwargs)
@@ -151,7 +151,8 @@ def feed_metrics(native: Method) -> Method:
     @wraps(native)
     def observe(self: Any, spec_decoding_stats: SpecDecodingStats, engine_idx: int = 0) -> None:
         native(self, spec_decoding_stats, engine_idx)
-        if self.dflash:
-            self.dflash.observe(spec_decoding_stats, engine_idx)
+        ours = vars(self).get("dflash")
+        if ours:
+            ours.observe(spec_decoding_stats, engine_idx)
 
     return observe

@@ -63,6 +63,11 @@ def _seams(
 _CONFIG = (
     *_seams(
         ARG_UTILS, ARGUMENTS, "patch", "adds the long flags, rewrites a request for DFlash",
+        # Whatever their parameters are: the patch is what refuses a vLLM that is not supported.
+        "EngineArgs.add_cli_args", "EngineArgs.create_speculative_config",
+    ),
+    *_seams(
+        ARG_UTILS, ARGUMENTS, "call", "called by the patches of the same names",
         "EngineArgs.add_cli_args(parser)",
         "EngineArgs.create_speculative_config(target_model_config, target_parallel_config)",
     ),
