@@ -8,7 +8,6 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from dflash_plugin.checkpoints.hub import resolve_drafter
 from dflash_plugin.decoding.sampling import SamplingParams
 from dflash_plugin.drafter.config import LayerAttention
 from dflash_plugin.drafter.model import Drafter
@@ -18,6 +17,7 @@ from dflash_plugin.transformers import Engine, Request, load_drafter, load_targe
 from tests.helpers.tiny import DFLASH2, VOCABULARY, tiny_drafter, tiny_target, write_tiny
 
 DATA = Path(__file__).parents[1] / "data"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
 TARGETS = {
@@ -344,10 +344,8 @@ def test_smollm2_with_the_shipped_drafters_writes_what_smollm2_writes(smollm2):
     prompts = evaluation_prompts(tokenizer)
     new_tokens, stop = 24, target.generation_config.eos_token_id
     expected = written_alone(target, prompts, new_tokens, stop)
-    shipped = resolve_drafter(None, "smollm2")
     dflash, dflash2 = (
-        load_drafter(shipped.with_name(f"smollm2-135m-{kind}"), target)
-        for kind in ("dflash", "dflash2")
+        load_drafter(EXAMPLES / f"smollm2-135m-{kind}", target) for kind in ("dflash", "dflash2")
     )
     longest = max(map(len, prompts)) + new_tokens
     requests = [Request(prompt, new_tokens, stop_ids=[stop]) for prompt in prompts]
