@@ -33,6 +33,10 @@ def turn_on() -> None:
         """By its name one of those whose blocks attend through the kernel."""
 
         forward_metadata: Any = None
+        # What the kernel's use depends on, as of a server with neither.
+        dcp_size = 1
+        enable_deterministic = False
+        _translate_kv_loc = None
 
         def forward_extend(self, *args: Any, **kwargs: Any) -> Tensor:
             COUNTS["blocks_natively"] += args[4].forward_mode.is_target_verify()
@@ -43,8 +47,10 @@ def turn_on() -> None:
     native_install, native_attend = triton_attention.install, triton_attention.attend
     native_head = draft_tokens.draft_head
 
-    def install(backend: Any, device: torch.device) -> triton_attention.Passes:
+    def install(backend: Any, device: torch.device) -> triton_attention.VerifyAttention:
         backend.req_to_token = backend.req_to_token_pool.req_to_token
+        # SGLang gives its own back ends one.
+        vars(backend).setdefault("kv_index_translator", SimpleNamespace(is_translating=False))
         passes = native_install(backend, device)
         assert passes is not None
         ours = backend.forward_extend
