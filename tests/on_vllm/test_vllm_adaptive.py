@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from vllm import SamplingParams
 
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
-from dflash_plugin.serving import draft_tokens
+from dflash_plugin.serving import adaptive_setup, draft_tokens
 from dflash_plugin.transformers import load_drafter
 from dflash_plugin.vllm import adaptive
 from dflash_plugin.vllm.selfcheck import draft
@@ -66,10 +66,10 @@ def test_greedy_text_is_the_targets(pair, monkeypatch, turns, interpreted):
     target, directory, drafter = pair
     admitted = []
     if interpreted:
-        native = adaptive.admit_drafts
+        native = adaptive_setup.admit_drafts
         monkeypatch.setattr(draft_tokens.kernels, "available", lambda device: True)
         monkeypatch.setattr(
-            adaptive,
+            adaptive_setup,
             "admit_drafts",
             lambda *args, **options: (native(*args, **options), admitted.append(args[4])),
         )

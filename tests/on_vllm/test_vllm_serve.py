@@ -112,7 +112,7 @@ def test_doctor_and_top_read_what_the_server_counts(server, reference):
     )
     probe, finding = live.check_doctor_and_top(server, reference, 4, *names, server.metrics)
     assert finding == "vllm drafts with this plugin"
-    assert probe.fresh.passes == probe.fresh.counted
+    assert probe.first.passes == probe.first.counted
 
 
 def test_aborted_streams_leave_the_others_alone(server, reference, alone):
