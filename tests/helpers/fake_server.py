@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 DRAFTS = 5
+# Seconds between two chunks of a stream.
+PAUSE = 0.002
 
 
 @dataclass
@@ -201,6 +204,8 @@ class _Handler(BaseHTTPRequestHandler):
         for chunk in chunks:
             self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
             self.wfile.flush()
+            # A client tells chunks apart by when they come.
+            time.sleep(PAUSE)
         self.wfile.write(b"data: [DONE]\n\n")
         self.close_connection = True
 
