@@ -370,6 +370,22 @@ def accept(batch: int) -> Case:
     )
 
 
+def accept_greedy(batch: int) -> Case:
+    """Half of every block was verified."""
+    from dflash_plugin.kernels.accept_greedy import accept_greedy, accept_greedy_naive
+
+    verified = BLOCK // 2
+    drafts = torch.randint(VOCABULARY, (batch, DRAFTS), device=DEVICE)
+    best = torch.randint(VOCABULARY, (batch * verified,), device=DEVICE)
+    place = torch.arange(BLOCK, device=DEVICE).clamp(max=verified - 1)
+    rows = torch.arange(batch, device=DEVICE)[:, None] * verified + place
+    return Case(
+        lambda: accept_greedy(drafts, best, rows),
+        lambda: accept_greedy_naive(drafts, best, rows),
+        drafts.nbytes + best.nbytes + rows.nbytes,
+    )
+
+
 def counts_of(batch: int, value: int) -> Tensor:
     return torch.full((batch,), value, dtype=torch.int32, device=DEVICE)
 
@@ -396,10 +412,11 @@ def cut_blocks(batch: int) -> Case:
     tokens = torch.randint(VOCABULARY, (batch, BLOCK), device=DEVICE)
     flat, verified = torch.arange(batch * BLOCK, device=DEVICE), BLOCK // 2
     starts = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * verified
-    arguments = (tokens, flat, flat, verified, starts, counts_of(batch * verified, 0))
+    rows = batch * verified
+    arguments = (tokens, flat, flat, rows, starts, counts_of(rows, 0))
     return Case(
-        lambda: cut_blocks(*arguments, even=False),
-        lambda: cut_blocks_naive(*arguments, even=False),
+        lambda: cut_blocks(*arguments),
+        lambda: cut_blocks_naive(*arguments),
         7 * tokens.nbytes,
     )
 
@@ -512,6 +529,7 @@ OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     fp8_product: (16, 32, 64),
     fp8_product_down: (16, 32, 64),
     accept: REQUESTS,
+    accept_greedy: REQUESTS,
     admit_drafts: REQUESTS,
     cut_blocks: REQUESTS,
     predict_acceptance: REQUESTS,

@@ -159,7 +159,7 @@ def adaptive(batch: int, drafts: int) -> None:
         learn_acceptance(acceptance, counts[0], starts, *state)
     tokens, starts = whole(batch, drafts + 1), counts[-1]
     share = of(4 * len(starts), dtype=torch.int32)
-    cut_blocks(tokens, tokens.flatten(), tokens.flatten(), 4, starts, share, even=False)
+    cut_blocks(tokens, tokens.flatten(), tokens.flatten(), 4 * batch, starts, share)
 
 
 def selector(batch: int, drafts: int) -> None:
@@ -180,6 +180,7 @@ def selector(batch: int, drafts: int) -> None:
 def step(batch: int, block: int) -> None:
 
     from dflash_plugin.kernels.accept import Sampled, accept
+    from dflash_plugin.kernels.accept_greedy import accept_greedy
     from dflash_plugin.kernels.draft_attention import Blocks, PagedContext, draft_attention
 
     drafts, request = whole(batch, block - 1), whole(batch)
@@ -188,6 +189,7 @@ def step(batch: int, block: int) -> None:
         accept(drafts, Sampled(target, draft_probs, request), request)
         rows = Sampled(target.flatten(0, 1), draft_probs, request, whole(batch, block))
         accept(drafts, rows, request)
+    accept_greedy(drafts, whole(batch * block), whole(batch, block))
     query, key = of(batch, block, HEADS, HEAD_DIM), of(batch, block, KV_HEADS, HEAD_DIM)
     pool = of(64, KV_HEADS, HEAD_DIM)
     context = PagedContext(pool, pool, whole(batch, 64), request)

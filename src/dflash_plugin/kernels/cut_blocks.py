@@ -12,7 +12,7 @@ from dflash_plugin.kernels.language import tl, triton
 
 
 class CutBlocks(NamedTuple):
-    """The N verified rows of B blocks of T rows.
+    """The N verified rows of B blocks of T rows; rows of padding behind them hold zeros.
 
     Attributes:
         tokens: int64 [N].
@@ -32,7 +32,7 @@ class CutBlocks(NamedTuple):
     kept: Tensor
 
 
-@triton.jit(do_not_specialize=["batch", "given", "verify_length"])
+@triton.jit(do_not_specialize=["rows"])
 def _kernel(
     tokens,
     positions,
@@ -45,26 +45,18 @@ def _kernel(
     sources_out,
     indices_out,
     kept_out,
-    batch,
-    given,
-    verify_length,
+    rows,
     tokens_stride,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     request = tl.program_id(0)
     row = tl.arange(0, BLOCK)
-    # Requests that pad a captured pass have ``verify_length`` rows each.
-    side = tl.arange(0, 2)
-    bound = request + side
-    is_given = bound < given + side
-    bounds = tl.load(starts + bound, mask=is_given, other=bound * verify_length)
-    begin, end = tl.min(bounds, axis=0), tl.max(bounds, axis=0)
-    tl.store(starts + bound, bounds, mask=((side == 1) | (bound == 0)) & ~is_given)
-    count = end - begin
-    tl.store(requests + begin + row, request + row * 0, mask=row < count)
-    is_row = (row < ROWS) & (request + row * 0 < batch)
+    begin = tl.load(starts + request)
+    count = tl.load(starts + request + 1) - begin
+    is_row = row < ROWS
     is_kept = is_row & (row < count)
+    tl.store(requests + begin + row, request + row * 0, mask=is_kept)
     source = request.to(tl.int64) * ROWS + row
     token = tl.load(tokens + request.to(tl.int64) * tokens_stride + row, mask=is_row, other=0)
     tl.store(tokens_out + begin + row, token, mask=is_kept)
@@ -76,18 +68,20 @@ def _kernel(
     tl.store(sources_out + begin + row, source, mask=is_kept)
     index = begin + tl.minimum(row, count - 1)
     tl.store(indices_out + source, index.to(tl.int64), mask=is_row)
+    if request == tl.num_programs(0) - 1:
+        for start in range(begin + count, rows, BLOCK):
+            at = start + row
+            is_padding = at < rows
+            tl.store(requests + at, request + row * 0, mask=is_padding)
+            tl.store(tokens_out + at, 0, mask=is_padding)
+            tl.store(positions_out + at, 0, mask=is_padding)
+            tl.store(slots_out + at, 0, mask=is_padding)
+            tl.store(sources_out + at, 0, mask=is_padding)
 
 
 @with_twin
 def cut_blocks(
-    tokens: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    verify_length: int,
-    starts: Tensor,
-    requests: Tensor,
-    *,
-    even: bool,
+    tokens: Tensor, positions: Tensor, slots: Tensor, rows: int, starts: Tensor, requests: Tensor
 ) -> CutBlocks:
     """Compact B blocks to the rows that are verified, in one launch.
 
@@ -95,35 +89,30 @@ def cut_blocks(
         tokens: int64 [B, T], last dimension contiguous.
         positions: int32 or int64 [B * T], contiguous.
         slots: int32 or int64 [B * T], contiguous, where keys and values are written.
-        verify_length: verified rows of a block on average, from 1 to T.
-        starts: int32 [at least B + 1], the first verified row of each block; entry B is
-            ``B * verify_length``. The entries of requests beyond the batch are filled in, and with
-            ``even`` all entries.
-        requests: int32 [at least (size of ``starts`` - 1) * verify_length], output: the request of
-            each row.
-        even: every block keeps its first ``verify_length`` rows.
+        rows: N, rows of the pass, at least B.
+        starts: int32 [at least B + 1], the first verified row of each block, and the end of the
+            last, which is at most ``rows``: what is left is padding.
+        requests: int32 [at least ``rows``], output: the block of each row; of padding the last.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    batch, rows = _check(tokens, positions, slots, verify_length, starts, requests)
-    made = _empty(tokens, positions, slots, batch * verify_length)
-    capacity = starts.shape[0] - 1
-    _kernel[(capacity,)](
-        tokens,
-        positions,
-        slots,
-        starts,
-        requests,
-        *made,
-        batch,
-        0 if even else batch,
-        verify_length,
-        tokens.stride(0),
-        ROWS=rows,
-        BLOCK=triton.next_power_of_2(rows),
-        num_warps=1,
-    )
+    batch, block = _check(tokens, positions, slots, rows, starts, requests)
+    made = _empty(tokens, positions, slots, rows)
+    if batch:
+        _kernel[(batch,)](
+            tokens,
+            positions,
+            slots,
+            starts,
+            requests,
+            *made,
+            rows,
+            tokens.stride(0),
+            ROWS=block,
+            BLOCK=triton.next_power_of_2(block),
+            num_warps=1,
+        )
     return made
 
 
@@ -139,59 +128,44 @@ def _empty(tokens: Tensor, positions: Tensor, slots: Tensor, size: int) -> CutBl
 
 
 def _check(
-    tokens: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    verify_length: int,
-    starts: Tensor,
-    requests: Tensor,
+    tokens: Tensor, positions: Tensor, slots: Tensor, rows: int, starts: Tensor, requests: Tensor
 ) -> tuple[int, int]:
-    batch, rows = tokens.shape
+    batch, block = tokens.shape
     if tokens.dtype != torch.int64 or tokens.stride(1) != 1:
         raise ValueError("tokens must be int64 [B, T] with contiguous rows")
-    if not 1 <= verify_length <= rows:
-        raise ValueError(f"verify_length is {verify_length}: give 1 to {rows}")
+    if rows < batch:
+        raise ValueError(f"rows is {rows}: give {batch} or more")
     for name, part in (("positions", positions), ("slots", slots)):
-        if part.shape != (batch * rows,) or not part.is_contiguous():
-            raise ValueError(f"{name} must be contiguous [{batch * rows}]")
-    capacity = starts.shape[0] - 1
-    for name, part, min_size in (
-        ("starts", starts, batch + 1),
-        ("requests", requests, capacity * verify_length),
-    ):
+        if part.shape != (batch * block,) or not part.is_contiguous():
+            raise ValueError(f"{name} must be contiguous [{batch * block}]")
+    for name, part, min_size in (("starts", starts, batch + 1), ("requests", requests, rows)):
         if part.dim() != 1 or part.shape[0] < min_size or part.dtype != torch.int32:
             raise ValueError(f"{name} must be int32 [{min_size}] or longer")
-    return batch, rows
+    return batch, block
 
 
 def cut_blocks_naive(
-    tokens: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    verify_length: int,
-    starts: Tensor,
-    requests: Tensor,
-    *,
-    even: bool,
+    tokens: Tensor, positions: Tensor, slots: Tensor, rows: int, starts: Tensor, requests: Tensor
 ) -> CutBlocks:
     """``cut_blocks`` in plain torch; reads back to the host."""
-    batch, rows = _check(tokens, positions, slots, verify_length, starts, requests)
-    capacity = starts.shape[0] - 1
-    shares = torch.arange(capacity + 1, dtype=torch.int32, device=starts.device) * verify_length
-    if even:
-        starts.copy_(shares)
-    starts[batch + 1 :] = shares[batch + 1 :]
-    counts = starts.diff()
-    owners = torch.arange(capacity, dtype=torch.int32, device=starts.device)
-    requests[: capacity * verify_length] = owners.repeat_interleave(counts)
-    row = torch.arange(rows, device=tokens.device)
-    is_kept = row < counts[:batch, None]
-    indices = starts[:batch, None].long() + torch.minimum(row, counts[:batch, None].long() - 1)
+    batch, block = _check(tokens, positions, slots, rows, starts, requests)
+    counts = starts[: batch + 1].diff()
+    owners = torch.arange(batch, dtype=torch.int32, device=starts.device)
+    verified = int(counts.sum())
+    requests[:verified] = owners.repeat_interleave(counts)
+    requests[verified:rows] = batch - 1
+    row = torch.arange(block, device=tokens.device)
+    is_kept = row < counts[:, None]
+    indices = starts[:batch, None].long() + torch.minimum(row, counts[:, None].long() - 1)
+
+    def padded(part: Tensor) -> Tensor:
+        return torch.cat([part, part.new_zeros(rows - verified)])
+
     return CutBlocks(
-        tokens=tokens[is_kept],
-        positions=positions.view(batch, rows)[is_kept],
-        slots=slots.view(batch, rows)[is_kept],
-        sources=is_kept.flatten().nonzero().flatten(),
+        tokens=padded(tokens[is_kept]),
+        positions=padded(positions.view(batch, block)[is_kept]),
+        slots=padded(slots.view(batch, block)[is_kept]),
+        sources=padded(is_kept.flatten().nonzero().flatten()),
         indices=indices.flatten(),
         kept=tokens.masked_fill(~is_kept, -1),
     )

@@ -148,6 +148,10 @@ def _part_kernel(
     request = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
+    # Requests that pad a captured pass have no rows.
+    if block_starts is not None:  # noqa: SIM102
+        if tl.load(block_starts + request) == tl.load(block_starts + request + 1):
+            return
     # Of several programs, the first takes the block's own rows and the others parts of the context.
     others = tl.maximum(1, tl.num_programs(2) - 1)
     length, first, share = _extent(request, lengths, window, others, BLOCK_KEYS)
@@ -350,7 +354,10 @@ def draft_attention(
         return out
     block_dim = max(16, triton.next_power_of_2(head_dim))
     block_rows = max(16, triton.next_power_of_2(rows * group))
-    tile = tile or _tile(batch * kv_heads, block_rows, block_dim, query.dtype, query.device)
+    is_ragged = blocks is not None
+    tile = tile or _tile(
+        batch * kv_heads, block_rows, block_dim, query.dtype, query.device, is_ragged
+    )
     count = 1 if tile.parts == 1 else tile.parts + 1
     part_out, part_best, part_total = None, None, None
     if count > 1:
@@ -426,17 +433,25 @@ def _row_stride(part: Tensor) -> int:
 
 
 def _tile(
-    shares: int, block_rows: int, block_dim: int, dtype: torch.dtype, device: torch.device
+    shares: int,
+    block_rows: int,
+    block_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    is_ragged: bool,
 ) -> AttentionTile:
     """A tile for so many key heads of all requests together, each of ``block_rows`` query rows.
 
-    The fastest of those tried on an H100 (``benchmarks/kernels.py``).
+    The fastest of those tried on an H100, and for ragged blocks on an H200
+    (``benchmarks/kernels.py``).
     """
     parts = max(1, min(24, 3 * PROGRAMS // 4 // shares))
     if dtype == torch.float32:  # Multiplied without matrix units, out of registers.
         return AttentionTile(16, 8, 1, parts)
     row_bytes = block_dim * dtype.itemsize
     keys = 32 if parts > 1 or shares > PROGRAMS else 64 if shares > PROGRAMS // 2 else 128
+    if is_ragged and parts == 1:
+        keys = 64
     keys = min(keys, 16_384 // block_dim)  # More would not stay in registers.
     # Queries lie beside the keys and values, and the weights between the two products.
     beside = block_rows * (row_bytes + 4 * keys) + (8 << 10)
