@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch import nn
 
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.fp8_rows import Fp8Rows, quantize
+from dflash_plugin.serving import engine_drafter as mixin
+from dflash_plugin.serving import fp8_weights
+from dflash_plugin.serving.draft_tokens import shard_rows
 from dflash_plugin.serving.drafter_spec import DrafterSpec, Options
 from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
 from dflash_plugin.serving.layers import EngineClasses, EngineLayers, QKVShard
@@ -49,6 +54,12 @@ class Head(Linear):
     def __init__(self, rows: int, hidden: int, *, prefix: str):
         super().__init__(hidden, rows, bias=False, prefix=prefix)
 
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Head:
+        head = cls(*weight.shape, prefix="")
+        head.weight.data = weight.detach().clone()
+        return head
+
 
 CLASSES = EngineClasses(QKV, Merged, Linear, Linear, Head)
 
@@ -79,13 +90,13 @@ def by_part(parameter: torch.Tensor, tensor: torch.Tensor, shard: Any = None) ->
     parameter.filled = filled + len(tensor)  # type: ignore[attr-defined]
 
 
-def engine_drafter(tmp_path, gather=None, **changes) -> EngineDrafter:
+def engine_drafter(tmp_path, gather=None, options=Options(), **changes) -> EngineDrafter:  # noqa: B008
     made.clear()
     core = tiny_drafter(**changes)
     spec = DrafterSpec(
         checkpoint=write_tiny(tmp_path / "drafter", **changes),
         config=core.config,
-        options=Options(),
+        options=options,
     )
     drafter = EngineDrafter(spec, gather)
     for parameter in drafter.parameters():
@@ -155,6 +166,85 @@ def test_a_target_that_has_nothing_to_lend_is_refused(tmp_path):
     drafter.borrow(target, target.model.embed_tokens, target.lm_head)
     assert drafter.drafter.head() is target.lm_head
     assert drafter.shard_rows() == 97
+
+
+def test_rows_of_a_head_that_are_no_tokens_of_the_target_are_left_out():
+    """A drafter's own head may be padded, or have more rows than the target has tokens."""
+    for start, rows, expected in ((0, 97, 97), (0, 104, 97), (90, 20, 7), (100, 20, 0)):
+        assert shard_rows(shard(torch.zeros(200, 4), start, rows), 97) == expected
+
+
+@pytest.mark.parametrize("draft_weights", ["auto", "fp8", "checkpoint"])
+@pytest.mark.parametrize("obstacle", [None, "there is an obstacle"])
+def test_weights_are_rounded_where_they_can_be(
+    monkeypatch, caplog, tmp_path, draft_weights, obstacle
+):
+    monkeypatch.setattr(mixin, "fp8_obstacle", lambda *_: obstacle)
+    target, options = tiny_target(), Options(draft_weights=draft_weights)
+    drafter = engine_drafter(tmp_path, options=options)
+    with caplog.at_level("INFO"):
+        drafter.borrow(target, target.model.embed_tokens, Head.of(target.lm_head.weight))
+        drafter.prepare_weights()
+    rounds = draft_weights == "fp8" or (draft_weights == "auto" and obstacle is None)
+    assert isinstance(drafter.context_weight, Fp8Rows) is rounds
+    assert hasattr(drafter.drafter.head(), "fp8_scales") is rounds
+    assert (obstacle is not None and obstacle in caplog.text) is (
+        draft_weights == "auto" and obstacle is not None
+    )
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_new_weights_of_the_targets_head_are_rounded_again(tmp_path, rounds):
+    target = tiny_target()
+    options = Options(draft_weights="fp8" if rounds else "checkpoint")
+    drafter = engine_drafter(tmp_path, options=options)
+    head = Head.of(target.lm_head.weight)
+    drafter.borrow(target, target.model.embed_tokens, head)
+    drafted: Any = drafter.drafter.head()
+    address = drafted.weight.data_ptr()
+    with torch.no_grad():
+        head.weight.mul_(-3)
+    drafter.refresh_head()
+    # A captured graph reads the same memory.
+    assert drafted.weight.data_ptr() == address
+    if rounds:
+        expected = quantize(head.weight.detach())
+        assert torch.equal(drafted.weight.float(), expected.values.float())
+        assert torch.equal(drafted.fp8_scales, expected.scales)
+    else:
+        assert drafted is head
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method", "device", "refused", "message"),
+    [
+        (torch.bfloat16, Plain, "cuda", False, None),
+        (torch.bfloat16, Plain, "cpu", False, "does not run on a GPU"),
+        (torch.bfloat16, Plain, "cuda", True, "FP8 draft weights need a GPU"),
+        (torch.float32, Plain, "cuda", False, "fc is torch.float32"),
+        (torch.bfloat16, object, "cuda", False, "the checkpoint quantizes .*qkv_proj"),
+    ],
+)
+def test_what_keeps_weights_from_being_rounded(
+    monkeypatch, tmp_path, dtype, method, device, refused, message
+):
+    def require(_: torch.device) -> None:
+        if refused:
+            raise DFlashError("FP8 draft weights need a GPU: leave them")
+
+    monkeypatch.setattr(fp8_weights, "require_fp8", require)
+    drafter = engine_drafter(tmp_path, intermediate_size=48).drafter.to(dtype)
+    drafter.attentions()[0].qkv_proj.quant_method = method()
+    found = fp8_weights.fp8_obstacle(drafter, Plain, torch.device(device))
+    assert found is None if message is None else re.search(message, found)
+
+
+def test_weights_whose_sides_do_not_fit_are_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(fp8_weights, "require_fp8", lambda device: None)
+    drafter = engine_drafter(tmp_path, intermediate_size=40).drafter.to(torch.bfloat16)
+    found = fp8_weights.fp8_obstacle(drafter, Plain, torch.device("cuda"))
+    assert found is not None
+    assert "no multiples of 16" in found
 
 
 @pytest.mark.parametrize("first_rank", [97, 30])

@@ -150,7 +150,7 @@ def test_limits_of_a_request():
     manager = made(min_draft_tokens=1, max_draft_tokens=3)
     assert manager.policy.verify_lens == (2, 4)
     manager.acceptance_probs[:2] = torch.tensor([0.99, 0.01])[:, None]
-    assert manager._drafts_to_verify(4, 2, 2) == 6
+    assert manager.budget.drafts_to_verify(4, 2, 2) == 6
     manager.verify_len = 4
     names = ["a", "b"]
     manager.get_num_tokens(dict.fromkeys(names, 8), dict.fromkeys(names, [0] * 7))

@@ -1,20 +1,24 @@
 """Adaptive verification as the options set it up: what the adapters' verifiers have in common.
 
-The policy chooses the verify length of a step, one number for all requests. ``DraftSelection``
-selects the drafts of each request on the device, and tells the policy how many tokens they are
-expected to commit. Layout, graphs and clock are the adapters' own.
+The policy chooses the verify length of a step, one number for all requests. ``VerifyBudget`` turns
+it into drafts of the batch that fill a captured pass. ``DraftSelection`` shares these out between
+the requests on the device, and tells the policy how many tokens they are expected to commit.
+Layout, graphs and clock are the adapters' own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from dflash_plugin.adaptive.expected_tokens import ExpectedTokens
 from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_verify_lens
+from dflash_plugin.adaptive.step_cost import StepCost
 from dflash_plugin.kernels.admit_drafts import admit_drafts, compile_ahead
 from dflash_plugin.serving.drafter_spec import Options
 
@@ -100,3 +104,89 @@ class DraftSelection:
             self._expected_tokens.tokens(drafts_per_request(verify_len))
             for verify_len in range(1, self.num_drafts + 2)
         ]
+
+
+class VerifyBudget:
+    """How many drafts a step verifies.
+
+    Args:
+        options: limits of the number of drafts, and the weight of a step's time.
+        num_drafts: K, drafts of a block.
+        max_requests: requests of a batch, at most.
+        device: of the acceptance probabilities.
+        agree: gives all processes of a step the same choice; None where there is one process.
+
+    Attributes:
+        policy: chooses the verify length of a step.
+        selection: shares the drafts of a step out between the requests.
+        capture_sizes: tokens of the captured verify passes, rising; empty where none is captured.
+        requests: of the last step, which the expected tokens are for.
+
+    Raises:
+        DFlashError: the limits leave no verify length.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        num_drafts: int,
+        max_requests: int,
+        device: torch.device,
+        *,
+        agree: Callable[[int], int] | None = None,
+    ) -> None:
+        self.selection = DraftSelection(options, num_drafts, max_requests, device)
+        self.policy = make_policy(options, num_drafts, expected=self.expected, agree=agree)
+        self.capture_sizes: list[int] = []
+        self.requests = 1
+
+    def drafts_to_verify(self, verify_len: int, others: int, requests: int) -> int:
+        """Drafts of a step at a verify length, rounded up to fill a captured pass.
+
+        Args:
+            verify_len: rows of a request, anchor included, on average.
+            others: tokens of the step that are no drafts.
+            requests: those that have drafts.
+        """
+        maximum = requests * (self.policy.verify_lens[-1] - 1)
+        wanted = requests * (verify_len - 1)
+        if not 0 < wanted < maximum:
+            return wanted
+        index = bisect_left(self.capture_sizes, others + wanted)
+        if index < len(self.capture_sizes):
+            wanted = self.capture_sizes[index] - others
+        return min(wanted, maximum)
+
+    def expected(self) -> list[float]:
+        """Tokens that a request commits in a step, on average, at verify length 1, 2, …"""
+        requests = max(1, self.requests)
+        return self.selection.expected(
+            lambda verify_len: self.drafts_to_verify(verify_len, requests, requests) / requests
+        )
+
+    def set_costs(
+        self,
+        sizes: Sequence[int],
+        verifying: Mapping[int, float],
+        drafting: Mapping[int, float],
+        whole: Mapping[int, float] | None = None,
+    ) -> None:
+        """Set the policy's initial step times from profiled passes.
+
+        Args:
+            sizes: numbers of requests that steps are captured for.
+            verifying: seconds of a verify pass by its tokens.
+            drafting: seconds of a draft pass by its requests.
+            whole: seconds of a verify pass of whole blocks by its requests, where those have passes
+                of their own.
+        """
+        policy = self.policy
+        policy.sizes = tuple(sorted(sizes))
+        cost = StepCost.measured(verifying, drafting)
+        for size, verify_len in product(policy.sizes, policy.verify_lens):
+            drafts = size if verify_len > 1 else 0
+            tokens = size + self.drafts_to_verify(verify_len, size, size)
+            seconds = cost.step_seconds(tokens, drafts)
+            if whole and tokens == size * policy.verify_lens[-1] and size in whole:
+                seconds = whole[size] + cost.draft_seconds(drafts)
+            policy.prior[size, verify_len] = seconds

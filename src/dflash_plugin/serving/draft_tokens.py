@@ -92,14 +92,19 @@ def first_token(head: Any) -> int:
 
 
 def shard_rows(head: Any, whole: int) -> int:
-    """Rows of a rank's head that are tokens, without padding.
+    """Rows of a rank's head that are tokens of the target, without padding.
+
+    A drafter's own head may have more rows than the target has tokens.
 
     Args:
         head: an engine's, with ``shard_indices`` where it is sharded.
-        whole: the answer for a head that is not sharded.
+        whole: tokens of the target; the answer for a head that is not sharded.
     """
     shard = getattr(head, "shard_indices", None)
-    return whole if shard is None else int(shard.num_org_elements)
+    if shard is None:
+        return whole
+    rest = whole - int(shard.org_vocab_start_index)
+    return max(0, min(int(shard.num_org_elements), rest))
 
 
 def best_of_ranks(scores: Tensor, tokens: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ Each adapter has its own ``_window``.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -31,8 +32,14 @@ from dflash_plugin.serving.draft_tokens import (
     shard_rows,
 )
 from dflash_plugin.serving.drafter_spec import DrafterSpec
-from dflash_plugin.serving.fp8_weights import quantize_engine_drafter, quantized_head
+from dflash_plugin.serving.fp8_weights import (
+    fp8_obstacle,
+    quantize_engine_drafter,
+    quantized_head,
+)
 from dflash_plugin.serving.layers import QKVShard
+
+logger = logging.getLogger(__name__)
 
 
 class EngineDrafterMixin:
@@ -58,6 +65,9 @@ class EngineDrafterMixin:
     gather: Callable[[Tensor], Tensor] | None
     context_weight: Tensor | Fp8Rows | None = None
     context_bias: Tensor | None = None
+    _rounds: bool | None = None
+    # The target's head, in a tuple so that it is no module of ours.
+    _borrowed: tuple[Any] | None = None
 
     def borrow(self, target: nn.Module, embedding: Any, head: Any) -> None:
         """Let the drafter use the target's embedding and head; with FP8, a copy of the head.
@@ -79,11 +89,24 @@ class EngineDrafterMixin:
         drafter.borrow(embedding.weight, head, embedding)
         if not self._in_fp8:
             return
+        self._borrowed = (head,)
         rounded = quantized_head(drafter.head(), self.plain_head)
         if drafter.own_head is None:
             drafter.replace_borrowed_head(rounded)
         else:
             drafter.own_head = rounded
+
+    def refresh_head(self) -> None:
+        """Round the target's head again, whose weights have changed in place."""
+        if self._borrowed is None or self.drafter.own_head is not None:
+            return
+        head, rounded = self._borrowed[0], cast(Any, self.drafter.head())
+        if rounded is head:
+            return
+        weight = quantize(head.weight.detach())
+        with torch.no_grad():
+            rounded.weight.copy_(weight.values)
+            rounded.fp8_scales.copy_(weight.scales)
 
     def prepare_weights(self) -> None:
         """Stack what makes context keys and values of all layers, and round weights to FP8.
@@ -106,7 +129,18 @@ class EngineDrafterMixin:
 
     @property
     def _in_fp8(self) -> bool:
-        return self.spec.options.draft_weights == "fp8"
+        """Whether weights are rounded; decided once, when they are loaded and none is rounded."""
+        if self._rounds is None:
+            asked = self.spec.options.draft_weights
+            self._rounds = asked == "fp8"
+            if asked == "auto":
+                device = next(self.drafter.parameters()).device
+                obstacle = fp8_obstacle(self.drafter, self.plain_linear, device)
+                self._rounds = obstacle is None
+                logger.info(
+                    "draft weights: %s", "FP8" if obstacle is None else f"as they are, {obstacle}"
+                )
+        return self._rounds
 
     def shard_logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, rows] over this rank's rows of the head, padding left out.

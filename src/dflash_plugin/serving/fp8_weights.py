@@ -1,10 +1,12 @@
-"""FP8 weights for a drafter on an engine's layers: the option ``draft_weights: fp8``."""
+"""FP8 weights for a drafter on an engine's layers: the option ``draft_weights``."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,6 +49,40 @@ def rows_of(layer: Any) -> Fp8Rows:
     return Fp8Rows(layer.weight, layer.fp8_scales)
 
 
+def fp8_obstacle(drafter: Drafter, plain: type, device: torch.device) -> str | None:
+    """Why ``draft_weights: auto`` keeps the checkpoint's weights; None where it rounds them.
+
+    Args:
+        drafter: its weights are loaded.
+        plain: the engine's method of linears that are not quantized.
+        device: where it runs.
+    """
+    if device.type != "cuda":
+        return "the drafter does not run on a GPU"
+    try:
+        require_fp8(device)
+    except DFlashError as error:
+        return str(error).partition(":")[0]
+    for name, module in _rounded_linears(drafter):
+        if not isinstance(module.quant_method, plain):
+            return f"the checkpoint quantizes {name}"
+        if module.weight.dtype not in (torch.bfloat16, torch.float16):
+            return f"{name} is {module.weight.dtype}"
+        if not fits(module.weight):
+            return f"the sides of {name}, {tuple(module.weight.shape)}, are no multiples of 16"
+    return None
+
+
+def _rounded_linears(drafter: Drafter) -> Iterator[tuple[str, Any]]:
+    """The linears that FP8 rounds, by name: all but the small ones of convolutions and selector."""
+    parts = (DynamicConvolution, CandidateSelector)
+    kept = {id(m) for part in drafter.modules() if isinstance(part, parts) for m in part.modules()}
+    for name, module in drafter.named_modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None and module is not drafter.own_head and id(module) not in kept:
+            yield name, module
+
+
 def quantize_engine_drafter(drafter: Drafter, plain: type) -> None:
     """Round the weights of the drafter's linears to FP8; each rank rounds its own shard.
 
@@ -60,16 +96,11 @@ def quantize_engine_drafter(drafter: Drafter, plain: type) -> None:
         DFlashError: the checkpoint quantizes a linear, or the GPU has no FP8.
     """
     require_fp8(next(drafter.parameters()).device)
-    parts = (DynamicConvolution, CandidateSelector)
-    kept = {id(m) for part in drafter.modules() if isinstance(part, parts) for m in part.modules()}
-    for name, module in drafter.named_modules():
-        method = getattr(module, "quant_method", None)
-        if method is None or module is drafter.own_head or id(module) in kept:
-            continue
-        if not isinstance(method, plain):
+    for name, module in _rounded_linears(drafter):
+        if not isinstance(module.quant_method, plain):
             raise DFlashError(
                 f"draft_weights is 'fp8', but the checkpoint quantizes {name} with "
-                f"{type(method).__name__}: leave draft_weights at 'checkpoint'"
+                f"{type(module.quant_method).__name__}: leave draft_weights at 'checkpoint'"
             )
         _quantize(module)
 

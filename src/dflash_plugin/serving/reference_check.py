@@ -77,7 +77,7 @@ def check_drafter(
     mismatch = find_mismatch(
         record,
         draft,
-        is_float32=dtype == "torch.float32" and spec.options.draft_weights == "checkpoint",
+        is_float32=dtype == "torch.float32" and spec.options.draft_weights != "fp8",
         is_chained=spec.config.selector is not None,
         if_none_compared=if_none_compared,
     )

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
-from itertools import product
 from statistics import median
 from typing import Any
 
@@ -23,8 +21,7 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.adaptive.acceptance_model import LEARNING
-from dflash_plugin.adaptive.step_cost import StepCost
-from dflash_plugin.serving.adaptive_setup import DraftSelection, make_policy
+from dflash_plugin.serving.adaptive_setup import VerifyBudget
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.options import drafter_spec
@@ -78,17 +75,16 @@ class AdaptiveManager:
         self.device = torch.device(req_states.device)
         size = int(req_states.max_num_reqs)
         self.acceptance_probs = torch.zeros(size, self.drafts, device=self.device)
-        self.selection = DraftSelection(options, self.drafts, size, self.device)
-        self.policy = make_policy(options, self.drafts, expected=self._expected)
+        self.budget = VerifyBudget(options, self.drafts, size, self.device)
+        self.policy, self.selection = self.budget.policy, self.budget.selection
         self.verify_len = self.policy.verify_lens[-1]
-        self._capture_sizes: list[int] = []
         # Tensors that were sent once and are used again.
         self._sent_starts: dict[tuple[int, int], Tensor] = {}
         self._sent_counts: dict[int, tuple[Tensor, Tensor]] = {}
         self._steps = 0
-        # Of the step that is being prepared: drafts to verify, requests that have drafts, drafts
-        # and other tokens of each request, and where each request's logits begin.
-        self._draft_budget, self._requests = 0, 0
+        # Of the step that is being prepared: drafts to verify, drafts and other tokens of each
+        # request, and where each request's logits begin.
+        self._draft_budget = 0
         self._drafts, self._starts = np.zeros(0, np.int32), np.zeros(1, np.int32)
         self._others = self._drafts
 
@@ -106,7 +102,7 @@ class AdaptiveManager:
         Args:
             capture_sizes: tokens of the captured passes.
         """
-        self._capture_sizes = sorted(capture_sizes)
+        self.budget.capture_sizes = sorted(capture_sizes)
         return self.native.batches_to_profile(capture_sizes)
 
     def set_initial_cost_curves(self, samples: Sequence[StepTimingSample]) -> None:
@@ -125,12 +121,7 @@ class AdaptiveManager:
                 {size: median(times) / 1e3 for size, times in table.items()}
                 for table in (verify, draft)
             )
-            self.policy.sizes = tuple(sorted(drafting))
-            cost = StepCost.measured(verifying, drafting)
-            for size, rows in product(self.policy.sizes, self.policy.verify_lens):
-                tokens = size + self._drafts_to_verify(rows, size, size)
-                drafts = size if rows > 1 else 0
-                self.policy.prior[size, rows] = cost.step_seconds(tokens, drafts)
+            self.budget.set_costs(tuple(drafting), verifying, drafting)
         self.selection.compile_ahead(self.acceptance_probs)
 
     # While serving.
@@ -160,10 +151,10 @@ class AdaptiveManager:
         if not decoding:  # The time until the next step includes this step's prompts.
             self.policy.interrupt()
         self._report()
-        self._requests = verifying
+        self.budget.requests = verifying
         self._draft_budget = min(
             drafts,
-            self._drafts_to_verify(verify_len, others, verifying),
+            self.budget.drafts_to_verify(verify_len, others, verifying),
             max(0, self.max_logits - requests),
         )
         return others + self._draft_budget
@@ -274,30 +265,6 @@ class AdaptiveManager:
     @property
     def _is_whole(self) -> bool:
         return self._draft_budget == int(self._drafts.sum())
-
-    def _drafts_to_verify(self, rows: int, others: int, verifying: int) -> int:
-        """Drafts of a step at a verify length, rounded up to fill a captured pass.
-
-        Args:
-            rows: verify length, the average over the requests.
-            others: tokens of the step that are no drafts.
-            verifying: requests that have drafts.
-        """
-        maximum = verifying * (self.policy.verify_lens[-1] - 1)
-        wanted = verifying * (rows - 1)
-        if not 0 < wanted < maximum:
-            return wanted
-        index = bisect_left(self._capture_sizes, others + wanted)
-        if index < len(self._capture_sizes):
-            wanted = self._capture_sizes[index] - others
-        return min(wanted, maximum)
-
-    def _expected(self) -> list[float]:
-        """Tokens that a request commits in a step, on average, at verify length 1, 2, …"""
-        requests = max(1, self._requests)
-        return self.selection.expected(
-            lambda rows: self._drafts_to_verify(rows, requests, requests) / requests
-        )
 
     def _report(self) -> None:
         steps = sum(self.policy.steps.values())
