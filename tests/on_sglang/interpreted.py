@@ -13,7 +13,7 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from torch import Tensor
 
 from dflash_plugin import kernels
-from dflash_plugin.sglang import triton_attention
+from dflash_plugin.sglang import block_attention
 from dflash_plugin.sglang.cpu import attention, setup
 
 COUNTS = {"blocks": 0, "blocks_natively": 0, "heads": 0}
@@ -32,10 +32,7 @@ def turn_on() -> None:
     class TritonAttnBackend(attention.CpuAttention):
         """By its name one of those whose blocks attend through the kernel."""
 
-        forward_metadata: Any = None
-        # What the kernel's use depends on, as of a server with neither.
-        dcp_size = 1
-        enable_deterministic = False
+        # What the kernel's use depends on, as of a server that does not translate slots.
         _translate_kv_loc = None
 
         def forward_extend(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -44,26 +41,18 @@ def turn_on() -> None:
 
     kernels.available = lambda device: True
     attention.CpuAttention = TritonAttnBackend
-    native_install, native_attend = triton_attention.install, triton_attention.attend
+    native_install, native_attend = block_attention.install, block_attention.attend
     native_head = draft_tokens.draft_head
 
-    def install(backend: Any, device: torch.device) -> triton_attention.VerifyAttention:
-        backend.req_to_token = backend.req_to_token_pool.req_to_token
+    def install(
+        runner: Any, device: torch.device, backend: Any = None
+    ) -> block_attention.BlockAttention:
         # SGLang gives its own back ends one.
-        vars(backend).setdefault("kv_index_translator", SimpleNamespace(is_translating=False))
-        passes = native_install(backend, device)
-        assert passes is not None
-        ours = backend.forward_extend
-
-        def forward_extend(q: Any, k: Any, v: Any, layer: Any, batch: Any, **kwargs: Any) -> Tensor:
-            if batch.forward_mode.is_target_verify():
-                backend.forward_metadata = SimpleNamespace(
-                    custom_mask=None, max_extend_len=int(batch.spec_info.draft_token_num)
-                )
-            return ours(q, k, v, layer, batch, **kwargs)
-
-        backend.forward_extend = forward_extend
-        return passes
+        made = runner.attn_backend if backend is None else backend
+        vars(made).setdefault("kv_index_translator", SimpleNamespace(is_translating=False))
+        attention = native_install(runner, device, backend)
+        assert attention is not None
+        return attention
 
     def attend(*args: Any, **kwargs: Any) -> Tensor:
         COUNTS["blocks"] += 1
@@ -73,6 +62,6 @@ def turn_on() -> None:
         COUNTS["heads"] += 1
         return native_head(*args, **kwargs)
 
-    triton_attention.install, triton_attention.attend = install, attend
+    block_attention.install, block_attention.attend = install, attend
     draft_tokens.draft_head = head
     assert setup.BACKEND in ATTENTION_BACKENDS

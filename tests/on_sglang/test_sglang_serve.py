@@ -414,6 +414,16 @@ def test_log_probabilities_are_the_targets(server, reference):
     assert got == pytest.approx(wanted, abs=2e-3)
 
 
+@pytest.mark.versions
+def test_new_weights_of_the_target_leave_the_drafter_alone(server, reference, alone, smollm2):
+    """The same weights again, so that the text and its acceptance stay."""
+    answer = server.client.post("/update_weights_from_disk", json={"model_path": str(smollm2)})
+    assert answer.json()["success"], answer.text
+    answers = server.batch(reference["prompts"][:4], max_new_tokens=TOKENS)
+    assert tokens(answers) == alone[:4]
+    assert tau(answers) > 1.5
+
+
 @pytest.mark.parametrize(
     ("flags", "environment", "message"),
     [

@@ -42,6 +42,7 @@ def server_args(drafter: Path | None, **changes: Any) -> SimpleNamespace:
         "load_format": "auto",
         "device": "cuda",
         "enable_dp_attention": False,
+        "disaggregation_mode": "null",
     }
     return SimpleNamespace(**{**values, **changes})
 
@@ -100,6 +101,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         arguments.prepare(server_args(write_tiny(tmp_path / "narrow", target_hidden_size=16)))
     with pytest.raises(DFlashError, match="--enable-dp-attention"):
         arguments.prepare(server_args(tmp_path, enable_dp_attention=True))
+    with pytest.raises(DFlashError, match=r"--disaggregation-mode is 'decode'.*DFLASH_PLUGIN=off"):
+        arguments.prepare(server_args(tmp_path, disaggregation_mode="decode"))
     with pytest.raises(DFlashError, match="--attn-dp-size"):
         arguments.prepare(server_args(tmp_path, attn_dp_size=2))
     layers = ({"sliding_window": 8}, {"sliding_window": 16})
@@ -172,7 +175,7 @@ def test_a_wrong_option_is_named(monkeypatch, variable, value, message):
 
 @pytest.mark.parametrize(
     ("version", "known"),
-    [("0.5.16", True), ("0.5.23", True), ("0.5.20.post1", True), ("0.5.15", False)],
+    [("0.5.17", True), ("0.5.23", True), ("0.5.20.post1", True), ("0.5.16", False)],
 )
 def test_versions(monkeypatch, version, known):
     monkeypatch.setattr(compat, "installed", lambda: version)
@@ -183,7 +186,7 @@ def test_versions(monkeypatch, version, known):
     if known:
         arguments.refuse_version(asked)
         return
-    with pytest.raises(DFlashError, match=rf"SGLang {version} is not supported.*0\.5\.16"):
+    with pytest.raises(DFlashError, match=rf"SGLang {version} is not supported.*0\.5\.17"):
         arguments.refuse_version(asked)
 
 
@@ -257,8 +260,12 @@ def test_penalties_of_every_row_are_those_of_its_own_text():
                 )
             ]
         )
-        gathered.apply(logits, drafts)
-        assert torch.allclose(logits, expected)
+        # A pass whose second request has two rows, and one of whole blocks.
+        owners, places = torch.tensor([0] * 4 + [1] * 4), torch.arange(4).repeat(2)
+        for rows in (torch.tensor([0, 1, 2, 3, 4, 5]), torch.arange(8)):
+            found = logits.flatten(0, 1)[rows]
+            gathered.apply(found, drafts, owners[rows], places[rows])
+            assert torch.allclose(found, expected.flatten(0, 1)[rows])
         # Two drafts of the first, three and a bonus token of the second were committed.
         tokens = torch.cat([drafts, torch.tensor([[0], [9]])], dim=1)
         penalties.count(gathered, tokens, committed)

@@ -8,28 +8,65 @@ from typing import Any
 import pytest
 import torch
 
-from dflash_plugin.adaptive.policy import VerifyLenPolicy
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.serving.adaptive_setup import VerifyBudget
 from dflash_plugin.serving.drafter_spec import Options
-from dflash_plugin.sglang import adaptive, compat, triton_attention, verify_graphs
+from dflash_plugin.sglang import adaptive, compat, verify_graphs
 from dflash_plugin.sglang.adaptive import AdaptiveVerifier, build_verifier
+from dflash_plugin.sglang.block_attention import BlockAttention
 from dflash_plugin.sglang.patches import skip_unused_drafts
-from dflash_plugin.sglang.triton_attention import VerifyAttention
-from dflash_plugin.sglang.verify_input import compacting_input, scatter
+from dflash_plugin.sglang.verify_input import compacting_input, take_output
 
 BLOCK, BATCH, SIZE = 4, 3, 5
 CPU = torch.device("cpu")
 
 
 class Graphs:
-    """SGLang's runner of captured passes."""
+    """SGLang's runner of captured passes, in its ragged verify mode where that is on."""
 
-    capture_bs = (4, 1, 2)
+    def __init__(self, runner: Any, *, attn_backend: Any = None) -> None:
+        self.backend_of_passes, self.staged = attn_backend, []
+        self.capture_bs = [1, 2, 4, 5]
+        self.max_bs = 5
+        self.is_ragged = verify_graphs._is_ragged.get()
+        if self.is_ragged:
+            self.capture_num_tokens = self._build_ragged_verify_token_buckets()
+            self.layouts = [self._capture_ragged_verify_layout(n) for n in self.capture_num_tokens]
+            self.starts = attn_backend.seen()
 
-    def __init__(
-        self, runner: Any, *, attn_backend: Any = None, speculative_num_draft_tokens: int = BLOCK
-    ) -> None:
-        self.made = runner, attn_backend, speculative_num_draft_tokens
+    def _build_ragged_verify_token_buckets(self) -> list[int]:
+        return [size * BLOCK for size in self.capture_bs]
+
+    def _capture_ragged_verify_layout(self, num_tokens: int) -> Any:
+        slots = min(num_tokens, self.max_bs)
+        lens = [num_tokens // slots] * slots
+        lens[0] += num_tokens - sum(lens)
+        return SimpleNamespace(verify_lens_cpu=lens)
+
+    def _stage_ragged_verify_layout(self, ragged_layout: Any, graph_size_key: int) -> None:
+        self.staged.append(graph_size_key)
+
+
+class Backend:
+    """An attention back end, which notes what it was asked while passes are captured."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.attention: BlockAttention | None = None
+        self.supports_ragged_verify_graph = False
+
+    def init_cuda_graph_state(self, *_: int) -> None:
+        self.asked.append("state")
+
+    def init_forward_metadata_out_graph(self, *_: Any) -> None:
+        self.asked.append("metadata")
+
+    def seen(self) -> list[int] | None:
+        """The rows of each request that captured passes read."""
+        self.init_cuda_graph_state(1, 1)
+        self.init_forward_metadata_out_graph(None)
+        blocks = self.attention and self.attention.blocks
+        return blocks.starts.tolist() if blocks else None
 
 
 class Runner:
@@ -37,14 +74,16 @@ class Runner:
 
     def __init__(self) -> None:
         self.init_new_workspace = False
-        self.attn_backend: Any = "whole"
+        self.attn_backend: Any = Backend()
         self.decode_cuda_graph_runner: Any = Graphs(self)
-        self.backends = 0
 
     def _get_attention_backend(self, init_new_workspace: bool = False) -> Any:
         self.init_new_workspace = init_new_workspace
-        self.backends += 1
-        return SimpleNamespace(number=self.backends)
+        return Backend()
+
+
+def attention_of(**changes: Any) -> BlockAttention:
+    return BlockAttention(None, torch.zeros(1, 1), **{"used_ours": True, **changes})
 
 
 def worker_of(verifier: AdaptiveVerifier) -> SimpleNamespace:
@@ -57,18 +96,21 @@ def worker_of(verifier: AdaptiveVerifier) -> SimpleNamespace:
 
 
 def batch_of(**changes: Any) -> SimpleNamespace:
-    return SimpleNamespace(
-        **{"reqs": [None] * BATCH, "return_logprob": False, "has_grammar": False, **changes}
+    values = {"return_logprob": False, "has_grammar": False, "sampling_info": None}
+    return SimpleNamespace(**{"reqs": [None] * BATCH, **values, **changes})
+
+
+def verifier_with(
+    by_request: bool = True, is_optional: bool = False, **options: Any
+) -> AdaptiveVerifier:
+    budget = VerifyBudget(Options(**options), BLOCK - 1, SIZE, CPU)
+    return AdaptiveVerifier(
+        budget, BLOCK, SIZE, CPU, by_request=by_request, is_optional=is_optional
     )
 
 
-def verifier_of_rows(*rows: int, by_request: bool = True, **options: Any) -> AdaptiveVerifier:
-    policy = VerifyLenPolicy(rows)
-    return AdaptiveVerifier(policy, BLOCK, SIZE, CPU, Options(**options), by_request=by_request)
-
-
 def verifier_choosing(rows: int, **options: Any) -> AdaptiveVerifier:
-    verifier = verifier_of_rows(1, 2, BLOCK, **options)
+    verifier = verifier_with(**options)
     verifier.policy.choose = lambda requests, now: rows
     return verifier
 
@@ -77,68 +119,131 @@ def rows_of_batch(batch: int = BATCH) -> torch.Tensor:
     return torch.arange(batch * BLOCK, device=CPU)
 
 
-def test_every_width_has_a_back_end_and_graphs_of_its_own():
-    verifier, runner = verifier_of_rows(1, 2, BLOCK), Runner()
+PROBABILITIES = torch.tensor([[0.9, 0.8, 0.2], [0.1] * 3, [0.7, 0.1, 0.9]])
+
+
+@pytest.fixture(autouse=True)
+def old_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "installed", lambda: "0.5.17")
+
+
+def test_passes_are_captured_by_their_rows_with_the_targets_own_back_end():
+    verifier, runner, attention = verifier_with(), Runner(), attention_of()
+    backend, whole = runner.attn_backend, runner.decode_cuda_graph_runner
+    verifier.attention = backend.attention = attention
     verifier.capture(runner, Runner())
-    assert set(verifier.graphs.passes) == {1, 2}
-    for rows, made in verifier.graphs.passes.items():
-        assert made.graphs.made == (runner, made.backend, rows)
-        assert made.starts.tolist() == [rows * n for n in range(SIZE + 1)]
-        assert made.requests.tolist() == [n for n in range(SIZE) for _ in range(rows)]
-    assert runner.backends == 2
-    assert verifier.policy.sizes == (1, 2, 4)
+    made = verifier.graphs.runner
+    assert not whole.is_ragged
+    assert made.is_ragged
+    assert isinstance(made, Graphs)
+    assert made.backend_of_passes is backend
+    assert verifier.budget.capture_sizes == [4, 8, 16, 20]
+    # Its metadata stay those of whole blocks, and captured passes read our rows.
+    assert backend.asked == []
+    assert made.starts == [0, 4, 8, 12, 16, 20]
+    assert attention.blocks is None
+    assert backend.supports_ragged_verify_graph
+    made._stage_ragged_verify_layout(None, 8)
+    assert made.staged == []
+    backend.init_cuda_graph_state(1)
+    assert backend.asked == ["state"]
+    assert runner.decode_cuda_graph_runner is whole
     assert not runner.init_new_workspace
 
 
-@pytest.mark.parametrize(
-    ("attention", "wanted", "shared"),
-    [
-        (VerifyAttention(used_ours=True), True, True),
-        (VerifyAttention(used_ours=True), False, False),
-        (VerifyAttention(used_ours=True, used_native=True), True, False),
-        (None, True, False),
-    ],
-)
-def test_rows_are_shared_out_where_all_attention_takes_them(monkeypatch, attention, wanted, shared):
-    monkeypatch.setattr(triton_attention, "install", lambda backend, device: attention)
-    verifier = verifier_of_rows(1, 2, BLOCK, by_request=wanted)
-    verifier.capture(Runner(), Runner())
-    assert verifier.by_request is shared
-    assert (verifier.policy.expected == verifier._expected) is shared
+def test_a_back_end_whose_own_attention_takes_layouts_is_made_anew():
+    verifier, runner = verifier_with(), Runner()
+    verifier.attention = attention_of(used_native=True)
+    verifier.capture(runner, Runner())
+    made = verifier.graphs.runner
+    assert made.backend_of_passes is not runner.attn_backend
+    assert made.backend_of_passes.asked == ["state", "metadata"]
+    made._stage_ragged_verify_layout(None, 8)
+    assert made.staged == [8]
+    assert not runner.init_new_workspace
+
+
+def test_captured_sizes_are_thinned():
+    assert verify_graphs.thinned([1, 2, 3, 4, 8, 9, 10, 12]) == [1, 2, 3, 4, 8, 10, 12]
+    assert verify_graphs.thinned([8, 9]) == [8, 9]
+    assert verify_graphs.thinned([5]) == [5]
 
 
 def test_captured_passes_are_profiled(monkeypatch):
-    """A verify pass takes 1 ms a row, a draft pass half a millisecond a request."""
+    """A cut pass takes 1 ms a row, one of whole blocks half of that, a draft pass 0.5 ms."""
     drafting = Runner()
 
     def seconds(graphs, device):
         if graphs is drafting.decode_cuda_graph_runner:
-            return {1: 0.0005, 2: 0.001}
-        return {size: 0.001 * size * graphs.made[2] for size in (1, 2, 4)}
+            return dict.fromkeys((1, 2, 4, 5), 0.0005)
+        if graphs.is_ragged:
+            return {rows: 0.001 * rows for rows in graphs.capture_num_tokens}
+        return {size: 0.0005 * BLOCK * size for size in graphs.capture_bs}
 
     monkeypatch.setattr(adaptive, "graph_seconds", seconds)
-    verifier = verifier_of_rows(1, 2, BLOCK)
+    verifier = verifier_with()
+    verifier.attention = attention_of()
     verifier.capture(Runner(), drafting)
-    assert verifier.policy.prior == pytest.approx(
-        {
-            (1, 1): 0.001, (2, 1): 0.002, (4, 1): 0.004,
-            (1, 2): 0.0025, (2, 2): 0.005,
-            (1, BLOCK): 0.0045, (2, BLOCK): 0.009,
-        }
-    )  # fmt: skip
+    prior = verifier.policy.prior
+    assert verifier.policy.sizes == (1, 2, 4, 5)
+    # Anchors alone need no draft pass; two rows of four requests fill a pass of eight.
+    assert prior[4, 1] == pytest.approx(0.004)
+    assert prior[4, 2] == pytest.approx(0.0085)
+    assert prior[4, BLOCK] == pytest.approx(0.0085)
     monkeypatch.undo()
     assert verify_graphs.graph_seconds(drafting.decode_cuda_graph_runner, CPU) == {}
     assert verify_graphs.graph_seconds(None, CPU) == {}
 
 
-@pytest.mark.parametrize("asked", [True, None])
-def test_nothing_is_captured_where_graphs_are_off(asked):
-    verifier, runner = verifier_of_rows(1, BLOCK, adaptive_verification=asked), Runner()
-    runner.decode_cuda_graph_runner = None
-    verifier.capture(runner, Runner())
-    assert not verifier.graphs.passes
-    assert runner.backends == 0
-    assert verifier.whole_blocks == (asked is None)
+@pytest.mark.parametrize(
+    ("seconds", "bypass", "whole"),
+    [
+        ({1: 1.0, 2: 1.05, 4: 1.5, 5: 2.0}, 2, False),
+        ({1: 1.0, 2: 1.05, 4: 1.07, 5: 1.08}, 5, True),
+        ({1: 1.0, 2: 2.0}, 0, False),
+        ({}, 0, False),
+    ],
+)
+def test_batches_that_gain_nothing_are_verified_whole(monkeypatch, seconds, bypass, whole):
+    monkeypatch.setattr(adaptive, "graph_seconds", lambda graphs, device: seconds)
+    verifier, runner = verifier_choosing(1), Runner()
+    verifier.measure(runner)
+    assert (verifier.bypass, verifier.whole_blocks) == (bypass, whole)
+    assert verifier.predicts(SIZE) is not whole
+    assert not verifier.predicts(bypass)
+    with verifier.verifying(worker_of(verifier), batch_of(reqs=[None] * bypass)):
+        assert verifier.num_rows is None
+    # A limit holds for them too.
+    limited = verifier_with(max_draft_tokens=1)
+    limited.measure(runner)
+    assert limited.bypass == 0
+
+
+@pytest.mark.parametrize("is_optional", [False, True])
+@pytest.mark.parametrize("obstacle", ["graphs", "back end", None])
+def test_targets_whose_passes_cannot_be_cut(caplog, is_optional, obstacle):
+    verifier, runner = verifier_with(is_optional=is_optional), Runner()
+    verifier.device = torch.device("cuda")
+    verifier.attention = attention_of(used_native=obstacle == "back end")
+    if obstacle == "graphs":
+        runner.decode_cuda_graph_runner = None
+    if obstacle is None:
+        assert verifier._graph_obstacle(runner) is None
+        verifier.attention = attention_of(used_native=True)
+        runner.attn_backend.supports_ragged_verify_graph = True
+        assert verifier._graph_obstacle(runner) is None
+        return
+    message = "CUDA graphs are off" if obstacle == "graphs" else "Backend's own attention takes"
+    if is_optional:
+        with caplog.at_level("INFO"):
+            verifier.measure(runner)
+        assert message in caplog.text
+        assert verifier.whole_blocks
+        verifier.capture(runner, Runner())
+        assert verifier.graphs.runner is None
+    else:
+        with pytest.raises(DFlashError, match=f"{message}.*, or turn"):
+            verifier.measure(runner)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -147,73 +252,97 @@ def test_a_pass_is_cut_and_whole_again_afterwards(fails):
     verifier = verifier_choosing(2)
     worker = worker_of(verifier)
     runner, rows = worker.target_worker.model_runner, rows_of_batch()
+    verifier.attention = attention_of()
     verifier.capture(runner, Runner())
-    verifier.by_request = True
-    before = runner.attn_backend, runner.decode_cuda_graph_runner
-    verifier.predictor.predictions[:BATCH] = torch.tensor(
-        [[0.9, 0.8, 0.2], [0.1] * 3, [0.7, 0.1, 0.9]]
-    )
+    whole = runner.decode_cuda_graph_runner
+    verifier.predictor.predictions[:BATCH] = PROBABILITIES
     try:
         with verifier.verifying(worker, batch_of()):
-            own = verifier.graphs.passes[2]
-            assert (runner.attn_backend, runner.decode_cuda_graph_runner) == (
-                own.backend, own.graphs,
-            )  # fmt: skip
+            assert runner.decode_cuda_graph_runner is verifier.graphs.runner
             assert not verifier.skips_draft
+            # Two rows each are six, and the next captured pass has eight.
+            assert verifier.num_rows == 8
             cut = verifier.compact(rows + 50, rows, rows + 100)
-            assert cut.tokens.tolist() == [50, 51, 52, 54, 58, 59]
-            assert cut.positions.tolist() == [0, 1, 2, 4, 8, 9]
-            assert cut.slots.tolist() == [100, 101, 102, 104, 108, 109]
-            assert verifier.row_counts() == [3, 1, 2]
-            # Two requests that pad the captured pass have two rows each.
-            assert own.starts.tolist() == [0, 3, 4, 6, 8, 10]
-            assert own.requests.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4, 4]
+            assert cut.tokens.tolist() == [50, 51, 52, 53, 54, 55, 58, 59]
+            assert cut.positions.tolist() == [0, 1, 2, 3, 4, 5, 8, 9]
+            assert cut.slots.tolist() == [100, 101, 102, 103, 104, 105, 108, 109]
+            assert verifier.row_counts() == [4, 2, 2]
+            # Two requests that pad the captured pass have no rows.
+            assert verifier.graphs.starts.tolist() == [0, 4, 6, 8, 8, 8]
+            assert verifier.graphs.requests[:8].tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
             if fails:
                 raise ZeroDivisionError
     except ZeroDivisionError:
         assert fails
-    assert (runner.attn_backend, runner.decode_cuda_graph_runner) == before
+    assert runner.decode_cuda_graph_runner is whole
     assert verifier.cut is None
+    assert verifier.num_rows is None
     assert verifier.verify_len == BLOCK
 
 
+def test_rows_that_fill_whole_blocks_are_not_cut():
+    """Three rows of three requests round up to twelve."""
+    verifier = verifier_choosing(3)
+    verifier.budget.capture_sizes = [4, 8, 16]
+    with verifier.verifying(worker_of(verifier), batch_of()):
+        assert verifier.num_rows is None
+        assert verifier.verify_len == BLOCK
+
+
 def test_requests_that_cannot_differ_have_as_many_rows_each():
-    verifier = verifier_choosing(2)
-    verifier.by_request = False
+    verifier = verifier_choosing(2, by_request=False)
     verifier.predictor.predictions[0] = 1.0
+    assert verifier.policy.expected == verifier.policy.acceptance.expected
     with verifier.verifying(worker_of(verifier), batch_of()):
         cut = verifier.compact(rows_of_batch(), rows_of_batch(), rows_of_batch())
         assert cut.tokens.tolist() == [0, 1, 4, 5, 8, 9]
         assert verifier.row_counts() == [2, 2, 2]
 
 
-def test_a_pass_of_anchors_alone():
+@pytest.mark.parametrize(("captured", "rows"), [([], [0, 4, 8]), ([4], [0, 1, 4, 8])])
+def test_a_pass_of_anchors_alone(captured, rows):
+    """A captured pass is filled with rows that nothing drafted for."""
     verifier = verifier_choosing(1)
+    verifier.budget.capture_sizes = captured
+    verifier.graphs.runner = SimpleNamespace(max_bs=SIZE) if captured else None
+    verifier.predictor.predictions[:BATCH] = PROBABILITIES
     with verifier.verifying(worker_of(verifier), batch_of()):
         assert verifier.skips_draft
         cut = verifier.compact(rows_of_batch(), rows_of_batch(), rows_of_batch())
-        assert cut.tokens.tolist() == [0, 4, 8]
+        assert cut.tokens.tolist() == rows
         verifier.learn(torch.ones(BATCH, device=CPU))
     assert not verifier.skips_draft
 
 
-@pytest.mark.parametrize("features", [False, True])
-def test_the_output_is_laid_out_like_whole_blocks(features):
+def test_a_limit_of_drafts_leaves_padding_in_a_captured_pass():
+    """One draft each fills six rows of eight."""
+    verifier = verifier_choosing(2, max_draft_tokens=1)
+    verifier.budget.capture_sizes = [4, 8, 16]
+    verifier.graphs.runner = SimpleNamespace(max_bs=SIZE)
+    verifier.predictor.predictions[:BATCH] = PROBABILITIES
+    with verifier.verifying(worker_of(verifier), batch_of()):
+        cut = verifier.compact(rows_of_batch() + 50, rows_of_batch(), rows_of_batch() + 100)
+        assert cut.tokens.tolist() == [50, 51, 54, 55, 58, 59, 0, 0]
+        assert cut.slots.tolist() == [100, 101, 104, 105, 108, 109, 0, 0]
+        assert verifier.row_counts() == [2, 2, 2]
+
+
+def test_the_output_stays_compact():
     verifier = verifier_choosing(2)
-    verifier.predictor.predictions[:BATCH] = torch.tensor(
-        [[0.9, 0.8, 0.2], [0.1] * 3, [0.7, 0.1, 0.9]]
-    )
-    output = SimpleNamespace(
-        next_token_logits=torch.arange(6.0).repeat(9, 1).T, hidden_states=torch.arange(6.0)[:, None]
-    )
+    verifier.predictor.predictions[:BATCH] = PROBABILITIES
+    logits, hidden = torch.arange(6.0).repeat(9, 1).T, torch.arange(6.0)[:, None]
+    output = SimpleNamespace(next_token_logits=logits, hidden_states=hidden)
     tokens = rows_of_batch(SIZE).view(SIZE, BLOCK)
     with verifier.verifying(worker_of(verifier), batch_of()):
-        cut = verifier.compact(tokens[:BATCH].flatten(), rows_of_batch(), rows_of_batch())
-    scatter(output, cut, tokens, reads_features=features)
-    places = [0, 1, 2, 2, 3, 3, 3, 3, 4, 5, 5, 5]
-    assert output.next_token_logits[:, 0].tolist() == places
-    assert output.hidden_states.shape == (12, 1)
-    assert not features or output.hidden_states[:, 0].tolist() == places
+        verifier.compact(tokens[:BATCH].flatten(), rows_of_batch(), rows_of_batch())
+        cut = verifier.cut
+        take_output(output, cut, tokens)
+    assert cut.logits is logits
+    assert cut.hidden is hidden
+    assert cut.rows.indices.tolist() == [0, 1, 2, 2, 3, 3, 3, 3, 4, 5, 5, 5]
+    # SGLang reads shapes alone.
+    assert output.next_token_logits.argmax(dim=-1).view(BATCH, BLOCK).tolist() == [[0] * 4] * 3
+    assert output.hidden_states.view(BATCH, BLOCK, -1).shape == (BATCH, BLOCK, 1)
     assert tokens.tolist() == [
         [0, 1, 2, -1], [4, -1, -1, -1], [8, 9, -1, -1], [12, 13, 14, 15], [16, 17, 18, 19]
     ]  # fmt: skip
@@ -234,15 +363,30 @@ def test_the_policy_hears_what_drafts_promise_once_outcomes_are_learnt():
     assert verifier.policy.expected()[-1] < 1.2 < believed[-1]
 
 
-@pytest.mark.parametrize("reason", ["logprobs", "held", "grammar"])
-def test_passes_that_stay_whole(reason):
+@pytest.mark.parametrize("reason", ["logprobs", "held", "grammar", "processor", "masks", "size"])
+def test_passes_that_stay_whole(monkeypatch, reason):
+    monkeypatch.setattr(compat, "installed", lambda: "0.5.20")
     verifier = verifier_choosing(1)
     worker = worker_of(verifier)
     verifier.whole_blocks = reason == "held"
-    batch = batch_of(return_logprob=reason == "logprobs", has_grammar=reason == "grammar")
+    if reason == "size":
+        verifier.budget.capture_sizes = [4]
+        verifier.graphs.runner = SimpleNamespace(max_bs=BATCH - 1)
+    info = SimpleNamespace(
+        has_custom_logit_processor=reason == "processor",
+        sampling_mask_batch_indices=torch.zeros(1) if reason == "masks" else None,
+    )
+    batch = batch_of(
+        return_logprob=reason == "logprobs",
+        has_grammar=reason == "grammar",
+        sampling_info=info,
+    )
     with verifier.verifying(worker, batch):
         assert not verifier.skips_draft
-        assert verifier.verify_len == BLOCK
+        assert verifier.num_rows is None
+    if reason not in ("held", "size"):
+        with verifier.verifying(worker, batch_of()):
+            assert verifier.num_rows == BATCH
 
 
 @pytest.mark.parametrize(("rows", "runs"), [(1, 0), (2, 1)])
@@ -263,8 +407,11 @@ def test_the_draft_pass_is_left_out_where_no_draft_is_verified(rows, runs):
     assert len(calls) == runs + 1
 
 
-def test_the_input_of_a_pass_is_cut():
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_input_of_a_pass_is_cut(captured):
     class DFlashVerifyInput:
+        ragged_verify_layout: Any = None
+
         def __init__(self, draft_token: Any, positions: Any, draft_token_num: int) -> None:
             self.draft_token, self.positions = draft_token, positions
             self.draft_token_num = draft_token_num
@@ -277,24 +424,27 @@ def test_the_input_of_a_pass_is_cut():
     running: list[Any] = [None]
     compacted = compacting_input(DFlashVerifyInput, lambda: running[0], plans_kv_writes=False)
     rows = rows_of_batch()
-    verifier.predictor.predictions[:BATCH] = torch.tensor(
-        [[0.9, 0.8, 0.2], [0.1] * 3, [0.7, 0.1, 0.9]]
-    )
+    verifier.predictor.predictions[:BATCH] = PROBABILITIES
+    if captured:
+        verifier.graphs.runner = SimpleNamespace(max_bs=SIZE)
+        verifier.graphs.layout = lambda requests, rows: ("a layout", requests, rows)
 
-    def made() -> tuple[int, list[int], list[int], Any]:
+    def made() -> tuple[int, list[int], list[int], Any, Any]:
         found = compacted(draft_token=rows, positions=rows, draft_token_num=BLOCK)
         assert isinstance(found, DFlashVerifyInput)
         slots = found.prepare_for_verify(SimpleNamespace(out_cache_loc=rows), worker.target_worker)
         assert torch.equal(found.draft_token, found.positions)
-        counts = getattr(found, "row_counts", None)
-        return found.draft_token_num, found.positions.tolist(), slots.tolist(), counts
+        counts, layout = getattr(found, "row_counts", None), found.ragged_verify_layout
+        return found.draft_token_num, found.positions.tolist(), slots.tolist(), counts, layout
 
     everything, cut = rows.tolist(), [0, 1, 2, 4, 8, 9]
-    assert made() == (BLOCK, everything, everything, None)
+    assert made() == (BLOCK, everything, everything, None, None)
     running[0] = verifier
-    assert made() == (BLOCK, everything, everything, None)
+    assert made() == (BLOCK, everything, everything, None, None)
+    # A captured pass goes by its layout, another one by the rows of a request.
+    number, layout = (BLOCK, ("a layout", BATCH, 6)) if captured else (2, None)
     with verifier.verifying(worker, batch_of()):
-        assert made() == (2, cut, cut, [3, 1, 2])
+        assert made() == (number, cut, cut, [3, 1, 2], layout)
 
 
 def info_of(**options: Any) -> Any:
@@ -304,7 +454,12 @@ def info_of(**options: Any) -> Any:
 
 def runner_of(mrope: bool = False, size: int = SIZE, **changes: Any) -> SimpleNamespace:
     sizes = {"tp_size": 2, "pp_size": 1, "dp_size": 1, "attn_cp_size": 1, "dcp_size": 1}
-    values = {**sizes, "enable_two_batch_overlap": False, "enable_lora": False}
+    values = {
+        **sizes,
+        "enable_two_batch_overlap": False,
+        "enable_lora": False,
+        "disable_cuda_graph_padding": False,
+    }
     return SimpleNamespace(
         server_args=SimpleNamespace(**{**values, **changes}),
         model_config=SimpleNamespace(model_is_mrope=mrope),
@@ -312,12 +467,6 @@ def runner_of(mrope: bool = False, size: int = SIZE, **changes: Any) -> SimpleNa
     )
 
 
-@pytest.fixture
-def old_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "installed", lambda: "0.5.17")
-
-
-@pytest.mark.usefixtures("old_sglang")
 def test_widths_follow_the_options():
     assert build_verifier(info_of(adaptive_verification=False), runner_of(), 16, CPU, None) is None
     limits = info_of(min_draft_tokens=2, max_draft_tokens=7)
@@ -333,7 +482,6 @@ def test_one_rank_asks_nobody():
     assert adaptive.agree_across_ranks(SimpleNamespace(world_size=1)) is None
 
 
-@pytest.mark.usefixtures("old_sglang")
 @pytest.mark.parametrize("changes", [{"enable_lora": True}, {"mrope": True}])
 def test_targets_that_lay_out_rows_by_themselves_have_as_many_of_each_request(changes):
     found = build_verifier(info_of(), runner_of(**changes), 16, CPU, None)
@@ -341,7 +489,6 @@ def test_targets_that_lay_out_rows_by_themselves_have_as_many_of_each_request(ch
     assert not found.by_request
 
 
-@pytest.mark.usefixtures("old_sglang")
 @pytest.mark.parametrize(
     ("name", "value"), [("pp_size", 2), ("dcp_size", 2), ("enable_two_batch_overlap", True)]
 )
@@ -350,74 +497,33 @@ def test_servers_whose_batches_are_split_up_are_refused(name, value):
         build_verifier(info_of(), runner_of(**{name: value}), 16, CPU, None)
 
 
-@pytest.mark.usefixtures("old_sglang")
 def test_what_recurrent_layers_keep_is_not_cut():
     with pytest.raises(DFlashError, match=r"the target keeps state .*, or turn"):
         build_verifier(info_of(), runner_of(), 16, CPU, None, keeps_state=True)
 
 
-@pytest.mark.usefixtures("old_sglang")
 @pytest.mark.parametrize(
-    ("changes", "attention", "keeps_state", "why"),
+    ("changes", "device", "keeps_state", "why"),
     [
-        ({}, VerifyAttention(), False, None),
-        ({}, None, False, "requests cannot differ"),
-        ({"mrope": True}, VerifyAttention(), False, "requests cannot differ"),
-        ({"enable_lora": True}, VerifyAttention(), False, "requests cannot differ"),
-        ({"pp_size": 2}, VerifyAttention(), False, "pp_size is 2"),
-        ({"size": 8}, VerifyAttention(), False, "no more than 8 requests"),
-        ({}, VerifyAttention(), True, "keeps state"),
-        ({"agree": int}, VerifyAttention(), False, "several ranks"),
+        ({}, "cuda", False, None),
+        ({}, "cpu", False, "not measured on this device"),
+        ({"mrope": True}, "cuda", False, "several position axes"),
+        ({"enable_lora": True}, "cuda", False, "LoRA"),
+        ({"pp_size": 2}, "cuda", False, "pp_size is 2"),
+        ({"disable_cuda_graph_padding": True}, "cuda", False, "disable_cuda_graph_padding is on"),
+        ({}, "cuda", True, "keeps state"),
+        ({"agree": int}, "cuda", False, "several ranks"),
     ],
 )
-def test_where_verification_adapts_unasked(caplog, changes, attention, keeps_state, why):
+def test_where_verification_adapts_unasked(monkeypatch, caplog, changes, device, keeps_state, why):
+    monkeypatch.setattr(adaptive, "AdaptiveVerifier", lambda *_, **__: SimpleNamespace())
+    monkeypatch.setattr(adaptive, "VerifyBudget", lambda *_, **__: None)
     runner = runner_of(**{"size": 9, **changes})
     agree = changes.get("agree")
     info = info_of(adaptive_verification=None)
     with caplog.at_level("INFO"):
         found = build_verifier(
-            info, runner, 16, CPU, attention, agree=agree, keeps_state=keeps_state
+            info, runner, 16, torch.device(device), None, agree=agree, keeps_state=keeps_state
         )
     assert (found is None) == (why is not None)
     assert why is None or why in caplog.text
-
-
-def test_graphs_take_at_most_half_of_the_memory(monkeypatch):
-    """Three back ends of 3 GiB each, of 8: the second leaves less than half."""
-    runner, verifier = Runner(), verifier_of_rows(1, 2, 3, BLOCK)
-    monkeypatch.setattr(verify_graphs, "free_memory", lambda device: 8.0 - 3.0 * runner.backends)
-    verifier.capture(runner, Runner())
-    assert set(verifier.graphs.passes) == {1, 2}
-    assert verifier.policy.verify_lens == (1, 2, BLOCK)
-    # What is verified at most has to be there.
-    runner = Runner()
-    verifier = verifier_of_rows(1, 2, 3)
-    verifier.capture(runner, Runner())
-    assert set(verifier.graphs.passes) == {1, 2, 3}
-
-
-class TritonAttnBackend:
-    """SGLang's, before its captured passes have a buffer of slots."""
-
-    def __init__(self, window: int | None = None) -> None:
-        self.sliding_window_size = window
-        self.made: list[Any] = []
-        self.cuda_graph_kv_indices = torch.zeros(1)
-
-    def init_cuda_graph_state(self, *sizes: int, **more: Any) -> None:
-        self.made.append((sizes, more))
-
-
-def test_slots_are_listed_where_those_of_whole_blocks_are():
-    whole, cut = TritonAttnBackend(), TritonAttnBackend()
-    verify_graphs.share_kv_indices(whole, cut)
-    cut.init_cuda_graph_state(4, 8)
-    assert cut.made == [((4, 8), {"kv_indices_buf": whole.cuda_graph_kv_indices})]
-    # A window would need a second buffer; another back end's lists are of another kind.
-    for first, second in (
-        (whole, TritonAttnBackend(window=128)),
-        (SimpleNamespace(cuda_graph_kv_indices=[torch.zeros(1)]), TritonAttnBackend()),
-    ):
-        verify_graphs.share_kv_indices(first, second)
-        second.init_cuda_graph_state(4, 8)
-        assert second.made == [((4, 8), {})]

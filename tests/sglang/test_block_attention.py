@@ -1,4 +1,4 @@
-"""Attention under SGLang's Triton back end, with made-up metadata: it needs no SGLang."""
+"""Attention of blocks under SGLang's back ends, with made-up ones: it needs no SGLang."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from dflash_plugin import kernels
 from dflash_plugin.drafter.attention import masked_attention
-from dflash_plugin.sglang import compat, triton_attention
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.draft_attention import Blocks
+from dflash_plugin.sglang import block_attention, compat
 from tests.helpers.kernel_helpers import DEVICE, error, integers, random
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
@@ -50,27 +52,11 @@ class MHATokenToKVPool:
         self.v_buffer[layer.layer_id][slots] = value
 
 
-class TritonAttnBackend:
+class Backend:
     """A back end in a verify pass; its own attention only says that it was asked."""
 
-    dcp_size, enable_deterministic, _translate_kv_loc = 1, False, None
-
-    def __init__(self, **changes: Any) -> None:
-        self.token_to_kv_pool = MHATokenToKVPool()
-        self.slots = torch.randperm(255, generator=torch.Generator().manual_seed(0), device="cpu")
-        self.slots = (self.slots + 1).to(DEVICE)
-        self.req_to_token = integers(0, 256, 6, 100).int()
-        for row, slots in zip(REQUESTS, self.contexts(), strict=True):
-            self.req_to_token[row, : len(slots)] = slots
-        self.forward_metadata = SimpleNamespace(
-            **{"custom_mask": None, "max_extend_len": ROWS, **changes}
-        )
+    def __init__(self) -> None:
         self.natively, self.filled = 0, 0
-
-    def contexts(self) -> list[Tensor]:
-        """The slots of every request's context."""
-        ends = torch.tensor(LENGTHS, device="cpu").cumsum(0).tolist()
-        return [self.slots[end - length : end] for end, length in zip(ends, LENGTHS, strict=True)]
 
     def init_forward_metadata_out_graph(self, batch: Any, in_capture: bool = False) -> None:
         self.filled += 1
@@ -78,6 +64,54 @@ class TritonAttnBackend:
     def forward_extend(self, *_: Any, **__: Any) -> Tensor:
         self.natively += 1
         return torch.zeros(())
+
+
+class TritonAttnBackend(Backend):
+    _translate_kv_loc: Any = None
+
+
+class FlashAttentionBackend(Backend):
+    fa_impl_ver, attn_cp_size, speculative_num_draft_tokens = 3, 1, ROWS
+    use_mla = has_local_attention = is_prefill_aware_swa = is_encoder_decoder = False
+
+
+class FlashInferAttnBackend(Backend):
+    enable_mis = is_dllm_model = False
+
+
+BACKENDS = [TritonAttnBackend, FlashAttentionBackend, FlashInferAttnBackend]
+
+
+class Runner:
+    """SGLang's runner of one model, with its pools."""
+
+    def __init__(self, backend: type[Backend] = TritonAttnBackend, **arguments: Any) -> None:
+        self.attn_backend: Any = backend()
+        self.token_to_kv_pool = MHATokenToKVPool()
+        self.slots = torch.randperm(255, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.slots = (self.slots + 1).to(DEVICE)
+        table = integers(0, 256, 6, 100).int()
+        for row, slots in zip(REQUESTS, self.contexts(), strict=True):
+            table[row, : len(slots)] = slots
+        self.req_to_token_pool = SimpleNamespace(req_to_token=table)
+        self.is_draft_worker = False
+        values = {"enable_deterministic_inference": False, "dcp_size": 1, **arguments}
+        self.server_args = SimpleNamespace(**values)
+
+    def contexts(self) -> list[Tensor]:
+        """The slots of every request's context."""
+        ends = torch.tensor(LENGTHS, device="cpu").cumsum(0).tolist()
+        return [self.slots[end - length : end] for end, length in zip(ends, LENGTHS, strict=True)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.attn_backend.forward_extend(*args, **kwargs)
+
+
+def installed(**arguments: Any) -> tuple[Runner, Any, block_attention.BlockAttention]:
+    runner = Runner(**arguments)
+    attention = block_attention.install(runner, DEVICE)
+    assert attention is not None
+    return runner, runner.attn_backend, attention
 
 
 def layer_of(**changes: Any) -> SimpleNamespace:
@@ -90,12 +124,14 @@ def layer_of(**changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**values, "attn_type": AttentionType(values["attn_type"])})
 
 
-def batch_of(backend: TritonAttnBackend, verifies: bool = True) -> SimpleNamespace:
+def batch_of(runner: Runner, verifies: bool = True) -> SimpleNamespace:
     return SimpleNamespace(
         forward_mode=SimpleNamespace(is_target_verify=lambda: verifies),
-        out_cache_loc=backend.slots[200 : 200 + TOKENS],
+        out_cache_loc=runner.slots[200 : 200 + TOKENS],
+        batch_size=len(LENGTHS),
         seq_lens=torch.tensor(LENGTHS),
         req_pool_indices=torch.tensor(REQUESTS),
+        spec_info=SimpleNamespace(custom_mask=None),
         _attn_output=None,
     )
 
@@ -107,11 +143,11 @@ def block() -> tuple[Tensor, Tensor, Tensor]:
     return query, key.unflatten(-1, (-1, DIM)), value.unflatten(-1, (-1, DIM))
 
 
-def reference(backend: TritonAttnBackend, layer: SimpleNamespace, sinks: Tensor | None) -> Tensor:
+def reference(runner: Runner, layer: SimpleNamespace, sinks: Tensor | None) -> Tensor:
     """What SGLang's kernel gives, request by request."""
     query, key, value = block()
-    pool, outs = backend.token_to_kv_pool, []
-    for number, slots in enumerate(backend.contexts()):
+    pool, outs = runner.token_to_kv_pool, []
+    for number, slots in enumerate(runner.contexts()):
         own = slice(number * ROWS, (number + 1) * ROWS)
         keys = torch.cat([pool.k_buffer[0][slots], key[own]])
         values = torch.cat([pool.v_buffer[0][slots], value[own]])
@@ -141,104 +177,192 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("window", [-1, 4, 40])
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_attention_is_the_back_ends(kind, window, with_sinks):
-    backend = TritonAttnBackend()
-    assert triton_attention.install(backend, DEVICE)
+    runner, backend, _ = installed()
     layer = layer_of(attn_type=kind, sliding_window_size=window)
     sinks = random(HEADS) if with_sinks else None
-    expected = reference(backend, layer, sinks)
+    expected = reference(runner, layer, sinks)
     query, key, value = block()
-    batch = batch_of(backend)
-    out = backend.forward_extend(query, key, value, layer, batch, sinks=sinks)
+    batch = batch_of(runner)
+    out = runner.forward(query, key, value, layer, batch, sinks=sinks)
     assert backend.natively == 0
     assert error(out, expected) < 1e-5
     # The block's rows are in the pool as after the back end's own pass.
-    assert torch.equal(backend.token_to_kv_pool.k_buffer[0][batch.out_cache_loc], key)
-    assert torch.equal(backend.token_to_kv_pool.v_buffer[0][batch.out_cache_loc], value)
+    assert torch.equal(runner.token_to_kv_pool.k_buffer[0][batch.out_cache_loc], key)
+    assert torch.equal(runner.token_to_kv_pool.v_buffer[0][batch.out_cache_loc], value)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_every_back_end_attends_to_the_same(name, page_size):
+    """The request table names slots, whatever the pages are."""
+    runner, backend, attention = installed(backend=name)
+    backend.page_size = page_size
+    expected = reference(runner, layer_of(), None)
+    assert error(runner.forward(*block(), layer_of(), batch_of(runner)), expected) < 1e-5
+    assert backend.natively == 0
+    assert attention.only_ours
 
 
 @pytest.mark.parametrize(
-    ("changes", "layer", "options"),
+    ("layer", "options"),
     [
-        ({}, {"logit_cap": 30.0}, {}),
-        ({}, {"v_head_dim": 8}, {}),
-        ({}, {"k_scale": 1.0}, {}),
-        ({}, {"attn_type": "decoder_bidirectional"}, {}),
-        ({}, {"attn_type": "encoder_only", "sliding_window_size": 2}, {}),
-        ({"custom_mask": torch.ones(3)}, {}, {}),
-        ({"max_extend_len": 3}, {}, {}),
-        ({}, {}, {"save_kv_cache": False}),
-        ({}, {}, {"score_mod": len}),
+        ({"logit_cap": 30.0}, {}),
+        ({"v_head_dim": 8}, {}),
+        ({"k_scale": 1.0}, {}),
+        ({"attn_type": "decoder_bidirectional"}, {}),
+        ({"attn_type": "encoder_only", "sliding_window_size": 2}, {}),
+        ({}, {"save_kv_cache": False}),
+        ({}, {"score_mod": len}),
+        ({}, {"return_lse": True}),
     ],
 )
-def test_what_is_more_than_plain_stays_the_back_ends(changes, layer, options):
-    backend = TritonAttnBackend(**changes)
-    assert triton_attention.install(backend, DEVICE)
-    backend.forward_extend(*block(), layer_of(**layer), batch_of(backend), **options)
+def test_what_is_more_than_plain_stays_the_back_ends(layer, options):
+    runner, backend, attention = installed()
+    runner.forward(*block(), layer_of(**layer), batch_of(runner), **options)
+    assert backend.natively == 1
+    assert not attention.only_ours
+
+
+def test_masks_stay_the_back_ends():
+    runner, backend, _ = installed()
+    batch = batch_of(runner)
+    batch.spec_info.custom_mask = torch.ones(3)
+    runner.forward(*block(), layer_of(), batch)
     assert backend.natively == 1
 
 
 def test_prompts_stay_the_back_ends():
-    backend = TritonAttnBackend()
-    assert triton_attention.install(backend, DEVICE)
-    backend.forward_extend(*block(), layer_of(), batch_of(backend, verifies=False))
+    runner, backend, _ = installed()
+    runner.forward(*block(), layer_of(), batch_of(runner, verifies=False))
     assert backend.natively == 1
 
 
-def test_what_nobody_reads_is_not_listed_before_a_captured_pass():
-    backend = TritonAttnBackend()
-    assert triton_attention.install(backend, DEVICE)
-    batch, prompt = batch_of(backend), batch_of(backend, verifies=False)
+def test_options_that_are_off_change_nothing():
+    runner, backend, _ = installed()
+    runner.forward(*block(), layer_of(), batch_of(runner), return_lse=False, score_mod=None)
+    assert backend.natively == 0
+
+
+def test_what_nobody_reads_is_not_filled_before_a_captured_pass():
+    runner, backend, _ = installed()
+    batch, prompt = batch_of(runner), batch_of(runner, verifies=False)
     fill = backend.init_forward_metadata_out_graph
     fill(batch, in_capture=True)
     fill(batch)
     assert backend.filled == 2, "nothing is captured yet"
-    backend.forward_extend(*block(), layer_of(), batch)
+    runner.forward(*block(), layer_of(), batch)
     fill(batch)
     assert backend.filled == 2
     fill(prompt)
     fill(batch, in_capture=True)
     fill(batch, True)
     assert backend.filled == 5
-    backend.forward_extend(*block(), layer_of(logit_cap=30.0), batch)
+    runner.forward(*block(), layer_of(logit_cap=30.0), batch)
     fill(batch)
-    assert backend.filled == 6, "one layer of the pass reads the lists"
+    assert backend.filled == 6, "one layer of the pass reads the metadata"
 
 
-@pytest.mark.parametrize("attribute", ["enable_deterministic", "dcp_size", "_translate_kv_loc"])
-def test_back_ends_that_are_left_alone(attribute):
-    backend = TritonAttnBackend()
-    setattr(backend, attribute, 2)
-    assert not triton_attention.install(backend, DEVICE)
+@pytest.mark.parametrize("drafts", [False, True])
+def test_large_batches_of_the_target_stay_flash_attentions(monkeypatch, drafts):
+    monkeypatch.setattr(block_attention, "FEW_REQUESTS", 2)
+    runner = Runner(FlashAttentionBackend)
+    runner.is_draft_worker = drafts
+    backend, batch = runner.attn_backend, batch_of(runner)
+    attention = block_attention.install(runner, DEVICE)
+    runner.forward(*block(), layer_of(), batch)
+    assert backend.natively == (0 if drafts else 1)
+    small = batch_of(runner)
+    small.batch_size, small.seq_lens = 2, small.seq_lens[:2]
+    small.req_pool_indices = small.req_pool_indices[:2]
+    runner.forward(*(part[: 2 * ROWS] for part in block()), layer_of(), small)
+    assert backend.natively == (0 if drafts else 1)
+    assert attention.only_ours is drafts
+    # Each kind of pass has the metadata that its attention reads.
+    for one, read in ((batch, not drafts), (small, False)):
+        before = backend.filled
+        backend.init_forward_metadata_out_graph(one)
+        assert (backend.filled > before) is read
 
 
+def test_requests_with_different_numbers_of_rows():
+    runner, backend, attention = installed(backend=FlashAttentionBackend)
+    whole, counts = reference(runner, layer_of(), None), (3, 1, 2)
+    starts = torch.tensor([0, 3, 4, 6, 6]).int()
+    requests = torch.tensor([0, 0, 0, 1, 2, 2, 9, 9]).int()
+    attention.blocks = Blocks(starts, requests, ROWS)
+    rows = [ROWS * n + row for n, count in enumerate(counts) for row in range(count)]
+    batch = batch_of(runner)
+    out = runner.forward(*(part[rows] for part in block()), layer_of(), batch)
+    assert backend.natively == 0
+    assert error(out, whole[rows]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("backend", "refused"), list(zip(BACKENDS, [False, True, False], strict=True))
+)
+def test_a_back_end_is_not_given_rows_that_it_lays_out_wrongly(backend, refused):
+    """FlashAttention goes by its own number of rows, and would read beyond the pass."""
+    runner, made, attention = installed(backend=backend)
+    short = [part[: TOKENS - len(LENGTHS)] for part in block()]
+    layer = layer_of(logit_cap=30.0)
+    if refused:
+        with pytest.raises(DFlashError, match="takes blocks of one length only"):
+            runner.forward(*short, layer, batch_of(runner))
+    else:
+        runner.forward(*short, layer, batch_of(runner))
+        assert made.natively == 1
+    attention.ragged = True
+    with pytest.raises(DFlashError, match="turn adaptive_verification off"):
+        runner.forward(*block(), layer, batch_of(runner))
+
+
+@pytest.mark.parametrize(
+    ("backend", "attribute", "value"),
+    [
+        (TritonAttnBackend, "_translate_kv_loc", len),
+        (FlashAttentionBackend, "fa_impl_ver", 4),
+        (FlashAttentionBackend, "use_mla", True),
+        (FlashAttentionBackend, "has_local_attention", True),
+        (FlashAttentionBackend, "is_prefill_aware_swa", True),
+        (FlashAttentionBackend, "is_encoder_decoder", True),
+        (FlashAttentionBackend, "attn_cp_size", 2),
+        (FlashInferAttnBackend, "enable_mis", True),
+        (FlashInferAttnBackend, "is_dllm_model", True),
+        (Backend, "page_size", 1),
+    ],
+)
+def test_back_ends_that_are_left_alone(backend, attribute, value):
+    runner = Runner(backend)
+    setattr(runner.attn_backend, attribute, value)
+    assert block_attention.install(runner, DEVICE) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("enable_deterministic_inference", True), ("dcp_size", 2)]
+)
+def test_servers_that_are_left_alone(name, value):
+    assert block_attention.install(Runner(**{name: value}), DEVICE) is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("translates", [False, True])
-def test_back_ends_that_translate_slots_are_left_alone(monkeypatch, translates):
+def test_back_ends_that_translate_slots_are_left_alone(monkeypatch, backend, translates):
     monkeypatch.setattr(compat, "installed", lambda: "0.5.20")
-    backend = TritonAttnBackend()
-    backend.kv_index_translator = SimpleNamespace(is_translating=translates)
-    assert (triton_attention.install(backend, DEVICE) is None) is translates
+    monkeypatch.setattr(block_attention, "argument", lambda arguments, name: vars(arguments)[name])
+    runner = Runner(backend)
+    runner.attn_backend.kv_index_translator = SimpleNamespace(is_translating=translates)
+    assert (block_attention.install(runner, DEVICE) is None) is translates
 
 
 def test_a_pass_that_names_its_output_stays_the_back_ends():
-    backend = TritonAttnBackend()
-    assert triton_attention.install(backend, DEVICE)
-    batch = batch_of(backend)
+    runner, backend, _ = installed()
+    batch = batch_of(runner)
     batch._attn_output = torch.zeros(1)
-    backend.forward_extend(*block(), layer_of(), batch)
+    runner.forward(*block(), layer_of(), batch)
     assert backend.natively == 1
 
 
-def test_a_batch_of_0_5_16_cannot_name_an_output(monkeypatch):
-    monkeypatch.setattr(compat, "installed", lambda: "0.5.16")
-    backend = TritonAttnBackend()
-    assert triton_attention.install(backend, DEVICE)
-    batch = batch_of(backend)
-    del batch._attn_output
-    backend.forward_extend(*block(), layer_of(), batch)
-    assert backend.natively == 0
-
-
 def test_pools_that_are_left_alone():
-    backend = TritonAttnBackend()
-    backend.token_to_kv_pool.dtype = torch.float8_e4m3fn
-    assert not triton_attention.install(backend, DEVICE)
+    runner = Runner()
+    runner.token_to_kv_pool.dtype = torch.float8_e4m3fn
+    assert not block_attention.install(runner, DEVICE)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
-from dflash_plugin.adaptive.policy import VerifyLenPolicy
 from dflash_plugin.kernels.best_logits import best_logits_naive
+from dflash_plugin.serving.adaptive_setup import VerifyBudget
 from dflash_plugin.serving.draft_tokens import choice_of_ranks
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.sglang import adaptive
@@ -23,7 +23,6 @@ RANKS, STEPS, BATCH, BLOCK = 2, 240, 3, 5
 HIDDEN, VOCABULARY = 16, 50
 # The first rank's tokens; the second has the rest.
 SPLIT = 34
-ROWS = (1, 2, 3, BLOCK)
 
 
 def gather(part: torch.Tensor) -> torch.Tensor:
@@ -52,8 +51,9 @@ def serve(rank: int, folder: Path) -> None:
         wanted.append(chosen)
         return agree(chosen)
 
-    policy = VerifyLenPolicy(ROWS, agree=noted)
-    verifier = AdaptiveVerifier(policy, BLOCK, BATCH, torch.device("cpu"), Options())
+    device = torch.device("cpu")
+    budget = VerifyBudget(Options(), BLOCK - 1, BATCH, device, agree=noted)
+    verifier = AdaptiveVerifier(budget, BLOCK, BATCH, device)
     worker: Any = SimpleNamespace(
         target_worker=SimpleNamespace(
             model_runner=SimpleNamespace(attn_backend=None, decode_cuda_graph_runner=None)
@@ -69,16 +69,19 @@ def serve(rank: int, folder: Path) -> None:
         choice = choice_of_ranks(shard, gather)
         verifier.predictor.predict(choice.logits[:, 0], choice.log_sum_exp)
         committed = torch.randint(1, BLOCK, (BATCH,), dtype=torch.int32, generator=common)
-        batch = SimpleNamespace(reqs=[None] * BATCH, return_logprob=False, has_grammar=False)
+        batch = SimpleNamespace(
+            reqs=[None] * BATCH, return_logprob=False, has_grammar=False, sampling_info=None
+        )
         with verifier.verifying(worker, batch):
-            tokens = torch.arange(BATCH * BLOCK)
-            cut = verifier.compact(tokens, tokens, tokens)
-            counts = verifier.row_counts()
+            tokens, counts = torch.arange(BATCH * BLOCK), [BLOCK] * BATCH
+            if verifier.num_rows is not None:
+                tokens = verifier.compact(tokens, tokens, tokens).tokens
+                counts = verifier.row_counts()
             verifier.learn(torch.minimum(committed, torch.tensor(counts)).int())
         predictor = verifier.predictor
         same = [
             *choice,
-            cut.tokens,
+            tokens,
             torch.tensor(counts),
             predictor.predictions,
             *predictor.model.state,
@@ -86,7 +89,7 @@ def serve(rank: int, folder: Path) -> None:
         made["same"].append([part.clone() for part in same])
         made["alone"].append(best_logits_naive(seen @ weight.T, 1))
         made["whole"].append(best_logits_naive(hidden @ weight.T, 1))
-    torch.save({**made, "wanted": wanted, "counts": policy.counts()}, folder / f"{rank}.pt")
+    torch.save({**made, "wanted": wanted, "counts": budget.policy.counts()}, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -108,4 +111,4 @@ def test_two_ranks_verify_the_same_bit_by_bit(tmp_path):
     assert len(one["wanted"]) == len(two["wanted"])
     assert one["wanted"] != two["wanted"]
     assert one["counts"] == two["counts"]
-    assert sum(one["counts"][f"steps:{rows}"] > 0 for rows in ROWS) > 2
+    assert sum(n > 0 for name, n in one["counts"].items() if name.startswith("steps:")) > 2

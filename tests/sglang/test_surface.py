@@ -89,7 +89,7 @@ def test_names_tell_classes_apart_without_their_modules():
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_the_output_of_a_cut_pass_is_scattered_before_sglang_reads_it(cut):
+def test_the_output_of_a_cut_pass_is_taken_before_sglang_reads_it(cut):
     logits = torch.arange(3.0)[:, None]
     output = SimpleNamespace(next_token_logits=logits, hidden_states=None)
     target = SimpleNamespace(
@@ -98,11 +98,11 @@ def test_the_output_of_a_cut_pass_is_scattered_before_sglang_reads_it(cut):
         )
     )
     rows = SimpleNamespace(indices=torch.tensor([0, 1, 2, 2]), kept=torch.tensor([[7, 8, 9, -1]]))
+    running = SimpleNamespace(rows=rows, logits=None, hidden=None) if cut else None
     worker: Any = SimpleNamespace(
         target_worker=target,
         in_graph=False,
-        graph_injects=True,
-        verifier=SimpleNamespace(cut=rows if cut else None),
+        verifier=SimpleNamespace(cut=running),
         _draft_block_tokens_buf=torch.tensor([[7, 8, 9, 5]]),
     )
     watch_target_passes(worker)
@@ -110,3 +110,4 @@ def test_the_output_of_a_cut_pass_is_scattered_before_sglang_reads_it(cut):
     assert worker.in_graph
     assert len(output.next_token_logits) == (4 if cut else 3)
     assert worker._draft_block_tokens_buf.tolist() == [[7, 8, 9, -1 if cut else 5]]
+    assert running is None or running.logits is logits

@@ -1,10 +1,9 @@
-"""Adaptive verification: how many rows of each block the target verifies.
+"""Adaptive verification: which rows of each block the target verifies.
 
-SGLang's worker drafts and commits whole blocks. The policy chooses one number for a step, the
-average rows of a request, for which there are attention metadata and CUDA graphs
-(``verify_graphs``). Which rows they are is decided on the device, by the probability that each
-draft is accepted. ``verify_input`` compacts the pass's input to these rows and scatters its output
-back to whole-block layout.
+SGLang's worker drafts and commits whole blocks. The policy chooses the average rows of a request
+(``VerifyBudget``), rounded up to a captured pass (``verify_graphs``). Which rows they are is
+decided on the device, by the probability that each draft is accepted. ``verify_input`` compacts the
+pass's input to these rows; its output stays compact (``CutPass``), and acceptance reads it so.
 """
 
 from __future__ import annotations
@@ -13,21 +12,20 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from dflash_plugin.adaptive.policy import VerifyLenPolicy
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.accept_greedy import accept_greedy
 from dflash_plugin.kernels.cut_blocks import CutBlocks, cut_blocks
-from dflash_plugin.kernels.draft_attention import Blocks
-from dflash_plugin.serving.adaptive_setup import DraftSelection, make_policy
-from dflash_plugin.serving.drafter_spec import Options
-from dflash_plugin.sglang import triton_attention
+from dflash_plugin.serving.adaptive_setup import VerifyBudget
+from dflash_plugin.sglang import block_attention
 from dflash_plugin.sglang.acceptance_probs import AcceptancePredictor
-from dflash_plugin.sglang.compat import argument
+from dflash_plugin.sglang.compat import argument, current
 from dflash_plugin.sglang.options import DrafterSpec
 from dflash_plugin.sglang.protocols import ModelRunnerLike, ScheduleBatchLike
 from dflash_plugin.sglang.verify_graphs import VerifyGraphs, graph_seconds
@@ -40,131 +38,209 @@ REQUIRED_ARGUMENTS = (
     ("dcp_size", 1),
     ("enable_two_batch_overlap", False),
 )
-# With no more requests than these there is little to save.
-FEW_REQUESTS = 8
+# A pass of whole blocks that takes no longer than this many passes of one block has no rows to
+# save: it waits for the target's weights.
+NO_LONGER = 1.1
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CutPass:
+    """A verify pass of fewer rows than whole blocks.
+
+    Attributes:
+        rows: the N rows that it verifies.
+        logits: [N, V], of the target, once the pass has run; or this rank's part of them.
+        hidden: [N, taps * hidden], the target's features, once the pass has run.
+    """
+
+    rows: CutBlocks
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class AdaptiveVerifier:
     """Chooses which rows of a batch's blocks a verify pass runs.
 
     Args:
-        policy: chooses the verify length of each step.
+        budget: how many drafts a step verifies.
         block: rows of a whole block.
         size: largest number of requests in a batch.
         device: of the target.
-        options: limits of the number of drafts.
-        by_request: requests may have different numbers of rows, where the target's attention is
-            this project's.
+        by_request: requests may have different numbers of rows.
+        is_optional: the options leave it open whether passes are cut.
 
     Attributes:
         verify_len: rows of a request, on average, in the pass that runs.
+        num_rows: rows of the pass that runs; None for whole blocks.
         whole_blocks: verify whole blocks, whatever the policy says.
-        is_optional: the options leave it open whether passes are cut, so that without graphs they
-            are not.
-        by_request: requests have different numbers of rows.
-        graphs: the passes of fewer rows than a block.
-        attention: which attention the target's other passes use, None where that is its back end's
-            own.
-        cut: the rows that the pass verifies, once it has drafted; None for whole blocks.
+        bypass: batches of no more requests than these verify whole blocks, and their drafts'
+            acceptance is not predicted.
+        graphs: the captured passes of fewer rows.
+        attention: which attention the target's passes use, None where that is its back end's own.
+        cut: the pass that runs, once it has drafted; None for whole blocks.
         predictor: how probably each draft is accepted.
-        selection: selects the drafts that a pass verifies.
     """
 
     def __init__(
         self,
-        policy: VerifyLenPolicy,
+        budget: VerifyBudget,
         block: int,
         size: int,
         device: torch.device,
-        options: Options,
         *,
         by_request: bool = True,
+        is_optional: bool = False,
     ) -> None:
-        self.policy, self.block, self.device = policy, block, device
-        self.verify_len, self.whole_blocks = block, False
-        self.graphs = VerifyGraphs(block, size, device, ragged=by_request)
-        self.attention: triton_attention.VerifyAttention | None = None
-        self.cut: CutBlocks | None = None
+        self.budget, self.policy, self.selection = budget, budget.policy, budget.selection
+        self.block, self.device = block, device
+        self.by_request, self.is_optional = by_request, is_optional
+        self.verify_len, self.whole_blocks, self.bypass = block, False, 0
+        self.num_rows: int | None = None
+        self.graphs = VerifyGraphs(block, size, device)
+        self.attention: block_attention.BlockAttention | None = None
+        self.cut: CutPass | None = None
         self.predictor = AcceptancePredictor(block - 1, size, device)
-        self.selection = DraftSelection(options, block - 1, size, device)
-        self.by_request = False
-        self.is_optional = options.adaptive_verification is None
-        self._starts: Tensor | None = None
         counts = torch.ones(3, size, dtype=torch.int32, device=device)
         self._drafts, self._others, self._admitted = counts.unbind()
         self._drafts.fill_(block - 1)
         self._slots = torch.arange(size, device=device)
         self._logit_starts = torch.zeros(size + 1, dtype=torch.int32, device=device)
-        if device.type == "cpu":  # Its attention takes blocks of any length.
-            self._set_by_request(by_request)
+        if not by_request:
+            self.policy.expected = self.policy.acceptance.expected
 
     @property
     def skips_draft(self) -> bool:
         """Whether the pass that runs verifies no draft, so that it needs none."""
         return self.verify_len == 1
 
+    def predicts(self, requests: int) -> bool:
+        """Whether a batch's pass may be cut, so that its drafts' acceptance is predicted."""
+        return not self.whole_blocks and requests > self.bypass
+
+    def measure(self, runner: ModelRunnerLike) -> None:
+        """Find the batches that gain nothing from shorter passes, before the drafter is captured.
+
+        Args:
+            runner: the target's, whose passes of whole blocks are captured already.
+
+        Raises:
+            DFlashError: the options ask for shorter passes, which a layer does not take.
+        """
+        obstacle = self._graph_obstacle(runner)
+        if obstacle is not None:
+            if not self.is_optional:
+                raise DFlashError(
+                    f"adaptive_verification is on, but {obstacle}, or turn adaptive_verification "
+                    "off"
+                )
+            logger.info("adaptive verification is off: %s", obstacle)
+            self.whole_blocks = True
+            return
+        whole = runner.decode_cuda_graph_runner
+        if self.policy.verify_lens[-1] < self.block:
+            return
+        seconds = graph_seconds(whole, self.device)
+        if len(seconds) > 1:
+            limit = NO_LONGER * seconds[min(seconds)]
+            free = [size for size, took in seconds.items() if took <= limit]
+            # One request alone says nothing of how time grows with rows.
+            self.bypass = max(size for size in free) if max(free) > min(seconds) else 0
+        if self.policy.agree is not None:
+            self.bypass = self.policy.agree(self.bypass)
+        self.whole_blocks = bool(seconds) and self.bypass >= max(seconds)
+        logger.info("verify passes of more than %d requests may be cut", self.bypass)
+
+    def _graph_obstacle(self, runner: ModelRunnerLike) -> str | None:
+        """What keeps passes of other rows from being captured, and what to do about it."""
+        backend, attention = runner.attn_backend, self.attention
+        if self.device.type != "cuda":
+            return None
+        if runner.decode_cuda_graph_runner is None:
+            return "CUDA graphs are off: turn them on"
+        if attention is not None and attention.only_ours:
+            return None
+        if not current().supports_ragged_verify(backend):
+            return (
+                f"{type(backend).__name__}'s own attention takes whole blocks only: start SGLang "
+                "with --attention-backend fa3"
+            )
+        return None
+
     def capture(self, runner: ModelRunnerLike, draft_runner: ModelRunnerLike) -> None:
-        """Capture the target's verify passes of every verify length, and time each.
+        """Capture the target's verify passes of fewer rows, and time every pass.
 
         Args:
             runner: the target's, whose passes of whole blocks are captured already.
             draft_runner: the drafter's, whose passes are captured already.
         """
-        whole, passes = runner.decode_cuda_graph_runner, self.graphs.passes
-        if whole is None:
-            self.whole_blocks = self.is_optional
+        whole, attention = runner.decode_cuda_graph_runner, self.attention
+        if whole is None or self.whole_blocks:
             return
-        policy = self.policy
-        policy.sizes = tuple(sorted(whole.capture_bs))
-        policy.verify_lens = self.graphs.capture(runner, policy.verify_lens, policy.agree)
-        self._set_by_request(self.graphs.can_be_ragged())
-        if self.by_request:
-            self.selection.compile_ahead(self.predictor.predictions)
-        draft = graph_seconds(draft_runner.decode_cuda_graph_runner, self.device)
-        for verify_len in policy.verify_lens:
-            graphs = passes[verify_len].graphs if verify_len in passes else whole
-            for size, seconds in graph_seconds(graphs, self.device).items():
-                if verify_len == 1 or size in draft:
-                    drafts = draft[size] if verify_len > 1 else 0.0
-                    policy.prior[size, verify_len] = seconds + drafts
+        is_ours = attention is not None and attention.only_ours
+        self.budget.capture_sizes = self.graphs.capture(runner, attention if is_ours else None)
+        self.selection.compile_ahead(self.predictor.predictions)
+        self._compile_ahead()
+        verifying = graph_seconds(self.graphs.runner, self.device)
+        drafting = graph_seconds(draft_runner.decode_cuda_graph_runner, self.device)
+        if verifying and drafting:
+            by_requests = graph_seconds(whole, self.device)
+            self.budget.set_costs(whole.capture_bs, verifying, drafting, by_requests)
 
-    def _set_by_request(self, by_request: bool) -> None:
-        self.by_request = by_request
-        self.policy.expected = self._expected if by_request else self.policy.acceptance.expected
-
-    def _expected(self) -> list[float]:
-        return self.selection.expected(lambda verify_len: verify_len - 1)
+    def _compile_ahead(self) -> None:
+        """Run the launches of a cut pass once, so that no request waits for their compilation."""
+        block = torch.zeros(self.block, dtype=torch.int64, device=self.device)
+        self.num_rows = 2
+        cut = self.compact(block, block, block)
+        accept_greedy(cut.kept[:, 1:], block[:2].clone(), cut.indices.view(1, self.block))
+        self.num_rows, self.cut = None, None
 
     @contextmanager
     def verifying(self, worker: Any, batch: ScheduleBatchLike) -> Iterator[None]:
-        """Choose the verify length of a decode pass, and run the pass with it.
+        """Choose the rows of a decode pass, and run the pass with them.
 
         Args:
             worker: SGLang's.
-            batch: of the pass; one that wants log-probabilities gets whole blocks, since SGLang
-                finds these by the layout of whole blocks.
+            batch: of the pass.
         """
-        self.verify_len = self.block
-        # A grammar reads the drafts in place; on a GPU SGLang has copied them by then.
-        grammar_reads_drafts = self.device.type == "cpu" and batch.has_grammar
-        if self.whole_blocks or batch.return_logprob or grammar_reads_drafts:
+        requests = len(batch.reqs)
+        self.verify_len, self.num_rows = self.block, None
+        if self._stays_whole(batch):
             self.policy.interrupt()
         else:
-            self.verify_len = self.policy.choose(len(batch.reqs), time.monotonic())
-        own = self.graphs.passes.get(self.verify_len)
+            self.budget.requests = requests
+            verify_len = self.policy.choose(requests, time.monotonic())
+            drafts = self.budget.drafts_to_verify(verify_len, requests, requests)
+            if drafts < requests * (self.block - 1):
+                self.verify_len = verify_len
+                # A pass of anchors alone fills a captured one too.
+                self.num_rows = next(
+                    (rows for rows in self.budget.capture_sizes if rows >= requests + drafts),
+                    requests + drafts,
+                )
         try:
-            with self.graphs.swapped_in(worker.target_worker.model_runner, self.verify_len):
+            if self.num_rows is None:
                 yield
+            else:
+                with self.graphs.swapped_in(worker.target_worker.model_runner):
+                    yield
         finally:
-            self.cut, self._starts = None, None
-            self.verify_len = self.block
-            if own is not None:
-                if own.attention is not None:
-                    own.attention.ragged = False
-            elif self.attention is not None:
+            self.cut, self.num_rows, self.verify_len = None, None, self.block
+            if self.attention is not None:
                 self.attention.blocks, self.attention.ragged = None, False
+
+    def _stays_whole(self, batch: ScheduleBatchLike) -> bool:
+        """Whether SGLang reads the output of a batch's pass by the layout of whole blocks."""
+        info, captured = batch.sampling_info, self.graphs.runner
+        return (
+            not self.predicts(len(batch.reqs))
+            or (captured is not None and len(batch.reqs) > captured.max_bs)
+            or batch.return_logprob
+            or batch.has_grammar
+            or (info is not None and info.has_custom_logit_processor)
+            or (info is not None and current().returns_sampling_masks(info))
+        )
 
     def compact(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> CutBlocks:
         """Select the rows of the pass that runs.
@@ -174,52 +250,56 @@ class AdaptiveVerifier:
             positions: [B * block].
             slots: [B * block], where keys and values are written.
         """
-        batch = len(tokens) // self.block
-        own = self.graphs.passes.get(self.verify_len)
-        if own is None:
-            starts, requests = self.graphs.even_rows(self.verify_len)
-        else:
-            starts, requests = own.starts, own.requests
-        even = not self.by_request or self.verify_len == 1
-        self._starts = starts[: batch + 1]
-        if not even:
+        assert self.num_rows is not None
+        batch, starts = len(tokens) // self.block, self.graphs.starts
+        if self.by_request:
             self.selection.admit(
                 self.predictor.predictions,
                 self._slots[:batch],
                 self._drafts[:batch],
                 self._others[:batch],
-                batch * (self.verify_len - 1),
+                self.num_rows - batch,
                 self._admitted[:batch],
                 self._logit_starts,
-                self._starts,
+                starts,
             )
-            attention = self.attention if own is None else own.attention
-            if attention is not None:
-                attention.blocks = Blocks(starts, requests, self.block)
-                attention.ragged = True
-        self.cut = cut_blocks(
+        else:
+            even = torch.arange(batch + 1, dtype=torch.int32, device=self.device)
+            starts[: batch + 1] = even * self.verify_len
+        if self.attention is not None and self.graphs.runner is None:
+            self.attention.blocks, self.attention.ragged = self.graphs.blocks, self.by_request
+        cut = cut_blocks(
             tokens.view(batch, self.block),
             positions.contiguous(),
             slots.contiguous(),
-            self.verify_len,
+            self.num_rows,
             starts,
-            requests,
-            even=even,
+            self.graphs.requests,
         )
-        return self.cut
+        self.cut = CutPass(cut)
+        return cut
+
+    def layout(self) -> Any:
+        """SGLang's layout of the cut pass that runs."""
+        assert self.cut is not None
+        assert self.num_rows is not None
+        return self.graphs.layout(len(self.cut.rows.kept), self.num_rows)
 
     def row_counts(self) -> list[int]:
         """Rows of each request in the pass that runs; waits for the device."""
-        assert self._starts is not None
-        counts: list[int] = self._starts.diff().tolist()
+        assert self.cut is not None
+        batch = len(self.cut.rows.kept)
+        counts: list[int] = self.graphs.starts[: batch + 1].diff().tolist()
         return counts
 
     def learn(self, committed: Tensor) -> None:
         """Learn from the number of tokens that each request committed in a pass, int [B]."""
-        if self.skips_draft or not self.by_request:
+        batch = len(committed)
+        if self.skips_draft or not self.by_request or not self.predicts(batch):
             return
-        self.predictor.learn(committed, self._starts)
-        self.selection.observe(lambda: self.predictor.predictions[: len(committed)])
+        starts = None if self.cut is None else self.graphs.starts[: batch + 1]
+        self.predictor.learn(committed, starts)
+        self.selection.observe(lambda: self.predictor.predictions[:batch])
 
 
 def agree_across_ranks(group: Any) -> Callable[[int], int] | None:
@@ -245,7 +325,7 @@ def build_verifier(
     runner: ModelRunnerLike,
     block: int,
     device: torch.device,
-    attention: triton_attention.VerifyAttention | None,
+    attention: block_attention.BlockAttention | None,
     *,
     agree: Callable[[int], int] | None = None,
     keeps_state: bool = False,
@@ -275,13 +355,16 @@ def build_verifier(
     same_rows = argument(server_args, "enable_lora") or runner.model_config.model_is_mrope
     size = int(runner.req_to_token_pool.size)
     obstacle = _obstacle(server_args, keeps_state)
-    if options.adaptive_verification is None:
-        if attention is None or same_rows:
-            obstacle = obstacle or "requests cannot differ in how many drafts are verified"
+    is_optional = options.adaptive_verification is None
+    if device.type == "cuda" and same_rows:
+        obstacle = obstacle or (
+            "a target with LoRA or several position axes takes whole blocks only: serve it without"
+        )
+    if is_optional:
         if agree is not None:
             obstacle = obstacle or "it was not measured on several ranks"
-        if size <= FEW_REQUESTS:
-            obstacle = obstacle or f"no more than {size} requests run at once"
+        if device.type != "cuda" and attention is None:
+            obstacle = obstacle or "it was not measured on this device"
         if obstacle is not None:
             logger.info("adaptive verification is off: %s", obstacle)
             return None
@@ -289,8 +372,10 @@ def build_verifier(
         raise DFlashError(
             f"adaptive_verification is on, but {obstacle}, or turn adaptive_verification off"
         )
-    policy = make_policy(options, block - 1, agree=agree)
-    verifier = AdaptiveVerifier(policy, block, size, device, options, by_request=not same_rows)
+    budget = VerifyBudget(options, block - 1, size, device, agree=agree)
+    verifier = AdaptiveVerifier(
+        budget, block, size, device, by_request=not same_rows, is_optional=is_optional
+    )
     verifier.attention = attention
     return verifier
 
@@ -301,6 +386,8 @@ def _obstacle(server_args: Any, keeps_state: bool) -> str | None:
         given = argument(server_args, name)
         if given not in (None, needed):
             return f"{name} is {given!r}: set it to {needed!r}"
+    if argument(server_args, "disable_cuda_graph_padding"):
+        return "disable_cuda_graph_padding is on: leave it out"
     if keeps_state:
         return "the target keeps state that a shorter pass would leave behind: use another target"
     return None

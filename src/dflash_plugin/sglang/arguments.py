@@ -69,6 +69,13 @@ def prepare(server_args: Any) -> None:
             "--enable-dp-attention or --attn-dp-size is set, which dflash-plugin does not run "
             "with: leave it out, or set DFLASH_PLUGIN=off to use SGLang's own DFlash"
         )
+    mode = argument(server_args, "disaggregation_mode")
+    if mode not in (None, "null"):
+        raise DFlashError(
+            f"--disaggregation-mode is {mode!r}, and dflash-plugin does not send the drafter's "
+            "cache between servers: leave it out, or set DFLASH_PLUGIN=off to use SGLang's own "
+            "DFlash"
+        )
     options = read_options()
     target = target_config(server_args)
     requested = {name: argument(server_args, name) for name in BLOCK_ARGUMENTS}

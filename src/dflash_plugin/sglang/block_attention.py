@@ -1,8 +1,10 @@
-"""Attention of draft and verify passes under SGLang's Triton back end.
+"""Attention of draft and verify passes under SGLang's attention back ends.
 
-SGLang's back end reads a context serially, once for each query head, and lists the slots of every
-request before each pass. ``draft_attention`` takes its place for plain attention over a plain pool;
-everything else stays with SGLang's back end.
+``draft_attention`` takes the place of a back end's own attention for blocks, where it gives the
+same result: for plain attention over a plain pool. It reads slots from the request table, so a
+captured pass needs no metadata, and it takes requests with different numbers of rows. Prompts, and
+everything that is more than plain, stay with the back end, as do larger batches of the target under
+FlashAttention, which is faster there.
 """
 
 from __future__ import annotations
@@ -23,27 +25,45 @@ from dflash_plugin.kernels.draft_attention import (
     PagedContext,
     draft_attention,
 )
-from dflash_plugin.sglang.compat import current
-from dflash_plugin.sglang.protocols import AttnBackendLike, ForwardBatchLike
+from dflash_plugin.sglang.compat import argument, current
+from dflash_plugin.sglang.protocols import AttnBackendLike, ForwardBatchLike, ModelRunnerLike
 
-BACKEND = "TritonAttnBackend"
+TRITON, FLASH_ATTENTION, FLASHINFER = (
+    "TritonAttnBackend",
+    "FlashAttentionBackend",
+    "FlashInferAttnBackend",
+)
 POOL = "MHATokenToKVPool"
+# FlashAttention 3 is faster for more requests of the target, the more so with long contexts. For
+# few, writing keys and values and preparing the pass take as long as the attention.
+FEW_REQUESTS = 4
 CAUSAL, FREE = "decoder", "encoder_only"
 
 
 @dataclass
-class VerifyAttention:
-    """Which attention the verify passes of a back end use.
+class BlockAttention:
+    """Which attention the draft or verify passes of a back end use.
 
     Attributes:
+        pool: SGLang's KV pool of the back end's model.
+        req_to_token: int32 [requests, tokens], the slots of each request's tokens.
+        native_rows: rows of a request that the back end's own attention takes in a verify pass,
+            whatever rows the pass has; None where it goes by the pass.
+        max_requests: larger batches stay with the back end's own attention; None limits none.
         used_ours: some pass so far used ``draft_attention``.
         used_native: some pass so far used the back end's own.
+        refused: some layer needs the back end's own, however few requests there are.
         blocks: the rows of each request, or None where all requests always have the same number.
         ragged: in the next pass, requests have different numbers of rows.
     """
 
+    pool: Any
+    req_to_token: Tensor
+    native_rows: int | None = None
+    max_requests: int | None = None
     used_ours: bool = False
     used_native: bool = False
+    refused: bool = False
     blocks: Blocks | None = None
     ragged: bool = False
 
@@ -51,6 +71,10 @@ class VerifyAttention:
     def only_ours(self) -> bool:
         """Whether all passes so far used ``draft_attention``."""
         return self.used_ours and not self.used_native
+
+    def takes(self, requests: int) -> bool:
+        """Whether a batch of so many requests is small enough."""
+        return self.max_requests is None or requests <= self.max_requests
 
 
 def is_plain(pool: Any) -> bool:
@@ -68,46 +92,78 @@ def is_plain(pool: Any) -> bool:
     )
 
 
-def install(backend: AttnBackendLike, device: torch.device) -> VerifyAttention | None:
-    """Let a back end's verify passes use ``draft_attention`` where it gives the same result.
+def install(
+    runner: ModelRunnerLike, device: torch.device, backend: AttnBackendLike | None = None
+) -> BlockAttention | None:
+    """Let a back end's passes over blocks use ``draft_attention`` where it gives the same result.
 
     Args:
-        backend: of the target or of the drafter.
-        device: of the back end.
+        runner: of the target or of the drafter, with its pools.
+        device: of the runner.
+        backend: one of the runner's back ends; None takes the one that it runs with.
 
     Returns:
         Which attention the back end uses from then on, or None where that is always its own.
     """
+    backend = runner.attn_backend if backend is None else backend
+    is_plain_backend = PLAIN.get(type(backend).__name__)
     if (
-        type(backend).__name__ != BACKEND
+        is_plain_backend is None
         or not kernels.available(device)
-        or not _is_plain_backend(backend)
+        or not is_plain(runner.token_to_kv_pool)
+        or argument(runner.server_args, "enable_deterministic_inference")
+        or argument(runner.server_args, "dcp_size") not in (None, 1)
+        or not is_plain_backend(backend)
     ):
         return None
-    attention = VerifyAttention()
-    # In 0.5.16 a batch has no such field.
-    has_output = current().forward_batch_has_output
-    backend.forward_extend = routed(backend, backend.forward_extend, attention, has_output)
+    attention = BlockAttention(runner.token_to_kv_pool, runner.req_to_token_pool.req_to_token)
+    if type(backend).__name__ == FLASH_ATTENTION:
+        attention.native_rows = int(backend.speculative_num_draft_tokens)
+        attention.max_requests = None if runner.is_draft_worker else FEW_REQUESTS
+    backend.forward_extend = routed(backend.forward_extend, attention)
     fill = backend.init_forward_metadata_out_graph
-    backend.init_forward_metadata_out_graph = without_lists(fill, attention)
+    backend.init_forward_metadata_out_graph = without_metadata(fill, attention)
     return attention
 
 
-def _is_plain_backend(backend: Any) -> bool:
-    """Whether a Triton back end only attends to the slots that the request table names."""
+def _is_plain_triton(backend: Any) -> bool:
     if current().has_kv_index_translator:
-        translates = backend.kv_index_translator.is_translating
-    else:
-        translates = backend._translate_kv_loc is not None
-    return (
-        is_plain(backend.token_to_kv_pool)
-        and backend.dcp_size == 1
-        and not backend.enable_deterministic
-        and not translates
+        return not _translates(backend)
+    return backend._translate_kv_loc is None
+
+
+def _is_plain_flash_attention(backend: Any) -> bool:
+    translates = current().has_kv_index_translator and _translates(backend)
+    return not (
+        # Version 4 is faster than the kernel on the GPUs that it is for.
+        backend.fa_impl_ver != 3
+        or backend.use_mla
+        or backend.has_local_attention
+        or backend.is_prefill_aware_swa
+        or backend.is_encoder_decoder
+        or backend.attn_cp_size != 1
+        or translates
     )
 
 
-def without_lists(native: Callable[..., None], attention: VerifyAttention) -> Callable[..., None]:
+def _is_plain_flashinfer(backend: Any) -> bool:
+    translates = current().has_kv_index_translator and _translates(backend)
+    return not (backend.enable_mis or backend.is_dllm_model or translates)
+
+
+def _translates(backend: Any) -> bool:
+    return bool(backend.kv_index_translator.is_translating)
+
+
+# Whether a back end only attends to the slots that the request table names.
+PLAIN: dict[str, Callable[[Any], bool]] = {
+    TRITON: _is_plain_triton,
+    FLASH_ATTENTION: _is_plain_flash_attention,
+    FLASHINFER: _is_plain_flashinfer,
+}
+
+
+def without_metadata(native: Callable[..., None], attention: BlockAttention) -> Callable[..., None]:
     """The function that fills a captured pass's metadata, left out where nothing reads these.
 
     Args:
@@ -119,25 +175,19 @@ def without_lists(native: Callable[..., None], attention: VerifyAttention) -> Ca
     def fill(forward_batch: ForwardBatchLike, *args: Any, **kwargs: Any) -> None:
         captures = bool(kwargs.get("in_capture", args[0] if args else False))
         verifies = forward_batch.forward_mode.is_target_verify()
-        if captures or not verifies or not attention.only_ours:
+        ours = attention.used_ours and not attention.refused
+        if captures or not verifies or not ours or not attention.takes(forward_batch.batch_size):
             native(forward_batch, *args, **kwargs)
 
     return fill
 
 
-def routed(
-    backend: AttnBackendLike,
-    native: Callable[..., Tensor],
-    attention: VerifyAttention,
-    has_output: bool,
-) -> Callable[..., Tensor]:
+def routed(native: Callable[..., Tensor], attention: BlockAttention) -> Callable[..., Tensor]:
     """``forward_extend`` of a back end, with ``draft_attention`` where it gives the same result.
 
     Args:
-        backend: holds the metadata of the pass.
         native: the back end's own ``forward_extend``.
         attention: notes which of the two ran.
-        has_output: a batch may name the tensor that attention is written to (``compat``).
     """
 
     @wraps(native)
@@ -153,42 +203,50 @@ def routed(
     ) -> Tensor:
         verifies = forward_batch.forward_mode.is_target_verify()
         usual = k is not None and v is not None and save_kv_cache
-        usual = usual and all(value is None for value in more.values())
-        if has_output:
-            usual = usual and forward_batch._attn_output is None
-        ours = verifies and usual and _takes(backend, layer, forward_batch, q, attention.blocks)
+        usual = usual and all(value is None or value is False for value in more.values())
+        usual = usual and forward_batch._attn_output is None
+        small = attention.takes(forward_batch.seq_lens.shape[0])
+        ours = verifies and small and usual and _takes(attention, layer, forward_batch, q)
+        attention.refused |= verifies and small and not ours
         attention.used_ours |= ours
         attention.used_native |= verifies and not ours
-        if verifies and attention.ragged and not ours:
-            raise DFlashError(
-                "a layer's attention takes blocks of one length only, but adaptive verification "
-                "gave requests different numbers of rows: turn adaptive_verification off"
-            )
+        if verifies and not ours:
+            _check_native(attention, q, forward_batch)
         if not ours:
-            return native(q, k, v, layer, forward_batch, save_kv_cache, sinks=sinks, **more)
+            if sinks is not None:
+                more["sinks"] = sinks
+            return native(q, k, v, layer, forward_batch, save_kv_cache, **more)
         assert k is not None
         assert v is not None
-        return attend(backend, q, k, v, layer, forward_batch, sinks, attention.blocks)
+        return attend(attention, q, k, v, layer, forward_batch, sinks)
 
     return forward_extend
 
 
-def _takes(
-    backend: AttnBackendLike,
-    layer: Any,
-    forward_batch: ForwardBatchLike,
-    q: Tensor,
-    blocks: Blocks | None,
-) -> bool:
+def _check_native(attention: BlockAttention, q: Tensor, forward_batch: ForwardBatchLike) -> None:
+    """Refuse a pass that the back end's own attention would lay out wrongly.
+
+    Raises:
+        DFlashError: requests have other numbers of rows than the back end takes.
+    """
+    requests, rows = forward_batch.seq_lens.shape[0], attention.native_rows
+    if attention.ragged or (rows is not None and q.shape[0] != rows * requests):
+        raise DFlashError(
+            "a layer's attention takes blocks of one length only, but adaptive verification gave "
+            "requests other numbers of rows: turn adaptive_verification off"
+        )
+
+
+def _takes(attention: BlockAttention, layer: Any, forward_batch: Any, q: Tensor) -> bool:
     """Whether ``attend`` gives the result that the back end would give."""
-    metadata, heads, kv_heads = backend.forward_metadata, layer.tp_q_head_num, layer.tp_k_head_num
-    rows, window, kind = metadata.max_extend_len, layer.sliding_window_size, _kind(layer)
+    heads, kv_heads = layer.tp_q_head_num, layer.tp_k_head_num
+    window, kind, blocks = layer.sliding_window_size, _kind(layer), attention.blocks
+    # A request has this number of rows, on average.
+    rows, rest = divmod(q.shape[0], forward_batch.seq_lens.shape[0])
     max_rows = rows if blocks is None else blocks.max_rows
     return (
-        metadata.custom_mask is None
-        and rows is not None
-        # A request has this number of rows, on average.
-        and q.shape[0] == rows * forward_batch.seq_lens.shape[0]
+        forward_batch.spec_info.custom_mask is None
+        and (rest == 0 or blocks is not None)
         and heads % kv_heads == 0
         and max_rows * (heads // kv_heads) <= MAX_ROWS
         and layer.qk_head_dim == layer.v_head_dim
@@ -200,7 +258,7 @@ def _takes(
         # SGLang's window only limits how far back a row sees, so that a row of a block without
         # causal mask sees all rows behind it. The kernel does so where the window holds the block.
         and (window <= -1 or kind == CAUSAL or max_rows <= window)
-        and q.dtype == backend.token_to_kv_pool.dtype
+        and q.dtype == attention.pool.dtype
     )
 
 
@@ -209,32 +267,30 @@ def _kind(layer: Any) -> str:
 
 
 def attend(
-    backend: AttnBackendLike,
+    attention: BlockAttention,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     layer: Any,
     forward_batch: ForwardBatchLike,
     sinks: Tensor | None,
-    blocks: Blocks | None = None,
 ) -> Tensor:
     """Attention [T, heads * head_dim] of every request's block behind its context.
 
     Args:
-        backend: holds the pool, and the table of requests' slots.
+        attention: holds the pool, the table of requests' slots, and the rows of each request.
         q: [T, heads * head_dim].
         k: [T, kv_heads, head_dim]; the kernel writes it to the pool.
         v: [T, kv_heads, head_dim]; the kernel writes it to the pool.
         layer: SGLang's ``RadixAttention``.
         forward_batch: of the pass; a captured pass reads its tensors again in every replay.
         sinks: [heads], logits that join the softmax without a value, or None.
-        blocks: the rows of each request, or None where all have the same number.
     """
-    metadata, pool = backend.forward_metadata, backend.token_to_kv_pool
+    pool, blocks = attention.pool, attention.blocks
     window, batch = layer.sliding_window_size, forward_batch.seq_lens.shape[0]
     leading: tuple[int, ...] = (-1,)
     if blocks is None:
-        leading = (-1, metadata.max_extend_len)
+        leading = (batch, len(q) // batch)
     else:
         blocks = blocks._replace(
             starts=blocks.starts[: batch + 1], requests=blocks.requests[: len(q)]
@@ -250,7 +306,7 @@ def attend(
         PagedContext(
             pool.get_key_buffer(layer.layer_id),
             pool.get_value_buffer(layer.layer_id),
-            backend.req_to_token,
+            attention.req_to_token,
             forward_batch.seq_lens,
             forward_batch.req_pool_indices,
         ),

@@ -20,38 +20,47 @@ class Version:
             being written into it.
         log_probabilities: SGLang returns log-probabilities under DFLASH.
         draft_backend: the function that chooses the draft model's attention back end.
-        forward_batch_has_output: a ``ForwardBatch`` may name the tensor that attention is written
-            to (``_attn_output``).
         has_kv_index_translator: back ends translate slots by a ``kv_index_translator``; before, by
             a function ``_translate_kv_loc``.
         plans_kv_writes: the input of a verify pass holds a plan of the slots that the pass writes
             (``kv_loc_plan``).
+        has_sampling_masks: requests can ask for the tokens that sampling left over.
+        defers_gather: the target's verify passes leave logits on the ranks that made them.
     """
 
     declares_arguments: bool = False
     log_probabilities: bool = False
     draft_backend: str = "_resolve_draft_attention_backend_fallback"
-    forward_batch_has_output: bool = False
     has_kv_index_translator: bool = False
     plans_kv_writes: bool = False
+    has_sampling_masks: bool = False
+    defers_gather: bool = False
+
+    def supports_ragged_verify(self, backend: Any) -> bool:
+        """Whether a back end's own attention takes requests with different numbers of rows."""
+        return bool(backend.supports_ragged_verify_graph)
+
+    def returns_sampling_masks(self, info: Any) -> bool:
+        """Whether a request of a batch asked for the tokens that sampling left over."""
+        return self.has_sampling_masks and info.sampling_mask_batch_indices is not None
 
 
-_0_5_16 = Version()
-_0_5_17 = replace(_0_5_16, forward_batch_has_output=True)
+_0_5_17 = Version()
 _0_5_18 = replace(_0_5_17, log_probabilities=True)
 _0_5_19 = replace(_0_5_18, declares_arguments=True, has_kv_index_translator=True)
+_0_5_20 = replace(_0_5_19, has_sampling_masks=True)
 _0_5_22 = replace(
-    _0_5_19, draft_backend="resolve_draft_worker_attention_backend", plans_kv_writes=True
+    _0_5_20, draft_backend="resolve_draft_worker_attention_backend", plans_kv_writes=True
 )
+_0_5_23 = replace(_0_5_22, defers_gather=True)
 SUPPORTED: dict[str, Version] = {
-    "0.5.16": _0_5_16,
     "0.5.17": _0_5_17,
     "0.5.18": _0_5_18,
     "0.5.19": _0_5_19,
-    "0.5.20": _0_5_19,
-    "0.5.21": _0_5_19,
+    "0.5.20": _0_5_20,
+    "0.5.21": _0_5_20,
     "0.5.22": _0_5_22,
-    "0.5.23": _0_5_22,
+    "0.5.23": _0_5_23,
 }
 
 

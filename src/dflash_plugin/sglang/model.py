@@ -38,9 +38,9 @@ from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
 from dflash_plugin.serving.fp8_weights import product
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.sglang import surface
+from dflash_plugin.sglang.block_attention import is_plain
 from dflash_plugin.sglang.layers import SglangLayers, ShardedQKV
 from dflash_plugin.sglang.options import DrafterSpec
-from dflash_plugin.sglang.triton_attention import is_plain
 
 
 class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):

@@ -27,7 +27,8 @@ from dflash_plugin.sglang.protocols import (
     SamplingInfoLike,
 )
 from dflash_plugin.sglang.surface import surface
-from dflash_plugin.sglang.verify_input import compacting_input, scatter
+from dflash_plugin.sglang.verify_graphs import enable_ragged_runners
+from dflash_plugin.sglang.verify_input import compacting_input, take_output
 
 # Where SGLang's worker looks up the functions that it verifies with.
 WORKER_MODULE = "sglang.srt.speculative.dflash_worker_v2"
@@ -39,7 +40,6 @@ class RunningWorker(Protocol):
     verifier: AdaptiveVerifier | None
     step: Any
     in_graph: bool
-    graph_injects: bool
     target_worker: Any
     _draft_block_tokens_buf: Tensor
 
@@ -49,6 +49,10 @@ class RunningWorker(Protocol):
 
     def accept(self, candidates: Tensor, logits: Tensor, info: Any) -> tuple[Tensor, Tensor]:
         """Accepted drafts and the token after them."""
+        ...
+
+    def accept_greedy(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """Accepted drafts of a cut pass without requests that sample, and the token after them."""
         ...
 
 
@@ -69,7 +73,7 @@ def routing_to(worker: RunningWorker) -> Iterator[None]:
 def route_verification() -> None:
     """Patch the functions and the class with which SGLang's worker verifies.
 
-    Their signatures are the same from 0.5.16 to 0.5.23, while the worker's body around them changed
+    Their signatures are the same from 0.5.17 to 0.5.23, while the worker's body around them changed
     in every release.
     """
 
@@ -103,6 +107,18 @@ def route_verification() -> None:
     ) -> tuple[Tensor, Tensor]:
         return worker.accept(candidates, next_token_logits, sampling_info)
 
+    def greedily(native: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(native)
+        def call(*, candidates: Tensor, target_predict: Tensor) -> Any:
+            verifier = running_verifier()
+            if verifier is None or verifier.cut is None:
+                return native(candidates=candidates, target_predict=target_predict)
+            worker = _running.get()
+            assert worker is not None
+            return worker.accept_greedy(candidates)
+
+        return call
+
     def running_verifier() -> AdaptiveVerifier | None:
         worker = _running.get()
         return None if worker is None else worker.verifier
@@ -111,6 +127,7 @@ def route_verification() -> None:
     for name, make in (
         ("apply_dflash_verify_logits_adjustments", routed(adjust)),
         ("compute_dflash_sampling_correct_drafts_and_bonus", routed(accept)),
+        ("compute_dflash_correct_drafts_and_bonus", greedily),
         ("is_dflash_sampling_verify_available", routed(lambda worker: True)),
         (
             "DFlashVerifyInput",
@@ -118,6 +135,7 @@ def route_verification() -> None:
         ),
     ):
         surface().patch(WORKER_MODULE, name, make)
+    enable_ragged_runners()
 
 
 @contextmanager
@@ -138,7 +156,7 @@ def replacing_penalties(info: SamplingInfoLike, gathered: penalties.Penalties) -
 
 
 def watch_target_passes(worker: RunningWorker) -> None:
-    """Note whether the target's last pass was a captured one, and scatter what a cut pass gives.
+    """Note whether the target's last pass was a captured one, and take what a cut pass gives.
 
     SGLang's worker keeps the first to itself, and reads the output as whole blocks.
     """
@@ -151,12 +169,7 @@ def watch_target_passes(worker: RunningWorker) -> None:
         worker.in_graph = bool(result.can_run_cuda_graph)
         cut = None if worker.verifier is None else worker.verifier.cut
         if cut is not None:
-            scatter(
-                result.logits_output,
-                cut,
-                worker._draft_block_tokens_buf,
-                reads_features=not (worker.in_graph and worker.graph_injects),
-            )
+            take_output(result.logits_output, cut, worker._draft_block_tokens_buf)
         return result
 
     target.forward_batch_generation = forward

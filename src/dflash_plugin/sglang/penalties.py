@@ -37,27 +37,25 @@ class Penalties:
     remaining: Tensor
     stop: Tensor | None
 
-    def apply(self, logits: Tensor, drafts: Tensor) -> None:
-        """Penalize a block's logits in place.
+    def apply(self, logits: Tensor, drafts: Tensor, requests: Tensor, places: Tensor) -> None:
+        """Penalize the logits of a verify pass in place.
 
         Args:
-            logits: [B, K + 1, V], of the tokens after the anchor and after each draft.
+            logits: [N, V], of the tokens after the verified rows.
             drafts: int64 [B, K], token ids.
+            requests: int64 [N], the request of each row.
+            places: int64 [N], the row's place in its block; place 0 is the anchor's.
         """
-        batch, rows, vocabulary = logits.shape
-        counts = self.counts[:, None].expand(batch, rows, vocabulary).clone()
+        counts = self.counts[requests]
         # Draft k counts for the rows behind it.
-        seen = torch.ones(rows, rows - 1, device=logits.device).tril(-1)
-        counts.scatter_add_(
-            2, drafts[:, None].expand(batch, rows, rows - 1), seen.expand(batch, rows, rows - 1)
-        )
+        seen = torch.arange(drafts.shape[1], device=logits.device) < places[:, None]
+        counts.scatter_add_(1, drafts[requests], seen.to(counts.dtype))
         present = counts > 0
-        logits -= self.frequency[:, None] * counts + self.presence[:, None] * present
+        logits -= self.frequency[requests] * counts + self.presence[requests] * present
         if self.stop is not None:
-            row = torch.arange(rows, device=logits.device)
-            early = row < self.remaining
-            logits.masked_fill_(early[..., None] & self.stop[:, None], float("-inf"))
-        scale = torch.where(present, self.repetition[:, None], 1.0)
+            early = places[:, None] < self.remaining[requests]
+            logits.masked_fill_(early & self.stop[requests], float("-inf"))
+        scale = torch.where(present, self.repetition[requests], 1.0)
         logits.copy_(torch.where(logits < 0, logits * scale, logits / scale))
 
 

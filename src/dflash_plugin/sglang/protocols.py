@@ -74,6 +74,7 @@ class ForwardBatchLike(Protocol):
     """``ForwardBatch``: the inputs of one pass of a model."""
 
     forward_mode: ForwardModeLike
+    batch_size: int
     positions: Tensor
     seq_lens: Tensor
     req_pool_indices: Tensor
@@ -90,16 +91,14 @@ class LogitsOutputLike(Protocol):
 
 
 class AttnBackendLike(Protocol):
-    """``TritonAttnBackend``, as far as ``triton_attention`` and ``verify_graphs`` touch it."""
+    """An attention back end, as far as ``block_attention`` and ``verify_graphs`` touch it."""
 
-    token_to_kv_pool: Any
-    req_to_token: Tensor
-    forward_metadata: Any
     forward_extend: Callable[..., Tensor]
     init_forward_metadata_out_graph: Callable[..., None]
     init_cuda_graph_state: Callable[..., None]
     cuda_graph_kv_indices: Tensor
     sliding_window_size: int | None
+    speculative_num_draft_tokens: Any
 
 
 class GraphRunnerLike(Protocol):
@@ -117,10 +116,12 @@ class ModelRunnerLike(Protocol):
     """``ModelRunner``, of the target or of the drafter."""
 
     attn_backend: Any
+    is_draft_worker: bool
     decode_cuda_graph_runner: Any
     init_new_workspace: bool
     server_args: Any
     model_config: Any
     req_to_token_pool: Any
+    token_to_kv_pool: Any
 
     def _get_attention_backend(self, init_new_workspace: bool = False) -> Any: ...

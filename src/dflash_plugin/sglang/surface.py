@@ -33,7 +33,10 @@ VERIFYING = "verification"
 METRICS = "metrics"
 KNOWN_ANSWERS = "known answers"
 GRAPHS = "CUDA graphs"
-TRITON = "Triton attention"
+BLOCK_ATTENTION = "attention of blocks"
+TRITON = "attention of blocks under the Triton back end"
+FLASH_ATTENTION = "attention of blocks under the FlashAttention back end"
+FLASHINFER = "attention of blocks under the FlashInfer back end"
 ADAPTIVE = "adaptive verification"
 ADAPTIVE_GRAPHS = "adaptive verification in CUDA graphs"
 LORA = "a target with LoRA"
@@ -116,6 +119,16 @@ _PATCHES = (
         signature=("*", "candidates", "next_token_logits", "sampling_info", "..."),
     ),
     *_rows(
+        _WORKER, "patch", VERIFYING, "accepts drafts of cut passes",
+        "compute_dflash_correct_drafts_and_bonus",
+        signature=("*", "candidates", "target_predict"),
+    ),
+    *_rows(
+        "model_executor.runner.decode_cuda_graph_runner", "patch", ADAPTIVE_GRAPHS,
+        "lets the runner of cut passes have the ragged verify mode",
+        "ragged_verify_compact_graphs_enabled", signature=("spec_algorithm",),
+    ),
+    *_rows(
         _WORKER, "patch", VERIFYING, "samples on every device",
         "is_dflash_sampling_verify_available", signature=(),
     ),
@@ -140,7 +153,7 @@ _SUBCLASSES = (
         "DFlashWorkerV2.init_attention_backends", signature=(),
     ),
     *_rows(
-        _WORKER, "subclass", GRAPHS, "captures passes of fewer rows",
+        _WORKER, "subclass", GRAPHS, "captures cut passes",
         "DFlashWorkerV2.init_cuda_graphs", signature=(),
     ),
     *_rows(
@@ -181,12 +194,22 @@ _SUBCLASSES = (
         "DFlashWorkerV2._maybe_merge_trained_mask_embedding", signature=(), since="0.5.20",
     ),
     *_rows(
+        "speculative.base_spec_worker", "subclass", DRAFTING,
+        "leaves the drafter alone when the target gets new weights",
+        "BaseSpecWorker.update_weights_from_disk", "BaseSpecWorker.update_weights_from_ipc",
+        signature=("recv_req",), until="0.5.21",
+    ),
+    *_rows(
+        _WORKER, "subclass", DRAFTING, "leaves the drafter alone when the target gets new weights",
+        "DFlashWorkerV2.weight_update_runners", signature=(), since="0.5.21",
+    ),
+    *_rows(
         "speculative.dflash_info", "subclass", VERIFYING, "cuts the input to the selected rows",
         "DFlashVerifyInput.prepare_for_verify", signature=("batch", "target_worker", "..."),
     ),
     *_rows(
         "managers.tp_worker", "subclass", VERIFYING,
-        "replaced on the target's worker: scatters the output of a cut pass",
+        "replaced on the target's worker: takes the output of a cut pass",
         "TpModelWorker.forward_batch_generation", signature=("batch", "..."),
     ),
     *_rows(
@@ -207,15 +230,51 @@ _SUBCLASSES = (
     ),
     *_rows(
         "layers.attention.triton_backend", "subclass", TRITON,
-        "replaced on back ends: fills no lists that nothing reads",
+        "replaced on back ends: fills no metadata that nothing reads",
         "TritonAttnBackend.init_forward_metadata_out_graph",
         signature=("forward_batch", "in_capture"),
     ),
     *_rows(
-        "layers.attention.triton_backend", "subclass", ADAPTIVE_GRAPHS,
-        "replaced on back ends: shares the buffer of slots",
-        "TritonAttnBackend.init_cuda_graph_state",
-        signature=("max_bs", "max_num_tokens", "*", "kv_indices_buf", "..."),
+        "layers.attention.flashattention_backend", "subclass", FLASH_ATTENTION,
+        "replaced on back ends: attention of blocks",
+        "FlashAttentionBackend.forward_extend",
+        signature=(
+            "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "*", "sinks", "...",
+        ),
+    ),
+    *_rows(
+        "layers.attention.flashattention_backend", "subclass", FLASH_ATTENTION,
+        "replaced on back ends: fills no metadata that nothing reads",
+        "FlashAttentionBackend.init_forward_metadata_out_graph",
+        signature=("forward_batch", "in_capture"),
+    ),
+    *_rows(
+        "layers.attention.flashinfer_backend", "subclass", FLASHINFER,
+        "replaced on back ends: attention of blocks",
+        "FlashInferAttnBackend.forward_extend",
+        signature=("q", "k", "v", "layer", "forward_batch", "save_kv_cache", "..."),
+    ),
+    *_rows(
+        "layers.attention.flashinfer_backend", "subclass", FLASHINFER,
+        "replaced on back ends: fills no metadata that nothing reads",
+        "FlashInferAttnBackend.init_forward_metadata_out_graph",
+        signature=("forward_batch", "in_capture"),
+    ),
+    *_rows(
+        "model_executor.runner.decode_cuda_graph_runner", "subclass", ADAPTIVE_GRAPHS,
+        "captures few numbers of rows",
+        "DecodeCudaGraphRunner._build_ragged_verify_token_buckets", signature=(),
+    ),
+    *_rows(
+        "model_executor.runner.decode_cuda_graph_runner", "subclass", ADAPTIVE_GRAPHS,
+        "gives each request its rows while a pass is captured",
+        "DecodeCudaGraphRunner._capture_ragged_verify_layout", signature=("num_tokens",),
+    ),
+    *_rows(
+        "model_executor.runner.decode_cuda_graph_runner", "subclass", ADAPTIVE_GRAPHS,
+        "leaves out what our attention does not read",
+        "DecodeCudaGraphRunner._stage_ragged_verify_layout",
+        signature=("ragged_layout", "graph_size_key"),
     ),
     *_rows(
         "managers.scheduler_components.output_streamer", "subclass", KNOWN_ANSWERS,
@@ -321,7 +380,7 @@ _CALLS = (
         "MHATokenToKVPool.set_kv_buffer", "MHATokenToKVPool.set_kv_buffer_prefix_valid",
     ),
     *_rows(
-        "mem_cache.memory_pool", "call", TRITON, "reads and writes plain pools",
+        "mem_cache.memory_pool", "call", BLOCK_ATTENTION, "reads and writes plain pools",
         *_members("MHATokenToKVPool", "get_key_buffer", "get_value_buffer"),
         signature=("layer_id",),
     ),
@@ -330,14 +389,13 @@ _CALLS = (
         "ModelRunner._preprocess_logits", signature=("logits_output", "sampling_info"),
     ),
     *_rows(
-        "model_executor.model_runner", "call", ADAPTIVE, "makes a back end for fewer rows",
+        "model_executor.model_runner", "call", ADAPTIVE, "makes a back end for cut passes",
         "ModelRunner._get_attention_backend", signature=("*", "init_new_workspace"),
     ),
     *_rows(
         "model_executor.runner.decode_cuda_graph_runner", "call", ADAPTIVE_GRAPHS,
-        "captures passes of fewer rows",
-        "DecodeCudaGraphRunner",
-        signature=("model_runner", "*", "attn_backend", "speculative_num_draft_tokens"),
+        "captures cut passes",
+        "DecodeCudaGraphRunner", signature=("model_runner", "*", "attn_backend"),
     ),
     *_rows(
         "mem_cache.kv_index_translator", "call", ADAPTIVE, "plans the slots that a cut pass writes",
@@ -559,18 +617,54 @@ _ATTRIBUTES = (
         ),
     ),
     *_rows(
-        "model_executor.forward_batch_info", "attribute", TRITON,
+        "model_executor.forward_batch_info", "attribute", BLOCK_ATTENTION,
         "leaves passes to SGLang that name a tensor for the output",
-        "ForwardBatch._attn_output", since="0.5.17",
+        "ForwardBatch._attn_output",
     ),
     *_rows(
-        "layers.logits_processor", "attribute", VERIFYING, "scatters and injects the output",
+        "layers.logits_processor", "attribute", VERIFYING, "takes and injects the output",
         *_members("LogitsProcessorOutput", "next_token_logits", "hidden_states"),
     ),
     *_rows(
         "model_executor.runner.decode_cuda_graph_runner", "attribute", ADAPTIVE_GRAPHS,
         "captures and times passes",
-        *_members("DecodeCudaGraphRunner", "capture_bs", "backend"),
+        *_members(
+            "DecodeCudaGraphRunner", "capture_bs", "backend", "capture_num_tokens", "max_bs"
+        ),
+    ),
+    *_rows(
+        "speculative.ragged_verify", "attribute", ADAPTIVE_GRAPHS, "lays out a cut pass",
+        *_members(
+            "RaggedVerifyLayout",
+            "verify_lens", "graph_num_tokens", "extend_start_loc", "qo_indptr_device",
+            "total_verify_tokens", "verify_lens_cpu",
+        ),
+    ),
+    *_rows(
+        "speculative.dflash_info", "attribute", ADAPTIVE_GRAPHS, "lays out a cut pass",
+        "DFlashVerifyInput.ragged_verify_layout",
+    ),
+    *_rows(
+        "layers.attention.base_attn_backend", "attribute", ADAPTIVE_GRAPHS,
+        "whether the back end's own attention takes such a layout",
+        "AttentionBackend.supports_ragged_verify_graph",
+    ),
+    *_rows(
+        _WORKER, "attribute", VERIFYING, "accepts drafts of cut passes",
+        "DFlashWorkerV2._use_triton_accept_bonus",
+    ),
+    *_rows(
+        _WORKER, "attribute", VERIFYING, "gathers the logits of cut passes",
+        "DFlashWorkerV2._target_logits_processor", since="0.5.23",
+    ),
+    *_rows(
+        "layers.logits_processor", "call", VERIFYING, "gathers the logits of cut passes",
+        *_members("LogitsProcessor", "is_deferred_shard", "finish_deferred_gather"),
+        signature=("logits",), since="0.5.23",
+    ),
+    *_rows(
+        "sampling.sampling_batch_info", "attribute", VERIFYING, "verifies such batches whole",
+        "SamplingBatchInfo.sampling_mask_batch_indices", since="0.5.20",
     ),
     *_rows(
         "model_executor.runner_backend.full_cuda_graph_backend", "attribute", ADAPTIVE_GRAPHS,
@@ -585,12 +679,28 @@ _ATTRIBUTES = (
         "ShapeKey.size",
     ),
     *_rows(
-        "layers.attention.triton_backend", "attribute", TRITON, "whether and what we attend to",
+        "layers.attention.flashattention_backend", "attribute", FLASH_ATTENTION,
+        "whether its attention is plain, and the rows it takes",
         *_members(
-            "TritonAttnBackend",
-            "token_to_kv_pool", "req_to_token", "forward_metadata", "dcp_size",
-            "enable_deterministic",
+            "FlashAttentionBackend",
+            "fa_impl_ver", "use_mla", "has_local_attention", "is_prefill_aware_swa",
+            "is_encoder_decoder", "attn_cp_size", "speculative_num_draft_tokens",
         ),
+    ),
+    *_rows(
+        "layers.attention.flashattention_backend", "attribute", FLASH_ATTENTION,
+        "whether slots are translated",
+        "FlashAttentionBackend.kv_index_translator", since="0.5.19",
+    ),
+    *_rows(
+        "layers.attention.flashinfer_backend", "attribute", FLASHINFER,
+        "whether its attention is plain",
+        *_members("FlashInferAttnBackend", "enable_mis", "is_dllm_model"),
+    ),
+    *_rows(
+        "layers.attention.flashinfer_backend", "attribute", FLASHINFER,
+        "whether slots are translated",
+        "FlashInferAttnBackend.kv_index_translator", since="0.5.19",
     ),
     *_rows(
         "layers.attention.triton_backend", "attribute", TRITON, "whether slots are translated",
@@ -601,20 +711,25 @@ _ATTRIBUTES = (
         "TritonAttnBackend.kv_index_translator", since="0.5.19",
     ),
     *_rows(
-        "mem_cache.kv_index_translator", "attribute", TRITON, "whether slots are translated",
+        "mem_cache.kv_index_translator", "attribute", BLOCK_ATTENTION,
+        "whether slots are translated",
         "KVIndexTranslator.is_translating", since="0.5.19",
     ),
     *_rows(
-        "layers.attention.triton_backend", "attribute", ADAPTIVE_GRAPHS,
-        "shares the buffer of slots",
-        *_members("TritonAttnBackend", "cuda_graph_kv_indices", "sliding_window_size"),
+        "model_executor.model_runner", "attribute", BLOCK_ATTENTION, "target or drafter",
+        "ModelRunner.is_draft_worker",
     ),
     *_rows(
-        "layers.attention.triton_backend", "attribute", TRITON, "the rows of a pass",
-        *_members("ForwardMetadata", "custom_mask", "max_extend_len"),
+        "model_executor.forward_batch_info", "attribute", BLOCK_ATTENTION, "requests of a pass",
+        "ForwardBatch.batch_size",
     ),
     *_rows(
-        "layers.radix_attention", "attribute", TRITON, "whether a layer's attention is plain",
+        "speculative.dflash_info", "attribute", BLOCK_ATTENTION, "leaves masks to SGLang",
+        "DFlashVerifyInput.custom_mask",
+    ),
+    *_rows(
+        "layers.radix_attention", "attribute", BLOCK_ATTENTION,
+        "whether a layer's attention is plain",
         *_members(
             "RadixAttention",
             "tp_q_head_num", "tp_k_head_num", "qk_head_dim", "v_head_dim", "sliding_window_size",

@@ -1,171 +1,233 @@
-"""Attention back ends and CUDA graphs for verify passes of fewer rows than a block.
+"""CUDA graphs for verify passes whose requests have different numbers of rows.
 
-SGLang fixes the rows per request of a back end and of its graphs when it makes them. So there is
-one back end and one set of graphs for each verify length, and a pass swaps its own in.
+SGLang's runner of captured passes has such passes, by their number of rows, for another method:
+its ragged verify mode. ``VerifyGraphs`` makes a second runner in that mode beside the target's own,
+which keeps the passes of whole blocks. Where all attention is ``block_attention``'s, that reads the
+rows of each request from a tensor, and both runners share the back end. Elsewhere the second runner
+has a back end of its own, which takes the rows of each request from SGLang's layout.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from dflash_plugin.kernels.draft_attention import Blocks
-from dflash_plugin.sglang import triton_attention
+from dflash_plugin.sglang.block_attention import BlockAttention
 from dflash_plugin.sglang.protocols import AttnBackendLike, GraphRunnerLike, ModelRunnerLike
-from dflash_plugin.sglang.surface import is_instance
+from dflash_plugin.sglang.surface import is_instance, surface
 
+RUNNER_MODULE = "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
 # Replays of a captured pass that are timed together.
 TIMED_REPLAYS = 3
+# Captured numbers of rows grow by this factor at least: more of them take longer to start.
+GROWTH = 1.2
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class VerifyPass:
-    """The target's verify pass of one verify length.
-
-    Attributes:
-        backend: SGLang's attention back end for this verify length.
-        graphs: SGLang's runner of captured passes, by number of requests.
-        attention: which attention the passes use, None where that is the back end's own.
-        starts: int32 [size + 1], the first row of each request, and the end of the last.
-        requests: int32 [size * verify_len], the request of each row.
-    """
-
-    backend: AttnBackendLike
-    graphs: GraphRunnerLike
-    attention: triton_attention.VerifyAttention | None
-    starts: Tensor
-    requests: Tensor
+# Whether the runner that is being made is ours.
+_is_ragged: ContextVar[bool] = ContextVar("makes a ragged runner", default=False)
 
 
 class VerifyGraphs:
-    """The verify passes of fewer rows than a block, by verify length.
+    """The captured verify passes of fewer rows than whole blocks.
 
     Args:
         block: rows of a whole block.
         size: largest number of requests in a batch.
         device: of the target.
-        ragged: capture passes whose requests may have different numbers of rows.
 
     Attributes:
-        passes: by verify length; empty until ``capture``, and where graphs are off.
+        runner: SGLang's runner of these passes; None until ``capture``, and where graphs are off.
+        starts: int32 [size + 1], the first row of each request of the pass, and the end of the
+            last; captured passes read it.
+        requests: int32 [size * block], the request of each row; captured passes read it.
     """
 
-    def __init__(self, block: int, size: int, device: torch.device, *, ragged: bool) -> None:
-        self.block, self.size, self.device, self.ragged = block, size, device, ragged
-        self.passes: dict[int, VerifyPass] = {}
+    def __init__(self, block: int, size: int, device: torch.device) -> None:
+        self.block, self.size, self.device = block, size, device
+        self.runner: Any = None
+        self.starts = torch.zeros(size + 1, dtype=torch.int32, device=device)
+        self.requests = torch.zeros(size * block, dtype=torch.int32, device=device)
 
-    def capture(
-        self,
-        runner: ModelRunnerLike,
-        verify_lens: Sequence[int],
-        agree: Callable[[int], int] | None,
-    ) -> tuple[int, ...]:
-        """Make back ends and graphs for the verify lengths below a whole block.
+    @property
+    def blocks(self) -> Blocks:
+        """The rows of each request, as ``draft_attention`` takes them."""
+        return Blocks(self.starts, self.requests, self.block)
 
-        They may take half of the memory that is free. Verify lengths that do not fit are left out,
-        except for the longest.
+    def capture(self, runner: ModelRunnerLike, attention: BlockAttention | None) -> list[int]:
+        """Capture passes by their number of rows.
 
         Args:
             runner: the target's, whose passes of whole blocks are captured already.
-            verify_lens: rising.
-            agree: gives all ranks the first rank's answer, or None where there is one rank.
+            attention: of the target's back end, where all its passes so far are ours; None where
+                the back end's own attention takes SGLang's layout.
 
         Returns:
-            The verify lengths that can be used.
+            Rows of the captured passes, rising.
         """
         whole = runner.decode_cuda_graph_runner
-        kept, reserve = runner.init_new_workspace, free_memory(self.device) / 2
-        longest = verify_lens[-1]
-
-        def has_room() -> bool:
-            fits = free_memory(self.device) >= reserve
-            return fits if agree is None else bool(agree(fits))
-
+        backend = runner.attn_backend
+        kept = runner.init_new_workspace
+        before = free_memory(self.device)
+        if attention is None:
+            backend = runner._get_attention_backend(init_new_workspace=True)
+        token = _is_ragged.set(True)
         try:
-            for verify_len in verify_lens:
-                if verify_len != self.block and (verify_len == longest or has_room()):
-                    self.passes[verify_len] = self._capture(runner, type(whole), verify_len)
+            with shared(backend, attention, self.blocks):
+                make = ragged_runner(type(whole), self, attention is not None)
+                self.runner = make(runner, attn_backend=backend)
         finally:
+            _is_ragged.reset(token)
             runner.init_new_workspace = kept
-        captured = {*self.passes, longest}
-        if missing := [length for length in verify_lens if length not in captured]:
-            logger.warning("too little memory to verify %s rows of a block", missing)
-        return tuple(length for length in verify_lens if length in captured)
+        rows = [int(number) for number in self.runner.capture_num_tokens]
+        taken = before - free_memory(self.device)
+        logger.info("verify passes of %s rows take %.2f GiB", rows, taken / 2**30)
+        return rows
 
-    def _capture(
-        self, runner: ModelRunnerLike, graph_runner: Callable[..., GraphRunnerLike], verify_len: int
-    ) -> VerifyPass:
-        backend = runner._get_attention_backend(init_new_workspace=True)
-        share_kv_indices(runner.attn_backend, backend)
-        starts, requests = self.even_rows(verify_len)
-        attention = triton_attention.install(backend, self.device)
-        if attention is not None and self.ragged and verify_len > 1:
-            attention.blocks = Blocks(starts, requests, self.block)
-        graphs = graph_runner(runner, attn_backend=backend, speculative_num_draft_tokens=verify_len)
-        return VerifyPass(backend, graphs, attention, starts, requests)
+    def spread(self, verify_lens: list[int]) -> None:
+        """Give each request of the pass that is captured next its number of rows."""
+        counts = torch.tensor(verify_lens, dtype=torch.int32, device=self.device)
+        total = int(sum(verify_lens))
+        self.starts[1 : len(verify_lens) + 1] = counts.cumsum(0)
+        self.starts[len(verify_lens) + 1 :] = total
+        owners = torch.arange(len(verify_lens), dtype=torch.int32, device=self.device)
+        self.requests[:total] = owners.repeat_interleave(counts)
 
-    def even_rows(self, verify_len: int) -> tuple[Tensor, Tensor]:
-        """``VerifyPass``'s starts and requests, where each request has ``verify_len`` rows."""
-        starts = torch.arange(self.size + 1, dtype=torch.int32, device=self.device) * verify_len
-        rows = torch.arange(self.size * verify_len, dtype=torch.int32, device=self.device)
-        return starts, rows // verify_len
+    def layout(self, requests: int, rows: int) -> Any:
+        """SGLang's layout of the pass that runs, of ``starts``.
 
-    def can_be_ragged(self) -> bool:
-        """Whether every captured pass takes requests with different numbers of rows."""
-        attentions = [made.attention for length, made in self.passes.items() if length > 1]
-        return self.ragged and all(a is not None and a.only_ours for a in attentions)
+        Args:
+            requests: of the batch.
+            rows: of the pass, as many as a captured one has.
+        """
+        from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
+
+        starts = self.starts[: requests + 1]
+        return RaggedVerifyLayout(
+            verify_lens=starts.diff(),
+            graph_num_tokens=rows,
+            extend_start_loc=starts[:-1],
+            qo_indptr_device=starts,
+            total_verify_tokens=rows,
+        )
 
     @contextmanager
-    def swapped_in(self, runner: ModelRunnerLike, verify_len: int) -> Iterator[None]:
-        """Run the target with the back end and graphs of a verify length, if it has its own."""
-        own = self.passes.get(verify_len)
-        if own is None:
-            yield
-            return
-        kept = runner.attn_backend, runner.decode_cuda_graph_runner
-        runner.attn_backend, runner.decode_cuda_graph_runner = own.backend, own.graphs
+    def swapped_in(self, runner: ModelRunnerLike) -> Iterator[None]:
+        """Let the target replay these passes instead of those of whole blocks, if there are any."""
+        kept = runner.decode_cuda_graph_runner
+        if self.runner is not None:
+            runner.decode_cuda_graph_runner = self.runner
         try:
             yield
         finally:
-            runner.attn_backend, runner.decode_cuda_graph_runner = kept
+            runner.decode_cuda_graph_runner = kept
+
+
+def enable_ragged_runners() -> None:
+    """Let a runner that ``VerifyGraphs`` makes have SGLang's ragged verify mode."""
+
+    def make(native: Callable[..., bool]) -> Callable[..., bool]:
+        def enabled(spec_algorithm: Any) -> bool:
+            return _is_ragged.get() or native(spec_algorithm)
+
+        return enabled
+
+    surface().patch(RUNNER_MODULE, "ragged_verify_compact_graphs_enabled", make)
+
+
+def ragged_runner(native: Any, graphs: VerifyGraphs, is_ours: bool) -> Callable[..., Any]:
+    """A subclass of SGLang's runner that captures few numbers of rows.
+
+    Args:
+        native: SGLang's class.
+        graphs: holds the rows of each request.
+        is_ours: all attention reads these.
+    """
+
+    class RaggedRunner(native):
+        """SGLang's runner of captured passes, in its ragged verify mode."""
+
+        capture_bs: list[int]
+
+        def _build_ragged_verify_token_buckets(self) -> list[int]:
+            self.capture_bs = thinned(self.capture_bs)
+            buckets: list[int] = super()._build_ragged_verify_token_buckets()
+            return buckets
+
+        def _capture_ragged_verify_layout(self, num_tokens: int) -> Any:
+            layout = super()._capture_ragged_verify_layout(num_tokens)
+            graphs.spread(layout.verify_lens_cpu)
+            return layout
+
+        def _stage_ragged_verify_layout(self, ragged_layout: Any, graph_size_key: int) -> None:
+            if not is_ours:
+                super()._stage_ragged_verify_layout(ragged_layout, graph_size_key)
+
+    return RaggedRunner
+
+
+def thinned(sizes: list[int]) -> list[int]:
+    """Those of rising sizes that each exceed the one before by ``GROWTH``, and the largest."""
+    kept: list[int] = []
+    for size in sorted(sizes):
+        if not kept or size >= GROWTH * kept[-1]:
+            kept.append(size)
+    return kept if kept[-1] == max(sizes) else [*kept, max(sizes)]
+
+
+@contextmanager
+def shared(
+    backend: AttnBackendLike, attention: BlockAttention | None, blocks: Blocks
+) -> Iterator[None]:
+    """Capture passes with a back end that another runner has captured with already.
+
+    Its metadata stay that runner's: ``draft_attention`` reads none.
+
+    Args:
+        backend: the back end.
+        attention: its attention, all ours; None where the back end is not shared.
+        blocks: the rows of each request.
+    """
+    if attention is None:
+        yield
+        return
+    names = ("init_cuda_graph_state", "init_forward_metadata_out_graph")
+    kept = {name: vars(backend).get(name) for name in names}
+    for name in names:
+        setattr(backend, name, partial(_nothing))
+    vars(backend)["supports_ragged_verify_graph"] = True
+    attention.blocks = blocks
+    try:
+        yield
+    finally:
+        attention.blocks = None
+        for name, value in kept.items():
+            if value is None:
+                delattr(backend, name)
+            else:
+                setattr(backend, name, value)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In place of a method that fills what nothing reads."""
 
 
 def free_memory(device: torch.device) -> float:
-    """Free bytes of a GPU; infinite on another device."""
+    """Free bytes of a GPU; 0 on another device."""
     if device.type != "cuda":
-        return float("inf")
+        return 0.0
     free, _ = torch.cuda.mem_get_info(device)
     return float(free)
 
 
-def share_kv_indices(whole: AttnBackendLike, backend: AttnBackendLike) -> None:
-    """Let a back end write the slots of its captured passes to another back end's buffer.
-
-    The Triton back end's buffer holds the longest context of every row, and no two passes run at
-    the same time.
-
-    Args:
-        whole: the target's back end for whole blocks, whose buffer has been made.
-        backend: one for fewer rows, whose buffer has not been made.
-    """
-    if not is_instance(whole, triton_attention.BACKEND):
-        return
-    # Layers with a window would get a second buffer as large as the first.
-    if (backend.sliding_window_size or 0) <= 0:
-        native = backend.init_cuda_graph_state
-        backend.init_cuda_graph_state = partial(native, kv_indices_buf=whole.cuda_graph_kv_indices)
-
-
 def graph_seconds(runner: GraphRunnerLike | None, device: torch.device) -> dict[int, float]:
-    """Seconds of each captured pass, by number of requests.
+    """Seconds of each captured pass, by number of requests or, of a ragged runner, of rows.
 
     Args:
         runner: SGLang's runner of captured passes, whose input buffers still hold what they held

@@ -1,9 +1,8 @@
 """The input and output of a verify pass that runs fewer rows than whole blocks.
 
-SGLang's worker makes the input for whole blocks and reads the output as whole blocks. Between the
-two, ``compacting_input`` cuts the input to the selected rows, and ``scatter`` lays the output out
-as whole blocks again, with -1 in place of drafts that were not verified so that they are always
-rejected.
+SGLang's worker makes the input for whole blocks and reads the output as whole blocks. In between,
+``compacting_input`` cuts the input to the selected rows. ``take_output`` keeps the output compact,
+for acceptance and injection, and leaves SGLang's worker placeholders of the shape it reads.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dflash_plugin.kernels.cut_blocks import CutBlocks
-from dflash_plugin.sglang.adaptive import AdaptiveVerifier
+from dflash_plugin.sglang.adaptive import AdaptiveVerifier, CutPass
 from dflash_plugin.sglang.protocols import LogitsOutputLike
 
 
@@ -31,8 +29,7 @@ def compacting_input(
 
     def cutting() -> AdaptiveVerifier | None:
         verifier = current()
-        whole = verifier is None or verifier.verify_len == verifier.block
-        return None if whole else verifier
+        return None if verifier is None or verifier.num_rows is None else verifier
 
     class CompactInput(native):
         """SGLang's, with what was made for whole blocks cut to the selected rows."""
@@ -43,7 +40,8 @@ def compacting_input(
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             verifier = cutting()
-            if verifier is not None:
+            # Captured passes go by the layout, others by this number.
+            if verifier is not None and verifier.graphs.runner is None:
                 kwargs["draft_token_num"] = verifier.verify_len
             super().__init__(*args, **kwargs)
 
@@ -55,6 +53,8 @@ def compacting_input(
                 cut = verifier.compact(self.draft_token, self.positions, batch.out_cache_loc)
                 self.draft_token, self.positions = cut.tokens, cut.positions
                 batch.out_cache_loc = cut.slots
+                if verifier.graphs.runner is not None:
+                    self.ragged_verify_layout = verifier.layout()
                 if verifier.device.type == "cpu":
                     self.row_counts = verifier.row_counts()
                 if plans_kv_writes:
@@ -81,23 +81,19 @@ def compacting_input(
     return CompactInput
 
 
-def scatter(
-    output: LogitsOutputLike, cut: CutBlocks, tokens: Tensor, *, reads_features: bool
-) -> None:
-    """Lay the output of a compacted verify pass out as that of whole blocks, in place.
+def take_output(output: LogitsOutputLike, cut: CutPass, tokens: Tensor) -> None:
+    """Move the output of a cut pass to the pass, and leave placeholders of whole blocks.
 
     Args:
-        output: of the pass; its N rows become B * block.
-        cut: the rows that the pass verified.
+        output: of the pass; its N rows become B * block without content.
+        cut: the pass.
         tokens: int64 [at least B, block], the worker's blocks; drafts that were not verified
             become -1.
-        reads_features: whether the hidden states are still to be read. If not, only their shape is
-            made to fit.
     """
-    if output.next_token_logits is not None:
-        output.next_token_logits = output.next_token_logits[cut.indices]
-    hidden = output.hidden_states
+    rows, logits, hidden = len(cut.rows.indices), output.next_token_logits, output.hidden_states
+    cut.logits, cut.hidden = logits, hidden
+    if logits is not None:
+        output.next_token_logits = logits[:1, :1].expand(rows, 1)
     if hidden is not None:
-        shape = len(cut.indices), *hidden.shape[1:]
-        output.hidden_states = hidden[cut.indices] if reads_features else hidden[:1].expand(shape)
-    tokens[: len(cut.kept)].copy_(cut.kept)
+        output.hidden_states = hidden[:1].expand(rows, *hidden.shape[1:])
+    tokens[: len(cut.rows.kept)].copy_(cut.rows.kept)

@@ -2,13 +2,14 @@
 
 Scheduling, block preparation, verify passes, CUDA graphs and publishing are inherited. Replaced
 are the drafter, KV injection, drafting from the head, acceptance of requests that sample,
-penalties, how many rows of a block are verified (``adaptive``), and the attention of blocks where
-the back end is Triton's (``triton_attention``).
+penalties, how many rows of a block are verified (``adaptive``), and the attention of blocks
+(``block_attention``).
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +20,18 @@ from torch import Tensor
 
 from dflash_plugin import kernels
 from dflash_plugin.kernels.accept import Sampled, accept
+from dflash_plugin.kernels.accept_greedy import accept_greedy
 from dflash_plugin.kernels.reference import sample
 from dflash_plugin.serving.draft_tokens import noise, select_drafts, selector_noise
-from dflash_plugin.sglang import metrics, patches, penalties, sampling, triton_attention
-from dflash_plugin.sglang.adaptive import agree_across_ranks, build_verifier
-from dflash_plugin.sglang.compat import argument
+from dflash_plugin.serving.time_limit import time_limit
+from dflash_plugin.sglang import block_attention, metrics, patches, penalties, sampling
+from dflash_plugin.sglang.adaptive import (
+    AdaptiveVerifier,
+    CutPass,
+    agree_across_ranks,
+    build_verifier,
+)
+from dflash_plugin.sglang.compat import argument, current
 from dflash_plugin.sglang.draft_step import DraftGraphHead, Drafting, Step
 from dflash_plugin.sglang.model import EngineDrafter
 from dflash_plugin.sglang.options import draft_model_path, required_spec
@@ -37,6 +45,9 @@ from dflash_plugin.sglang.surface import (
     ADAPTIVE,
     ADAPTIVE_GRAPHS,
     ALWAYS,
+    BLOCK_ATTENTION,
+    FLASH_ATTENTION,
+    FLASHINFER,
     TRITON,
     verify_features,
 )
@@ -45,12 +56,27 @@ if TYPE_CHECKING:
     from dflash_plugin.drafter.selector import Proposal
     from dflash_plugin.kernels.select_path import Path
 
+# What the attention of blocks needs of SGLang, by the name of the back end.
+BACKEND_FEATURES = {
+    block_attention.TRITON: TRITON,
+    block_attention.FLASH_ATTENTION: FLASH_ATTENTION,
+    block_attention.FLASHINFER: FLASHINFER,
+}
+# Seconds; the capture takes half a minute.
+CAPTURE_LIMIT = 900
+WITHOUT_ADAPTIVE = "DFLASH_PLUGIN_ADAPTIVE_VERIFICATION=0"
+KEPT = "Succeeded to update the target's weights; the drafter keeps its own."
 # The largest batch that is captured, unless the server runs more requests at once.
 MAX_CAPTURED = 1024
 
 
 class Worker(metrics.Counted, DFlashWorkerV2):
     """Drives the staged drafter; takes whatever constructor arguments SGLang's version passes."""
+
+    _use_triton_accept_bonus: bool
+    # The target's, which SGLang's worker does not see while a pass is cut.
+    _cut_processor: Any = None
+    _target_logits_processor: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.step: Step | None = None
@@ -70,7 +96,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             int(argument(server_args, "random_seed") or 0), torch.device(self.device)
         )
         self.vocab_size = int(self.target_worker.model_runner.model_config.vocab_size)
-        self.graph_injects, self.in_graph = False, False
+        self.graph_injects, self.in_graph, self.target_changed = False, False, False
         patches.watch_target_passes(self)
         patches.seed_first_tokens(self.target_worker.model_runner, self.noise)
 
@@ -97,7 +123,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         verifying: Any = nullcontext()
         if self.verifier is not None:
             verifying = self.verifier.verifying(self, batch)
-        with patches.routing_to(self), verifying:
+        with patches.routing_to(self), verifying, self._accepting():
             try:
                 result = super().forward_batch_generation(batch, *args, **kwargs)
                 if self.verifier is not None:
@@ -109,7 +135,26 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             penalties.count(step.penalties, tokens, result.accept_lens.long())
         return result
 
+    @contextmanager
+    def _accepting(self) -> Iterator[None]:
+        """Let SGLang's body call our acceptance, not its own kernel, in a cut pass."""
+        if self.verifier is None or self.verifier.num_rows is None:
+            yield
+            return
+        kept, self._use_triton_accept_bonus = self._use_triton_accept_bonus, False
+        if current().defers_gather:  # We gather the logits of a cut pass.
+            self._cut_processor, self._target_logits_processor = self._target_logits_processor, None
+        try:
+            yield
+        finally:
+            self._use_triton_accept_bonus = kept
+            if current().defers_gather:
+                self._target_logits_processor, self._cut_processor = self._cut_processor, None
+
     def _prefill(self, batch: ScheduleBatchLike, *args: Any, **kwargs: Any) -> Any:
+        if self.target_changed:
+            self.target_changed = False
+            self.draft_model.refresh_head()
         info = batch.sampling_info
         if info is None or batch.forward_mode.is_idle():
             return super().forward_batch_generation(batch, *args, **kwargs)
@@ -153,8 +198,8 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         device = torch.device(self.device)
         target: ModelRunnerLike = self.target_worker.model_runner
         drafter = self.draft_model_runner
-        attention = triton_attention.install(target.attn_backend, device)
-        triton_attention.install(drafter.attn_backend, device)
+        attention = block_attention.install(target, device)
+        block_attention.install(drafter, device)
         self.verifier = build_verifier(
             self.info,
             target,
@@ -164,20 +209,42 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             agree=agree_across_ranks(get_tp_group()),
             keeps_state=self._need_mamba_verify_commit,
         )
-        features = {TRITON} if attention is not None else set()
+        features = set()
+        if attention is not None:
+            features = {BLOCK_ATTENTION, BACKEND_FEATURES[type(target.attn_backend).__name__]}
         if self.verifier is not None:
             features |= {ADAPTIVE, ADAPTIVE_GRAPHS} if device.type == "cuda" else {ADAPTIVE}
             patches.skip_unused_drafts(drafter, self)
         verify_features(features)
-        if kernels.available(device) and triton_attention.is_plain(drafter.token_to_kv_pool):
+        if kernels.available(device) and block_attention.is_plain(drafter.token_to_kv_pool):
             self.graph_injects = True
             self.target_worker.model_runner.capture_tail_hooks.append(self.capture_injection)
 
     def init_cuda_graphs(self) -> None:
         """Capture the draft pass, and the target's passes of fewer rows than a block."""
+        if self.verifier is not None:
+            self.verifier.measure(self.target_worker.model_runner)
         super().init_cuda_graphs()
         if self.verifier is not None:
-            self.verifier.capture(self.target_worker.model_runner, self.draft_model_runner)
+            with time_limit(CAPTURE_LIMIT, "adaptive verification's capture", WITHOUT_ADAPTIVE):
+                self.verifier.capture(self.target_worker.model_runner, self.draft_model_runner)
+
+    # New weights of the target. The drafter keeps its own, and borrows the target's again.
+
+    def update_weights_from_disk(self, recv_req: Any) -> tuple[bool, str]:
+        """SGLang calls it once the target's worker has loaded its weights."""
+        self.target_changed = True
+        return True, KEPT
+
+    def update_weights_from_ipc(self, recv_req: Any) -> tuple[bool, str]:
+        """SGLang calls it once the target's worker has loaded its weights."""
+        self.target_changed = True
+        return True, KEPT
+
+    def weight_update_runners(self) -> list[tuple[str, Any]]:
+        """Runners of ours that load the target's new weights: none."""
+        self.target_changed = True
+        return []
 
     # Drafting.
 
@@ -196,11 +263,17 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         """The likeliest drafts int64 [B * K]; tells the verifier how likely they are."""
         if drafting.candidates is not None:
             return self._walk(drafting).tokens.flatten()
-        if self.verifier is None:
+        verifier = self._predicting(len(drafting.anchors))
+        if verifier is None:
             return self.draft_model.top_tokens(drafting.hidden)
         choice = self.draft_model.best_choice(drafting.hidden)
-        self.verifier.predictor.predict(choice.logits[:, 0], choice.log_sum_exp)
+        verifier.predictor.predict(choice.logits[:, 0], choice.log_sum_exp)
         return choice.tokens[:, 0]
+
+    def _predicting(self, requests: int) -> AdaptiveVerifier | None:
+        """The verifier, where it wants to know how likely the drafts of a batch are."""
+        verifier = self.verifier
+        return verifier if verifier is not None and verifier.predicts(requests) else None
 
     def draws_drafts(self, step: Step) -> bool:
         """Whether the drafts of a step are drawn from a distribution instead of chosen."""
@@ -242,8 +315,9 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         assert drafting.candidates is not None
         found, anchors = drafting.candidates, drafting.anchors
         path = select_drafts(self.draft_model.drafter, found, anchors, temperature, u)
-        if self.verifier is not None:
-            self.verifier.predictor.predict(path.confidence.flatten(), None)
+        verifier = self._predicting(len(anchors))
+        if verifier is not None:
+            verifier.predictor.predict(path.confidence.flatten(), None)
         return path
 
     def _greedy_sample_from_vocab_parallel_head(
@@ -258,7 +332,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         drafting = self.drafting(hidden_states, anchors)
         if step is None or not self.draws_drafts(step):
             return self.choose_drafts(drafting)
-        if self.verifier is not None and drafting.candidates is None:
+        if drafting.candidates is None and self._predicting(len(anchors)) is not None:
             self.choose_drafts(drafting)
         return self.draw_drafts(drafting, step)
 
@@ -321,6 +395,12 @@ class Worker(metrics.Counted, DFlashWorkerV2):
                 self.verifier.learn(commit_lens)
             if self.in_graph and self.graph_injects:
                 return
+            if self._cut is not None:
+                # Rejected rows lie behind every committed row, and are written again.
+                cut, hidden = self._cut.rows, self._cut.hidden
+                assert hidden is not None
+                self.inject(hidden[: len(cut.slots)], cut.positions, cut.slots)
+                return
         rows = cache_loc.numel()
         if rows > 0:
             # Further rows are padding of the target's pass.
@@ -349,29 +429,49 @@ class Worker(metrics.Counted, DFlashWorkerV2):
     def _maybe_merge_trained_mask_embedding(self) -> None:
         """Leave the target's embedding as it is: the drafter holds its own mask vector."""
 
+    @property
+    def _cut(self) -> CutPass | None:
+        """The cut pass that runs, or None."""
+        return None if self.verifier is None else self.verifier.cut
+
+    def _cut_logits(self, cut: CutPass) -> Tensor:
+        """The target's logits [N, V] of a cut pass, gathered from the ranks."""
+        logits = cut.logits
+        assert logits is not None
+        processor = self._cut_processor
+        if processor is not None and processor.is_deferred_shard(logits):
+            logits = cut.logits = processor.finish_deferred_gather(logits)
+        return logits
+
     def adjust_logits(self, logits: Tensor, info: SamplingInfoLike, rows: int) -> None:
         """Apply what the target's own sampling applies to its logits, in place.
 
         Args:
-            logits: [B * rows, V].
+            logits: [B * rows, V]; of a cut pass a placeholder.
             info: of the batch.
             rows: rows of a block.
         """
-        step = self.step
+        step, cut = self.step, self._cut
         assert step is not None
+        if step.penalties is None and info.logit_bias is None:
+            if info.has_custom_logit_processor:
+                apply_custom_logit_processor(logits, info, num_tokens_in_batch=rows)
+            return
         batch = len(step.batch.reqs)
-        blocks = logits.view(batch, rows, -1)
+        if cut is not None:
+            logits, sources = self._cut_logits(cut), cut.rows.sources
+        else:
+            sources = torch.arange(batch * rows, device=logits.device)
+        requests = sources // rows
         if step.penalties is not None:
             # Drafts that were not verified are -1; the rows behind them are never used.
             drafts = self._draft_block_tokens_buf[:batch, 1:].clamp(min=0)
-            if blocks.dtype == torch.float32:
-                step.penalties.apply(blocks, drafts)
-            else:
-                penalized = blocks.float()
-                step.penalties.apply(penalized, drafts)
-                blocks.copy_(penalized)
+            penalized = logits.float()
+            step.penalties.apply(penalized, drafts, requests, sources % rows)
+            if penalized is not logits:
+                logits.copy_(penalized)
         if info.logit_bias is not None:
-            blocks += info.logit_bias[:, None].to(blocks.dtype)
+            logits += info.logit_bias[requests].to(logits.dtype)
         if info.has_custom_logit_processor:
             apply_custom_logit_processor(logits, info, num_tokens_in_batch=rows)
 
@@ -382,24 +482,39 @@ class Worker(metrics.Counted, DFlashWorkerV2):
 
         Args:
             candidates: int64 [B, block], anchor and drafts.
-            logits: [B * block, V], the target's, after ``adjust_logits``.
+            logits: [B * block, V], the target's, after ``adjust_logits``; of a cut pass a
+                placeholder.
             info: of the batch.
 
         Returns:
             Number of accepted drafts int32 [B], and the token after them int64 [B].
         """
-        step = self.step
+        step, cut, row_index = self.step, self._cut, None
         assert step is not None
         assert step.params is not None
         batch, rows = candidates.shape
-        cut, row_index = None if self.verifier is None else self.verifier.cut, None
         if cut is None:
             target = sampling.distribution(logits.view(batch, rows, -1), step.params, info)
-        else:  # Rows that were not verified need no distribution.
-            params = step.params.of_rows(cut.sources // rows)
-            row_index = cut.indices.view(batch, rows)
-            target = sampling.distribution(logits[cut.sources][:, None], params, info)[:, 0]
+        else:
+            params = step.params.of_rows(cut.rows.sources // rows)
+            row_index = cut.rows.indices.view(batch, rows)
+            target = sampling.distribution(self._cut_logits(cut)[:, None], params, info)[:, 0]
         draft = None if step.draft_probs is None else step.draft_probs.contiguous()
         judged = Sampled(target.contiguous(), draft, step.params.seed, row_index)
         accepted = accept(candidates[:, 1:], judged, step.anchors)
+        return accepted.num_accepted, accepted.next_token
+
+    def accept_greedy(self, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """Verify a cut pass without requests that sample.
+
+        Args:
+            candidates: int64 [B, block], anchor and drafts, -1 where a draft was not verified.
+
+        Returns:
+            Number of accepted drafts int32 [B], and the token after them int64 [B].
+        """
+        cut = self._cut
+        assert cut is not None
+        best = self._cut_logits(cut).argmax(dim=-1)
+        accepted = accept_greedy(candidates[:, 1:], best, cut.rows.indices.view(candidates.shape))
         return accepted.num_accepted, accepted.next_token
