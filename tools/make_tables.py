@@ -548,6 +548,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results.md": {
         "vllm-fair": lambda: fair("vllm"),
         "sglang-fair": lambda: fair("sglang"),
+        "sglang-default": lambda: serving("sglang-h200-qwen3-8b-default"),
         "acceptance": acceptance,
         "dflash2-greedy": dflash2_greedy,
         "draft-weights": draft_weights,

@@ -1,9 +1,12 @@
 """A plugin for engines with made-up weights: acceptance and confidences come from recorded traces.
 
 A trace (``tools/record_traces.py``) knows of every position of real texts how sure the drafter
-was of each draft and how many stood. Each request slot of an engine walks through such a text: a
-pass commits as many tokens as the trace says, or as were verified, and the draft pass is as sure as
-the trace was there, so that confidence and outcome belong together. Tokens mean nothing.
+was of each draft and how many stood. Each request of an engine walks through such a text: a pass
+commits as many tokens as the trace says, or as were verified, and the draft pass is as sure as the
+trace was there, so that confidence and outcome belong together. Tokens mean nothing. In SGLang the
+prompt decides the text and where in it a request begins, so that a request commits the same number
+of tokens in every pass of whole blocks, in every engine and at every load. In vLLM the request's
+slot does.
 
 Traces of short blocks are put together to longer ones: the block at a position, and behind its last
 draft the block that begins there. Texts are drawn so that whole blocks commit ``REPLAY_TAU`` tokens
@@ -16,8 +19,10 @@ whatever an engine makes of it; ``REPLAY_TAU``.
 from __future__ import annotations
 
 import os
+from array import array
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -54,11 +59,21 @@ class Replay:
             part[drawn].to(device) for part in (traces.starts[:-1], traces.starts[1:])
         )
         # Texts do not begin together.
-        first, end = self.starts[: SLOTS + 1], self.ends[: SLOTS + 1]
-        share = torch.rand(SLOTS + 1, generator=generator).to(device)
-        self.place = first + (share * (end - first)).long()
-        self.end = end.clone()
+        share = torch.rand(DRAWN, generator=generator).to(device)
+        self.begins = self.starts + (share * (self.ends - self.starts)).long()
         self.next = torch.arange(SLOTS + 1, device=device)
+        self.place, self.end = self.begins[self.next].clone(), self.ends[self.next].clone()
+
+    def begin(self, slots: Tensor, requests: Tensor) -> None:
+        """Let slots walk through the texts of new requests.
+
+        Args:
+            slots: int64 [B].
+            requests: int64 [B], at least 0, by which the requests are told apart.
+        """
+        drawn = requests % DRAWN
+        self.next[slots] = drawn
+        self.place[slots], self.end[slots] = self.begins[drawn], self.ends[drawn]
 
     def commit(self, slots: Tensor, verified: Tensor) -> Tensor:
         """Drafts int64 [B] that stand, of those verified, and step on.
@@ -219,6 +234,11 @@ def into_sglang() -> None:
 
         def forward(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
             slots = state["slots"] = batch.req_pool_indices.long()
+            if batch.forward_mode.is_extend():
+                prompts = [
+                    crc32(array("q", request.origin_input_ids).tobytes()) for request in batch.reqs
+                ]
+                replay_on(slots.device).begin(slots, torch.tensor(prompts).to(slots.device))
             verifier = getattr(self, "verifier", None)
             if verifier is not None and not batch.forward_mode.is_extend():
                 sure(verifier.predictor, slots)
