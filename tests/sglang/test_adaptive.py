@@ -246,6 +246,20 @@ def test_targets_whose_passes_cannot_be_cut(caplog, is_optional, obstacle):
             verifier.measure(runner)
 
 
+@pytest.mark.parametrize("is_optional", [False, True])
+def test_a_server_without_memory_for_more_graphs_verifies_whole_blocks(
+    monkeypatch, caplog, is_optional
+):
+    """Asked for, it takes what is there."""
+    monkeypatch.setattr(adaptive, "free_memory", lambda device: 1.5 * 2**30)
+    verifier = verifier_with(is_optional=is_optional)
+    verifier.attention = attention_of()
+    verifier.capture(Runner(), Runner())
+    assert (verifier.graphs.runner is None) is is_optional
+    assert verifier.whole_blocks is is_optional
+    assert ("1.5 GiB of GPU memory are free" in caplog.text) is is_optional
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_pass_is_cut_and_whole_again_afterwards(fails):
     """Two rows each on average: the drafts that stand most probably, of whatever request."""

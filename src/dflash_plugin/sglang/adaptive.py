@@ -28,7 +28,7 @@ from dflash_plugin.sglang.acceptance_probs import AcceptancePredictor
 from dflash_plugin.sglang.compat import argument, current
 from dflash_plugin.sglang.options import DrafterSpec
 from dflash_plugin.sglang.protocols import ModelRunnerLike, ScheduleBatchLike
-from dflash_plugin.sglang.verify_graphs import VerifyGraphs, graph_seconds
+from dflash_plugin.sglang.verify_graphs import VerifyGraphs, free_memory, graph_seconds
 
 # Other values run parts of a batch in other processes than its rest, or add rows to it.
 REQUIRED_ARGUMENTS = (
@@ -41,6 +41,8 @@ REQUIRED_ARGUMENTS = (
 # A pass of whole blocks that takes no longer than this many passes of one block has no rows to
 # save: it waits for the target's weights.
 NO_LONGER = 1.1
+# Bytes of GPU memory that have to be free where verification adapts unasked; its graphs take half.
+MIN_FREE = 2 << 30
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +179,18 @@ class AdaptiveVerifier:
         """
         whole, attention = runner.decode_cuda_graph_runner, self.attention
         if whole is None or self.whole_blocks:
+            return
+        free = free_memory(self.device)
+        short = self.is_optional and free < MIN_FREE
+        if self.policy.agree is not None:
+            short = bool(self.policy.agree(short))
+        if short:
+            logger.warning(
+                "adaptive verification is off: %.1f GiB of GPU memory are free for its graphs: "
+                "lower --mem-fraction-static",
+                free / 2**30,
+            )
+            self.whole_blocks = True
             return
         is_ours = attention is not None and attention.only_ours
         self.budget.capture_sizes = self.graphs.capture(runner, attention if is_ours else None)

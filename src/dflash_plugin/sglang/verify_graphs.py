@@ -86,8 +86,9 @@ class VerifyGraphs:
             _is_ragged.reset(token)
             runner.init_new_workspace = kept
         rows = [int(number) for number in self.runner.capture_num_tokens]
-        taken = before - free_memory(self.device)
-        logger.info("verify passes of %s rows take %.2f GiB", rows, taken / 2**30)
+        if self.device.type == "cuda":
+            taken = before - free_memory(self.device)
+            logger.info("verify passes of %s rows take %.2f GiB", rows, taken / 2**30)
         return rows
 
     def spread(self, verify_lens: list[int]) -> None:
@@ -219,9 +220,9 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def free_memory(device: torch.device) -> float:
-    """Free bytes of a GPU; 0 on another device."""
+    """Free bytes of a GPU; infinite on another device."""
     if device.type != "cuda":
-        return 0.0
+        return float("inf")
     free, _ = torch.cuda.mem_get_info(device)
     return float(free)
 
