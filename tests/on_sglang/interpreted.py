@@ -44,13 +44,11 @@ def turn_on() -> None:
     native_install, native_attend = block_attention.install, block_attention.attend
     native_head = draft_tokens.draft_head
 
-    def install(
-        runner: Any, device: torch.device, backend: Any = None
-    ) -> block_attention.BlockAttention:
+    def install(runner: Any, device: torch.device) -> block_attention.BlockAttention:
         # SGLang gives its own back ends one.
-        made = runner.attn_backend if backend is None else backend
-        vars(made).setdefault("kv_index_translator", SimpleNamespace(is_translating=False))
-        attention = native_install(runner, device, backend)
+        backend = vars(runner.attn_backend)
+        backend.setdefault("kv_index_translator", SimpleNamespace(is_translating=False))
+        attention = native_install(runner, device)
         assert attention is not None
         return attention
 

@@ -148,10 +148,7 @@ def accept(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> Accepte
         ValueError: shapes or dtypes do not fit.
     """
     batch, count = _check(drafts, target, anchor_positions)
-    accepted = Accepted(
-        num_accepted=torch.empty(batch, dtype=torch.int32, device=drafts.device),
-        next_token=torch.empty(batch, dtype=torch.int64, device=drafts.device),
-    )
+    accepted = empty_accepted(drafts)
     if batch == 0:
         return accepted
     if count == 0:  # An empty tensor has no address.
@@ -173,11 +170,30 @@ def accept(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> Accepte
     return accepted
 
 
-def _check(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> tuple[int, int]:
-    """B and K."""
+def empty_accepted(drafts: Tensor) -> Accepted:
+    """What a launch fills in for drafts [B, K]."""
+    batch, device = len(drafts), drafts.device
+    return Accepted(
+        num_accepted=torch.empty(batch, dtype=torch.int32, device=device),
+        next_token=torch.empty(batch, dtype=torch.int64, device=device),
+    )
+
+
+def check_drafts(drafts: Tensor) -> tuple[int, int]:
+    """B and K.
+
+    Raises:
+        ValueError: not int64 [B, K], or the last dimension is not contiguous.
+    """
     batch, count = drafts.shape
     if drafts.dtype != torch.int64 or (count and drafts.stride(1) != 1):
         raise ValueError("drafts must be int64 [B, K] with a contiguous last dimension")
+    return batch, count
+
+
+def _check(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> tuple[int, int]:
+    """B and K."""
+    batch, count = check_drafts(drafts)
     if anchor_positions.shape != (batch,) or anchor_positions.dtype != torch.int64:
         raise ValueError(f"anchor_positions must be int64 [{batch}]")
     vocabulary = target.target_probs.shape[-1]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.kernels import with_twin
-from dflash_plugin.kernels.accept import Accepted
+from dflash_plugin.kernels.accept import Accepted, check_drafts, empty_accepted
 from dflash_plugin.kernels.language import tl, triton
 
 
@@ -47,10 +47,7 @@ def accept_greedy(drafts: Tensor, best: Tensor, rows: Tensor) -> Accepted:
         ValueError: shapes or dtypes do not fit.
     """
     batch, count = _check(drafts, best, rows)
-    accepted = Accepted(
-        num_accepted=torch.empty(batch, dtype=torch.int32, device=drafts.device),
-        next_token=torch.empty(batch, dtype=torch.int64, device=drafts.device),
-    )
+    accepted = empty_accepted(drafts)
     if batch:
         _kernel[(batch,)](
             drafts,
@@ -66,9 +63,7 @@ def accept_greedy(drafts: Tensor, best: Tensor, rows: Tensor) -> Accepted:
 
 
 def _check(drafts: Tensor, best: Tensor, rows: Tensor) -> tuple[int, int]:
-    batch, count = drafts.shape
-    if drafts.dtype != torch.int64 or (count and drafts.stride(1) != 1):
-        raise ValueError("drafts must be int64 [B, K] with a contiguous last dimension")
+    batch, count = check_drafts(drafts)
     if best.dim() != 1 or best.dtype != torch.int64 or not best.is_contiguous():
         raise ValueError("best must be contiguous int64 [N]")
     fits = rows.shape == (batch, count + 1) and rows.dtype == torch.int64

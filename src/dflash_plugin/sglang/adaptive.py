@@ -148,7 +148,7 @@ class AdaptiveVerifier:
             limit = NO_LONGER * seconds[min(seconds)]
             free = [size for size, took in seconds.items() if took <= limit]
             # One request alone says nothing of how time grows with rows.
-            self.bypass = max(size for size in free) if max(free) > min(seconds) else 0
+            self.bypass = max(free) if len(free) > 1 else 0
         if self.policy.agree is not None:
             self.bypass = self.policy.agree(self.bypass)
         self.whole_blocks = bool(seconds) and self.bypass >= max(seconds)

@@ -26,7 +26,7 @@ from dflash_plugin.kernels.draft_attention import (
     draft_attention,
 )
 from dflash_plugin.sglang.compat import argument, current
-from dflash_plugin.sglang.protocols import AttnBackendLike, ForwardBatchLike, ModelRunnerLike
+from dflash_plugin.sglang.protocols import ForwardBatchLike, ModelRunnerLike
 
 TRITON, FLASH_ATTENTION, FLASHINFER = (
     "TritonAttnBackend",
@@ -92,20 +92,18 @@ def is_plain(pool: Any) -> bool:
     )
 
 
-def install(
-    runner: ModelRunnerLike, device: torch.device, backend: AttnBackendLike | None = None
-) -> BlockAttention | None:
-    """Let a back end's passes over blocks use ``draft_attention`` where it gives the same result.
+def install(runner: ModelRunnerLike, device: torch.device) -> BlockAttention | None:
+    """Let a runner's passes over blocks use ``draft_attention`` where it gives the same result.
 
     Args:
         runner: of the target or of the drafter, with its pools.
         device: of the runner.
-        backend: one of the runner's back ends; None takes the one that it runs with.
 
     Returns:
-        Which attention the back end uses from then on, or None where that is always its own.
+        Which attention the runner's back end uses from then on, or None where that is always its
+        own.
     """
-    backend = runner.attn_backend if backend is None else backend
+    backend = runner.attn_backend
     is_plain_backend = PLAIN.get(type(backend).__name__)
     if (
         is_plain_backend is None

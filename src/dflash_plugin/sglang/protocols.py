@@ -96,9 +96,7 @@ class AttnBackendLike(Protocol):
     forward_extend: Callable[..., Tensor]
     init_forward_metadata_out_graph: Callable[..., None]
     init_cuda_graph_state: Callable[..., None]
-    cuda_graph_kv_indices: Tensor
-    sliding_window_size: int | None
-    speculative_num_draft_tokens: Any
+    supports_ragged_verify_graph: bool
 
 
 class GraphRunnerLike(Protocol):

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import torch
@@ -201,8 +200,8 @@ def shared(
     names = ("init_cuda_graph_state", "init_forward_metadata_out_graph")
     kept = {name: vars(backend).get(name) for name in names}
     for name in names:
-        setattr(backend, name, partial(_nothing))
-    vars(backend)["supports_ragged_verify_graph"] = True
+        setattr(backend, name, _nothing)
+    backend.supports_ragged_verify_graph = True
     attention.blocks = blocks
     try:
         yield
