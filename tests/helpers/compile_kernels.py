@@ -189,6 +189,8 @@ def step(batch: int, block: int) -> None:
         accept(drafts, Sampled(target, draft_probs, request), request)
         rows = Sampled(target.flatten(0, 1), draft_probs, request, whole(batch, block))
         accept(drafts, rows, request)
+    some = target[:, :-1, :16].contiguous()
+    accept(drafts, Sampled(target, some, request, None, whole(batch, block - 1, 16)), request)
     accept_greedy(drafts, whole(batch * block), whole(batch, block))
     query, key = of(batch, block, HEADS, HEAD_DIM), of(batch, block, KV_HEADS, HEAD_DIM)
     pool = of(64, KV_HEADS, HEAD_DIM)

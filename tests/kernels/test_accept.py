@@ -76,6 +76,26 @@ def test_drafts_that_were_not_verified_have_no_row_of_the_target():
             equal(run(cut, sampled, positions), expected)
 
 
+@pytest.mark.parametrize("width", [1, 5, 16])
+@pytest.mark.parametrize("cut", [False, True])
+def test_probabilities_of_candidates_alone(width, cut):
+    """The same as with their distributions spread over the vocabulary."""
+    batch, count, vocabulary = 40, 6, 5000
+    target = torch.softmax(5 * random(batch, count + 1, vocabulary), dim=-1)
+    # Each the target's likeliest, some with other probabilities: accepted and rejected ones.
+    candidates = target[:, :-1].topk(width, dim=-1).indices.contiguous()
+    probs = torch.softmax(2 * random(batch, count, width, seed=1), dim=-1)
+    drafts = candidates.gather(-1, integers(0, width, batch, count, 1))[..., 0]
+    seeds, positions = integers(0, 1 << 62, batch), integers(0, 100, batch)
+    spread = torch.zeros(batch, count, vocabulary).scatter_(-1, candidates, probs)
+    rows = torch.arange(batch * (count + 1)).view(batch, -1) if cut else None
+    given = target.flatten(0, 1) if cut else target
+    dense = accept_naive(drafts, Sampled(target, spread, seeds), positions)
+    assert 0 < int(dense.num_accepted.sum()) < batch * count
+    for run in (accept, accept_naive):
+        equal(run(drafts, Sampled(given, probs, seeds, rows, candidates), positions), dense)
+
+
 def test_repeating_changes_nothing():
     target = torch.softmax(3 * random(64, 16, 500), dim=-1)
     drafts = target[:, :-1].argmax(dim=-1)
@@ -104,6 +124,18 @@ def test_faulty_arguments():
         (
             (drafts, Sampled(torch.zeros(5, 9), None, positions, drafts), positions),
             r"rows must be int64 \[2, 4\]",
+        ),
+        (
+            (drafts, target._replace(candidates=draft_probs.long()), positions),
+            r"candidates must be contiguous int64 \[2, 3, 'C'\], beside draft_probs",
+        ),
+        (
+            (
+                drafts,
+                target._replace(draft_probs=draft_probs, candidates=draft_probs[..., :5].long()),
+                positions,
+            ),
+            r"draft_probs must be contiguous float32 \[2, 3, 5\]",
         ),
     ):
         with pytest.raises(ValueError, match=message):

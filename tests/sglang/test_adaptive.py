@@ -14,7 +14,8 @@ from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.sglang import adaptive, compat, verify_graphs
 from dflash_plugin.sglang.adaptive import AdaptiveVerifier, build_verifier
 from dflash_plugin.sglang.block_attention import BlockAttention
-from dflash_plugin.sglang.patches import skip_unused_drafts
+from dflash_plugin.sglang.draft_step import Step
+from dflash_plugin.sglang.patches import skip_unread_embedding, skip_unused_drafts
 from dflash_plugin.sglang.verify_input import compacting_input, take_output
 
 BLOCK, BATCH, SIZE = 4, 3, 5
@@ -143,7 +144,7 @@ def test_passes_are_captured_by_their_rows_with_the_targets_own_back_end():
     assert made.starts == [0, 4, 8, 12, 16, 20]
     assert attention.blocks is None
     assert backend.supports_ragged_verify_graph
-    made._stage_ragged_verify_layout(None, 8)
+    made._stage_ragged_verify_layout(object(), 8)
     assert made.staged == []
     backend.init_cuda_graph_state(1)
     assert backend.asked == ["state"]
@@ -158,8 +159,12 @@ def test_a_back_end_whose_own_attention_takes_layouts_is_made_anew():
     made = verifier.graphs.runner
     assert made.backend_of_passes is not runner.attn_backend
     assert made.backend_of_passes.asked == ["state", "metadata"]
-    made._stage_ragged_verify_layout(None, 8)
+    layout = object()
+    for _ in range(2):  # As SGLang plans the pass, and as it runs it.
+        made._stage_ragged_verify_layout(layout, 8)
     assert made.staged == [8]
+    made._stage_ragged_verify_layout(object(), 8)
+    assert made.staged == [8, 8]
     assert not runner.init_new_workspace
 
 
@@ -419,6 +424,28 @@ def test_the_draft_pass_is_left_out_where_no_draft_is_verified(rows, runs):
     worker.step = None
     forward(SimpleNamespace(positions=positions))
     assert len(calls) == runs + 1
+
+
+def test_blocks_are_not_embedded_for_a_drafter_that_embeds_itself():
+    embed = torch.nn.Embedding(9, 4)
+    target = SimpleNamespace(get_input_embeddings=lambda: embed)
+    passes: list[Any] = []
+    runner = SimpleNamespace(forward=passes.append)
+    worker: Any = SimpleNamespace(step=None)
+    skip_unread_embedding(worker, target, runner)
+    block, embeddings = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(6, 4)
+    # Outside of steps both are as they were.
+    assert target.get_input_embeddings() is embed
+    runner.forward(SimpleNamespace(input_embeds=embeddings))
+    assert passes.pop().input_embeds is embeddings
+    worker.step = Step(batch_of(), torch.zeros(2))
+    made = target.get_input_embeddings()(block)
+    # SGLang's worker takes the last dimension for the width.
+    assert made.view(-1, made.shape[-1]).shape == (6, 1)
+    runner.forward(SimpleNamespace(input_embeds=made))
+    assert passes.pop().input_embeds is None
+    # The target's own pass may ask for its embedding too.
+    assert target.get_input_embeddings() is embed
 
 
 @pytest.mark.parametrize("captured", [False, True])

@@ -193,8 +193,9 @@ def test_attention_is_the_back_ends(kind, window, with_sinks):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_every_back_end_attends_to_the_same(name, page_size):
+def test_every_back_end_attends_to_the_same(monkeypatch, name, page_size):
     """The request table names slots, whatever the pages are."""
+    monkeypatch.setattr(block_attention, "FEW_REQUESTS", len(LENGTHS))
     runner, backend, attention = installed(backend=name)
     backend.page_size = page_size
     expected = reference(runner, layer_of(), None)
@@ -284,7 +285,8 @@ def test_large_batches_of_the_target_stay_flash_attentions(monkeypatch, drafts):
         assert (backend.filled > before) is read
 
 
-def test_requests_with_different_numbers_of_rows():
+def test_requests_with_different_numbers_of_rows(monkeypatch):
+    monkeypatch.setattr(block_attention, "FEW_REQUESTS", len(LENGTHS))
     runner, backend, attention = installed(backend=FlashAttentionBackend)
     whole, counts = reference(runner, layer_of(), None), (3, 1, 2)
     starts = torch.tensor([0, 3, 4, 6, 6]).int()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ class ExpectedTokens:
         self._sums = torch.empty(size * drafts, pin_memory=on_gpu)
         self._event = torch.cuda.Event() if on_gpu else None
         self._gained = np.array(AcceptanceRates(drafts).expected()) - 1.0
+        self._counts = np.arange(drafts + 1)
         self._asked, self._steps = 0, 0
 
     def is_due(self) -> bool:
@@ -56,8 +59,8 @@ class ExpectedTokens:
             self._event.record()
         self._asked = acceptance_probs.shape[0]
 
-    def tokens(self, drafts_each: float) -> float:
-        """Tokens that a request commits in a pass.
+    def tokens(self, drafts_each: Sequence[float]) -> list[float]:
+        """Tokens that a request commits in a pass, by how many of its drafts are verified.
 
         Args:
             drafts_each: drafts verified per request on average, those with the highest survival
@@ -66,7 +69,8 @@ class ExpectedTokens:
         if self._asked and (self._event is None or self._event.query()):
             requests, self._asked = self._asked, 0
             sums = self._sums[: requests * self.drafts].numpy()
-            found = np.append(0.0, sums[requests - 1 :: requests] / requests)
+            gained = np.append(0.0, sums[requests - 1 :: requests] / requests)
             weight = min(1.0, requests / BLOCKS)
-            self._gained = (1 - weight) * self._gained + weight * found
-        return 1.0 + float(np.interp(drafts_each, np.arange(self.drafts + 1), self._gained))
+            self._gained = (1 - weight) * self._gained + weight * gained
+        found = 1.0 + np.interp(drafts_each, self._counts, self._gained)
+        return [float(tokens) for tokens in found]

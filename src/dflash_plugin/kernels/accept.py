@@ -32,26 +32,45 @@ class Sampled(NamedTuple):
     Attributes:
         target_probs: float32 [B, K + 1, V], after the anchor and after each draft, contiguous; or
             [N, V], with ``rows``.
-        draft_probs: float32 [B, K, V] that the drafts were drawn from, contiguous; None where they
-            were chosen.
+        draft_probs: float32 [B, K, V] that the drafts were drawn from, contiguous; or [B, K, C],
+            with ``candidates``; None where they were chosen.
         seed: int64 [B], of each request.
         rows: int64 [B, K + 1], contiguous, which row of ``target_probs`` follows the anchor and
             each draft; drafts that were not verified must be below zero. None where
             ``target_probs`` has all rows in order.
+        candidates: int64 [B, K, C], contiguous, the tokens that ``draft_probs`` are of; None where
+            they are of the whole vocabulary.
     """
 
     target_probs: Tensor
     draft_probs: Tensor | None
     seed: Tensor
     rows: Tensor | None = None
+    candidates: Tensor | None = None
 
 
 @triton.jit
-def _weight(at, inside, target, draft, excluded, usable, DRAFT_PROBS: tl.constexpr):
+def _weight(
+    at,
+    inside,
+    target,
+    draft,
+    tokens,
+    excluded,
+    usable,
+    DRAFT_PROBS: tl.constexpr,
+    COUNT: tl.constexpr,
+):
     """What tokens are drawn in proportion to: the residual where a draft was rejected."""
     value = tl.load(target + at, mask=inside, other=0.0)
     if DRAFT_PROBS:
-        taken = tl.load(draft + at, mask=inside, other=0.0)
+        if tokens is None:
+            taken = tl.load(draft + at, mask=inside, other=0.0)
+        else:
+            taken = value * 0.0
+            for candidate in range(COUNT):
+                here = at == tl.load(tokens + candidate)
+                taken += tl.where(here, tl.load(draft + candidate), 0.0)
         left = tl.maximum(value - taken, 0.0)
     else:
         left = tl.where(at == excluded, 0.0, value)
@@ -65,6 +84,7 @@ def _kernel(
     draft_probs,
     seed,
     target_rows,
+    candidates,
     anchor_positions,
     num_accepted_out,
     next_token_out,
@@ -75,6 +95,8 @@ def _kernel(
     NEXT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_VOCABULARY: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    BLOCK_CANDIDATES: tl.constexpr,
 ):
     request = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
@@ -90,8 +112,18 @@ def _kernel(
     p = tl.load(p_at, mask=is_draft, other=0.0).to(tl.float64)
     q = p * 0.0 + 1.0
     if draft_probs is not None:
-        q_at = draft_probs + (request * COUNT + index) * vocabulary + token
-        q = tl.load(q_at, mask=is_draft, other=1.0).to(tl.float64)
+        block_row = request * COUNT + index
+        if candidates is None:
+            q = tl.load(draft_probs + block_row * vocabulary + token, mask=is_draft, other=1.0)
+        else:
+            candidate = tl.arange(0, BLOCK_CANDIDATES)
+            at = block_row[:, None] * CANDIDATES + candidate[None, :]
+            inside = is_draft[:, None] & (candidate < CANDIDATES)[None, :]
+            here = tl.load(candidates + at, mask=inside, other=-1) == token[:, None]
+            q = tl.sum(
+                tl.where(here, tl.load(draft_probs + at, mask=inside, other=0.0), 0.0), axis=1
+            )
+        q = q.to(tl.float64)
     noise = uniform(key, anchor_position + 1 + index, ACCEPT)
     stands = is_draft & (draft >= 0) & (noise * q < p)
     accepted = tl.min(tl.where(stands, COUNT, tl.minimum(index, COUNT)), axis=0)
@@ -101,9 +133,13 @@ def _kernel(
     if target_rows is not None:
         row = tl.load(target_rows + row)
     target_row = target_probs + row * vocabulary
-    draft_row = target_row
+    draft_row, tokens = target_row, candidates
     if draft_probs is not None:
-        draft_row = draft_probs + (request * COUNT + tl.minimum(accepted, COUNT - 1)) * vocabulary
+        judged = request * COUNT + tl.minimum(accepted, COUNT - 1)
+        if candidates is None:
+            draft_row = draft_probs + judged * vocabulary
+        else:
+            draft_row, tokens = draft_probs + judged * CANDIDATES, candidates + judged * CANDIDATES
     usable = rejected >= 0
     total = tl.zeros((), dtype=tl.float64)
     left = tl.zeros((), dtype=tl.float64)
@@ -112,7 +148,17 @@ def _kernel(
         inside = at < vocabulary
         whole = tl.load(target_row + at, mask=inside, other=0.0)
         total += tl.sum(whole.to(tl.float64), axis=0)
-        part = _weight(at, inside, target_row, draft_row, rejected, usable, draft_probs is not None)
+        part = _weight(
+            at,
+            inside,
+            target_row,
+            draft_row,
+            tokens,
+            rejected,
+            usable,
+            draft_probs is not None,
+            CANDIDATES,
+        )
         left += tl.sum(part.to(tl.float64), axis=0)
     # Rounding can leave nothing where p and q are equal; then a rejection cannot matter.
     usable = usable & (left > 0)
@@ -124,7 +170,17 @@ def _kernel(
     for start in range(0, vocabulary, BLOCK_VOCABULARY):
         at = start + tl.arange(0, BLOCK_VOCABULARY)
         inside = at < vocabulary
-        part = _weight(at, inside, target_row, draft_row, rejected, usable, draft_probs is not None)
+        part = _weight(
+            at,
+            inside,
+            target_row,
+            draft_row,
+            tokens,
+            rejected,
+            usable,
+            draft_probs is not None,
+            CANDIDATES,
+        )
         part = part.to(tl.float64)
         cumulative = reached + tl.cumsum(part, axis=0)
         over = (cumulative > threshold) & (part > 0)
@@ -152,7 +208,8 @@ def accept(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> Accepte
     if batch == 0:
         return accepted
     if count == 0:  # An empty tensor has no address.
-        target = target._replace(draft_probs=None)
+        target = target._replace(draft_probs=None, candidates=None)
+    num_candidates = 0 if target.candidates is None else target.candidates.shape[-1]
     _kernel[(batch,)](
         drafts,
         *target,
@@ -165,6 +222,8 @@ def accept(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> Accepte
         NEXT=int(Stream.NEXT),
         BLOCK=triton.next_power_of_2(count + 1),
         BLOCK_VOCABULARY=4096,
+        CANDIDATES=num_candidates,
+        BLOCK_CANDIDATES=triton.next_power_of_2(max(1, num_candidates)),
         num_warps=8,
     )
     return accepted
@@ -203,12 +262,21 @@ def _check(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> tuple[i
         expected = [("target_probs", target.target_probs, tuple(target.target_probs.shape[:1]))]
         if target.rows.shape != verified or target.rows.dtype != torch.int64:
             raise ValueError(f"rows must be int64 {list(verified)}")
+    tokens, width = target.candidates, vocabulary
+    if tokens is not None:
+        width = tokens.shape[-1]
+        is_whole = tokens.shape == (batch, count, width) and tokens.is_contiguous()
+        if target.draft_probs is None or not is_whole or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"candidates must be contiguous int64 {[batch, count, 'C']}, beside draft_probs"
+            )
+    expected = [(name, probs, (*shape, vocabulary)) for name, probs, shape in expected]
     if target.draft_probs is not None:
-        expected.append(("draft_probs", target.draft_probs, (batch, count)))
+        expected.append(("draft_probs", target.draft_probs, (batch, count, width)))
     for name, probs, shape in expected:
-        fits = probs.shape == (*shape, vocabulary) and probs.dtype == torch.float32
+        fits = probs.shape == shape and probs.dtype == torch.float32
         if not fits or not probs.is_contiguous():
-            raise ValueError(f"{name} must be contiguous float32 {[*shape, vocabulary]}")
+            raise ValueError(f"{name} must be contiguous float32 {list(shape)}")
     if target.seed.shape != (batch,) or target.seed.dtype != torch.int64:
         raise ValueError(f"seed must be int64 [{batch}]")
     return batch, count
@@ -217,7 +285,10 @@ def _check(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> tuple[i
 def accept_naive(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> Accepted:
     """``accept`` in plain torch."""
     _, count = _check(drafts, target, anchor_positions)
-    probs, draft_probs, seed, rows = target
+    probs, draft_probs, seed, rows, candidates = target
+    if draft_probs is not None and candidates is not None:
+        spread = draft_probs.new_zeros(*draft_probs.shape[:-1], probs.shape[-1])
+        draft_probs = spread.scatter_add_(-1, candidates, draft_probs)
     positions = anchor_positions[:, None] + torch.arange(1, count + 2, device=drafts.device)
     accepted = rejection_sample(
         drafts,

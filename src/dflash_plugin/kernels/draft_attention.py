@@ -355,8 +355,11 @@ def draft_attention(
     block_dim = max(16, triton.next_power_of_2(head_dim))
     block_rows = max(16, triton.next_power_of_2(rows * group))
     is_ragged = blocks is not None
+    live = batch
+    if is_ragged:  # The others of a captured pass have no rows, if blocks are half as long.
+        live = min(batch, triton.cdiv(2 * total_rows, rows))
     tile = tile or _tile(
-        batch * kv_heads, block_rows, block_dim, query.dtype, query.device, is_ragged
+        live * kv_heads, block_rows, block_dim, query.dtype, query.device, is_ragged
     )
     count = 1 if tile.parts == 1 else tile.parts + 1
     part_out, part_best, part_total = None, None, None
@@ -445,7 +448,9 @@ def _tile(
     The fastest of those tried on an H100, and for ragged blocks on an H200
     (``benchmarks/kernels.py``).
     """
-    parts = max(1, min(24, 3 * PROGRAMS // 4 // shares))
+    # Two parts gain less than joining them takes.
+    parts = min(24, PROGRAMS // shares)
+    parts = parts if parts > 2 else 1
     if dtype == torch.float32:  # Multiplied without matrix units, out of registers.
         return AttentionTile(16, 8, 1, parts)
     row_bytes = block_dim * dtype.itemsize

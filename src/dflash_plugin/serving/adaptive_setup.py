@@ -100,10 +100,9 @@ class DraftSelection:
         Args:
             drafts_per_request: gives the drafts of a request, on average, at a verify length.
         """
-        return [
-            self._expected_tokens.tokens(drafts_per_request(verify_len))
-            for verify_len in range(1, self.num_drafts + 2)
-        ]
+        return self._expected_tokens.tokens(
+            [drafts_per_request(verify_len) for verify_len in range(1, self.num_drafts + 2)]
+        )
 
 
 class VerifyBudget:

@@ -53,6 +53,17 @@ class AcceptancePredictor:
             self.predictions,
         )
 
+    def compile_ahead(self, starts: Tensor) -> None:
+        """Compile the launches of ``learn``, and learn nothing.
+
+        Args:
+            starts: int32 [2], the rows of one request.
+        """
+        model = AcceptanceModel(self.drafts, self.confidences.device)
+        committed = torch.ones(1, dtype=torch.int32, device=self.confidences.device)
+        for rows in (None, starts):
+            model.learn(self.confidences[:1], committed, rows)
+
     def learn(self, committed: Tensor, starts: Tensor | None) -> None:
         """Learn from one of ``LEARNING`` passes, by which drafts were accepted.
 

@@ -208,6 +208,7 @@ class AdaptiveVerifier:
         self.num_rows = 2
         cut = self.compact(block, block, block)
         accept_greedy(cut.kept[:, 1:], block[:2].clone(), cut.indices.view(1, self.block))
+        self.predictor.compile_ahead(self.graphs.starts[:2])
         self.num_rows, self.cut = None, None
 
     @contextmanager

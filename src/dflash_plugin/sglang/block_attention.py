@@ -35,8 +35,8 @@ TRITON, FLASH_ATTENTION, FLASHINFER = (
 )
 POOL = "MHATokenToKVPool"
 # FlashAttention 3 is faster for more requests of the target, the more so with long contexts. For
-# few, writing keys and values and preparing the pass take as long as the attention.
-FEW_REQUESTS = 4
+# one or two, writing keys and values and preparing the pass take as long as the attention.
+FEW_REQUESTS = 2
 CAUSAL, FREE = "decoder", "encoder_only"
 
 

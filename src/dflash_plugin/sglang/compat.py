@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -64,8 +65,9 @@ SUPPORTED: dict[str, Version] = {
 }
 
 
+@cache
 def installed() -> str:
-    """The installed SGLang's version.
+    """The installed SGLang's version; read once, as it takes a millisecond.
 
     Raises:
         DFlashError: it is not installed.

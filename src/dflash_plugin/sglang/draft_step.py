@@ -22,16 +22,21 @@ class Step:
         batch: of B requests.
         anchors: int64 [B], positions of the anchors in their texts.
         params: how the requests sample, or None where all are greedy.
-        draft_probs: float32 [B, K, V], the distributions that the drafts were drawn from, or None
-            where the likeliest drafts were chosen.
+        draft_probs: float32 [B, K, V], the distributions that the drafts were drawn from, or
+            [B, K, C] of candidates; None where the likeliest drafts were chosen.
+        draft_candidates: int64 [B, K, C], the tokens that ``draft_probs`` are of; None where they
+            are of the whole vocabulary.
         penalties: of the requests, or None where they have none.
+        has_embedding: SGLang's worker has taken what it embeds the blocks with.
     """
 
     batch: ScheduleBatchLike
     anchors: Tensor
     params: SamplingTensors | None = None
     draft_probs: Tensor | None = None
+    draft_candidates: Tensor | None = None
     penalties: penalties.Penalties | None = None
+    has_embedding: bool = False
 
 
 class Drafting(NamedTuple):

@@ -203,6 +203,41 @@ def seed_first_tokens(runner: Any, noise: sampling.Noise) -> None:
     runner.sample = sample
 
 
+def skip_unread_embedding(worker: RunningWorker, target: Any, runner: Any) -> None:
+    """Leave out the embedding of every block that SGLang's worker makes for the draft pass.
+
+    Our drafter embeds tokens inside its pass.
+
+    Args:
+        worker: whose decode steps they are.
+        target: the target model, whose embedding SGLang's worker asks for first in every step.
+        runner: the drafter's.
+    """
+    embedding, draft = target.get_input_embeddings, runner.forward
+
+    @wraps(embedding)
+    def get_input_embeddings() -> Any:
+        step = worker.step
+        if step is None or step.has_embedding:  # A target may ask in its own pass.
+            return embedding()
+        step.has_embedding = True
+        return _one_number_each
+
+    @wraps(draft)
+    def forward(forward_batch: ForwardBatchLike, *args: Any, **kwargs: Any) -> Any:
+        if worker.step is not None:
+            forward_batch.input_embeds = None
+        return draft(forward_batch, *args, **kwargs)
+
+    target.get_input_embeddings = get_input_embeddings
+    runner.forward = forward
+
+
+def _one_number_each(tokens: Tensor) -> Tensor:
+    """In place of embeddings that nothing reads."""
+    return tokens[..., None]
+
+
 def skip_unused_drafts(runner: Any, worker: RunningWorker) -> None:
     """Run no draft pass in steps that verify no draft.
 

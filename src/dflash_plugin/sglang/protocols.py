@@ -81,6 +81,7 @@ class ForwardBatchLike(Protocol):
     out_cache_loc: Tensor
     sampling_info: Any
     return_logprob: bool
+    input_embeds: Tensor | None
 
 
 class LogitsOutputLike(Protocol):

@@ -613,7 +613,7 @@ _ATTRIBUTES = (
         *_members(
             "ForwardBatch",
             "forward_mode", "positions", "seq_lens", "req_pool_indices", "out_cache_loc",
-            "sampling_info", "return_logprob",
+            "sampling_info", "return_logprob", "input_embeds",
         ),
     ),
     *_rows(

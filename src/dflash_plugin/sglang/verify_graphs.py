@@ -154,6 +154,7 @@ def ragged_runner(native: Any, graphs: VerifyGraphs, is_ours: bool) -> Callable[
         """SGLang's runner of captured passes, in its ragged verify mode."""
 
         capture_bs: list[int]
+        _staged: Any = None
 
         def _build_ragged_verify_token_buckets(self) -> list[int]:
             self.capture_bs = thinned(self.capture_bs)
@@ -166,8 +167,10 @@ def ragged_runner(native: Any, graphs: VerifyGraphs, is_ours: bool) -> Callable[
             return layout
 
         def _stage_ragged_verify_layout(self, ragged_layout: Any, graph_size_key: int) -> None:
-            if not is_ours:
+            # SGLang calls it twice: when it plans a pass, and when it runs it.
+            if not is_ours and ragged_layout is not self._staged:
                 super()._stage_ragged_verify_layout(ragged_layout, graph_size_key)
+                self._staged = ragged_layout
 
     return RaggedRunner
 

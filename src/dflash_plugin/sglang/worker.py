@@ -98,6 +98,9 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         self.vocab_size = int(self.target_worker.model_runner.model_config.vocab_size)
         self.graph_injects, self.in_graph, self.target_changed = False, False, False
         patches.watch_target_passes(self)
+        patches.skip_unread_embedding(
+            self, self.target_worker.model_runner.model, self.draft_model_runner
+        )
         patches.seed_first_tokens(self.target_worker.model_runner, self.noise)
 
     @property
@@ -286,7 +289,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
 
         Args:
             drafting: the output of the step's draft pass.
-            step: its ``draft_probs`` is set.
+            step: its ``draft_probs`` are set.
         """
         assert step.params is not None
         hidden, anchors, found = drafting
@@ -295,9 +298,8 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             u = selector_noise(step.params.seed, step.anchors, self.num_drafts)
             path = self._walk(drafting, step.params.temperature, u)
             assert path.probs is not None
-            step.draft_probs = drafter.target_probabilities(
-                path.probs, self.vocab_size, found.tokens.view(path.probs.shape)
-            )
+            step.draft_probs = path.probs
+            step.draft_candidates = found.tokens.view(path.probs.shape)
             return path.tokens.flatten()
         logits = self.draft_model.logits(hidden).view(batch, self.num_drafts, -1)
         probs = sampling.distribution(logits, step.params, step.batch.sampling_info)
@@ -499,8 +501,11 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             params = step.params.of_rows(cut.rows.sources // rows)
             row_index = cut.rows.indices.view(batch, rows)
             target = sampling.distribution(self._cut_logits(cut)[:, None], params, info)[:, 0]
-        draft = None if step.draft_probs is None else step.draft_probs.contiguous()
-        judged = Sampled(target.contiguous(), draft, step.params.seed, row_index)
+        draft, tokens = (
+            None if part is None else part.contiguous()
+            for part in (step.draft_probs, step.draft_candidates)
+        )
+        judged = Sampled(target.contiguous(), draft, step.params.seed, row_index, tokens)
         accepted = accept(candidates[:, 1:], judged, step.anchors)
         return accepted.num_accepted, accepted.next_token
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -44,8 +45,9 @@ SUPPORTED: dict[tuple[int, int], Version] = {
 }
 
 
+@cache
 def installed() -> str:
-    """The installed vLLM's version.
+    """The installed vLLM's version; read once, as it takes a millisecond.
 
     Raises:
         DFlashError: neither distribution is installed.
