@@ -214,7 +214,7 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
             "engine_arguments": arguments,
         }
         output.parent.mkdir(parents=True, exist_ok=True)
-        record |= {"startup_seconds": {}, "attention": {}, "failed": {}, "rows": []}
+        record |= {"startup_seconds": {}, "gpu_gib": {}, "attention": {}, "failed": {}, "rows": []}
         for number, group in enumerate(modes.split(";")):
             starting = (
                 engine.served(
@@ -244,15 +244,19 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
 
 
 def start(engines: Iterable[Served], record: dict[str, Any]) -> list[Served]:
-    """The engines that started; the record says how long each took, its attention back end, and
-    which failed.
+    """The engines that started; the record says how long each took, the GPU memory that was gone
+    afterwards, its attention back end, and which failed.
 
-    Those of a list start together, those of a generator one after the other.
+    Those of a list start together, and their memory is not told apart; those of a generator one
+    after the other.
     """
     up: list[Served] = []
     for engine in engines:
+        before = free_gib()
         try:
             started = engine.wait()
+            if before is not None and not isinstance(engines, list):
+                record["gpu_gib"][engine.mode] = round(before - (free_gib() or 0.0), 2)
             record["startup_seconds"][engine.mode] = round(started["startup"], 1)
             record["attention"][engine.mode] = started.get("attention")
             up.append(engine)
@@ -260,6 +264,11 @@ def start(engines: Iterable[Served], record: dict[str, Any]) -> list[Served]:
             record["failed"][engine.mode] = str(error)[-300:]
         print(engine.mode, "up" if engine in up else record["failed"][engine.mode], flush=True)
     return up
+
+
+def free_gib() -> float | None:
+    """Free memory of the GPU, or None without one."""
+    return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else None
 
 
 def measure(

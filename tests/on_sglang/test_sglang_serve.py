@@ -229,6 +229,10 @@ def test_acceptance_is_in_meta_info_server_info_and_prometheus(server, reference
     assert after["verify_passes"] - before["verify_passes"] >= meta["spec_verify_ct"]
     assert after["acceptance_length"] == pytest.approx(1 + sum(after["accept_by_position"]))
     assert after["dialect"] == "z-lab"
+    # Keys and values of 3 layers of 3 heads of 64 in float32, for every slot.
+    slots, rest = divmod(after["draft_pool_bytes"], 2 * 3 * 3 * 64 * 4)
+    assert slots > 0
+    assert rest == 0
     found = server.metrics()
     assert found["dflash:expected_acceptance_length"] == pytest.approx(3.31, abs=0.01)
     assert found["dflash:drafter_info"] == 1

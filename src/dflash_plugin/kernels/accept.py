@@ -117,12 +117,11 @@ def _kernel(
             q = tl.load(draft_probs + block_row * vocabulary + token, mask=is_draft, other=1.0)
         else:
             candidate = tl.arange(0, BLOCK_CANDIDATES)
-            at = block_row[:, None] * CANDIDATES + candidate[None, :]
-            inside = is_draft[:, None] & (candidate < CANDIDATES)[None, :]
-            here = tl.load(candidates + at, mask=inside, other=-1) == token[:, None]
-            q = tl.sum(
-                tl.where(here, tl.load(draft_probs + at, mask=inside, other=0.0), 0.0), axis=1
-            )
+            q_at = block_row[:, None] * CANDIDATES + candidate[None, :]
+            known = is_draft[:, None] & (candidate < CANDIDATES)[None, :]
+            here = tl.load(candidates + q_at, mask=known, other=-1) == token[:, None]
+            q = tl.load(draft_probs + q_at, mask=known, other=0.0)
+            q = tl.sum(tl.where(here, q, 0.0), axis=1)
         q = q.to(tl.float64)
     noise = uniform(key, anchor_position + 1 + index, ACCEPT)
     stands = is_draft & (draft >= 0) & (noise * q < p)

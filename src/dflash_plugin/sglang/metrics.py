@@ -41,6 +41,7 @@ class AcceptanceCounts:
         num_drafts: drafts of a block.
         model_name: label of the metrics, or None where SGLang exports none.
         verifier: whose policy's counts are exported too, or None.
+        pool_bytes: GPU memory of the drafter's keys and values.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class AcceptanceCounts:
         num_drafts: int,
         model_name: str | None,
         verifier: AdaptiveVerifier | None = None,
+        pool_bytes: int = 0,
     ) -> None:
-        self.info, self.verifier = info, verifier
+        self.info, self.verifier, self.pool_bytes = info, verifier, pool_bytes
         self.watch = AcceptanceWatch(info)
         # Index n counts the passes that accepted exactly n drafts: all of them, and those of whole
         # blocks and of less that are not exported yet. Passes of less do not judge the drafter.
@@ -122,6 +124,7 @@ class AcceptanceCounts:
             "expected_acceptance_length": self.info.expected_acceptance_length,
             "accept_by_position": by_position,
             "acceptance_warnings": self.watch.warnings,
+            "draft_pool_bytes": self.pool_bytes,
         }
         if self.verifier is not None:
             found["adaptive"] = self.verifier.policy.summary()
@@ -136,11 +139,13 @@ class Counted:
         acceptance: counts of this process, or None where another rank counts or the server is not
             warm yet.
         verifier: chooses which rows are verified, or None where every pass verifies whole blocks.
+        pool_bytes: GPU memory of the drafter's keys and values.
     """
 
     info: DrafterSpec
     acceptance: AcceptanceCounts | None = None
     verifier: AdaptiveVerifier | None = None
+    pool_bytes: int = 0
 
     @property
     def num_drafts(self) -> int:
@@ -176,7 +181,11 @@ def start(worker: Counted, server_args: Any) -> None:
     name = str(argument(server_args, "served_model_name") or argument(server_args, "model_path"))
     exported = bool(argument(server_args, "enable_metrics"))
     worker.acceptance = AcceptanceCounts(
-        worker.info, worker.num_drafts, name if exported else None, worker.verifier
+        worker.info,
+        worker.num_drafts,
+        name if exported else None,
+        worker.verifier,
+        worker.pool_bytes,
     )
 
 

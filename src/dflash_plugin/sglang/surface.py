@@ -380,6 +380,10 @@ _CALLS = (
         "MHATokenToKVPool.set_kv_buffer", "MHATokenToKVPool.set_kv_buffer_prefix_valid",
     ),
     *_rows(
+        "mem_cache.memory_pool", "call", DRAFTING, "how large the drafter's pool is",
+        "MHATokenToKVPool.get_kv_size_bytes", signature=(),
+    ),
+    *_rows(
         "mem_cache.memory_pool", "call", BLOCK_ATTENTION, "reads and writes plain pools",
         *_members("MHATokenToKVPool", "get_key_buffer", "get_value_buffer"),
         signature=("layer_id",),

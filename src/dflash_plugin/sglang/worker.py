@@ -8,6 +8,7 @@ penalties, how many rows of a block are verified (``adaptive``), and the attenti
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,8 @@ WITHOUT_ADAPTIVE = "DFLASH_PLUGIN_ADAPTIVE_VERIFICATION=0"
 KEPT = "Succeeded to update the target's weights; the drafter keeps its own."
 # The largest batch that is captured, unless the server runs more requests at once.
 MAX_CAPTURED = 1024
+
+logger = logging.getLogger(__name__)
 
 
 class Worker(metrics.Counted, DFlashWorkerV2):
@@ -201,6 +204,8 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         device = torch.device(self.device)
         target: ModelRunnerLike = self.target_worker.model_runner
         drafter = self.draft_model_runner
+        self.pool_bytes = sum(drafter.token_to_kv_pool.get_kv_size_bytes())
+        logger.info("the drafter's KV pool takes %.2f GiB", self.pool_bytes / 2**30)
         attention = block_attention.install(target, device)
         block_attention.install(drafter, device)
         self.verifier = build_verifier(
