@@ -137,7 +137,7 @@ class AdaptiveVerifier:
                     f"adaptive_verification is on, but {obstacle}, or turn adaptive_verification "
                     "off"
                 )
-            logger.info("adaptive verification is off: %s", obstacle)
+            logger.warning("adaptive verification is off: %s", obstacle)
             self.whole_blocks = True
             return
         whole = runner.decode_cuda_graph_runner
