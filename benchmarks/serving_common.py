@@ -110,6 +110,7 @@ class EngineUnderTest(NamedTuple):
             weights are dummies.
         margins: added to ``sampling``, so that answers hold the target's margins.
         served: a child process of a mode, of common and speculative arguments, log and environment.
+        replays_by_prompt: a prompt tells the replay which acceptance length it follows.
     """
 
     name: str
@@ -121,6 +122,7 @@ class EngineUnderTest(NamedTuple):
     sampling: Callable[[int, bool], dict[str, Any]]
     margins: dict[str, Any]
     served: Callable[..., Served]
+    replays_by_prompt: bool = False
 
 
 class Load(NamedTuple):
@@ -149,7 +151,7 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
         data: Path = Path("tests/data"),
         shape: str | None = None,
         acceptance: float | None = None,
-        replay: float | None = None,
+        replay: str | None = None,
         traces: Path = TRACES,
         modes: str = default_modes,
         concurrency: str = "1,8,32,64",
@@ -162,6 +164,7 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
         drafts: int | None = None,
         check: bool = False,
         timelines: bool = False,
+        timeline_levels: str | None = None,
         together: bool = False,
         settings: str = "{}",
     ) -> None:
@@ -173,12 +176,16 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
 
         ``--shape`` takes dummy weights: qwen3-8b, or tiny for a test.
 
-        ``--timelines`` adds where the time of a decode step goes.
+        ``--timelines`` adds where the time of a decode step goes, at all levels or at those of
+        ``--timeline-levels``.
 
         ``--together`` starts the engines at once, which is faster but needs more free memory while
         they load.
 
         ``--memory`` is the share of the GPU that each engine takes.
+
+        ``--replay`` may be several numbers with commas between: the result of the first is
+        FILE.json, that of another FILE-NUMBER.json.
         """
         if check and shape is not None:
             raise typer.BadParameter("dummy weights have no texts to compare: leave out --check")
@@ -191,6 +198,9 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
         else:
             directory, weights = resolve_model(target), resolve_drafter(drafter, target)
         num_drafts = drafts or json.loads((weights / "config.json").read_text())["block_size"] - 1
+        taus = [float(tau) for tau in replay.split(",")] if replay is not None else []
+        if len(taus) > 1 and not engine.replays_by_prompt:
+            raise typer.BadParameter(f"--replay is {replay}: {engine.name} takes one number")
         work = prompts_by_level(levels, per_slot, shape, directory, data, replay is None)
         checked = real_prompts(directory, data, 25) if check else []
         longest = max(len(prompt) for prompts in [*work.values(), checked] for prompt in prompts)
@@ -201,7 +211,7 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
             forced, environment = engine.forced(acceptance)
             speculative |= forced
         if replay is not None:
-            environment = replaying(traces, num_drafts, replay)
+            environment = replaying(traces, num_drafts, taus)
         sampling = engine.sampling(new_tokens, shape is not None)
         record = {
             **circumstances(engine.name, engine.version()),
@@ -209,7 +219,7 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
             "repeats": repeats,
             "max_new_tokens": new_tokens,
             "acceptance_forced": acceptance,
-            "acceptance_replayed": replay,
+            "acceptance_replayed": taus[0] if taus else None,
             "num_speculative_tokens": num_drafts,
             "engine_arguments": arguments,
         }
@@ -228,9 +238,23 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
             )
             engines = start(list(starting) if together else starting, record)
             try:
-                measure(engines, work, sampling, repeats, record, output, seconds, number)
+                for place, tau in enumerate(taus or [None]):
+                    made, path, prompts = record, output, work
+                    if place:
+                        path = output.with_stem(f"{output.stem}-{tau}")
+                        made = {**record, "acceptance_replayed": tau, "rows": []}
+                        if path.exists() and number:
+                            made["rows"] = json.loads(path.read_text())["rows"]
+                    if len(taus) > 1:
+                        prompts = {
+                            level: [[place, *prompt[1:]] for prompt in given]
+                            for level, given in work.items()
+                        }
+                    measure(engines, prompts, sampling, repeats, made, path, seconds, number)
                 if timelines:
-                    add_timelines(engines, work, sampling, record, output)
+                    wanted = [int(n) for n in (timeline_levels or concurrency).split(",")]
+                    some = {level: work[level] for level in wanted}
+                    add_timelines(engines, some, sampling, record, output)
                 if check:
                     record["text"] = check_text(
                         engines, checked, max(levels), sampling, engine.margins

@@ -92,6 +92,7 @@ SGLANG = EngineUnderTest(
     sampling=greedy,
     margins={"top_logprobs_num": 2},
     served=served,
+    replays_by_prompt=True,
 )
 
 

@@ -13,13 +13,15 @@ draft the block that begins there. Texts are drawn so that whole blocks commit `
 a pass, the easier a text the more often (weights exp(c · τ) of each text's own τ).
 
 Environment: ``REPLAY_TRACES``, a file of traces; ``REPLAY_DRAFTS``, of the drafter's whole block,
-whatever an engine makes of it; ``REPLAY_TAU``.
+whatever an engine makes of it; ``REPLAY_TAU``, in SGLang also several with commas between: the
+first token of a prompt tells which, counted from 0.
 """
 
 from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -42,24 +44,33 @@ class Replay:
     Args:
         path: traces.
         drafts: K, of the engine's blocks.
-        tau: tokens that a pass of whole blocks commits, over the texts as they are drawn.
+        taus: tokens that a pass of whole blocks commits, over the texts as they are drawn; each has
+            texts of its own.
         device: of the state.
     """
 
-    def __init__(self, path: Path, drafts: int, tau: float, device: torch.device) -> None:
+    def __init__(
+        self, path: Path, drafts: int, taus: Sequence[float], device: torch.device
+    ) -> None:
         from dflash_plugin.adaptive.simulation.traces import Traces
 
         traces = longer(Traces.load(path), drafts)
-        chance = weights(traces, tau)
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.multinomial(chance, DRAWN, replacement=True, generator=generator)
+        drawn = torch.cat(
+            [
+                torch.multinomial(
+                    weights(traces, tau), DRAWN, replacement=True, generator=generator
+                )
+                for tau in taus
+            ]
+        )
         self.confidence = traces.confidence.float().to(device)
         self.right = traces.right.to(device)
         self.starts, self.ends = (
             part[drawn].to(device) for part in (traces.starts[:-1], traces.starts[1:])
         )
         # Texts do not begin together.
-        share = torch.rand(DRAWN, generator=generator).to(device)
+        share = torch.rand(len(drawn), generator=generator).to(device)
         self.begins = self.starts + (share * (self.ends - self.starts)).long()
         self.next = torch.arange(SLOTS + 1, device=device)
         self.place, self.end = self.begins[self.next].clone(), self.ends[self.next].clone()
@@ -69,9 +80,10 @@ class Replay:
 
         Args:
             slots: int64 [B].
-            requests: int64 [B], at least 0, by which the requests are told apart.
+            requests: int64 [B], at least 0, by which the requests are told apart; what is above
+                ``DRAWN`` tells which of the texts' τ they follow.
         """
-        drawn = requests % DRAWN
+        drawn = requests % len(self.starts)
         self.next[slots] = drawn
         self.place[slots], self.end[slots] = self.begins[drawn], self.ends[drawn]
 
@@ -86,7 +98,8 @@ class Replay:
         stood = torch.minimum(self.right[place], verified)
         place = place + stood + 1
         done = place >= end
-        following = (self.next[slots] + done * (SLOTS + 1)) % DRAWN
+        drawn = self.next[slots]
+        following = drawn - drawn % DRAWN + (drawn + done * (SLOTS + 1)) % DRAWN
         self.next[slots] = following
         self.place[slots] = torch.where(done, self.starts[following], place)
         self.end[slots] = torch.where(done, self.ends[following], end)
@@ -140,27 +153,34 @@ def weights(traces: Any, tau: float) -> Tensor:
     return drawn((low + high) / 2)
 
 
-def settings(traces: Path, drafts: int, tau: float) -> dict[str, str]:
+def settings(traces: Path, drafts: int, taus: Sequence[float]) -> dict[str, str]:
     """Environment of an engine's process."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "REPLAY_TRACES": str(traces.resolve()),
         "REPLAY_DRAFTS": str(drafts),
-        "REPLAY_TAU": str(tau),
+        "REPLAY_TAU": ",".join(map(str, taus)),
         # That it is above zero lets SGLang ask.
-        "SGLANG_SIMULATE_ACC_LEN": str(tau),
+        "SGLANG_SIMULATE_ACC_LEN": str(taus[0]),
     }
 
 
 _replays: list[Replay] = []
 
 
+def request_of(prompt: Sequence[int]) -> int:
+    """What ``Replay.begin`` tells a prompt's request by."""
+    several = "," in os.environ["REPLAY_TAU"]
+    return crc32(array("q", prompt).tobytes()) % DRAWN + DRAWN * (prompt[0] if several else 0)
+
+
 def replay_on(device: torch.device) -> Replay:
     """This process's, made once, as the environment asks."""
     if not _replays:
-        path, tau = Path(os.environ["REPLAY_TRACES"]), float(os.environ["REPLAY_TAU"])
-        _replays.append(Replay(path, int(os.environ["REPLAY_DRAFTS"]), tau, device))
+        path = Path(os.environ["REPLAY_TRACES"])
+        taus = [float(tau) for tau in os.environ["REPLAY_TAU"].split(",")]
+        _replays.append(Replay(path, int(os.environ["REPLAY_DRAFTS"]), taus, device))
     return _replays[0]
 
 
@@ -235,9 +255,7 @@ def into_sglang() -> None:
         def forward(self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
             slots = state["slots"] = batch.req_pool_indices.long()
             if batch.forward_mode.is_extend():
-                prompts = [
-                    crc32(array("q", request.origin_input_ids).tobytes()) for request in batch.reqs
-                ]
+                prompts = [request_of(request.origin_input_ids) for request in batch.reqs]
                 replay_on(slots.device).begin(slots, torch.tensor(prompts).to(slots.device))
             verifier = getattr(self, "verifier", None)
             if verifier is not None and not batch.forward_mode.is_extend():
@@ -265,10 +283,14 @@ def into_sglang() -> None:
         module.apply_dflash_simulated_acceptance = accept
 
     def sure(chances: Any, slots: Tensor) -> None:
+        # Few launches: the engines' own drafters do this inside a captured pass.
         replay, count = replay_on(slots.device), len(slots)
-        confidences = replay.confidence[replay.place[slots]]
-        chances.confidences[:count] = confidences
-        chances.predictions[:count] = chances.model.probabilities(confidences)
+        confidences = chances.confidences[:count]
+        torch.index_select(
+            replay.confidence, 0, replay.place.index_select(0, slots), out=confidences
+        )
+        slope, offsets, _ = chances.model.state
+        torch.sigmoid(torch.addcmul(offsets, confidences, slope), out=chances.predictions[:count])
 
     def estimating(module: Any) -> None:
         def predict(self: Any, top: Tensor, log_sum_exp: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from dflash_plugin.adaptive.simulation.traces import Traces
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS / "acceptance_replay"))
-from acceptance_replay import Replay, longer, weights  # noqa: E402
+from acceptance_replay import Replay, longer, request_of, weights  # noqa: E402
 
 CPU = torch.device("cpu")
 RECORDED = BENCHMARKS / "results" / "traces-smollm2-250.safetensors"
@@ -31,14 +31,26 @@ def test_short_blocks_are_put_behind_each_other():
 
 @pytest.mark.parametrize("tau", [3.45, 5.0, 6.4])
 def test_a_replay_commits_what_was_asked_for(tau):
-    replay = Replay(RECORDED, 15, tau, CPU)
+    replay = Replay(RECORDED, 15, [tau], CPU)
     slots, passes = torch.arange(200), 400
     stood = sum(int(replay.commit(slots, torch.full((200,), 15)).sum()) for _ in range(passes))
     assert 1 + stood / (200 * passes) == pytest.approx(tau, rel=0.03)
 
 
+def test_requests_keep_the_acceptance_length_of_their_prompts(monkeypatch):
+    monkeypatch.setenv("REPLAY_TAU", "6.4,3.45")
+    replay = Replay(RECORDED, 15, [6.4, 3.45], CPU)
+    slots, passes = torch.arange(400), 400
+    requests = [request_of([place % 2, place]) for place in range(400)]
+    replay.begin(slots, torch.tensor(requests))
+    full = torch.full((400,), 15)
+    stood = torch.stack([replay.commit(slots, full) for _ in range(passes)]).float().mean(dim=0)
+    assert 1 + float(stood[::2].mean()) == pytest.approx(6.4, rel=0.03)
+    assert 1 + float(stood[1::2].mean()) == pytest.approx(3.45, rel=0.03)
+
+
 def test_fewer_verified_drafts_commit_fewer():
-    replay = Replay(RECORDED, 15, 5.0, CPU)
+    replay = Replay(RECORDED, 15, [5.0], CPU)
     slots = torch.arange(100)
     verified = torch.arange(100) % 8
     for _ in range(50):
@@ -48,7 +60,7 @@ def test_fewer_verified_drafts_commit_fewer():
 
 
 def test_confidences_are_those_of_the_place():
-    replay = Replay(RECORDED, 15, 5.0, CPU)
+    replay = Replay(RECORDED, 15, [5.0], CPU)
     slots = torch.tensor([3, 3, 9, -1])
     places = torch.tensor([0, 14, 2, 5])
     found = replay.confidences(slots, places)

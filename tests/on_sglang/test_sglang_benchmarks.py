@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def test_serving_with_replayed_acceptance(modes, tmp_path):
     output = tmp_path / "result.json"
     options = (
-        *("--shape", "tiny", "--replay", "4", "--modes", modes, "--together"),
+        *("--shape", "tiny", "--replay", "4,2.5", "--modes", modes, "--together"),
         *("--concurrency", "2", "--new-tokens", "24", "--repeats", "1", "--per-slot", "1"),
         *("--dtype", "float32"),
     )
@@ -40,3 +40,6 @@ def test_serving_with_replayed_acceptance(modes, tmp_path):
     # Random weights accept nothing by themselves.
     assert rows["plugin"]["tau"] > 2
     assert rows["plugin-adaptive"]["adaptive"]
+    second = json.loads((tmp_path / "result-2.5.json").read_text())
+    assert second["acceptance_replayed"] == 2.5
+    assert {row["engine"] for row in second["rows"]} == set(rows)
