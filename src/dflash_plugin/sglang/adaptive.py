@@ -44,6 +44,9 @@ NO_LONGER = 1.1
 # Bytes of GPU memory that have to be free where verification adapts unasked; its graphs take half.
 MIN_FREE = 2 << 30
 
+# SGLang rounds captured batches up to a multiple of the ranks, beyond the largest that runs.
+SIZE_MULTIPLE = 64
+
 logger = logging.getLogger(__name__)
 
 
@@ -103,7 +106,8 @@ class AdaptiveVerifier:
         self.graphs = VerifyGraphs(block, size, device)
         self.attention: block_attention.BlockAttention | None = None
         self.cut: CutPass | None = None
-        self.predictor = AcceptancePredictor(block - 1, size, device)
+        captured = -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
+        self.predictor = AcceptancePredictor(block - 1, captured, device)
         counts = torch.ones(3, size, dtype=torch.int32, device=device)
         self._drafts, self._others, self._admitted = counts.unbind()
         self._drafts.fill_(block - 1)
