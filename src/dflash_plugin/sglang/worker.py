@@ -204,7 +204,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         device = torch.device(self.device)
         target: ModelRunnerLike = self.target_worker.model_runner
         drafter = self.draft_model_runner
-        self.pool_bytes = sum(drafter.token_to_kv_pool.get_kv_size_bytes())
+        self.pool_bytes = int(sum(drafter.token_to_kv_pool.get_kv_size_bytes()))
         logger.info("the drafter's KV pool takes %.2f GiB", self.pool_bytes / 2**30)
         attention = block_attention.install(target, device)
         block_attention.install(drafter, device)
