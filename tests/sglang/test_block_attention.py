@@ -299,6 +299,38 @@ def test_requests_with_different_numbers_of_rows(monkeypatch):
     assert error(out, whole[rows]) < 1e-5
 
 
+@pytest.mark.parametrize("few", [6, 5])
+def test_cut_passes_of_many_rows_stay_flash_attentions(monkeypatch, few):
+    """Under a back end of their own, of which the host prepares what FlashAttention reads."""
+    monkeypatch.setattr(block_attention, "FEW_ROWS", few)
+    runner, counts = Runner(FlashAttentionBackend), (3, 1, 2)
+    whole, backend = reference(runner, layer_of(), None), runner.attn_backend
+    starts = torch.tensor([0, 3, 4, 6, 6]).int()
+    requests = torch.tensor([0, 0, 0, 1, 2, 2, 9, 9]).int()
+    attention = block_attention.install_for_cut_passes(
+        backend, runner, DEVICE, Blocks(starts, requests, ROWS)
+    )
+    assert attention is not None
+    rows = [ROWS * n + row for n, count in enumerate(counts) for row in range(count)]
+    batch = batch_of(runner)
+    batch.spec_info.ragged_verify_layout = SimpleNamespace(graph_num_tokens=len(rows))
+    backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    out = runner.forward(*(part[rows] for part in block()), layer_of(), batch)
+    backend.init_forward_metadata_out_graph(batch)
+    ours = len(rows) <= few
+    assert (backend.natively, backend.filled) == ((0, 1) if ours else (1, 2))
+    assert attention.replaces(len(counts), len(rows)) is ours
+    if ours:
+        assert error(out, whole[rows]) < 1e-5
+
+
+def test_cut_passes_of_other_back_ends_stay_theirs():
+    runner = Runner(TritonAttnBackend)
+    blocks = Blocks(torch.zeros(2).int(), torch.zeros(1).int(), ROWS)
+    made = block_attention.install_for_cut_passes(runner.attn_backend, runner, DEVICE, blocks)
+    assert made is None
+
+
 @pytest.mark.parametrize(
     ("backend", "refused"), list(zip(BACKENDS, [False, True, False], strict=True))
 )

@@ -37,6 +37,8 @@ POOL = "MHATokenToKVPool"
 # FlashAttention 3 is faster for more requests of the target, the more so with long contexts. For
 # one or two, writing keys and values and preparing the pass take as long as the attention.
 FEW_REQUESTS = 2
+# Likewise for cut passes of few rows, which are captured with a slot for every row.
+FEW_ROWS = 64
 CAUSAL, FREE = "decoder", "encoder_only"
 
 
@@ -50,6 +52,7 @@ class BlockAttention:
         native_rows: rows of a request that the back end's own attention takes in a verify pass,
             whatever rows the pass has; None where it goes by the pass.
         max_requests: larger batches stay with the back end's own attention; None limits none.
+        max_rows: passes of more rows stay with it too; None limits none.
         used_ours: some pass so far used ``draft_attention``.
         used_native: some pass so far used the back end's own.
         refused: some layer needs the back end's own, however few requests there are.
@@ -61,6 +64,7 @@ class BlockAttention:
     req_to_token: Tensor
     native_rows: int | None = None
     max_requests: int | None = None
+    max_rows: int | None = None
     used_ours: bool = False
     used_native: bool = False
     refused: bool = False
@@ -72,9 +76,15 @@ class BlockAttention:
         """Whether all passes so far used ``draft_attention``."""
         return self.used_ours and not self.used_native
 
-    def takes(self, requests: int) -> bool:
-        """Whether a batch of so many requests is small enough."""
-        return self.max_requests is None or requests <= self.max_requests
+    def takes(self, requests: int, rows: int) -> bool:
+        """Whether a pass of so many requests and rows is small enough."""
+        return (self.max_requests is None or requests <= self.max_requests) and (
+            self.max_rows is None or rows <= self.max_rows
+        )
+
+    def replaces(self, requests: int, rows: int) -> bool:
+        """Whether nothing of a captured pass reads what the back end prepares."""
+        return self.used_ours and not self.refused and self.takes(requests, rows)
 
 
 def is_plain(pool: Any) -> bool:
@@ -104,24 +114,59 @@ def install(runner: ModelRunnerLike, device: torch.device) -> BlockAttention | N
         own.
     """
     backend = runner.attn_backend
-    is_plain_backend = PLAIN.get(type(backend).__name__)
-    if (
-        is_plain_backend is None
-        or not kernels.available(device)
-        or not is_plain(runner.token_to_kv_pool)
-        or argument(runner.server_args, "enable_deterministic_inference")
-        or argument(runner.server_args, "dcp_size") not in (None, 1)
-        or not is_plain_backend(backend)
-    ):
+    if not _is_replaceable(backend, runner, device):
         return None
     attention = BlockAttention(runner.token_to_kv_pool, runner.req_to_token_pool.req_to_token)
     if type(backend).__name__ == FLASH_ATTENTION:
         attention.native_rows = int(backend.speculative_num_draft_tokens)
         attention.max_requests = None if runner.is_draft_worker else FEW_REQUESTS
+    _route(backend, attention)
+    return attention
+
+
+def install_for_cut_passes(
+    backend: Any, runner: ModelRunnerLike, device: torch.device, blocks: Blocks
+) -> BlockAttention | None:
+    """Let captured cut passes of few rows use ``draft_attention`` under FlashAttention.
+
+    Args:
+        backend: of the captured cut passes alone.
+        runner: of the target, with its pools.
+        device: of the runner.
+        blocks: the rows of each request of every pass.
+
+    Returns:
+        Which attention the back end uses from then on, or None where that is always its own.
+    """
+    if type(backend).__name__ != FLASH_ATTENTION or not _is_replaceable(backend, runner, device):
+        return None
+    attention = BlockAttention(
+        runner.token_to_kv_pool,
+        runner.req_to_token_pool.req_to_token,
+        max_rows=FEW_ROWS,
+        blocks=blocks,
+    )
+    _route(backend, attention)
+    return attention
+
+
+def _is_replaceable(backend: Any, runner: ModelRunnerLike, device: torch.device) -> bool:
+    """Whether ``draft_attention`` can take the place of a back end's own attention."""
+    is_plain_backend = PLAIN.get(type(backend).__name__)
+    return (
+        is_plain_backend is not None
+        and kernels.available(device)
+        and is_plain(runner.token_to_kv_pool)
+        and not argument(runner.server_args, "enable_deterministic_inference")
+        and argument(runner.server_args, "dcp_size") in (None, 1)
+        and is_plain_backend(backend)
+    )
+
+
+def _route(backend: Any, attention: BlockAttention) -> None:
     backend.forward_extend = routed(backend.forward_extend, attention)
     fill = backend.init_forward_metadata_out_graph
     backend.init_forward_metadata_out_graph = without_metadata(fill, attention)
-    return attention
 
 
 def _is_plain_triton(backend: Any) -> bool:
@@ -172,9 +217,11 @@ def without_metadata(native: Callable[..., None], attention: BlockAttention) -> 
     @wraps(native)
     def fill(forward_batch: ForwardBatchLike, *args: Any, **kwargs: Any) -> None:
         captures = bool(kwargs.get("in_capture", args[0] if args else False))
-        verifies = forward_batch.forward_mode.is_target_verify()
-        ours = attention.used_ours and not attention.refused
-        if captures or not verifies or not ours or not attention.takes(forward_batch.batch_size):
+        verifies, rows = forward_batch.forward_mode.is_target_verify(), 0
+        if attention.max_rows is not None and verifies and not captures:
+            rows = forward_batch.spec_info.ragged_verify_layout.graph_num_tokens
+        ours = verifies and attention.replaces(forward_batch.batch_size, rows)
+        if captures or not ours:
             native(forward_batch, *args, **kwargs)
 
     return fill
@@ -203,7 +250,7 @@ def routed(native: Callable[..., Tensor], attention: BlockAttention) -> Callable
         usual = k is not None and v is not None and save_kv_cache
         usual = usual and all(value is None or value is False for value in more.values())
         usual = usual and forward_batch._attn_output is None
-        small = attention.takes(forward_batch.seq_lens.shape[0])
+        small = attention.takes(forward_batch.seq_lens.shape[0], q.shape[0])
         ours = verifies and small and usual and _takes(attention, layer, forward_batch, q)
         attention.refused |= verifies and small and not ours
         attention.used_ours |= ours

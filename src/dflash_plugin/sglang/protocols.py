@@ -82,6 +82,7 @@ class ForwardBatchLike(Protocol):
     sampling_info: Any
     return_logprob: bool
     input_embeds: Tensor | None
+    spec_info: Any
 
 
 class LogitsOutputLike(Protocol):

@@ -4,7 +4,8 @@ SGLang's runner of captured passes has such passes, by their number of rows, for
 its ragged verify mode. ``VerifyGraphs`` makes a second runner in that mode beside the target's own,
 which keeps the passes of whole blocks. Where all attention is ``block_attention``'s, that reads the
 rows of each request from a tensor, and both runners share the back end. Elsewhere the second runner
-has a back end of its own, which takes the rows of each request from SGLang's layout.
+has a back end of its own, which takes the rows of each request from SGLang's layout; under
+FlashAttention its passes of few rows use ``draft_attention``, which is faster there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from dflash_plugin.kernels.draft_attention import Blocks
-from dflash_plugin.sglang.block_attention import BlockAttention
+from dflash_plugin.sglang.block_attention import BlockAttention, install_for_cut_passes
 from dflash_plugin.sglang.protocols import AttnBackendLike, GraphRunnerLike, ModelRunnerLike
 from dflash_plugin.sglang.surface import is_instance, surface
 
@@ -71,15 +72,16 @@ class VerifyGraphs:
             Rows of the captured passes, rising.
         """
         whole = runner.decode_cuda_graph_runner
-        backend = runner.attn_backend
+        backend, used = runner.attn_backend, attention
         kept = runner.init_new_workspace
         before = free_memory(self.device)
         if attention is None:
             backend = runner._get_attention_backend(init_new_workspace=True)
+            used = install_for_cut_passes(backend, runner, self.device, self.blocks)
         token = _is_ragged.set(True)
         try:
             with shared(backend, attention, self.blocks):
-                make = ragged_runner(type(whole), self, attention is not None)
+                make = ragged_runner(type(whole), self, used)
                 self.runner = make(runner, attn_backend=backend)
         finally:
             _is_ragged.reset(token)
@@ -141,13 +143,16 @@ def enable_ragged_runners() -> None:
     surface().patch(RUNNER_MODULE, "ragged_verify_compact_graphs_enabled", make)
 
 
-def ragged_runner(native: Any, graphs: VerifyGraphs, is_ours: bool) -> Callable[..., Any]:
+def ragged_runner(
+    native: Any, graphs: VerifyGraphs, attention: BlockAttention | None
+) -> Callable[..., Any]:
     """A subclass of SGLang's runner that captures few numbers of rows.
 
     Args:
         native: SGLang's class.
         graphs: holds the rows of each request.
-        is_ours: all attention reads these.
+        attention: of the runner's back end; what it replaces reads these rows instead of SGLang's
+            layout.
     """
 
     class RaggedRunner(native):
@@ -168,7 +173,8 @@ def ragged_runner(native: Any, graphs: VerifyGraphs, is_ours: bool) -> Callable[
 
         def _stage_ragged_verify_layout(self, ragged_layout: Any, graph_size_key: int) -> None:
             # SGLang calls it twice: when it plans a pass, and when it runs it.
-            if not is_ours and ragged_layout is not self._staged:
+            ours = attention is not None and attention.replaces(0, graph_size_key)
+            if not ours and ragged_layout is not self._staged:
                 super()._stage_ragged_verify_layout(ragged_layout, graph_size_key)
                 self._staged = ragged_layout
 
