@@ -436,10 +436,10 @@ def soak(name: str, engine: str, paused: str) -> str:
     return table([*header, "texts that differ", "growth, last third"], [row])
 
 
-def timelines(name: str) -> str:
-    """Where the milliseconds of a decode step go, of native and the plugin with FP8 drafts."""
-    record = load(name)
-    found = [line for run in record["runs"] for line in run["timelines"]]
+def timelines(name: str, plugin: str = "plugin-fp8") -> str:
+    """Where the milliseconds of a decode step go, of native and a mode of the plugin."""
+    runs = runs_of(name)
+    found = [line for run in runs for line in run["timelines"]]
     parts = ("verify graph", "other graphs", "eager", "idle", "step")
     rows = [
         [
@@ -450,11 +450,11 @@ def timelines(name: str) -> str:
         ]
         for level in sorted({line["concurrency"] for line in found})
         for line in found
-        if line["concurrency"] == level and line["engine"] in ("native", "plugin-fp8")
+        if line["concurrency"] == level and line["engine"] in ("native", plugin)
     ]
     header = ["requests", "", "verify graph", "draft graph", "eager", "idle", "whole step"]
-    commands = "; ".join(f"`{run['command']}`" for run in record["runs"])
-    facts = f"{record['runs'][0]['device']}, {record['runs'][0]['date']}. {commands}"
+    commands = "; ".join(f"`{run['command']}`" for run in runs)
+    facts = f"{runs[0]['device']}, {runs[0]['date']}. {commands}"
     return f"{table([*header, 'eager launches'], rows)}\n\n{facts}"
 
 
@@ -549,6 +549,8 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "vllm-fair": lambda: fair("vllm"),
         "sglang-fair": lambda: fair("sglang"),
         "sglang-default": lambda: serving("sglang-h200-qwen3-8b-default"),
+        "sglang-long": lambda: serving("sglang-h200-qwen3-8b-long"),
+        "sglang-h200-timelines": lambda: timelines("sglang-h200-qwen3-8b-long", "plugin"),
         "acceptance": acceptance,
         "dflash2-greedy": dflash2_greedy,
         "draft-weights": draft_weights,

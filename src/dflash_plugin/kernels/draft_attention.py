@@ -455,7 +455,7 @@ def _tile(
         return AttentionTile(16, 8, 1, parts)
     row_bytes = block_dim * dtype.itemsize
     keys = 32 if parts > 1 or shares > PROGRAMS else 64 if shares > PROGRAMS // 2 else 128
-    if is_ragged and parts == 1:
+    if is_ragged and parts == 1 and shares > PROGRAMS:
         keys = 64
     keys = min(keys, 16_384 // block_dim)  # More would not stay in registers.
     # Queries lie beside the keys and values, and the weights between the two products.
