@@ -41,11 +41,18 @@ def served(
     if "-triton" in mode:
         settings["attention_backend"] = "triton"
     if settings["dtype"] == "float32":
-        paths = [str(FLOAT32), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        # SGLang's Triton attention would round to TF32.
-        environment["TRITON_F32_DEFAULT"] = "ieee"
+        environment.update(in_float32())
     return Served(mode, __file__, settings, environment, log)
+
+
+def in_float32() -> dict[str, str]:
+    """Environment in which SGLang's processes multiply float32 as it is."""
+    paths = [str(FLOAT32), os.environ.get("PYTHONPATH", "")]
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        # SGLang's Triton attention would round to TF32.
+        "TRITON_F32_DEFAULT": "ieee",
+    }
 
 
 async def generate(

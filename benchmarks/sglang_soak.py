@@ -5,6 +5,9 @@ Arrivals, prompt and output lengths, aborts, shared prefixes and a cache too sma
 Transformers engine:
 
     python benchmarks/sglang_soak.py --output FILE.json --steps 5000 --minutes 60
+
+``--sampled`` is the share of requests with a temperature, which run in the same batches and are
+checked for their length alone.
 """
 
 from __future__ import annotations
@@ -23,8 +26,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from serving_common import Load as EngineLoad
-from serving_common import circumstances, first_difference, real_prompts, resident_mb
-from sglang_engine import acceptance_length
+from serving_common import (
+    circumstances,
+    first_difference,
+    real_prompts,
+    resident_mb,
+)
+from sglang_engine import acceptance_length, in_float32
 from sglang_serving import arguments
 
 from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
@@ -75,15 +83,18 @@ class Target:
 class Load:
     """Requests in flight and what became of the others."""
 
-    def __init__(self, engine: Any, log: Log, target: Target, draw: random.Random) -> None:
+    def __init__(
+        self, engine: Any, log: Log, target: Target, draw: random.Random, sampled: float
+    ) -> None:
         self.engine = engine
         self.log = log
         self.target = target
         self.draw = draw
+        self.sampled = sampled
         self.live: dict[str, asyncio.Task[None]] = {}
         self.number = 0
         self.asked_to_stop: set[str] = set()
-        self.finished = 0
+        self.finished = self.drawn = 0
         self.aborted = 0
         self.wrong: list[dict[str, Any]] = []
         self.ties: list[dict[str, Any]] = []
@@ -95,7 +106,8 @@ class Load:
         self.number += 1
         index = self.draw.randrange(len(self.target.prompts))
         length = self.draw.randint(1, longest)
-        self.live[name] = asyncio.create_task(self.follow(name, index, length))
+        temperature = float(self.draw.random() < self.sampled)
+        self.live[name] = asyncio.create_task(self.follow(name, index, length, temperature))
 
     def abort(self) -> None:
         """Take one back."""
@@ -103,9 +115,9 @@ class Load:
         self.asked_to_stop.add(name)
         self.engine.tokenizer_manager.abort_request(name)
 
-    async def follow(self, name: str, index: int, length: int) -> None:
+    async def follow(self, name: str, index: int, length: int, temperature: float) -> None:
         """Wait for an answer and judge it."""
-        sampling = {"temperature": 0.0, "max_new_tokens": length, "ignore_eos": True}
+        sampling = {"temperature": temperature, "max_new_tokens": length, "ignore_eos": True}
         place = {"step": self.log.steps, "prompt": index}
         try:
             answer = await self.engine.async_generate(
@@ -118,8 +130,9 @@ class Load:
             del self.live[name]
         got, meta = answer["output_ids"], answer["meta_info"]
         self.metas.append(meta)
+        self.drawn += temperature > 0
         apart = first_difference(got, self.target.texts[index])
-        if apart is not None:
+        if apart is not None and temperature == 0:
             margin = self.target.margin(index, apart)
             (self.ties if margin < 1e-4 else self.wrong).append(
                 {**place, "at": apart, "margin": margin}
@@ -157,14 +170,23 @@ async def drive(
             load.begin(longest)
         if load.log.steps >= sampled + max(1, steps // 20):
             sampled = load.log.steps
-            memory.append({"step": sampled, "resident_mb": resident_mb(process)})
+            memory.append(used(sampled, process))
             print(sampled, load.finished, load.aborted, len(load.wrong), memory[-1], flush=True)
         await asyncio.sleep(0.01)
     if load.live:
         await asyncio.wait(load.live.values(), timeout=DRAIN_SECONDS)
     load.log.advance()
-    memory.append({"step": load.log.steps, "resident_mb": resident_mb(process)})
+    memory.append(used(load.log.steps, process))
     return memory
+
+
+def used(step: int, process: int) -> dict[str, float]:
+    """Memory of the scheduler, and of the GPU."""
+    found = {"step": step, "resident_mb": resident_mb(process)}
+    if torch.cuda.is_available():
+        free, whole = torch.cuda.mem_get_info()
+        found["gpu_used_mb"] = (whole - free) / 2**20
+    return found
 
 
 def main(
@@ -179,6 +201,7 @@ def main(
     running: int = 8,
     tokens: int = 1280,
     seed: int = 0,
+    sampled: float = 0.0,
     settings: str = "{}",
 ) -> None:
     """Run the load and write one JSON file; the exit status is 1 if anything was wrong."""
@@ -193,6 +216,7 @@ def main(
     print(f"{pool} texts of the target alone", flush=True)
 
     output.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.update(in_float32())
     path = output.with_suffix(".log")
     with path.open("w") as file:
         os.dup2(file.fileno(), 2)
@@ -215,7 +239,7 @@ def main(
             **json.loads(settings),
         }
     )
-    load = Load(engine, Log(path), alone, draw)
+    load = Load(engine, Log(path), alone, draw, sampled)
     load.log.advance()
     load.log.steps = load.log.retracted = 0
     begun = time.monotonic()
@@ -229,6 +253,7 @@ def main(
         "steps": load.log.steps,
         "seconds": round(time.monotonic() - begun, 1),
         "finished": load.finished,
+        "sampled": load.drawn,
         "aborted": load.aborted,
         "unfinished": len(load.live),
         "retracted": load.log.retracted,
@@ -236,7 +261,7 @@ def main(
         "tau": acceptance_length(load.metas),
         "mismatches": load.wrong,
         "ties": load.ties,
-        "growth_mb": {"resident_mb": round(late["resident_mb"] - early["resident_mb"], 1)},
+        "growth_mb": {name: round(late[name] - early[name], 1) for name in late if name != "step"},
         "memory": memory,
     }
     output.write_text(json.dumps(record, indent=1) + "\n")
