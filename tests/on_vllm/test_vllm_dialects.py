@@ -52,10 +52,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "sinks, causal": {"attention_sinks": True, "layers": ({"causal": True}, {"causal": True})},
     "windows": {"layers": (WINDOW, WINDOW)},
 }
-# Layers of two kinds need several cache groups, which only the V2 runner has.
+UNLIKE = "mixed windows and causality"
+# vLLM refuses layers of two kinds on the V1 runner.
 ON_V2_ONLY: dict[str, dict[str, Any]] = {
     "mixed windows": {"layers": (WINDOW, {})},
-    "mixed windows and causality": {"layers": ({**WINDOW, "causal": True}, {})},
+    UNLIKE: {"layers": ({**WINDOW, "causal": True}, {})},
 }
 
 
@@ -107,6 +108,14 @@ def test_drafts_and_text_equal_the_core(pair, tmp_path, kind):
             assert min(expected.margins) > 1e-3
             assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
         check_text(engine, target)
+        # Windows do not break the target's one group; layers that run unlike each other do.
+        groups = on_worker(engine, cache_groups)
+        assert groups > 1 if kind == UNLIKE else groups == 1
+
+
+def cache_groups(worker: Any) -> int:
+    """How many groups of layers have a block table of their own."""
+    return len(worker.model_runner.kv_cache_config.kv_cache_groups)
 
 
 @pytest.mark.skipif(ON_V2 and not torch.cuda.is_available(), reason="too slow interpreted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -42,6 +43,39 @@ if TYPE_CHECKING:
 Slots = Tensor | Sequence[Tensor | None] | None
 
 
+# A back end that wants one window for all layers of a cache group.
+ONE_WINDOW = "FLASHINFER"
+
+
+class DraftAttention(Attention):
+    """A draft layer's attention, whose window is no matter of the cache's allocation.
+
+    vLLM makes cache groups of layers with the same kind of cache, as large as the smallest kind has
+    layers. A few draft layers with windows would therefore break the target's one group into many,
+    each of which has a block table and metadata in every step. A layer that allocates like one
+    without a window joins the target's group.
+    """
+
+    sliding_window: int | None
+    # Set by ``DraftBlock``; layers of one group run alike, causal or not.
+    joins_full_layers = False
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
+        """The kind of cache of this layer."""
+        window = self.sliding_window
+        if window is None or not self.joins_full_layers:
+            return super().get_kv_cache_spec(vllm_config)
+        if self.attn_backend.get_name() == ONE_WINDOW:
+            return super().get_kv_cache_spec(vllm_config)
+        self.sliding_window = None
+        try:
+            spec = super().get_kv_cache_spec(vllm_config)
+        finally:
+            self.sliding_window = window
+        # Known to it are windows of one size only; it looks whether there is one.
+        return replace(spec, sliding_window=window)
+
+
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
 class DraftBlock(nn.Module):
     """Embedding, layers and final norm over the rows of all requests' blocks.
@@ -63,7 +97,7 @@ class DraftBlock(nn.Module):
         drafts = vllm_config.speculative_config.num_speculative_tokens
         self.block_size = int(drafts) + (not config.sample_from_anchor)
         self.attentions = nn.ModuleList(
-            Attention(
+            DraftAttention(
                 attention.heads,
                 attention.head_dim,
                 attention.head_dim**-0.5,
@@ -76,6 +110,14 @@ class DraftBlock(nn.Module):
             )
             for index, attention in enumerate(self.drafter.attentions())
         )
+        joins = (
+            len({layer.causal for layer in config.layers}) == 1
+            and len({layer.sliding_window for layer in config.layers} - {None}) == 1
+            # Where few target layers keep keys of all tokens, the drafter's would weigh much.
+            and not vllm_config.model_config.is_hybrid
+        )
+        for attention in self.attentions:
+            cast(DraftAttention, attention).joins_full_layers = joins
 
     def forward(
         self,

@@ -6,6 +6,7 @@ its block are replaced.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from dflash_plugin.vllm.surface import surface
 # Keeps the drafts' noise apart from that of vLLM's rejection sampler, which uses the same generator
 # with the same seeds and positions.
 SALT = 0x5EED_D4AF_7000_0001
+
+logger = logging.getLogger("vllm.dflash_plugin")
 
 
 class Speculator(DFlashSpeculator):
@@ -85,7 +88,10 @@ class Speculator(DFlashSpeculator):
                 strict=True,
             )
         )
-        for group in kv_cache_config.kv_cache_groups:
+        groups = kv_cache_config.kv_cache_groups
+        own = sum(not causal.keys().isdisjoint(group.layer_names) for group in groups)
+        logger.info("the drafter's layers lie in %d of the %d cache groups", own, len(groups))
+        for group in groups:
             kinds = {causal[name] for name in group.layer_names if name in causal}
             if len(kinds) > 1:
                 raise DFlashError(

@@ -89,7 +89,7 @@ _CONFIG = (
     *_seams(
         "vllm.config.model", SERVE, "attribute", "sizes and dtypes of target and drafter",
         "ModelConfig.max_model_len", "ModelConfig.dtype", "ModelConfig.quantization",
-        "ModelConfig.hf_config",
+        "ModelConfig.hf_config", "ModelConfig.is_hybrid",
     ),
     *_seams(
         "vllm.config.speculative", SERVE, "attribute", "settings of the speculative method",
@@ -174,6 +174,12 @@ _MODEL = (
     ),
     *_seams(ATTENTION, SERVE, "attribute", "writes injected keys and values",
             "Attention.impl", "Attention.kv_cache", "Attention.layer_name"),
+    *_seams(ATTENTION, SERVE, "attribute", "windows do not divide the cache",
+            "Attention.sliding_window", "Attention.attn_backend"),
+    *_seams(ATTENTION, SERVE, "subclass", "windows do not divide the cache",
+            "Attention.get_kv_cache_spec(vllm_config)"),
+    *_seams(CACHE, SERVE, "attribute", "windows do not divide the cache",
+            "FullAttentionSpec.sliding_window"),
     *_seams(
         "vllm.model_executor.layers.logits_processor", SERVE, "call", "logits of the target's head",
         "LogitsProcessor(vocab_size)", "LogitsProcessor.forward(lm_head, hidden_states)",
