@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from vllm import SamplingParams
 
 from dflash_plugin.checkpoints.reference_drafts import answer
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import draft_tokens
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
@@ -111,6 +112,16 @@ def test_drafts_and_text_equal_the_core(pair, tmp_path, kind):
         # Windows do not break the target's one group; layers that run unlike each other do.
         groups = on_worker(engine, cache_groups)
         assert groups > 1 if kind == UNLIKE else groups == 1
+        # vLLM would take the drafter apart for them; it drafts on.
+        assert "takes no new weights" in on_worker(engine, begin_new_weights)
+        assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
+
+
+def begin_new_weights(worker: Any) -> str:
+    """What a trainer is told that is about to hand over a drafter's weights."""
+    with pytest.raises(DFlashError) as error:
+        worker._set_draft_weight_update_target()
+    return str(error.value)
 
 
 def cache_groups(worker: Any) -> int:

@@ -34,6 +34,7 @@ from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
 from dflash_plugin.serving.fp8_weights import product
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.vllm.layers import VllmLayers
+from dflash_plugin.vllm.new_weights import REFUSED
 from dflash_plugin.vllm.options import required_spec
 from dflash_plugin.vllm.surface import target_modules, verify_worker
 
@@ -183,9 +184,12 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         self._draft_columns = draft_columns(self.drafter, self.vocab_size)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Fill the parameters from the checkpoint; the stream of a loader's weights is not read."""
-        self.load_checkpoint()
-        return {name for name, _ in self.named_parameters()}
+        """Refuse new weights; this project's own loader calls ``load_checkpoint``.
+
+        Raises:
+            DFlashError: always.
+        """
+        raise DFlashError(REFUSED)
 
     def bind(self, target_model: nn.Module) -> None:
         """Borrow the target's embedding and head, and prepare the drafter's weights.

@@ -219,6 +219,10 @@ _MODEL = (
 _WORKER = (
     *_seams(WORKER, SERVE, "patch", "checks the drafter when the worker is warm",
             "Worker.compile_or_warm_up_model()"),
+    *_seams(WORKER, SERVE, "patch", "refuses new weights for the drafter",
+            "Worker.supports_draft_weight_updates()", "Worker._set_draft_weight_update_target()"),
+    *_seams(WORKER, SERVE, "attribute", "refuses new weights for the drafter",
+            "Worker.speculative_config"),
     *_seams(WORKER, SERVE, "hook", "adds collective_rpc('dflash_adaptive')", "Worker"),
     *_seams(CPU_WORKER, CPU, "patch", "checks the drafter when the worker is warm",
             "CPUWorker.compile_or_warm_up_model()"),
