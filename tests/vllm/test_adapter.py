@@ -339,8 +339,18 @@ def test_nothing_left_to_verify_needs_no_constraints():
 
 def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
     """Those of steps whose statistics nobody gets go with the next ones."""
-    stats = SimpleNamespace(waiting_lora_adapters={"a": 1})
+    stats = SimpleNamespace()
     counted, recorded = [], []
+
+    class Outputs:
+        __struct_fields__ = ("scheduler_stats",)
+
+        def __init__(self, scheduler_stats, dflash=None):
+            self.scheduler_stats, self.dflash = scheduler_stats, dflash
+            self.__post_init__()
+
+        def __post_init__(self):
+            pass
 
     class Runner:
         adaptive_verification = None
@@ -351,7 +361,7 @@ def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
     class Scheduler:
         def update_from_output(self, scheduler_output, model_runner_output):
             sent = (None, stats) if scheduler_output else (None,)
-            return {client: SimpleNamespace(scheduler_stats=one) for client, one in enumerate(sent)}
+            return {client: Outputs(one) for client, one in enumerate(sent)}
 
     class Logger:
         def __init__(self, ours):
@@ -376,7 +386,6 @@ def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
         logger.record(stats if is_sent else None, None, mm_cache_stats=None, engine_idx=2)
     assert counted == [(("engine",), ["2"], {"saved": n}) for n in (3, 6)]
     assert recorded == [(stats, 2), (stats, 2), (None, 2), (stats, 2), (stats, 2)]
-    assert stats.waiting_lora_adapters == {"a": 1}
     Logger(None).record(stats, None)
 
 

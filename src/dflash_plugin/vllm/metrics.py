@@ -2,14 +2,14 @@
 
 vLLM's own counters (``vllm:spec_decode_*``) stay as they are. Both are fed by the same statistics;
 those of one step go to one API server. Counts of adaptive verification travel with them: from the
-runner's output to the scheduler, and to the API server in a field of vLLM's statistics that is
-empty otherwise.
+runner's output to the scheduler, and to the API server in a field of their own beside vLLM's
+statistics, which vLLM's other loggers never see.
 """
 
 from __future__ import annotations
 
 import logging
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 from dflash_plugin.adaptive.policy import growth
@@ -28,9 +28,6 @@ from dflash_plugin.vllm.protocols import (
 from dflash_plugin.vllm.surface import attach, attached
 
 logger = logging.getLogger("vllm.dflash_plugin")
-
-# Marks the counts of adaptive verification among a step's statistics.
-PREFIX = "dflash:"
 
 
 class Metrics:
@@ -64,12 +61,11 @@ class Metrics:
                 logger.warning("%s", warning)
 
     def observe_adaptive(self, stats: SchedulerStats, engine: int) -> None:
-        """Take the counts that ``send_counts`` put into one step's statistics."""
-        carrier = stats.waiting_lora_adapters
-        names = [name for name in carrier if name.startswith(PREFIX)]
-        if names:
-            increases = {name.removeprefix(PREFIX): carrier.pop(name) for name in names}
+        """Take the counts that ``send_counts`` sent with one step's statistics."""
+        increases = attached(stats)
+        if increases:
             count_budget(self.labels, self.values[engine], increases)
+            attach(stats, {})
 
 
 def attach_counts(native: Method) -> Method:
@@ -87,24 +83,39 @@ def attach_counts(native: Method) -> Method:
 
 
 def send_counts(native: Method) -> Method:
-    """``Scheduler.update_from_output`` that sends the counts' growth with a step's statistics.
-
-    vLLM drops fields that it does not know on the way to the API server. The field that carries the
-    counts is free, since vLLM refuses adaptive verification with LoRA.
-    """
+    """``Scheduler.update_from_output`` that sends the counts' growth with a step's statistics."""
 
     @wraps(native)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs: dict[int, EngineCoreOutputs] = native(self, scheduler_output, model_runner_output)
         counts = attached(model_runner_output)
-        stats = next((one.scheduler_stats for one in outputs.values() if one.scheduler_stats), None)
-        if counts and stats:
-            increases = growth(counts, attached(self) or {})
-            stats.waiting_lora_adapters.update({PREFIX + name: n for name, n in increases.items()})
+        told = next((client for client, one in outputs.items() if one.scheduler_stats), None)
+        if counts and told is not None:
+            one, increases = outputs[told], growth(counts, attached(self) or {})
+            fields = [getattr(one, name) for name in one.__struct_fields__]
+            outputs[told] = carrying_counts(type(one))(*fields, increases)
             attach(self, counts)
         return outputs
 
     return update_from_output
+
+
+@cache
+def carrying_counts(native: Any) -> Any:
+    """``EngineCoreOutputs``, what one step sends to one API server, with a field for the counts.
+
+    It comes last in the message, where a receiver that does not know it ignores it.
+    """
+
+    class CountedOutputs(native):
+        dflash: dict[str, int] | None = None
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.dflash and self.scheduler_stats is not None:
+                attach(self.scheduler_stats, self.dflash)
+
+    return CountedOutputs
 
 
 def export_counts(native: Method) -> Method:

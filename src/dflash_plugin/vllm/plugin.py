@@ -31,6 +31,7 @@ PATCHES = (
     (vllm.RUNNER, "maybe_create_adaptive_verification_manager", "adaptive:create_manager"),
     (vllm.RUNNER, "GPUModelRunner.sample_tokens", "metrics:attach_counts"),
     (vllm.SCHEDULER, "Scheduler.update_from_output", "metrics:send_counts"),
+    (vllm.CORE_CLIENT, "EngineCoreOutputs", "metrics:carrying_counts"),
     (vllm.LOGGERS, "PrometheusStatLogger.record", "metrics:export_counts"),
     (vllm.SPEC_METRICS, "SpecDecodingProm.__init__", "metrics:make_metrics"),
     (vllm.SPEC_METRICS, "SpecDecodingProm.observe", "metrics:feed_metrics"),

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -121,12 +121,11 @@ class SpecDecodingStats(Protocol):
 class SchedulerStats(Protocol):
     """A step's statistics on the way to the API server."""
 
-    waiting_lora_adapters: MutableMapping[str, int]
-
 
 class EngineCoreOutputs(Protocol):
     """What one step sends to one API server."""
 
+    __struct_fields__: tuple[str, ...]
     scheduler_stats: SchedulerStats | None
 
 

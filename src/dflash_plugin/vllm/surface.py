@@ -30,6 +30,7 @@ MANAGER = "vllm.v1.worker.gpu.spec_decode.adaptive_verification"
 WORKER = "vllm.v1.worker.gpu_worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker"
 SPEC_METRICS = "vllm.v1.spec_decode.metrics"
+CORE_CLIENT = "vllm.v1.engine.core_client"
 SCHEDULER = "vllm.v1.core.sched.scheduler"
 LOGGERS = "vllm.v1.metrics.loggers"
 CPU_KERNELS = "vllm.utils.cpu_triton_utils"
@@ -358,11 +359,9 @@ _METRICS = (
             "PrometheusStatLogger.record(scheduler_stats, *, engine_idx, ...)"),
     *_seams("vllm.v1.engine", ADAPTIVE_METRICS, "attribute", "carries a step's statistics",
             "EngineCoreOutputs.scheduler_stats"),
-    # A field of our own does not survive the way to the API server: the message is a msgspec
-    # dataclass of known fields. This one is a dict, and empty: vLLM refuses adaptive
-    # verification with LoRA.
-    *_seams("vllm.v1.metrics.stats", ADAPTIVE_METRICS, "attribute", "carries the counts",
-            "SchedulerStats.waiting_lora_adapters"),
+    *_seams("vllm.v1.engine", ADAPTIVE_METRICS, "subclass", "carries the counts",
+            "EngineCoreOutputs.__post_init__()"),
+    *_seams(CORE_CLIENT, ADAPTIVE_METRICS, "patch", "receives the counts", "EngineCoreOutputs"),
 )  # fmt: skip
 
 _V1 = (
