@@ -142,6 +142,22 @@ def test_fp8_weights_draft_what_the_core_does_with_them(pair, tmp_path, changes)
             assert min(expected.margins) > 1e-3
             assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
         check_text(engine, target)
+        if changes is FP8[0]:
+            # The head is the target's, whose weights are loaded again.
+            on_worker(engine, spoil_the_head)
+            assert on_worker(engine, draft, [*prompt, expected.anchor]) != expected.drafts
+            on_worker(engine, reload)
+            assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
+
+
+def spoil_the_head(worker: Any) -> None:
+    """Let the copy of the target's head that drafts be wrong."""
+    worker.get_draft_model().drafter.head().fp8_scales.zero_()
+
+
+def reload(worker: Any) -> None:
+    """Read the target's weights again, as after they were trained further."""
+    worker.reload_weights()
 
 
 @pytest.mark.skipif(not ON_V2, reason="the V1 runner makes logits")

@@ -48,7 +48,7 @@ class Options(BaseModel):
     acceptance_warning: float = Field(default=0.5, ge=0, le=1)
     acceptance_window: int = Field(default=2000, ge=1)
     dialect: Dialect | None = None
-    draft_weights: DraftWeights | Literal["auto"] = "checkpoint"
+    draft_weights: DraftWeights | Literal["auto"] = "auto"
     adaptive_verification: bool | None = None
     min_draft_tokens: int = Field(default=0, ge=0)
     max_draft_tokens: int | None = Field(default=None, ge=0)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dflash_plugin.checkpoints.io import CONFIG
-from dflash_plugin.drafter.config import DraftWeights
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.serving import KEY
 from dflash_plugin.serving import drafter_spec as shared
@@ -30,7 +29,6 @@ class Options(shared.Options):
             them from the drafter's distribution, "greedy" takes its likeliest token.
     """
 
-    draft_weights: DraftWeights | Literal["auto"] = "auto"
     draft_sampling: Literal["probabilistic", "greedy"] = "probabilistic"
 
 

@@ -1,7 +1,9 @@
-"""New weights for the drafter of a running engine: refused before vLLM takes it apart.
+"""New weights for a running engine.
 
-vLLM loads new weights layer by layer, into the names of its own draft model. This drafter's names
-differ by dialect, and parts of its weights are stacked or rounded when they are loaded.
+Those of the target are followed by the copy of its head that drafts. Those of the drafter are
+refused before vLLM takes it apart: vLLM loads them layer by layer, into the names of its own draft
+model; this drafter's names differ by dialect, and parts of its weights are stacked or rounded when
+they are loaded.
 """
 
 from __future__ import annotations
@@ -43,3 +45,16 @@ def refuse_draft_weights(native: Method) -> Method:
         native(self)
 
     return set_target
+
+
+def refresh_head(native: Method) -> Method:
+    """``Worker.finish_weight_update`` or ``reload_weights``, then the FP8 head from the new one."""
+
+    @wraps(native)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = native(self, *args, **kwargs)
+        if drafter_spec(self.speculative_config) is not None:
+            self.get_draft_model().refresh_head()
+        return result
+
+    return run

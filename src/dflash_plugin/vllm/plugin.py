@@ -28,6 +28,8 @@ PATCHES = (
     (vllm.CPU_WORKER, "CPUWorker.compile_or_warm_up_model", "selfcheck:checked_when_warm"),
     (vllm.WORKER, "Worker.supports_draft_weight_updates", "new_weights:take_no_draft_weights"),
     (vllm.WORKER, "Worker._set_draft_weight_update_target", "new_weights:refuse_draft_weights"),
+    (vllm.WORKER, "Worker.finish_weight_update", "new_weights:refresh_head"),
+    (vllm.WORKER, "Worker.reload_weights", "new_weights:refresh_head"),
     (vllm.RUNNER, "maybe_create_adaptive_verification_manager", "adaptive:create_manager"),
     (vllm.RUNNER, "GPUModelRunner.sample_tokens", "metrics:attach_counts"),
     (vllm.SCHEDULER, "Scheduler.update_from_output", "metrics:send_counts"),
