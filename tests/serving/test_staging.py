@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import enum
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 
@@ -120,3 +124,49 @@ def test_a_staged_directory_is_known_and_named_by_its_content(tmp_path):
     assert not staging.is_staged("other", directory)
     assert not staging.is_staged("engine", spec.checkpoint)
     assert not staging.is_staged("engine", None)
+
+
+def test_servers_that_start_at_once_stage_the_same_directory(tmp_path):
+    spec, config = staged_config(tmp_path)
+    weights = list(spec.checkpoint.glob("*.safetensors"))
+    barrier = Barrier(8)
+
+    def start(number: int) -> Path:
+        barrier.wait()
+        directory = staging.stage("engine", {**config, "number": number}, weights)
+        assert [(directory / file.name).resolve() for file in weights] == weights
+        return directory
+
+    for number in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            [directory] = set(pool.map(start, [number] * 8))
+        assert not list(directory.glob(".*")), "no scratch file is left"
+
+
+def test_a_staged_directory_follows_weights_that_moved(tmp_path):
+    _, config = staged_config(tmp_path)
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "model.safetensors").write_text(place)
+        directory = staging.stage("engine", config, [tmp_path / place / "model.safetensors"])
+        assert (directory / "model.safetensors").read_text() == place
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    """It serves what is in it; else the message names the variable."""
+    _, config = staged_config(tmp_path)
+    directory = staging.stage("engine", config)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(staging.Path, "mkdir", refuse)
+    assert staging.stage("engine", config) == directory
+    with pytest.raises(DFlashError, match=r"cannot be written.*set DFLASH_PLUGIN_CACHE"):
+        staging.stage("engine", {**config, "of_this_engine": 9})
+
+
+def test_the_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "drafter").mkdir()
+    assert staging.resolve("~/drafter", None, None) == tmp_path / "drafter"

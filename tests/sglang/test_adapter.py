@@ -173,6 +173,23 @@ def test_a_wrong_option_is_named(monkeypatch, variable, value, message):
         read_options()
 
 
+@pytest.mark.parametrize("service", ["DFLASH_PLUGIN", "DFLASH_PLUGIN_EU_WEST"])
+def test_variables_of_a_service_and_empty_ones_are_no_options(monkeypatch, service):
+    """Kubernetes sets the first kind for every service, in every container."""
+    address = f"{service}_PORT_80_TCP"
+    for name in (
+        *(f"{service}_SERVICE_HOST", f"{service}_SERVICE_PORT", f"{service}_SERVICE_PORT_HTTP"),
+        *(f"{service}_PORT", address, f"{address}_PROTO", f"{address}_PORT", f"{address}_ADDR"),
+    ):
+        monkeypatch.setenv(name, "tcp://10.0.0.12:80")
+    monkeypatch.setenv("DFLASH_PLUGIN_KNOWN_ANSWERS", "")
+    assert read_options() == Options()
+    # A misspelt option is still told.
+    monkeypatch.setenv("DFLASH_PLUGIN_PORTS", "1")
+    with pytest.raises(DFlashError, match="ports is '1'"):
+        read_options()
+
+
 @pytest.mark.parametrize(
     ("version", "known"),
     [("0.5.17", True), ("0.5.23", True), ("0.5.20.post1", True), ("0.5.16", False)],

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -390,8 +391,11 @@ def save_checkpoint(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the place of ``path`` when the block ends well."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    """A temporary sibling that takes the place of ``path`` when the block ends well.
+
+    No other writer has the same one, even where containers with equal process numbers share a home.
+    """
+    scratch = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         yield scratch
         os.replace(scratch, path)

@@ -154,13 +154,14 @@ def engine_config(
 
 
 def resolve(model: str, revision: str | None, download_dir: str | None) -> Path:
-    """The drafter's directory, fetched from the hub if it is not one here.
+    """The drafter's directory, fetched from the hub if it is not one here; "~" is the home.
 
     Raises:
         DFlashError: there is no such directory, and the hub has no such repository.
     """
-    if Path(model).is_dir():
-        return Path(model).resolve()
+    local = Path(model).expanduser()
+    if local.is_dir():
+        return local.resolve()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -189,19 +190,40 @@ def stage(engine: str, config: Mapping[str, Any], files: Iterable[Path] = ()) ->
         files: files of the checkpoint that the engine's loader must find; they are linked.
 
     Returns:
-        The directory, which is named by a hash of the configuration.
+        The directory, which is named by a hash of the configuration. Several servers may stage the
+        same one at once.
+
+    Raises:
+        DFlashError: the cache cannot be written.
     """
     written = json.dumps(config, indent=1, sort_keys=True)
     name = hashlib.sha256(written.encode()).hexdigest()[:16]
-    directory = _staged(engine) / name
-    directory.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        link = directory / file.name
-        if not link.is_symlink():
-            link.symlink_to(file)
-    with replacing(directory / CONFIG) as path:
-        path.write_text(written + "\n")
+    directory, files = _staged(engine) / name, list(files)
+    if _holds(directory, written + "\n", files):
+        return directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            with replacing(directory / file.name) as link:
+                link.symlink_to(file)
+        with replacing(directory / CONFIG) as path:
+            path.write_text(written + "\n")
+    except OSError as error:
+        raise DFlashError(
+            f"{directory} cannot be written ({reason(error)}): set DFLASH_PLUGIN_CACHE to a folder "
+            "that can"
+        ) from error
     return directory
+
+
+def _holds(directory: Path, written: str, files: Iterable[Path]) -> bool:
+    """Whether a directory has been staged so, which a cache that is only read can serve."""
+    config = directory / CONFIG
+    return (
+        config.is_file()
+        and config.read_text() == written
+        and all((directory / file.name).resolve() == file.resolve() for file in files)
+    )
 
 
 def is_staged(engine: str, model: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,10 @@ from dflash_plugin.sglang.names import ENGINE
 FILE = f"{SWITCH}_CONFIG"
 # Variables that are no options.
 NOT_OPTIONS = {SWITCH, FILE, f"{SWITCH}_CACHE"}
+# What Kubernetes sets in every container for services whose names begin like this project's.
+OF_A_SERVICE = re.compile(
+    r"(.+_)?(SERVICE_(HOST|PORT)(_.+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
 
 
 class Options(shared.Options):
@@ -39,7 +44,7 @@ class DrafterSpec(shared.DrafterSpec):
 
 
 def read_options() -> Options:
-    """Validated options; a variable of its own wins over the file.
+    """Validated options; a variable of its own wins over the file, and an empty one is unset.
 
     Raises:
         DFlashError: names the file, option or variable that is wrong.
@@ -58,9 +63,15 @@ def read_options() -> Options:
     variables = {
         name.removeprefix(f"{SWITCH}_").lower(): value
         for name, value in os.environ.items()
-        if name.startswith(f"{SWITCH}_") and name not in NOT_OPTIONS
+        if name.startswith(f"{SWITCH}_") and _is_option(name) and value
     }
     return validated(Options, {**values, **variables}, f"{file or 'environment'}")
+
+
+def _is_option(variable: str) -> bool:
+    """Whether a variable that begins like an option is meant as one."""
+    of_a_service = OF_A_SERVICE.fullmatch(variable.removeprefix(f"{SWITCH}_"))
+    return variable not in NOT_OPTIONS and of_a_service is None
 
 
 def draft_model_path(server_args: Any) -> Path | None:
