@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from dflash_plugin.checkpoints.dialects import speculators, zlab
+from dflash_plugin.checkpoints.dialects import open_spec, speculators, zlab
 from dflash_plugin.checkpoints.dialects.common import Shapes
 from dflash_plugin.checkpoints.dialects.fields import section
 from dflash_plugin.drafter.config import Dialect, DrafterConfig, build_config
@@ -22,7 +22,7 @@ def detect(raw: Mapping[str, Any]) -> Dialect:
     and SpecForge has switches that nobody else has. What cannot be distinguished reads the same in
     all three, except sliding layers without ``is_causal``; ``is_ambiguous`` detects those.
     """
-    if "speculators_model_type" in raw or "transformer_layer_config" in raw:
+    if {"speculators_model_type", speculators.INNER, open_spec.MARK} & raw.keys():
         return "speculators"
     draft = section(raw, "dflash_config")
     if "causal" in draft:
@@ -61,7 +61,8 @@ def read_config(
         raise DFlashError(f"dialect is {dialect!r}: choose one of {', '.join(DIALECTS)}")
     dialect = dialect or detect(raw)
     if dialect == "speculators":
-        return build_config(speculators.read(raw, shapes))
+        read = open_spec.read if open_spec.MARK in raw else speculators.read
+        return build_config(read(raw, shapes))
     return build_config(zlab.read(raw, shapes, dialect))
 
 

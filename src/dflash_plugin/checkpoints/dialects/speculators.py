@@ -13,6 +13,10 @@ from dflash_plugin.checkpoints.dialects.rope import read_rope, write_rope
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError, reason
 
+INNER = "transformer_layer_config"
+# Some files have these beside the section that they belong to.
+OF_WINDOWS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
+
 
 def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     """Values of a ``DrafterConfig`` from config.json and the canonical tensors' shapes."""
@@ -22,9 +26,9 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
             f"speculators_model_type is {kind!r}: only 'dflash' is supported, give a DFlash "
             "checkpoint, or a DFlash 2 checkpoint in the z-lab dialect"
         )
-    layer = _with_defaults(section(raw, "transformer_layer_config"))
+    layer = with_defaults(_with_outer_windows(raw), INNER)
     fields = Fields(("", raw))
-    inner = Fields(("transformer_layer_config.", layer))
+    inner = Fields((f"{INNER}.", layer))
     values = common.read_transformer(inner, shapes)
     if raw.get("dtype") or raw.get("torch_dtype"):
         values["dtype"] = fields.text("dtype", "torch_dtype").removeprefix("torch.")
@@ -34,7 +38,7 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
         **values,
         **common.own_tensors(shapes),
         "dialect": "speculators",
-        "layers": _read_layers(fields, inner),
+        "layers": read_layers(fields, inner),
         "window_from": "anchor",
         "rope": read_rope(layer, default_theta=10000.0, prefer=common.SLIDING),
         "block_size": fields.integer("block_size", default=8, minimum=2),
@@ -46,25 +50,56 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     }
 
 
-def _with_defaults(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Fill in what the writer left out because it is the model type's default."""
+def _with_outer_windows(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The draft layers' configuration, with what the file says of their windows outside of it.
+
+    Raises:
+        DFlashError: inside it says something else.
+    """
+    layer = section(raw, INNER)
+    for name in OF_WINDOWS:
+        outside, inside = raw.get(name), layer.get(name)
+        if outside is None or not layer:
+            continue
+        if inside not in (None, outside):
+            raise DFlashError(
+                f"{name} is {outside!r} and {INNER}.{name} is {inside!r}: leave out the one that "
+                "the drafter was not trained with"
+            )
+        layer = {**layer, name: outside}
+    return layer
+
+
+def with_defaults(layer: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """Fill in what the writer left out because it is the model type's default.
+
+    Args:
+        layer: the draft layers' Transformers configuration.
+        place: where it stands, for messages.
+
+    Raises:
+        DFlashError: there is none, or Transformers refuses it.
+    """
     if not layer:
-        raise DFlashError(
-            "transformer_layer_config is missing: add the draft layers' Transformers configuration"
-        )
+        raise DFlashError(f"{place} is missing: add the draft layers' Transformers configuration")
     kind = layer.get("model_type", "qwen3")
     try:
         values = {name: value for name, value in layer.items() if name != "model_type"}
         filled = AutoConfig.for_model(kind, **values).to_dict()
     except Exception as error:  # Transformers raises many kinds here
         raise DFlashError(
-            f"transformer_layer_config with model_type {kind!r} is not valid ({reason(error)}): "
-            "correct it"
+            f"{place} with model_type {kind!r} is not valid ({reason(error)}): correct it"
         ) from error
     return {**filled, **{name: value for name, value in layer.items() if value is not None}}
 
 
-def _read_layers(fields: Fields, inner: Fields) -> list[dict[str, Any]]:
+def read_layers(fields: Fields, inner: Fields) -> list[dict[str, Any]]:
+    """The attention of every draft layer.
+
+    Args:
+        fields: say whether windows are causal.
+        inner: the draft layers' Transformers configuration.
+    """
     types = common.read_layer_types(inner)
     causal = not fields.flag("sliding_window_non_causal", default=False)
     window = inner.integer("sliding_window") if common.SLIDING in types else None

@@ -1,0 +1,76 @@
+"""Open Spec Config, the layout that newer speculators releases write (version 0.0.0).
+
+The draft layers' Transformers configuration is the file itself, and ``speculative_config`` says how
+they draft. Tensors, causality and windows are those of the speculators dialect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dflash_plugin.checkpoints.dialects import common, speculators
+from dflash_plugin.checkpoints.dialects.fields import Fields, section
+from dflash_plugin.checkpoints.dialects.rope import read_rope
+from dflash_plugin.errors import DFlashError
+
+MARK = "open_spec_config_version"
+VERSION = "0.0.0"
+SPECULATIVE = "speculative_config"
+# What counts as the first target layer's number.
+STARTS = (0, 1)
+
+
+def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
+    """Values of a ``DrafterConfig`` from config.json and the canonical tensors' shapes.
+
+    Raises:
+        DFlashError: names the value that is wrong and the fix.
+    """
+    if raw[MARK] != VERSION:
+        raise DFlashError(
+            f"{MARK} is {raw[MARK]!r}: only {VERSION!r} is supported, save the drafter in that "
+            "version or in speculators' own layout"
+        )
+    layer = {name: value for name, value in raw.items() if name not in (MARK, SPECULATIVE)}
+    fields = Fields((f"{SPECULATIVE}.", section(raw, SPECULATIVE)))
+    method = fields.text("method")
+    if method != "dflash":
+        raise DFlashError(
+            f"{SPECULATIVE}.method is {method!r}: only 'dflash' is supported, give a DFlash "
+            "checkpoint"
+        )
+    inner = Fields(("", speculators.with_defaults(layer, "config.json")))
+    values = common.read_transformer(inner, shapes)
+    anchor = fields.flag("sample_from_anchor", default=False)
+    vocabulary = shapes.get("d2t", (values["vocab_size"],))[0]
+    return {
+        **values,
+        **common.own_tensors(shapes),
+        "dialect": "speculators",
+        "layers": speculators.read_layers(fields, inner),
+        "window_from": "anchor",
+        "rope": read_rope(layer, default_theta=10000.0, prefer=common.SLIDING),
+        "block_size": fields.integer("speculative_tokens") + (not anchor),
+        "sample_from_anchor": anchor,
+        "mask_token_id": fields.integer("mask_token_id", minimum=0),
+        "target_layer_ids": _target_layers(fields),
+        "target_hidden_size": fields.integer("target_hidden_size", default=values["hidden_size"]),
+        "draft_vocab_size": None if vocabulary == values["vocab_size"] else vocabulary,
+    }
+
+
+def _target_layers(fields: Fields) -> tuple[int, ...]:
+    start = fields.integer("target_layer_start_idx", minimum=0)
+    if start not in STARTS:
+        raise DFlashError(
+            f"{SPECULATIVE}.target_layer_start_idx is {start}: target layers are counted from 0 "
+            "or from 1"
+        )
+    layers = fields.integers("target_layer_ids")
+    if min(layers) < start:
+        raise DFlashError(
+            f"{SPECULATIVE}.target_layer_ids is {list(layers)}, with a layer before "
+            f"target_layer_start_idx {start}: correct one of them"
+        )
+    return tuple(layer - start for layer in layers)
