@@ -1,8 +1,9 @@
-"""Settings that stand in two places of a speculators file."""
+"""Speculators files: settings that stand in two places, and DFlash 2."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_plugin.checkpoints.io import load_config
+from dflash_plugin.checkpoints.io import load_checkpoint, load_config
 from dflash_plugin.errors import DFlashError
-from tests.helpers.tiny import write_tiny
+from tests.helpers.tiny import DFLASH2, write_tiny
 
 WINDOWS = {"layers": ({"sliding_window": 8, "causal": True}, {}), "window_from": "anchor"}
 NAMES = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
@@ -41,4 +42,43 @@ def test_windows_that_contradict_each_other_are_refused_by_name(tmp_path, name: 
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: other}))
     with pytest.raises(DFlashError, match=rf"{name} is .* and transformer_layer_config\.{name} is"):
+        load_config(directory)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("says", [None, True, False])
+def test_a_dflash2_drafter_reads_as_in_z_labs_layout(tmp_path, nested, says):
+    layers = ({"sliding_window": 64},) * 2
+    wanted = load_checkpoint(write_tiny(tmp_path / "twin", **DFLASH2, layers=layers))
+    directory = write_tiny(tmp_path / "other", "speculators", layers=layers, window_from="anchor")
+    keys = {
+        "conv_kernel_size": wanted.config.convolution.kernel_size,
+        "conv_group_size": wanted.config.convolution.group_size,
+        "selector_rank": wanted.config.selector.rank,
+        "selector_top_k": wanted.config.selector.top_k,
+    }
+    raw = json.loads((directory / "config.json").read_text())
+    raw |= {"speculators_model_type": "dflash2", "architectures": ["DFlash2DraftModel"]}
+    raw |= {"dflash2_config": keys} if nested else keys
+    # Windows are not causal where the file does not say.
+    del raw["sliding_window_non_causal"]
+    if says is not None:
+        raw["sliding_window_non_causal"] = says
+    (directory / "config.json").write_text(json.dumps(raw))
+    shutil.copy(tmp_path / "twin" / "model.safetensors", directory)
+    found = load_checkpoint(directory)
+    assert found.tensors.keys() == wanted.tensors.keys()
+    config = found.config
+    assert (config.convolution, config.selector) == (
+        wanted.config.convolution, wanted.config.selector,
+    )  # fmt: skip
+    assert [layer.causal for layer in config.layers] == [says is False] * 2
+    assert config.target_layer_ids == wanted.config.target_layer_ids
+
+
+def test_keys_of_dflash2_in_a_dflash_file_are_refused_by_name(tmp_path):
+    directory = write_tiny(tmp_path, "speculators")
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "selector_rank": 8}))
+    with pytest.raises(DFlashError, match=r"selector_rank is 8, of a DFlash 2 drafter.*'dflash2'"):
         load_config(directory)

@@ -71,6 +71,40 @@ def own_tensors(shapes: Shapes) -> dict[str, bool]:
     }
 
 
+DFLASH2_KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+
+
+def read_dflash2(fields: Fields) -> dict[str, Any]:
+    """Convolution and selector of a DFlash 2 drafter."""
+    return {
+        "convolution": {
+            "kernel_size": fields.integer("conv_kernel_size"),
+            "group_size": fields.integer("conv_group_size"),
+        },
+        "selector": {
+            "rank": fields.integer("selector_rank"),
+            "top_k": fields.integer("selector_top_k", minimum=2),
+        },
+    }
+
+
+def refuse_dflash2(fields: Fields, says: str, fix: str) -> None:
+    """Refuse the keys of a DFlash 2 drafter in a file that calls it a DFlash one.
+
+    Args:
+        fields: of the file.
+        says: what in the file does so.
+        fix: what to write instead.
+    """
+    for key in DFLASH2_KEYS:
+        name, value = fields.find(key)
+        if value is not None:
+            raise DFlashError(
+                f"{name} is {value!r}, of a DFlash 2 drafter, but {says}: {fix}, or leave the key "
+                "out"
+            )
+
+
 def sizes(config: DrafterConfig) -> dict[str, Any]:
     """Model type and sizes of the draft layers, in Transformers' keys."""
     return {

@@ -1,4 +1,4 @@
-"""The dialect of PyPI speculators 0.9.0 (``DFlashSpeculatorConfig``)."""
+"""The dialect of PyPI speculators 0.9.0 (``DFlashSpeculatorConfig``), DFlash 2 included."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dflash_plugin.checkpoints.dialects.rope import read_rope, write_rope
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError, reason
 
-INNER = "transformer_layer_config"
+INNER, SECOND = "transformer_layer_config", "dflash2_config"
 # Some files have these beside the section that they belong to.
 OF_WINDOWS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
 
@@ -21,13 +21,16 @@ OF_WINDOWS = ("layer_types", "sliding_window", "use_sliding_window", "max_window
 def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     """Values of a ``DrafterConfig`` from config.json and the canonical tensors' shapes."""
     kind = raw.get("speculators_model_type")
-    if kind != "dflash":
+    if kind not in ("dflash", "dflash2"):
         raise DFlashError(
-            f"speculators_model_type is {kind!r}: only 'dflash' is supported, give a DFlash "
-            "checkpoint, or a DFlash 2 checkpoint in the z-lab dialect"
+            f"speculators_model_type is {kind!r}: only 'dflash' and 'dflash2' are supported, give "
+            "a DFlash checkpoint"
         )
+    is_second = kind == "dflash2"
     layer = with_defaults(_with_outer_windows(raw), INNER)
-    fields = Fields(("", raw))
+    fields = Fields(("", raw), (f"{SECOND}.", section(raw, SECOND)))
+    if not is_second:
+        common.refuse_dflash2(fields, f"speculators_model_type is {kind!r}", "write 'dflash2'")
     inner = Fields((f"{INNER}.", layer))
     values = common.read_transformer(inner, shapes)
     if raw.get("dtype") or raw.get("torch_dtype"):
@@ -37,8 +40,9 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     return {
         **values,
         **common.own_tensors(shapes),
+        **(common.read_dflash2(fields) if is_second else {}),
         "dialect": "speculators",
-        "layers": read_layers(fields, inner),
+        "layers": read_layers(fields, inner, non_causal=is_second),
         "window_from": "anchor",
         "rope": read_rope(layer, default_theta=10000.0, prefer=common.SLIDING),
         "block_size": fields.integer("block_size", default=8, minimum=2),
@@ -93,15 +97,16 @@ def with_defaults(layer: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     return {**filled, **{name: value for name, value in layer.items() if value is not None}}
 
 
-def read_layers(fields: Fields, inner: Fields) -> list[dict[str, Any]]:
+def read_layers(fields: Fields, inner: Fields, *, non_causal: bool = False) -> list[dict[str, Any]]:
     """The attention of every draft layer.
 
     Args:
         fields: say whether windows are causal.
         inner: the draft layers' Transformers configuration.
+        non_causal: what windows are where the file does not say.
     """
     types = common.read_layer_types(inner)
-    causal = not fields.flag("sliding_window_non_causal", default=False)
+    causal = not fields.flag("sliding_window_non_causal", default=non_causal)
     window = inner.integer("sliding_window") if common.SLIDING in types else None
     return [
         {"sliding_window": window, "causal": causal}

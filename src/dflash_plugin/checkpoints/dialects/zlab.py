@@ -96,23 +96,8 @@ def _read_dflash2(raw: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
     """Convolution and selector, of a drafter whose architecture has them."""
     names = _architectures(raw)
     if DFLASH2 in names:
-        return {
-            "convolution": {
-                "kernel_size": fields.integer("conv_kernel_size"),
-                "group_size": fields.integer("conv_group_size"),
-            },
-            "selector": {
-                "rank": fields.integer("selector_rank"),
-                "top_k": fields.integer("selector_top_k", minimum=2),
-            },
-        }
-    for key in ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"):
-        name, value = fields.find(key)
-        if value is not None:
-            raise DFlashError(
-                f"{name} is {value!r}, of a DFlash 2 drafter, but architectures is {names!r}: "
-                f"write [{DFLASH2!r}], or leave the key out"
-            )
+        return common.read_dflash2(fields)
+    common.refuse_dflash2(fields, f"architectures is {names!r}", f"write [{DFLASH2!r}]")
     return {}
 
 
