@@ -11,7 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from dflash_plugin.checkpoints.convert import convert
 from dflash_plugin.checkpoints.dialects import DIALECTS, detect, read_config, write_config
-from dflash_plugin.checkpoints.io import expected_tensors, load_checkpoint, save_checkpoint
+from dflash_plugin.checkpoints.io import (
+    expected_tensors,
+    load_checkpoint,
+    load_config,
+    save_checkpoint,
+)
 from dflash_plugin.drafter.config import (
     ConvolutionConfig,
     DrafterConfig,
@@ -596,3 +601,13 @@ def test_shards_and_dtypes(tmp_path):
     found = load_checkpoint(directory, dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in found.tensors.values()} == {torch.bfloat16}
     assert set(found.tensors) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("Qwen3DFlashDraftModel", {}), ("Qwen3DFlash2DraftModel", DFLASH2)]
+)
+def test_automodels_names_of_the_architectures(name, changes, tmp_path):
+    directory = write_tiny(tmp_path, **changes)
+    wanted, path = load_config(directory), directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [name]}))
+    assert load_config(directory) == wanted

@@ -17,6 +17,8 @@ from dflash_plugin.drafter.config import Dialect, DrafterConfig, spread_layers
 from dflash_plugin.errors import DFlashError
 
 DFLASH, DFLASH2 = "DFlashDraftModel", "DFlash2DraftModel"
+# What NeMo Automodel calls the same.
+OTHER_NAMES = {"Qwen3DFlashDraftModel": DFLASH, "Qwen3DFlash2DraftModel": DFLASH2}
 
 
 def refuse_other_heads(raw: Mapping[str, Any]) -> None:
@@ -45,7 +47,7 @@ def _architectures(raw: Mapping[str, Any]) -> list[Any]:
     names = raw.get("architectures") or [DFLASH]
     if not isinstance(names, list):
         raise DFlashError(f"architectures is {names!r}: give a list like [{DFLASH!r}]")
-    return names
+    return [OTHER_NAMES.get(name, name) if isinstance(name, str) else name for name in names]
 
 
 def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dict[str, Any]:
