@@ -11,7 +11,7 @@ _MISSING: Any = object()
 
 
 class Fields:
-    """Values of one or more nested JSON objects; the first object that has a name wins.
+    """Values of one or more nested JSON objects; where several have a name, they must agree.
 
     Args:
         sections: (prefix shown in errors, object) in the order in which they are asked.
@@ -21,12 +21,27 @@ class Fields:
         self._sections = sections
 
     def find(self, *names: str) -> tuple[str, Any]:
-        """Full name and value of the first of ``names`` that is there and not null."""
-        for prefix, section in self._sections:
-            for name in names:
-                if section.get(name) is not None:
-                    return f"{prefix}{name}", section[name]
-        return names[0], None
+        """Full name and value of the first of ``names`` that is there and not null.
+
+        Raises:
+            DFlashError: another object has the same name with another value.
+        """
+        found = [
+            (f"{prefix}{name}", name, section[name])
+            for prefix, section in self._sections
+            for name in names
+            if section.get(name) is not None
+        ]
+        if not found:
+            return names[0], None
+        full_name, short, value = found[0]
+        for other_name, other_short, other in found[1:]:
+            if other_short == short and other != value:
+                raise DFlashError(
+                    f"{full_name} is {value!r} and {other_name} is {other!r}: leave out the one "
+                    "that the drafter was not trained with"
+                )
+        return full_name, value
 
     def get(self, *names: str, default: Any = None) -> Any:
         """The value, or ``default``."""

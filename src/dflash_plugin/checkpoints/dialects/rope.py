@@ -15,29 +15,32 @@ _NAMED = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 
 
 def read_rope(
-    raw: Mapping[str, Any], default_theta: float | None, prefer: str = "full_attention"
+    raw: Mapping[str, Any], default_theta: float | None, prefer: str | None = None
 ) -> dict[str, Any]:
     """Values of a ``RopeConfig``.
 
     Args:
         raw: the drafter's Transformers-style configuration.
         default_theta: base where none is given; None makes it an error.
-        prefer: which layer type's settings count where they are nested by layer type and equal
-            ones are not required by the dialect.
+        prefer: the layer type whose settings count for all layers, where a dialect runs them so
+            and they are nested by layer type; None requires those of the drafter's layers to agree.
 
     Raises:
-        DFlashError: the settings are malformed.
+        DFlashError: the settings are malformed, or contradict each other.
     """
-    parameters = section(raw, "rope_parameters") or section(raw, "rope_scaling")
+    parameters = _parameters(raw)
     nested = {name: value for name, value in parameters.items() if isinstance(value, dict)}
     if nested:
-        distinct = {str(sorted(value.items())) for value in nested.values()}
-        if len(distinct) > 1 and prefer not in nested:
+        types = raw.get("layer_types")
+        used = set(types if isinstance(types, list) else ["full_attention"]) & nested.keys()
+        chosen = {prefer} if prefer in nested else used or nested.keys()
+        distinct = {str(sorted(nested[name].items())) for name in chosen}
+        if len(distinct) > 1:
             raise DFlashError(
-                f"rope_parameters differ between {sorted(nested)}: a drafter has one rotation "
+                f"rope_parameters differ between {sorted(chosen)}: a drafter has one rotation "
                 "for all layers, give one set"
             )
-        parameters = nested.get(prefer, next(iter(nested.values())))
+        parameters = nested[min(chosen)]
     fields = Fields(("rope_parameters.", parameters), ("", raw))
     theta = fields.number("rope_theta", default=default_theta)
     if theta is None:
@@ -59,6 +62,27 @@ def read_rope(
         "interleaved": not neox,
         "max_position_embeddings": fields.integer("max_position_embeddings", default=32768),
     }
+
+
+def _parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``rope_parameters``, or what it was called before.
+
+    Raises:
+        DFlashError: both are there and say different things.
+    """
+    new, old = section(raw, "rope_parameters"), section(raw, "rope_scaling")
+    if not new:
+        return old
+    for name, value in old.items():
+        is_type = name in ("type", "rope_type")
+        known = "rope_type" if is_type else name
+        given = new.get("rope_type", new.get("type", "default")) if is_type else new.get(name)
+        if value is not None and given != value:
+            raise DFlashError(
+                f"rope_parameters.{known} is {given!r} and rope_scaling.{name} is {value!r}: leave "
+                "out the one that the drafter was not trained with"
+            )
+    return new
 
 
 def write_rope(rope: RopeConfig) -> dict[str, Any]:

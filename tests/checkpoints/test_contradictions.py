@@ -1,0 +1,100 @@
+"""Settings of a config.json that contradict each other are refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dflash_plugin.checkpoints.io import load_config
+from dflash_plugin.drafter.config import DrafterConfig
+from dflash_plugin.errors import DFlashError
+from tests.helpers.tiny import write_tiny
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+FULL, SLIDING = "full_attention", "sliding_attention"
+BY_KIND = {
+    FULL: {"rope_theta": 1e6, "rope_type": "default"},
+    SLIDING: {"rope_theta": 1e4, "rope_type": "default"},
+}
+# Beside the settings' own values, others that a file may have.
+TWICE = {
+    "block_size": [4, 8, 16],
+    "mask_token_id": [3, 5, 96],
+    "rms_norm_eps": [1e-6, 1e-5],
+    "hidden_act": ["silu", "gelu"],
+    "sample_from_anchor": [False, True],
+}
+
+
+def read(directory: Path, **changes: Any) -> DrafterConfig:
+    """The drafter of a checkpoint with changes to its config.json; None takes a key out."""
+    path = directory / "config.json"
+    raw = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    return load_config(directory)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_setting_that_stands_twice_agrees_or_is_refused(data):
+    name = data.draw(st.sampled_from(sorted(TWICE)))
+    outside, inside = (data.draw(st.sampled_from(TWICE[name])) for _ in range(2))
+    with TemporaryDirectory() as scratch:
+        directory = write_tiny(Path(scratch) / "drafter")
+        raw = json.loads((directory / "config.json").read_text())
+        draft = {**raw["dflash_config"], name: inside}
+        if outside == inside:
+            assert getattr(read(directory, dflash_config=draft, **{name: outside}), name) == outside
+            return
+        both = f"dflash_config.{name} is {inside!r} and {name} is {outside!r}: leave out the one"
+        with pytest.raises(DFlashError, match=re.escape(both)):
+            read(directory, dflash_config=draft, **{name: outside})
+
+
+@pytest.mark.parametrize(
+    ("types", "theta"), [([SLIDING] * 2, 1e4), ([FULL] * 2, 1e6), ([SLIDING, FULL], None)]
+)
+def test_rotations_by_kind_of_layer_count_for_the_layers_that_there_are(tmp_path, types, theta):
+    window = 8 if SLIDING in types else None
+    changes = {
+        "rope_theta": None, "rope_scaling": None, "rope_parameters": BY_KIND,
+        "layer_types": types, "sliding_window": window, "use_sliding_window": bool(window),
+    }  # fmt: skip
+    directory = write_tiny(tmp_path)
+    if theta is None:
+        with pytest.raises(DFlashError, match="rope_parameters differ between"):
+            read(directory, **changes)
+    else:
+        assert read(directory, **changes).rope.theta == theta
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "message"),
+    [
+        ({"rope_theta": 1e4, "rope_type": "default"}, YARN, "rope_type is 'default' and rope_sca"),
+        ({"rope_theta": 1e4}, YARN, "rope_type is 'default' and rope_scaling.rope_type is 'yarn'"),
+        ({"rope_theta": 1e4, **YARN}, {**YARN, "factor": 8.0}, r"factor is 4.0 and rope_scaling"),
+        ({"rope_theta": 1e4, **YARN}, YARN, None),
+        ({"rope_theta": 1e4}, {"type": "default"}, None),
+    ],
+)
+def test_old_and_new_rotation_settings_agree_or_are_refused(tmp_path, new, old, message):
+    changes = {"rope_theta": 1e4, "rope_parameters": new, "rope_scaling": old}
+    directory = write_tiny(tmp_path)
+    if message is None:
+        assert read(directory, **changes).rope.type == new.get("rope_type", "default")
+        return
+    with pytest.raises(DFlashError, match=message):
+        read(directory, **changes)
+
+
+def test_a_base_that_stands_twice(tmp_path):
+    with pytest.raises(DFlashError, match=r"rope_parameters\.rope_theta is 1000000\.0 and rope_th"):
+        read(write_tiny(tmp_path), rope_theta=1e4, rope_parameters={"rope_theta": 1e6})
