@@ -611,3 +611,60 @@ def test_automodels_names_of_the_architectures(name, changes, tmp_path):
     wanted, path = load_config(directory), directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [name]}))
     assert load_config(directory) == wanted
+
+
+def test_strays_beside_the_weights_are_ignored(tmp_path):
+    directory = write_tiny(tmp_path / "drafter")
+    wanted = load_checkpoint(directory)
+    other = {name: tensor + 1 for name, tensor in wanted.tensors.items()}
+    for stray in ("consolidated.safetensors", "optimizer-00001.safetensors"):
+        save_file(other, directory / stray)
+    for stray in ("optimizer.pt", "training_args.bin", "scheduler.pt"):
+        (directory / stray).write_bytes(b"no pickle")
+    for listed in (False, True):
+        if listed:  # Files that the index does not list are strays, whatever their names.
+            save_file(other, directory / "model-old.safetensors")
+            weight_map = dict.fromkeys(wanted.tensors, "model.safetensors")
+            index = directory / "model.safetensors.index.json"
+            index.write_text(json.dumps({"weight_map": weight_map}))
+        found = load_checkpoint(directory)
+        assert found.tensors.keys() == wanted.tensors.keys()
+        assert all(torch.equal(found.tensors[n], wanted.tensors[n]) for n in wanted.tensors)
+
+
+@pytest.mark.parametrize("which", ["mask", "weights", "both"])
+def test_convert_reads_pickled_tensors(which, tmp_path):
+    directory = write_tiny(tmp_path / "drafter", own_mask_embedding=True)
+    wanted, path = load_checkpoint(directory), directory / "model.safetensors"
+    tensors = load_file(path)
+    mask = tensors.pop("mask_embedding")
+    path.unlink()
+    if which == "mask":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors | ({} if which == "both" else {"mask_embedding": mask}),
+                   directory / "pytorch_model.bin")  # fmt: skip
+    if which != "weights":
+        torch.save(mask[None], directory / "mask_embedding.pt")
+    with pytest.raises(DFlashError, match=r"`dflash-plugin convert` writes.*DFLASH_PLUGIN=off"):
+        load_checkpoint(directory)
+    convert(directory, tmp_path / "converted", "z-lab")
+    found = load_checkpoint(tmp_path / "converted")
+    assert found.tensors.keys() == wanted.tensors.keys()
+    assert all(torch.equal(found.tensors[n], wanted.tensors[n]) for n in wanted.tensors)
+
+
+class Evil:
+    """Runs code where it is unpickled without care."""
+
+    def __reduce__(self):
+        return open, ("/tmp/dflash-plugin-was-here", "w")
+
+
+def test_convert_runs_no_code_of_a_pickle(tmp_path):
+    directory = write_tiny(tmp_path / "drafter")
+    torch.save(Evil(), directory / "mask_embedding.pt")
+    Path("/tmp/dflash-plugin-was-here").unlink(missing_ok=True)
+    with pytest.raises(DFlashError, match=r"mask_embedding\.pt cannot be read as tensors alone"):
+        convert(directory, tmp_path / "converted", "z-lab")
+    assert not Path("/tmp/dflash-plugin-was-here").exists()

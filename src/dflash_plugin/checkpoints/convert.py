@@ -28,7 +28,7 @@ def convert(
     source_dialect: Dialect | None = None,
     overwrite: bool = False,
 ) -> DrafterConfig:
-    """Read a drafter in any dialect and write it in another.
+    """Read a drafter in any dialect and write it in another; pickled tensors are read, too.
 
     Args:
         source: a checkpoint.
@@ -46,7 +46,7 @@ def convert(
     source, output = Path(source), Path(output)
     if source.resolve() == output.resolve():
         raise DFlashError(f"{output} is the source itself: choose another directory")
-    checkpoint = load_checkpoint(source, dialect=source_dialect)
+    checkpoint = load_checkpoint(source, dialect=source_dialect, pickles=True)
     save_checkpoint(output, checkpoint.config, checkpoint.tensors, dialect, overwrite)
     for name in COMPANIONS:
         if (source / name).is_file():

@@ -29,8 +29,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+# What stands beside a checkpoint's weights, unless there is nothing else.
+STRAYS = ("consolidated", "optimizer", "scheduler")
+# A tensor that some write into a file of its own, which an index does not list.
+MASK_EMBEDDING = "mask_embedding"
+
+
 def whole_shards(directory: Path) -> list[Path]:
-    """The .safetensors files of a directory, sorted by name; none where there are none.
+    """The .safetensors files that hold a directory's weights, by name; none where there are none.
+
+    Files that the index does not list are strays, as are, without an index, those that training
+    leaves.
 
     Raises:
         DFlashError: the index names one that is missing, or one is truncated.
@@ -38,22 +47,29 @@ def whole_shards(directory: Path) -> list[Path]:
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
         return []
-    _check_index(directory, {shard.name for shard in shards})
-    for shard in shards:
+    listed = _listed(directory, {shard.name for shard in shards})
+    if listed is None:
+        kept = [shard for shard in shards if not shard.name.startswith(STRAYS)] or shards
+    else:
+        kept = [shard for shard in shards if shard.name in listed or shard.stem == MASK_EMBEDDING]
+    for shard in kept:
         _check_size(shard)
-    return shards
+    return kept
 
 
-def _check_index(directory: Path, shards: set[str]) -> None:
+def _listed(directory: Path, shards: set[str]) -> set[str] | None:
+    """The files that the index names, or None without one."""
     path = directory / INDEX
     if not path.is_file():
-        return
+        return None
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise DFlashError(f"{path.name} has no weight_map: write the checkpoint again")
-    missing = sorted({str(name) for name in weight_map.values()} - shards)
+    listed = {str(name) for name in weight_map.values()}
+    missing = sorted(listed - shards)
     if missing:
         raise DFlashError(f"{path.name} names {missing[0]}, which is not there: fetch it again")
+    return listed
 
 
 def _check_size(shard: Path) -> None:

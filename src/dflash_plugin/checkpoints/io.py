@@ -27,6 +27,7 @@ from dflash_plugin.errors import DFlashError, reason
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+MASK_PICKLE = "mask_embedding.pt"
 # Buffers and frozen copies of the target's tensors that some exporters leave in.
 _IGNORED = re.compile(r"(.*rotary_emb\..*|verifier_norm\.weight|verifier_lm_head\.weight)")
 _RENAMED = (
@@ -111,7 +112,11 @@ def expected_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
 
 
 def load_checkpoint(
-    directory: str | Path, dtype: torch.dtype | None = None, dialect: Dialect | None = None
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    dialect: Dialect | None = None,
+    *,
+    pickles: bool = False,
 ) -> Checkpoint:
     """Read a drafter of any dialect.
 
@@ -120,12 +125,13 @@ def load_checkpoint(
         dtype: floating-point tensors become this; that of the stored ``fc.weight`` when None,
             whatever config.json says.
         dialect: overrides detection, for files that do not say enough.
+        pickles: read weights that are pickled, too; torch unpickles tensors alone and runs no code.
 
     Raises:
         DFlashError: names the file, field or tensor that is wrong and the fix; nothing is loaded.
     """
     with _naming(Path(directory)) as path:
-        return _load(path, dtype, dialect)
+        return _load(path, dtype, dialect, pickles)
 
 
 def load_config(directory: str | Path, dialect: Dialect | None = None) -> DrafterConfig:
@@ -155,7 +161,7 @@ def _naming(directory: Path) -> Iterator[Path]:
 
 
 def _read(
-    directory: Path, dialect: Dialect | None, headers_only: bool
+    directory: Path, dialect: Dialect | None, headers_only: bool, pickles: bool = False
 ) -> tuple[dict[str, Any], dict[str, Tensor], DrafterConfig]:
     """config.json, the tensors (without values if only their headers are read), and the drafter."""
     if not directory.is_dir():
@@ -167,13 +173,18 @@ def _read(
             "the weights are quantized (quantization_config): give the checkpoint in bfloat16, "
             "float16 or float32"
         )
-    tensors = _split_fused(_read_tensors(directory, headers_only), raw)
+    tensors = _read_pickles(directory) if pickles else {}
+    if not tensors or whole_shards(directory):
+        tensors = {**_read_tensors(directory, headers_only, pickles), **tensors}
+    tensors = _split_fused(tensors, raw)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return raw, tensors, read_config(raw, shapes, dialect)
 
 
-def _load(directory: Path, dtype: torch.dtype | None, dialect: Dialect | None) -> Checkpoint:
-    raw, tensors, config = _read(directory, dialect, headers_only=False)
+def _load(
+    directory: Path, dtype: torch.dtype | None, dialect: Dialect | None, pickles: bool
+) -> Checkpoint:
+    raw, tensors, config = _read(directory, dialect, headers_only=False, pickles=pickles)
     to_target = tensors.pop("t2d", None)
     _check_names_and_shapes(tensors, config)
     stored = tensors["fc.weight"].dtype
@@ -186,19 +197,45 @@ def _load(directory: Path, dtype: torch.dtype | None, dialect: Dialect | None) -
     return Checkpoint(config, tensors, directory, raw)
 
 
-def _read_tensors(directory: Path, headers_only: bool) -> dict[str, Tensor]:
+def _read_pickles(directory: Path) -> dict[str, Tensor]:
+    """The tensors of pickled weights, and of a pickled mask embedding, under canonical names.
+
+    Raises:
+        DFlashError: a file holds more than tensors.
+    """
+    found: dict[str, Tensor] = {}
+    weights = [] if whole_shards(directory) else _pickles(directory)
+    named = [path for path in weights if path.stem.startswith(("pytorch_model", "model"))]
+    mask = directory / MASK_PICKLE
+    for path in [*named, *([mask] if mask.is_file() else [])]:
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds here
+            raise DFlashError(
+                f"{path.name} cannot be read as tensors alone ({reason(error)}): save its tensors "
+                "with safetensors"
+            ) from error
+        if isinstance(stored, Tensor):
+            stored = {path.stem: stored.flatten()}
+        parts = stored.items() if isinstance(stored, dict) else ()
+        found |= {_canonical(str(n)): t for n, t in parts if isinstance(t, Tensor)}
+    return {name: tensor for name, tensor in found.items() if not _IGNORED.fullmatch(name)}
+
+
+def _pickles(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.suffix in PICKLES)
+
+
+def _read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[str, Tensor]:
     """Every tensor of every shard, under canonical names; on the meta device if only headers."""
     shards = whole_shards(directory)
-    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
-    if "mask_embedding.pt" in pickles:
+    unread = [] if pickles else [path.name for path in _pickles(directory)]
+    if MASK_PICKLE in unread or (not shards and unread):
+        name = MASK_PICKLE if MASK_PICKLE in unread else unread[0]
         raise DFlashError(
-            "mask_embedding.pt is a pickle file, which can run code and is refused: store its "
-            "tensor as 'mask_embedding' in a .safetensors file and remove it"
-        )
-    if not shards and pickles:
-        raise DFlashError(
-            f"{pickles[0]} is a pickle file, which can run code and is refused: convert the "
-            "weights to safetensors"
+            f"{name} is a pickle file, which can run code and is refused: `dflash-plugin convert` "
+            "writes its tensors to safetensors and runs none (or do so with "
+            "safetensors.torch.save_file); DFLASH_PLUGIN=off leaves the drafter to the engine"
         )
     if not shards:
         raise DFlashError("there is no .safetensors file: give a checkpoint with its weights")
