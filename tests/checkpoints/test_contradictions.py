@@ -98,3 +98,36 @@ def test_old_and_new_rotation_settings_agree_or_are_refused(tmp_path, new, old, 
 def test_a_base_that_stands_twice(tmp_path):
     with pytest.raises(DFlashError, match=r"rope_parameters\.rope_theta is 1000000\.0 and rope_th"):
         read(write_tiny(tmp_path), rope_theta=1e4, rope_parameters={"rope_theta": 1e6})
+
+
+@pytest.mark.parametrize(
+    ("changes", "draft", "message"),
+    [
+        ({"num_experts": 8}, {}, "num_experts is 8, of layers with a mixture of experts"),
+        ({"kv_lora_rank": 512}, {}, r"kv_lora_rank is 512, of layers with latent attention"),
+        ({}, {"attention_mode": "mla"}, r"dflash_config\.attention_mode is 'mla'"),
+        ({"hidden_act": "swish9"}, {}, "hidden_act is 'swish9'"),
+        ({"hidden_act": "silu", "hidden_activation": "gelu"}, {}, "hidden_activation is 'gelu'"),
+        (
+            {"architectures": ["DFlash2DraftModel"], "selector_vocab_size": 64},
+            {},
+            "selector_vocab_size is 64 and vocab_size 97",
+        ),
+    ],
+)
+def test_what_would_change_the_arithmetic_unread_is_refused(tmp_path, changes, draft, message):
+    directory = write_tiny(tmp_path)
+    raw = json.loads((directory / "config.json").read_text())
+    with pytest.raises(DFlashError, match=message):
+        read(directory, dflash_config={**raw["dflash_config"], **draft}, **changes)
+
+
+def test_the_activations_other_name(tmp_path):
+    config = read(write_tiny(tmp_path), hidden_act=None, hidden_activation="gelu_pytorch_tanh")
+    assert config.hidden_act == "gelu_pytorch_tanh"
+
+
+def test_keys_of_other_layers_that_are_off_are_read_over(tmp_path):
+    directory = write_tiny(tmp_path)
+    wanted = load_config(directory)
+    assert read(directory, num_experts=0, kv_lora_rank=None) == wanted

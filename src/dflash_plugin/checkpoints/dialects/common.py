@@ -13,8 +13,35 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 Shapes = Mapping[str, Sequence[int]]
 
 
+# Keys of layers that this project does not have, and what they are of.
+OTHER_LAYERS = {
+    "num_experts": "a mixture of experts",
+    "num_local_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+    "kv_lora_rank": "latent attention (MLA)",
+}
+
+
+def refuse_other_layers(fields: Fields) -> None:
+    """Refuse a drafter whose layers are not plain ones, whatever its tensors are called."""
+    name, mode = fields.find("attention_mode")
+    if mode == "mla":
+        raise DFlashError(
+            f"{name} is 'mla': layers with latent attention are not supported, DFLASH_PLUGIN=off "
+            "leaves the drafter to the engine"
+        )
+    for key, kind in OTHER_LAYERS.items():
+        name, value = fields.find(key)
+        if value:
+            raise DFlashError(
+                f"{name} is {value!r}, of layers with {kind}, which are not supported: "
+                "DFLASH_PLUGIN=off leaves the drafter to the engine"
+            )
+
+
 def read_transformer(fields: Fields, shapes: Shapes) -> dict[str, Any]:
     """Sizes and switches of the draft layers."""
+    refuse_other_layers(fields)
     heads = fields.integer("num_attention_heads")
     query_rows = shapes.get("layers.0.self_attn.q_proj.weight", (0,))[0]
     hidden = fields.integer("hidden_size")
@@ -25,7 +52,7 @@ def read_transformer(fields: Fields, shapes: Shapes) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": fields.integer("num_key_value_heads", default=heads),
         "head_dim": fields.integer("head_dim", default=(query_rows or hidden) // heads or 1),
-        "hidden_act": fields.text("hidden_act", default="silu"),
+        "hidden_act": _activation(fields),
         "rms_norm_eps": fields.number("rms_norm_eps", default=1e-6),
         "vocab_size": fields.integer("vocab_size"),
         "attention_bias": bias,
@@ -34,6 +61,18 @@ def read_transformer(fields: Fields, shapes: Shapes) -> dict[str, Any]:
         "qk_norm": fields.flag("qk_norm", "use_qk_norm", default=True),
         "dtype": fields.text("dtype", "torch_dtype", default="bfloat16").removeprefix("torch."),
     }
+
+
+def _activation(fields: Fields) -> str:
+    """The feed-forward network's activation, by either of its names."""
+    name, given = fields.find("hidden_act")
+    other_name, other = fields.find("hidden_activation")
+    if None not in (given, other) and given != other:
+        raise DFlashError(
+            f"{name} is {given!r} and {other_name} is {other!r}: leave out the one that the "
+            "drafter was not trained with"
+        )
+    return str(fields.text("hidden_act", "hidden_activation", default="silu"))
 
 
 def read_layer_types(fields: Fields) -> list[str]:
@@ -76,6 +115,12 @@ DFLASH2_KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selecto
 
 def read_dflash2(fields: Fields) -> dict[str, Any]:
     """Convolution and selector of a DFlash 2 drafter."""
+    name, tokens = fields.find("selector_vocab_size")
+    if tokens is not None and tokens != fields.integer("vocab_size"):
+        raise DFlashError(
+            f"{name} is {tokens!r} and vocab_size {fields.integer('vocab_size')}: a selector of "
+            "other tokens than the drafter's is not supported"
+        )
     return {
         "convolution": {
             "kernel_size": fields.integer("conv_kernel_size"),
