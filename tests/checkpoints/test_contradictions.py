@@ -131,3 +131,18 @@ def test_keys_of_other_layers_that_are_off_are_read_over(tmp_path):
     directory = write_tiny(tmp_path)
     wanted = load_config(directory)
     assert read(directory, num_experts=0, kv_lora_rank=None) == wanted
+
+
+@pytest.mark.parametrize("says", [False, True])
+def test_sliding_layers_that_leave_the_dialect_open_are_told_in_every_program(
+    tmp_path, caplog, says
+):
+    directory = write_tiny(tmp_path, layers=({"sliding_window": 8}, {}))
+    for _ in range(2):
+        assert read(directory, is_causal=False if says else None).layers[0].causal is not says
+        load_config(directory, "specforge")
+    told = [record for record in caplog.records if "read it with --dialect specforge" in
+            record.getMessage()]  # fmt: skip
+    # Once for each drafter, and not where a dialect is given.
+    assert len(told) == (0 if says else 1)
+    assert all(str(directory.resolve()) in record.getMessage() for record in told)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from transformers import AutoConfig, AutoTokenizer
 
-from dflash_plugin.checkpoints.dialects import is_ambiguous
+from dflash_plugin.checkpoints.dialects import AMBIGUOUS, is_ambiguous
 from dflash_plugin.checkpoints.io import Checkpoint, load_checkpoint
 from dflash_plugin.checkpoints.reference_drafts import load_record
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
@@ -101,8 +101,7 @@ def _alone(checkpoint: Checkpoint, dialect: Dialect | None) -> list[Finding]:
             Finding(
                 level="warning",
                 subject="is_causal",
-                message="config.json has sliding layers and no is_causal: they are read as causal "
-                "(z-lab); a SpecForge export was trained without, read it with --dialect specforge",
+                message=AMBIGUOUS,
             )
         )
     last = config.num_target_layers

@@ -6,11 +6,13 @@ Canonical tensor names are z-lab's (PyPI dflash 0.1.0).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,10 +22,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dflash_plugin.checkpoints.dialects import read_config, write_config
+from dflash_plugin.checkpoints.dialects import (
+    AMBIGUOUS,
+    is_ambiguous,
+    read_config,
+    write_config,
+)
 from dflash_plugin.checkpoints.files import read_json, whole_shards
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
 from dflash_plugin.errors import DFlashError, reason
+
+logger = logging.getLogger("dflash_plugin")
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -178,7 +187,15 @@ def _read(
         tensors = {**_read_tensors(directory, headers_only, pickles), **tensors}
     tensors = _split_fused(tensors, raw)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if dialect is None and is_ambiguous(raw):
+        _warn_once(directory.resolve())
     return raw, tensors, read_config(raw, shapes, dialect)
+
+
+@cache
+def _warn_once(directory: Path) -> None:
+    """Say in every program, once for each drafter, by which rule it is read."""
+    logger.warning("%s: %s", directory, AMBIGUOUS)
 
 
 def _load(

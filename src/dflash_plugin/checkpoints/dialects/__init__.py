@@ -33,6 +33,13 @@ def detect(raw: Mapping[str, Any]) -> Dialect:
     return "z-lab"
 
 
+AMBIGUOUS = (
+    "config.json has sliding layers and no is_causal: they are read as causal (z-lab); a SpecForge "
+    "export was trained without, read it with --dialect specforge (in an engine, the option "
+    "dialect)"
+)
+
+
 def is_ambiguous(raw: Mapping[str, Any]) -> bool:
     """Whether sliding layers leave open which of z-lab and SpecForge wrote them."""
     draft = section(raw, "dflash_config")
