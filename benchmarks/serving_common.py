@@ -225,6 +225,16 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
         }
         output.parent.mkdir(parents=True, exist_ok=True)
         record |= {"startup_seconds": {}, "gpu_gib": {}, "attention": {}, "failed": {}, "rows": []}
+        runs = [(work, record, output)]
+        if len(taus) > 1:
+            runs = [
+                (
+                    {level: [[place, *p[1:]] for p in given] for level, given in work.items()},
+                    {**record, "acceptance_replayed": tau, "rows": []} if place else record,
+                    output.with_stem(f"{output.stem}-{tau}") if place else output,
+                )
+                for place, tau in enumerate(taus)
+            ]
         for number, group in enumerate(modes.split(";")):
             starting = (
                 engine.served(
@@ -238,18 +248,7 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
             )
             engines = start(list(starting) if together else starting, record)
             try:
-                for place, tau in enumerate(taus or [None]):
-                    made, path, prompts = record, output, work
-                    if place:
-                        path = output.with_stem(f"{output.stem}-{tau}")
-                        made = {**record, "acceptance_replayed": tau, "rows": []}
-                        if path.exists() and number:
-                            made["rows"] = json.loads(path.read_text())["rows"]
-                    if len(taus) > 1:
-                        prompts = {
-                            level: [[place, *prompt[1:]] for prompt in given]
-                            for level, given in work.items()
-                        }
+                for prompts, made, path in runs:
                     measure(engines, prompts, sampling, repeats, made, path, seconds, number)
                 if timelines:
                     wanted = [int(n) for n in (timeline_levels or concurrency).split(",")]

@@ -26,12 +26,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from serving_common import Load as EngineLoad
-from serving_common import (
-    circumstances,
-    first_difference,
-    real_prompts,
-    resident_mb,
-)
+from serving_common import circumstances, first_difference, real_prompts, resident_mb
 from sglang_engine import acceptance_length, in_float32
 from sglang_serving import arguments
 

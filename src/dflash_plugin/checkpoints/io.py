@@ -28,7 +28,7 @@ from dflash_plugin.checkpoints.dialects import (
     read_config,
     write_config,
 )
-from dflash_plugin.checkpoints.files import read_json, whole_shards
+from dflash_plugin.checkpoints.files import MASK_EMBEDDING, read_json, whole_shards
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
 from dflash_plugin.errors import DFlashError, reason
 
@@ -36,7 +36,7 @@ logger = logging.getLogger("dflash_plugin")
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-MASK_PICKLE = "mask_embedding.pt"
+MASK_PICKLE = f"{MASK_EMBEDDING}.pt"
 # Buffers and frozen copies of the target's tensors that some exporters leave in.
 _IGNORED = re.compile(r"(.*rotary_emb\..*|verifier_norm\.weight|verifier_lm_head\.weight)")
 _RENAMED = (
@@ -182,10 +182,7 @@ def _read(
             "the weights are quantized (quantization_config): give the checkpoint in bfloat16, "
             "float16 or float32"
         )
-    tensors = _read_pickles(directory) if pickles else {}
-    if not tensors or whole_shards(directory):
-        tensors = {**_read_tensors(directory, headers_only, pickles), **tensors}
-    tensors = _split_fused(tensors, raw)
+    tensors = _split_fused(_read_tensors(directory, headers_only, pickles), raw)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if dialect is None and is_ambiguous(raw):
         _warn_once(directory.resolve())
@@ -214,17 +211,22 @@ def _load(
     return Checkpoint(config, tensors, directory, raw)
 
 
-def _read_pickles(directory: Path) -> dict[str, Tensor]:
+def _read_pickles(paths: list[Path], has_shards: bool) -> dict[str, Tensor]:
     """The tensors of pickled weights, and of a pickled mask embedding, under canonical names.
+
+    Args:
+        paths: the pickle files of the checkpoint.
+        has_shards: its weights are safetensors.
 
     Raises:
         DFlashError: a file holds more than tensors.
     """
     found: dict[str, Tensor] = {}
-    weights = [] if whole_shards(directory) else _pickles(directory)
-    named = [path for path in weights if path.stem.startswith(("pytorch_model", "model"))]
-    mask = directory / MASK_PICKLE
-    for path in [*named, *([mask] if mask.is_file() else [])]:
+    weights = () if has_shards else ("pytorch_model", "model")
+    # A mask embedding in a file of its own is the one that counts.
+    for path in sorted(paths, key=lambda path: path.name == MASK_PICKLE):
+        if path.name != MASK_PICKLE and not path.stem.startswith(weights):
+            continue
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds here
@@ -239,14 +241,12 @@ def _read_pickles(directory: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if not _IGNORED.fullmatch(name)}
 
 
-def _pickles(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.suffix in PICKLES)
-
-
 def _read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[str, Tensor]:
     """Every tensor of every shard, under canonical names; on the meta device if only headers."""
     shards = whole_shards(directory)
-    unread = [] if pickles else [path.name for path in _pickles(directory)]
+    pickled = sorted(path for path in directory.iterdir() if path.suffix in PICKLES)
+    unpickled = _read_pickles(pickled, bool(shards)) if pickles else {}
+    unread = [] if pickles else [path.name for path in pickled]
     if MASK_PICKLE in unread or (not shards and unread):
         name = MASK_PICKLE if MASK_PICKLE in unread else unread[0]
         raise DFlashError(
@@ -254,7 +254,7 @@ def _read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[st
             "writes its tensors to safetensors and runs none (or do so with "
             "safetensors.torch.save_file); DFLASH_PLUGIN=off leaves the drafter to the engine"
         )
-    if not shards:
+    if not shards and not unpickled:
         raise DFlashError("there is no .safetensors file: give a checkpoint with its weights")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
@@ -277,7 +277,7 @@ def _read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[st
             raise DFlashError(
                 f"{shard.name} is not a whole safetensors file ({error}): fetch it again"
             ) from error
-    return tensors
+    return {**tensors, **unpickled}
 
 
 def _canonical(name: str) -> str:

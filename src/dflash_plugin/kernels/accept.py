@@ -50,20 +50,10 @@ class Sampled(NamedTuple):
 
 
 @triton.jit
-def _weight(
-    at,
-    inside,
-    target,
-    draft,
-    tokens,
-    excluded,
-    usable,
-    DRAFT_PROBS: tl.constexpr,
-    COUNT: tl.constexpr,
-):
+def _weight(at, inside, target, draft, tokens, excluded, usable, COUNT: tl.constexpr):
     """What tokens are drawn in proportion to: the residual where a draft was rejected."""
     value = tl.load(target + at, mask=inside, other=0.0)
-    if DRAFT_PROBS:
+    if draft is not None:
         if tokens is None:
             taken = tl.load(draft + at, mask=inside, other=0.0)
         else:
@@ -132,7 +122,7 @@ def _kernel(
     if target_rows is not None:
         row = tl.load(target_rows + row)
     target_row = target_probs + row * vocabulary
-    draft_row, tokens = target_row, candidates
+    draft_row, tokens = draft_probs, candidates
     if draft_probs is not None:
         judged = request * COUNT + tl.minimum(accepted, COUNT - 1)
         if candidates is None:
@@ -147,17 +137,7 @@ def _kernel(
         inside = at < vocabulary
         whole = tl.load(target_row + at, mask=inside, other=0.0)
         total += tl.sum(whole.to(tl.float64), axis=0)
-        part = _weight(
-            at,
-            inside,
-            target_row,
-            draft_row,
-            tokens,
-            rejected,
-            usable,
-            draft_probs is not None,
-            CANDIDATES,
-        )
+        part = _weight(at, inside, target_row, draft_row, tokens, rejected, usable, CANDIDATES)
         left += tl.sum(part.to(tl.float64), axis=0)
     # Rounding can leave nothing where p and q are equal; then a rejection cannot matter.
     usable = usable & (left > 0)
@@ -169,17 +149,7 @@ def _kernel(
     for start in range(0, vocabulary, BLOCK_VOCABULARY):
         at = start + tl.arange(0, BLOCK_VOCABULARY)
         inside = at < vocabulary
-        part = _weight(
-            at,
-            inside,
-            target_row,
-            draft_row,
-            tokens,
-            rejected,
-            usable,
-            draft_probs is not None,
-            CANDIDATES,
-        )
+        part = _weight(at, inside, target_row, draft_row, tokens, rejected, usable, CANDIDATES)
         part = part.to(tl.float64)
         cumulative = reached + tl.cumsum(part, axis=0)
         over = (cumulative > threshold) & (part > 0)

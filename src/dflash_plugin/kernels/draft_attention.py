@@ -454,9 +454,12 @@ def _tile(
     if dtype == torch.float32:  # Multiplied without matrix units, out of registers.
         return AttentionTile(16, 8, 1, parts)
     row_bytes = block_dim * dtype.itemsize
-    keys = 32 if parts > 1 or shares > PROGRAMS else 64 if shares > PROGRAMS // 2 else 128
-    if is_ragged and parts == 1 and shares > PROGRAMS:
-        keys = 64
+    if parts > 1:
+        keys = 32
+    elif shares > PROGRAMS:
+        keys = 64 if is_ragged else 32
+    else:
+        keys = 64 if shares > PROGRAMS // 2 else 128
     keys = min(keys, 16_384 // block_dim)  # More would not stay in registers.
     # Queries lie beside the keys and values, and the weights between the two products.
     beside = block_rows * (row_bytes + 4 * keys) + (8 << 10)

@@ -63,10 +63,8 @@ class DraftAttention(Attention):
 
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
         """The kind of cache of this layer."""
-        window = self.sliding_window
-        if window is None or not self.joins_full_layers:
-            return super().get_kv_cache_spec(vllm_config)
-        if self.attn_backend.get_name() == ONE_WINDOW:
+        window, joins = self.sliding_window, self.joins_full_layers
+        if window is None or not joins or self.attn_backend.get_name() == ONE_WINDOW:
             return super().get_kv_cache_spec(vllm_config)
         self.sliding_window = None
         try:

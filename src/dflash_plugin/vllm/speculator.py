@@ -88,16 +88,17 @@ class Speculator(DFlashSpeculator):
                 strict=True,
             )
         )
-        groups = kv_cache_config.kv_cache_groups
-        own = sum(not causal.keys().isdisjoint(group.layer_names) for group in groups)
-        logger.info("the drafter's layers lie in %d of the %d cache groups", own, len(groups))
-        for group in groups:
-            kinds = {causal[name] for name in group.layer_names if name in causal}
-            if len(kinds) > 1:
-                raise DFlashError(
-                    "the drafter has causal and non-causal layers with the same window, which "
-                    "vLLM keeps in one cache group and runs alike: use the Transformers engine"
-                )
+        kinds = [
+            {causal[name] for name in group.layer_names if name in causal}
+            for group in kv_cache_config.kv_cache_groups
+        ]
+        own = sum(map(bool, kinds))
+        logger.info("the drafter's layers lie in %d of the %d cache groups", own, len(kinds))
+        if any(len(kind) > 1 for kind in kinds):
+            raise DFlashError(
+                "the drafter has causal and non-causal layers with the same window, which "
+                "vLLM keeps in one cache group and runs alike: use the Transformers engine"
+            )
 
     def _estimator(self) -> AcceptanceEstimator:
         """vLLM's estimator, which it makes for adaptive verification."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dflash_plugin.checkpoints.dialects.fields import Fields
+from dflash_plugin.checkpoints.dialects.fields import Fields, contradiction
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError
 
@@ -68,10 +68,7 @@ def _activation(fields: Fields) -> str:
     name, given = fields.find("hidden_act")
     other_name, other = fields.find("hidden_activation")
     if None not in (given, other) and given != other:
-        raise DFlashError(
-            f"{name} is {given!r} and {other_name} is {other!r}: leave out the one that the "
-            "drafter was not trained with"
-        )
+        raise contradiction(name, given, other_name, other)
     return str(fields.text("hidden_act", "hidden_activation", default="silu"))
 
 

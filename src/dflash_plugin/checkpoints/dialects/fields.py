@@ -37,10 +37,7 @@ class Fields:
         full_name, short, value = found[0]
         for other_name, other_short, other in found[1:]:
             if other_short == short and other != value:
-                raise DFlashError(
-                    f"{full_name} is {value!r} and {other_name} is {other!r}: leave out the one "
-                    "that the drafter was not trained with"
-                )
+                raise contradiction(full_name, value, other_name, other)
         return full_name, value
 
     def get(self, *names: str, default: Any = None) -> Any:
@@ -99,6 +96,14 @@ class Fields:
         if default is _MISSING:
             raise DFlashError(f"{name} is missing: add it to config.json ({kind})")
         return default
+
+
+def contradiction(name: str, value: Any, other_name: str, other: Any) -> DFlashError:
+    """The refusal of two statements that cannot both be right."""
+    return DFlashError(
+        f"{name} is {value!r} and {other_name} is {other!r}: leave out the one that the drafter "
+        "was not trained with"
+    )
 
 
 def section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:

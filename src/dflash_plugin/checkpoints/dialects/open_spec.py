@@ -11,7 +11,6 @@ from typing import Any
 
 from dflash_plugin.checkpoints.dialects import common, speculators
 from dflash_plugin.checkpoints.dialects.fields import Fields, section
-from dflash_plugin.checkpoints.dialects.rope import read_rope
 from dflash_plugin.errors import DFlashError
 
 MARK = "open_spec_config_version"
@@ -42,20 +41,13 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
         )
     inner = Fields(("", speculators.with_defaults(layer, "config.json")))
     values = common.read_transformer(inner, shapes)
-    anchor = fields.flag("sample_from_anchor", default=False)
+    shared = speculators.in_both_layouts(fields, inner, layer, shapes)
     vocabulary = shapes.get("d2t", (values["vocab_size"],))[0]
     return {
         **values,
-        **common.own_tensors(shapes),
-        "dialect": "speculators",
-        "layers": speculators.read_layers(fields, inner),
-        "window_from": "anchor",
-        "rope": read_rope(layer, default_theta=10000.0, prefer=common.SLIDING),
-        "block_size": fields.integer("speculative_tokens") + (not anchor),
-        "sample_from_anchor": anchor,
-        "mask_token_id": fields.integer("mask_token_id", minimum=0),
+        **shared,
+        "block_size": fields.integer("speculative_tokens") + (not shared["sample_from_anchor"]),
         "target_layer_ids": _target_layers(fields),
-        "target_hidden_size": fields.integer("target_hidden_size", default=values["hidden_size"]),
         "draft_vocab_size": None if vocabulary == values["vocab_size"] else vocabulary,
     }
 

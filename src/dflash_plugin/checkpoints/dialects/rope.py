@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dflash_plugin.checkpoints.dialects.fields import Fields, section
+from dflash_plugin.checkpoints.dialects.fields import Fields, contradiction, section
 from dflash_plugin.drafter.config import RopeConfig
 from dflash_plugin.errors import DFlashError
 
@@ -78,10 +78,7 @@ def _parameters(raw: Mapping[str, Any]) -> Mapping[str, Any]:
         known = "rope_type" if is_type else name
         given = new.get("rope_type", new.get("type", "default")) if is_type else new.get(name)
         if value is not None and given != value:
-            raise DFlashError(
-                f"rope_parameters.{known} is {given!r} and rope_scaling.{name} is {value!r}: leave "
-                "out the one that the drafter was not trained with"
-            )
+            raise contradiction(f"rope_parameters.{known}", given, f"rope_scaling.{name}", value)
     return new
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from dflash_plugin.checkpoints.dialects import common
-from dflash_plugin.checkpoints.dialects.fields import Fields, section
+from dflash_plugin.checkpoints.dialects.fields import Fields, contradiction, section
 from dflash_plugin.checkpoints.dialects.rope import read_rope, write_rope
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError, reason
@@ -39,18 +39,42 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     full = draft_vocabulary == values["vocab_size"]
     return {
         **values,
-        **common.own_tensors(shapes),
+        **in_both_layouts(fields, inner, layer, shapes, non_causal=is_second),
         **(common.read_dflash2(fields) if is_second else {}),
+        "block_size": fields.integer("block_size", default=8, minimum=2),
+        "target_layer_ids": tuple(i - 1 for i in fields.integers("aux_hidden_state_layer_ids")),
+        "draft_vocab_size": None if full else draft_vocabulary,
+    }
+
+
+def in_both_layouts(
+    fields: Fields,
+    inner: Fields,
+    layer: Mapping[str, Any],
+    shapes: common.Shapes,
+    *,
+    non_causal: bool = False,
+) -> dict[str, Any]:
+    """What speculators' own layout and Open Spec Config say in the same words.
+
+    Args:
+        fields: say how the drafter drafts.
+        inner: the draft layers' Transformers configuration, with defaults filled in.
+        layer: the same where rotation is read from.
+        shapes: of the canonical tensors.
+        non_causal: what windows are where the file does not say.
+    """
+    return {
+        **common.own_tensors(shapes),
         "dialect": "speculators",
-        "layers": read_layers(fields, inner, non_causal=is_second),
+        "layers": _read_layers(fields, inner, non_causal),
         "window_from": "anchor",
         "rope": read_rope(layer, default_theta=10000.0, prefer=common.SLIDING),
-        "block_size": fields.integer("block_size", default=8, minimum=2),
         "sample_from_anchor": fields.flag("sample_from_anchor", default=False),
         "mask_token_id": fields.integer("mask_token_id", minimum=0),
-        "target_layer_ids": tuple(i - 1 for i in fields.integers("aux_hidden_state_layer_ids")),
-        "target_hidden_size": fields.integer("target_hidden_size", default=values["hidden_size"]),
-        "draft_vocab_size": None if full else draft_vocabulary,
+        "target_hidden_size": fields.integer(
+            "target_hidden_size", default=inner.integer("hidden_size")
+        ),
     }
 
 
@@ -66,10 +90,7 @@ def _with_outer_windows(raw: Mapping[str, Any]) -> Mapping[str, Any]:
         if outside is None or not layer:
             continue
         if inside not in (None, outside):
-            raise DFlashError(
-                f"{name} is {outside!r} and {INNER}.{name} is {inside!r}: leave out the one that "
-                "the drafter was not trained with"
-            )
+            raise contradiction(name, outside, f"{INNER}.{name}", inside)
         layer = {**layer, name: outside}
     return layer
 
@@ -97,14 +118,7 @@ def with_defaults(layer: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     return {**filled, **{name: value for name, value in layer.items() if value is not None}}
 
 
-def read_layers(fields: Fields, inner: Fields, *, non_causal: bool = False) -> list[dict[str, Any]]:
-    """The attention of every draft layer.
-
-    Args:
-        fields: say whether windows are causal.
-        inner: the draft layers' Transformers configuration.
-        non_causal: what windows are where the file does not say.
-    """
+def _read_layers(fields: Fields, inner: Fields, non_causal: bool) -> list[dict[str, Any]]:
     types = common.read_layer_types(inner)
     causal = not fields.flag("sliding_window_non_causal", default=non_causal)
     window = inner.integer("sliding_window") if common.SLIDING in types else None
