@@ -527,7 +527,7 @@ OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     draft_head_fp8: DRAFTING,
     fp8_linear: (16, 64, 256, 1024),
     fp8_product: (16, 32, 64),
-    fp8_product_down: (16, 32, 64),
+    fp8_product_down: (16, 32, 64, 128, 256),
     accept: REQUESTS,
     accept_greedy: REQUESTS,
     admit_drafts: REQUESTS,

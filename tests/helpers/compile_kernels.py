@@ -129,7 +129,7 @@ def products(rows: int) -> None:
     rounded = quantize(hidden)
     draft_head(rounded.values, values, hidden_scale=rounded.scales, weight_scale=scales)
     quantize_rows(hidden)
-    if rows <= 64:
+    if rows <= 256:
         for columns, width in ((INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)):
             fp8_product(quantize(of(rows, width)), quantize(of(columns, width)), BF16)
     quantize_rows(of(16, INTERMEDIATE))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_plugin.kernels.common import ProductTile
-from dflash_plugin.kernels.fp8_product import fp8_product, fp8_product_naive
+from dflash_plugin.kernels.fp8_product import best_tile, fp8_product, fp8_product_naive
 from dflash_plugin.kernels.fp8_rows import FP8, Fp8Rows, quantize
 from tests.helpers.kernel_helpers import BOUND, DEVICE, DTYPES, random
 
@@ -20,7 +20,7 @@ BITS = 1e-3 if DEVICE.type == "cuda" else 0.0
 
 @settings(max_examples=50, deadline=None)
 @given(
-    rows=st.sampled_from([0, 1, 5, 17, 64]),
+    rows=st.sampled_from([0, 1, 5, 17, 64, 130]),
     columns=st.sampled_from([1, 16, 33]),
     width=st.sampled_from([32, 40, 96, 300]),
     dtype=st.sampled_from(DTYPES),
@@ -48,3 +48,19 @@ def test_faulty_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             fp8_product(*arguments, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "programs"),
+    [(16, 4096, 64), (64, 4096, 128), (128, 4096, 128), (256, 4096, 128), (128, 6144, 96)],
+)
+def test_a_weight_of_few_columns_keeps_a_gpu_busy(monkeypatch, rows, columns, programs):
+    monkeypatch.setattr("dflash_plugin.kernels.fp8_product.multiprocessors", lambda device: 132)
+    tile = best_tile(rows, columns, DEVICE)
+    assert -(-rows // tile.rows) * -(-columns // tile.columns) == programs
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(128, 24576), (256, 6144), (257, 4096)])
+def test_many_rows_are_the_librarys(monkeypatch, rows, columns):
+    monkeypatch.setattr("dflash_plugin.kernels.fp8_product.multiprocessors", lambda device: 132)
+    assert best_tile(rows, columns, DEVICE) is None

@@ -19,12 +19,9 @@ from dflash_plugin.drafter.layers import TorchQKV
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.selector import CandidateSelector
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.kernels.fp8_product import fp8_product
+from dflash_plugin.kernels.fp8_product import best_tile, fp8_product
 from dflash_plugin.kernels.fp8_rows import Fp8Rows, RoundedRows, fits, product_naive, quantize
 from dflash_plugin.kernels.quantize_rows import quantize_rows
-
-# Rows up to which our product is the faster one.
-FEW_ROWS = 64
 
 
 def require_fp8(device: torch.device) -> None:
@@ -85,11 +82,12 @@ def library_product(x: Fp8Rows, weight: Fp8Rows) -> Tensor:
 
 def _product(x: Fp8Rows, weight: Fp8Rows, dtype: torch.dtype) -> Tensor:
     """``x @ weight.T`` [T, N] on a GPU."""
-    count = x.values.shape[0]
+    count, columns = x.values.shape[0], weight.values.shape[0]
     if count == 0:
-        return x.scales.new_empty(0, weight.values.shape[0], dtype=dtype)
-    if count <= FEW_ROWS:
-        return fp8_product(x, weight, dtype)
+        return x.scales.new_empty(0, columns, dtype=dtype)
+    tile = best_tile(count, columns, x.values.device)
+    if tile is not None:
+        return fp8_product(x, weight, dtype, tile=tile)
     return library_product(x, weight).to(dtype)
 
 

@@ -248,6 +248,14 @@ def _shared_memory(device: torch.device) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, one each; an H100's number where there is no GPU."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 class ProductTile(NamedTuple):
     """A program's part of a matrix product: rows of x, rows of the weight, width of a step."""
 

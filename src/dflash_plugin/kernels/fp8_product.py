@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.kernels import with_twin
-from dflash_plugin.kernels.common import ProductTile, dot, dot_precision
+from dflash_plugin.kernels.common import ProductTile, dot, dot_precision, multiprocessors
 from dflash_plugin.kernels.fp8_rows import FP8, Fp8Rows, product_naive
 from dflash_plugin.kernels.language import tl, triton
+
+# Of a product that the library does faster.
+MANY_ROWS = ProductTile(128, 128, 128, 8, 4)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -49,9 +52,30 @@ def _kernel(
     tl.store(out + at, total, mask=is_column[:, None] & is_row[None, :])
 
 
-def _tile(rows: int) -> ProductTile:
-    """A tile for T rows, the fastest of those tried on an H100 (``benchmarks/kernels.py``)."""
-    return ProductTile(max(16, min(64, triton.next_power_of_2(rows))), 64, 256, 4, 5)
+def best_tile(rows: int, columns: int, device: torch.device) -> ProductTile | None:
+    """The fastest tile of those tried on an H200, or None where the library's product is faster.
+
+    What decides is how many programs there are: a weight of few columns leaves multiprocessors idle
+    unless x's rows are shared out too.
+
+    Args:
+        rows: T of x.
+        columns: N of the weight.
+        device: of both.
+    """
+    parts, processors = triton.cdiv(columns, 64), multiprocessors(device)
+    is_short, is_long = 2 * parts <= processors, parts >= 2 * processors
+    if rows <= 32:
+        return ProductTile(max(16, triton.next_power_of_2(rows)), 64, 256, 4, 5)
+    if rows <= 64:
+        if is_short:
+            return ProductTile(32, 64, 256, 4, 7)
+        return ProductTile(64, 128, 128, 8, 4) if is_long else ProductTile(64, 64, 256, 4, 5)
+    if rows <= 128:
+        if is_short:
+            return ProductTile(64, 64, 256, 4, 5)
+        return ProductTile(128, 64, 128, 8, 5) if parts <= processors else None
+    return ProductTile(128, 64, 256, 4, 4) if rows <= 256 and is_short else None
 
 
 @with_twin
@@ -64,7 +88,7 @@ def fp8_product(
         x: of T rows, values contiguous.
         weight: of N rows, values contiguous.
         dtype: of the result.
-        tile: None chooses one by T.
+        tile: None takes ``best_tile``, or one for many rows where there is none.
 
     Returns:
         [T, N] in ``dtype``.
@@ -76,7 +100,7 @@ def fp8_product(
     out = torch.empty(rows, columns, dtype=dtype, device=x.values.device)
     if rows == 0:
         return out
-    tile = tile or _tile(rows)
+    tile = tile or best_tile(rows, columns, x.values.device) or MANY_ROWS
     _kernel[triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)](
         x.values,
         x.scales,
