@@ -38,9 +38,9 @@ REQUIRED_ARGUMENTS = (
     ("dcp_size", 1),
     ("enable_two_batch_overlap", False),
 )
-# A pass of whole blocks that takes no longer than this many passes of one block has no rows to
-# save: it waits for the target's weights.
-NO_LONGER = 1.1
+# A pass of whole blocks that takes no longer than this many passes of one block waits for the
+# target's weights. Shorter passes would save less than the drafts that they leave out are worth.
+NO_LONGER = 1.2
 # Bytes of GPU memory that have to be free where verification adapts unasked; its graphs take half.
 MIN_FREE = 2 << 30
 
