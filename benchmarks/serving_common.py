@@ -248,8 +248,11 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
             )
             engines = start(list(starting) if together else starting, record)
             try:
-                for prompts, made, path in runs:
-                    measure(engines, prompts, sampling, repeats, made, path, seconds, number)
+                for place, (prompts, made, path) in enumerate(runs):
+                    # Without a drafter, acceptance makes no difference: measured once.
+                    timed = [e for e in engines if not (place and e.mode.startswith("none"))]
+                    if timed:
+                        measure(timed, prompts, sampling, repeats, made, path, seconds, number)
                 if timelines:
                     wanted = [int(n) for n in (timeline_levels or concurrency).split(",")]
                     some = {level: work[level] for level in wanted}

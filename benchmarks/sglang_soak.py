@@ -7,7 +7,8 @@ Transformers engine:
     python benchmarks/sglang_soak.py --output FILE.json --steps 5000 --minutes 60
 
 ``--sampled`` is the share of requests with a temperature, which run in the same batches and are
-checked for their length alone.
+checked for their length alone. ``--verified-drafts 1,5`` lets adaptive verification choose between
+1 and 5 drafts of a request, so that no pass verifies whole blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 import typer
 from serving_common import Load as EngineLoad
 from serving_common import circumstances, first_difference, real_prompts, resident_mb
-from sglang_engine import acceptance_length, in_float32
+from sglang_engine import FLOAT32, acceptance_length, in_float32
 from sglang_serving import arguments
 
 from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
@@ -97,7 +98,8 @@ class Load:
 
     def begin(self, longest: int) -> None:
         """Send a request."""
-        name = f"soak-{self.number}"
+        # SGLang aborts every request whose name begins with the given one.
+        name = f"soak-{self.number:09}"
         self.number += 1
         index = self.draw.randrange(len(self.target.prompts))
         length = self.draw.randint(1, longest)
@@ -197,6 +199,7 @@ def main(
     tokens: int = 1280,
     seed: int = 0,
     sampled: float = 0.0,
+    verified_drafts: str | None = None,
     settings: str = "{}",
 ) -> None:
     """Run the load and write one JSON file; the exit status is 1 if anything was wrong."""
@@ -212,6 +215,13 @@ def main(
 
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ.update(in_float32())
+    # The scheduler takes its paths from this process.
+    sys.path.insert(0, str(FLOAT32))
+    if verified_drafts is not None:
+        fewest, most = verified_drafts.split(",")
+        os.environ["DFLASH_PLUGIN_ADAPTIVE_VERIFICATION"] = "1"
+        os.environ["DFLASH_PLUGIN_MIN_DRAFT_TOKENS"] = fewest
+        os.environ["DFLASH_PLUGIN_MAX_DRAFT_TOKENS"] = most
     path = output.with_suffix(".log")
     with path.open("w") as file:
         os.dup2(file.fileno(), 2)
