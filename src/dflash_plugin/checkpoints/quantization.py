@@ -137,6 +137,8 @@ class _Weight:
     ) -> None:
         self.module, self.parts, self.declared = module, dict(parts), declared
         self.part_rows = part_rows
+        # What a missing tensor belongs to, for the message.
+        self.found = f"there is a tensor {self.name(next(iter(parts)))!r}"
 
     def read(self) -> tuple[Tensor, str, str]:
         """The weight float32 [rows, columns], its layout, and the method that writes such tensors.
@@ -171,8 +173,7 @@ class _Weight:
     def take(self, part: str, *dtypes: torch.dtype) -> Tensor:
         """One of the tensors, which then is done with."""
         if part not in self.parts:
-            beside = self.name(next(iter(self.parts), "weight"))
-            raise refusal(f"tensor {self.name(part)!r}, which belongs to {beside!r}, is missing")
+            raise refusal(f"{self.found}, and {self.name(part)!r}, which belongs to it, is missing")
         tensor = self.parts.pop(part)
         if tensor.dtype not in dtypes:
             beside = f" beside {self.name(next(iter(self.parts)))!r}" if self.parts else ""
@@ -180,6 +181,8 @@ class _Weight:
                 f"tensor {self.name(part)!r}{beside} is {_named(tensor.dtype)}, not "
                 f"{' or '.join(map(_named, dtypes))}"
             )
+        if part in ("weight", "weight_packed"):
+            self.found = f"tensor {self.name(part)!r} is {_named(tensor.dtype)}"
         return tensor
 
     def matrix(self, tensor: Tensor, part: str) -> tuple[int, int]:
