@@ -136,12 +136,12 @@ def load_checkpoint(
     *,
     pickles: bool = False,
 ) -> Checkpoint:
-    """Read a drafter of any dialect.
+    """Read a drafter of any dialect; quantised weights become the plain ones that they stand for.
 
     Args:
         directory: holds config.json and one or more .safetensors files.
-        dtype: floating-point tensors become this; that of the stored ``fc.weight`` when None,
-            whatever config.json says.
+        dtype: floating-point tensors become this; that of the stored ``fc.weight`` when None, or
+            of the norms where that is quantised, whatever config.json says.
         dialect: overrides detection, for files that do not say enough.
         pickles: read weights that are pickled, too; torch unpickles tensors alone and runs no code.
 
