@@ -100,7 +100,7 @@ MALFORMED = {
         lambda d: save_file({"fc.weight": torch.zeros(1)}, d / "z.safetensors"),
         "'fc.weight' stands twice",
     ),
-    "quantized": (editor(quantization_config={"bits": 4}), "quantized"),
+    "quantised": (editor(quantization_config={"bits": 4}), "quantised.*DFLASH_PLUGIN=off"),
     "other-architecture": (editor(architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
     "dflash2-architecture-alone": (
         editor(architectures=["DFlash2DraftModel"]),

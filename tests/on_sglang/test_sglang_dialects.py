@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
 from dflash_plugin.transformers.loading import load_drafter
 from tests.helpers.distribution import check_distribution, continuations
+from tests.helpers.quantised import LAYOUTS, quantise
 from tests.helpers.tiny import DFLASH2, tiny_target, write_target, write_tiny
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
 from tests.on_sglang.schedulers import Schedulers
@@ -55,6 +56,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "DFlash 2": {**DFLASH2, "logit_softcap": 5.0, "logit_scale": 0.5},
 }
 
+QUANTISED = "ModelOpt NVFP4"
+
 
 FP8: list[dict[str, Any]] = [
     {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
@@ -93,11 +96,15 @@ def alone(target: PreTrainedModel, prompt: list[int], length: int) -> list[int]:
     return ids[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, QUANTISED])
 def test_drafts_and_text_equal_the_core(pair, schedulers, tmp_path, kind):
     target, directory = pair
-    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **KINDS[kind]})
-    drafter = load_drafter(checkpoint, target)
+    changes = {**SIZES, "target_hidden_size": 64, **KINDS.get(kind, {})}
+    plain = write_tiny(tmp_path / "plain", **changes)
+    checkpoint = plain
+    if kind == QUANTISED:
+        checkpoint = quantise(plain, tmp_path / "quantised", LAYOUTS[kind])
+    drafter = load_drafter(plain, target)
     made = schedulers.run(
         directory, checkpoint, PROMPTS, temperature=0.0, max_new_tokens=16, ignore_eos=True
     )

@@ -16,6 +16,7 @@ from dflash_plugin.serving import draft_tokens
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
 from tests.helpers.distribution import check_distribution, continuations
+from tests.helpers.quantised import LAYOUTS, quantise
 from tests.helpers.tiny import DFLASH2, tiny_target, write_target, write_tiny
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
 from tests.on_vllm.vllm_helpers import ON_V2, on_worker, running
@@ -89,10 +90,15 @@ def check_text(engine: Any, target: PreTrainedModel) -> None:
         assert list(output.outputs[0].token_ids) == alone[0, len(prompt) :].tolist()
 
 
+QUANTISED = "W4A16 with zero points"
 # Interpreted kernels take their time, so on a CPU the V2 runner has what its own code decides.
 ANCHOR = "anchor drafts, layers unsorted"
 TESTED = {
-    **({ANCHOR: KINDS[ANCHOR]} if ON_V2 and not torch.cuda.is_available() else KINDS),
+    **(
+        {ANCHOR: KINDS[ANCHOR]}
+        if ON_V2 and not torch.cuda.is_available()
+        else {**KINDS, QUANTISED: {}}
+    ),
     **(ON_V2_ONLY if ON_V2 else {}),
 }
 
@@ -101,8 +107,11 @@ TESTED = {
 def test_drafts_and_text_equal_the_core(pair, tmp_path, kind):
     target, directory = pair
     changes = TESTED[kind]
-    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **changes})
-    drafter = load_drafter(checkpoint, target)
+    plain = write_tiny(tmp_path / "plain", **{**SIZES, "target_hidden_size": 64, **changes})
+    checkpoint = plain
+    if kind == QUANTISED:
+        checkpoint = quantise(plain, tmp_path / "quantised", LAYOUTS[kind])
+    drafter = load_drafter(plain, target)
     with running(directory, checkpoint, max_model_len=256) as engine:
         for prompt in PROMPTS:
             expected = answer(drafter, target, prompt)

@@ -16,6 +16,7 @@ from dflash_plugin.serving import KEY
 from dflash_plugin.sglang import arguments, compat, metrics, penalties, register, sampling
 from dflash_plugin.sglang.names import ARCHITECTURE
 from dflash_plugin.sglang.options import DrafterSpec, Options, drafter_spec, read_options
+from tests.helpers.quantised import LAYOUTS, quantise
 from tests.helpers.tiny import DFLASH2, tiny_config, write_tiny
 
 TARGET = SimpleNamespace(
@@ -40,6 +41,8 @@ def server_args(drafter: Path | None, **changes: Any) -> SimpleNamespace:
         "download_dir": None,
         "context_length": None,
         "load_format": "auto",
+        "quantization": None,
+        "speculative_draft_model_quantization": None,
         "device": "cuda",
         "enable_dp_attention": False,
         "disaggregation_mode": "null",
@@ -71,6 +74,43 @@ def test_preparing_twice_changes_nothing(tmp_path):
     once = dict(vars(args))
     arguments.prepare(args)
     assert vars(args) == once
+
+
+def test_the_targets_quantization_is_not_the_drafters(tmp_path):
+    """SGLang gives the draft model the target's unless it is told otherwise."""
+    args = server_args(
+        write_tiny(tmp_path / "drafter"),
+        quantization="awq",
+        speculative_draft_model_quantization="awq",
+    )
+    arguments.prepare(args)
+    assert args.quantization == "awq"
+    assert args.speculative_draft_model_quantization is None
+    args.speculative_draft_model_quantization = "awq"
+    arguments.prepare(args)
+    assert args.speculative_draft_model_quantization is None
+
+
+@pytest.mark.parametrize("kind", ["W4A16", "ModelOpt NVFP4"])
+def test_a_quantization_of_the_draft_model_says_what_the_checkpoint_is(tmp_path, kind):
+    plain = write_tiny(tmp_path / "plain", intermediate_size=48)
+    drafter = quantise(plain, tmp_path / "drafter", LAYOUTS[kind])
+    named = {"W4A16": "compressed-tensors", "ModelOpt NVFP4": "modelopt_fp4"}[kind]
+    args = server_args(drafter, speculative_draft_model_quantization=named)
+    arguments.prepare(args)
+    staged = Path(args.speculative_draft_model_path)
+    assert args.speculative_draft_model_quantization is None
+    assert not (staged / "hf_quant_config.json").exists()
+    assert "quantization_config" not in json.loads((staged / "config.json").read_text())
+    for directory, what in (
+        (drafter, f"quantised \\({LAYOUTS[kind].named}"),
+        (plain, "not quantised"),
+    ):
+        with pytest.raises(
+            DFlashError,
+            match=f"--speculative-draft-model-quantization is 'fp8', but .* is {what}.*: leave it",
+        ):
+            arguments.prepare(server_args(directory, speculative_draft_model_quantization="fp8"))
 
 
 def test_a_mask_outside_the_vocabulary_is_left_to_the_model(tmp_path):

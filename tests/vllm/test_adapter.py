@@ -20,6 +20,7 @@ from dflash_plugin.vllm.draft_logits import DraftLogits
 from dflash_plugin.vllm.names import ARCHITECTURE
 from dflash_plugin.vllm.options import drafter_spec, read_options
 from dflash_plugin.vllm.workarounds import expand_kernel, without_empty_rows
+from tests.helpers.quantised import LAYOUTS, quantise
 from tests.helpers.tiny import DFLASH2, tiny_target, write_tiny
 
 TARGET = SimpleNamespace(
@@ -72,6 +73,37 @@ def test_flags_become_a_configuration_of_ours(tmp_path):
     assert staged["is_causal"] is False
     spec = DrafterSpec.model_validate(staged["dflash_plugin"])
     assert spec.config == load_config(spec.checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["W4A16", "ModelOpt FP8", "FP8 by block"])
+@pytest.mark.parametrize("asked", [None, "its own", "other"])
+def test_a_quantization_says_what_the_checkpoint_is(tmp_path, kind, asked):
+    plain = write_tiny(tmp_path / "plain", intermediate_size=48)
+    drafter = quantise(plain, tmp_path / "drafter", LAYOUTS[kind])
+    named = {"W4A16": "compressed-tensors", "ModelOpt FP8": "modelopt", "FP8 by block": "fp8"}[kind]
+    value = {None: None, "its own": named, "other": "awq"}[asked]
+    args = engine_args(
+        speculative_config={"method": "dflash", "model": str(drafter), "quantization": value}
+    )
+    if asked == "other":
+        with pytest.raises(
+            DFlashError, match=f"quantization of .* is 'awq', but .* quantised .* or give '{named}'"
+        ):
+            arguments.prepare(args, TARGET)
+        return
+    arguments.prepare(args, TARGET)
+    assert "quantization" not in args.speculative_config
+    staged = json.loads((Path(args.speculative_config["model"]) / "config.json").read_text())
+    assert "quantization_config" not in staged
+    assert staged["dflash_plugin"]["config"]["quantization"] == LAYOUTS[kind].named
+
+
+def test_a_quantization_of_a_plain_drafter_is_refused(tmp_path):
+    settings = {"method": "dflash", "model": str(write_tiny(tmp_path)), "quantization": "fp8"}
+    with pytest.raises(
+        DFlashError, match=r"is 'fp8', but .* is not quantised: leave it out; the op"
+    ):
+        arguments.prepare(engine_args(speculative_config=settings), TARGET)
 
 
 def test_preparing_twice_changes_nothing(tmp_path):

@@ -30,6 +30,8 @@ def convert(
 ) -> DrafterConfig:
     """Read a drafter in any dialect and write it in another; pickled tensors are read, too.
 
+    Quantised weights are written as the plain ones that they stand for.
+
     Args:
         source: a checkpoint.
         output: another directory.
@@ -61,7 +63,7 @@ def convert(
 
 def _check_same(before: DrafterConfig, after: DrafterConfig) -> None:
     """The two must mean the same drafter."""
-    free = {"dialect", "num_target_layers"}
+    free = {"dialect", "num_target_layers", "quantization"}
     if not any(layer.sliding_window for layer in before.layers):
         free.add("window_from")
     old, new = before.model_dump(exclude=free), after.model_dump(exclude=free)

@@ -7,9 +7,29 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dflash_plugin.errors import DFlashError
 
 INDEX = "model.safetensors.index.json"
+STORE_PLAIN = "store it as float32, bfloat16 or float16"
+# What safetensors calls the dtypes of torch.
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -97,3 +117,20 @@ def _check_size(shard: Path) -> None:
             f"{shard.name} is truncated: {size} bytes where the header says {needed}; fetch it "
             "again"
         )
+
+
+def read_header(file: Any, name: str) -> Tensor:
+    """A tensor without its values, on the meta device.
+
+    Args:
+        file: an open safetensors file.
+        name: of the tensor.
+
+    Raises:
+        DFlashError: its dtype is none of torch.
+    """
+    header = file.get_slice(name)
+    dtype = _DTYPES.get(header.get_dtype())
+    if dtype is None:
+        raise DFlashError(f"tensor {name!r} is {header.get_dtype()}: {STORE_PLAIN}")
+    return torch.empty(header.get_shape(), dtype=dtype, device="meta")

@@ -104,6 +104,15 @@ def _alone(checkpoint: Checkpoint, dialect: Dialect | None) -> list[Finding]:
                 message=AMBIGUOUS,
             )
         )
+    if config.quantization is not None:
+        findings.append(
+            Finding(
+                level="note",
+                subject="quantization",
+                message=f"the checkpoint is quantised ({config.quantization}): every engine "
+                "dequantises it at load, and draft_weights says whether it runs in FP8",
+            )
+        )
     last = config.num_target_layers
     if last is not None and last - 1 in config.target_layer_ids:
         findings.append(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,7 +28,16 @@ from dflash_plugin.checkpoints.dialects import (
     read_config,
     write_config,
 )
-from dflash_plugin.checkpoints.files import MASK_EMBEDDING, read_json, whole_shards
+from dflash_plugin.checkpoints.files import (
+    MASK_EMBEDDING,
+    STORE_PLAIN,
+    read_header,
+    read_json,
+    whole_shards,
+)
+from dflash_plugin.checkpoints.fused import part_rows, split_fused
+from dflash_plugin.checkpoints.quantization import PLAIN, dequantise
+from dflash_plugin.checkpoints.quantization_config import declared
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
 from dflash_plugin.errors import DFlashError, reason
 
@@ -38,7 +47,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MASK_PICKLE = f"{MASK_EMBEDDING}.pt"
 # Buffers and frozen copies of the target's tensors that some exporters leave in.
-_IGNORED = re.compile(r"(.*rotary_emb\..*|verifier_norm\.weight|verifier_lm_head\.weight)")
+_IGNORED = re.compile(r".*rotary_emb\..*|verifier_(norm|lm_head)\..*")
 _RENAMED = (
     (re.compile(r"^model\."), ""),
     (re.compile(r"^encoder\.fc\."), "fc."),
@@ -127,12 +136,12 @@ def load_checkpoint(
     *,
     pickles: bool = False,
 ) -> Checkpoint:
-    """Read a drafter of any dialect.
+    """Read a drafter of any dialect; quantised weights become the plain ones that they stand for.
 
     Args:
         directory: holds config.json and one or more .safetensors files.
-        dtype: floating-point tensors become this; that of the stored ``fc.weight`` when None,
-            whatever config.json says.
+        dtype: floating-point tensors become this; that of the stored ``fc.weight`` when None, or
+            of the norms where that is quantised, whatever config.json says.
         dialect: overrides detection, for files that do not say enough.
         pickles: read weights that are pickled, too; torch unpickles tensors alone and runs no code.
 
@@ -177,16 +186,31 @@ def _read(
         what = "not a directory" if directory.exists() else "not a directory, there is nothing"
         raise DFlashError(f"{what}: give a drafter checkpoint's directory")
     raw = read_json(directory / CONFIG)
-    if raw.get("quantization_config") or (directory / "hf_quant_config.json").is_file():
-        raise DFlashError(
-            "the weights are quantized (quantization_config): give the checkpoint in bfloat16, "
-            "float16 or float32"
-        )
-    tensors = _split_fused(_read_tensors(directory, headers_only, pickles), raw)
+    quantization = declared(raw, directory)
+    stored = _read_tensors(directory, headers_only, pickles)
+    plain = dequantise(stored, quantization, partial(part_rows, raw=raw))
+    if not headers_only:
+        _log_quantization(directory, plain.quantization, plain.ignored)
+    tensors = split_fused({_canonical(name): t for name, t in plain.tensors.items()}, raw)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if dialect is None and is_ambiguous(raw):
         _warn_once(directory.resolve())
-    return raw, tensors, read_config(raw, shapes, dialect)
+    config = read_config(raw, shapes, dialect)
+    return raw, tensors, config.model_copy(update={"quantization": plain.quantization})
+
+
+def _log_quantization(directory: Path, quantization: str | None, ignored: list[str]) -> None:
+    if quantization is not None:
+        logger.info(
+            "%s: the checkpoint is quantised (%s): dequantised at load", directory, quantization
+        )
+    if ignored:
+        logger.info(
+            "%s: %d scales of activations and of the KV cache are ignored, the first is %s",
+            directory,
+            len(ignored),
+            ignored[0],
+        )
 
 
 @cache
@@ -272,9 +296,9 @@ def _read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[st
                         raise DFlashError(
                             f"tensor {name!r} stands twice, again in {shard.name}: remove one"
                         )
-                    if headers_only:
-                        shape = file.get_slice(stored).get_shape()
-                        tensors[name] = torch.empty(shape, device="meta")
+                    # The shape of a packed weight is a value.
+                    if headers_only and not name.endswith(".weight_shape"):
+                        tensors[name] = read_header(file, stored)
                     else:
                         tensors[name] = file.get_tensor(stored)
         except (SafetensorError, OSError) as error:
@@ -288,42 +312,6 @@ def _canonical(name: str) -> str:
     for pattern, replacement in _RENAMED:
         name = pattern.sub(replacement, name)
     return name
-
-
-def _split_fused(tensors: dict[str, Tensor], raw: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Split ``qkv_proj`` and ``gate_up_proj`` into the parts that the other dialects store."""
-    layer = raw.get("transformer_layer_config") or raw
-    split: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if ".qkv_proj." in name:
-            heads, kv_heads = layer.get("num_attention_heads"), layer.get("num_key_value_heads")
-            if not (isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads > 0):
-                raise DFlashError(
-                    f"{name} cannot be split: add num_attention_heads and num_key_value_heads to "
-                    "config.json"
-                )
-            dim, rest = divmod(tensor.shape[0], heads + 2 * kv_heads)
-            if rest:
-                raise DFlashError(
-                    f"{name} has {tensor.shape[0]} rows, which {heads} + 2 * {kv_heads} heads do "
-                    "not divide: correct the head counts"
-                )
-            sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
-            parts = zip(("q_proj", "k_proj", "v_proj"), tensor.split(sizes), strict=True)
-            fused = "qkv_proj"
-        elif ".gate_up_proj." in name:
-            if tensor.shape[0] % 2:
-                raise DFlashError(f"{name} has {tensor.shape[0]} rows: an even number is needed")
-            parts = zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True)
-            fused = "gate_up_proj"
-        else:
-            parts, fused = zip(("",), (tensor,), strict=True), ""
-        for part, value in parts:
-            target = name.replace(fused, part) if fused else name
-            if target in split:
-                raise DFlashError(f"tensor {target!r} is there both fused and alone: remove one")
-            split[target] = value.contiguous()
-    return split
 
 
 def _check_names_and_shapes(tensors: Mapping[str, Tensor], config: DrafterConfig) -> None:
@@ -361,11 +349,9 @@ def _advice(name: str) -> str:
 
 
 def _checked_values(name: str, tensor: Tensor) -> Tensor:
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise DFlashError(
-            f"tensor {name!r} is {str(tensor.dtype).removeprefix('torch.')}: store it as float32, "
-            "bfloat16 or float16"
-        )
+    if tensor.dtype not in PLAIN:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise DFlashError(f"tensor {name!r} is {dtype}: {STORE_PLAIN}")
     if not torch.isfinite(tensor).all():
         raise DFlashError(f"tensor {name!r} has values that are not finite: train or fetch again")
     return tensor
@@ -426,7 +412,7 @@ def save_checkpoint(
             f"{directory / WEIGHTS} is already there: choose another directory or overwrite it"
         )
     dtype = str(tensors["norm.weight"].dtype).removeprefix("torch.")
-    config = config.model_copy(update={"dtype": dtype, "dialect": dialect})
+    config = config.model_copy(update={"dtype": dtype, "dialect": dialect, "quantization": None})
     _check_names_and_shapes(tensors, config)
     written = write_config(config, dialect)
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -132,6 +132,9 @@ class DrafterConfig(BaseModel):
         logit_scale, logit_softcap: ``softcap * tanh(scale * logits / softcap)``.
         convolution, selector: what makes a drafter DFlash 2; both or neither.
         dtype: torch dtype name of the weights.
+        quantization: how the checkpoint holds its weights, which are dequantised when they are
+            loaded: the method and its layouts, such as "compressed-tensors W4A16"; None where they
+            are plain.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -172,6 +175,7 @@ class DrafterConfig(BaseModel):
     convolution: ConvolutionConfig | None = None
     selector: SelectorConfig | None = None
     dtype: str = "bfloat16"
+    quantization: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> DrafterConfig:

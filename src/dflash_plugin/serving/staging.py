@@ -109,6 +109,40 @@ def refuse_layer(
         )
 
 
+def check_quantization(config: DrafterConfig, setting: str, asked: str | None) -> None:
+    """Check an engine's setting for the quantisation of a draft model.
+
+    The weights are dequantised when they are loaded, so the engine itself is never told of one.
+
+    Args:
+        config: the drafter's.
+        setting: what the engine calls it, for the message.
+        asked: its value; None where the user left it out.
+
+    Raises:
+        DFlashError: the checkpoint is not quantised so.
+    """
+    names = _methods(config.quantization)
+    if asked is None or asked.lower().replace("_", "-") in names:
+        return
+    is_quantised = (
+        "not quantised" if config.quantization is None else f"quantised ({config.quantization})"
+    )
+    instead = f" or give {names[0]!r}" if names else ""
+    raise DFlashError(
+        f"{setting} is {asked!r}, but the drafter's checkpoint is {is_quantised}: leave it "
+        f"out{instead}; the option draft_weights says whether the drafter runs in FP8"
+    )
+
+
+def _methods(quantization: str | None) -> tuple[str, ...]:
+    """What engines call a checkpoint's quantisation, with hyphens."""
+    method, _, layouts = (quantization or "").partition(" ")
+    if method == "modelopt":
+        return method, "modelopt-fp4" if "NVFP4" in layouts else "modelopt-fp8"
+    return (method,) if method else ()
+
+
 def engine_config(
     spec: DrafterSpec,
     *,

@@ -14,6 +14,7 @@ from dflash_plugin.sglang.compat import argument, set_argument
 from dflash_plugin.sglang.names import ALGORITHM, ARCHITECTURE, ENGINE
 from dflash_plugin.sglang.options import DrafterSpec, read_options
 
+QUANTIZATION = "speculative_draft_model_quantization"
 BLOCK_ARGUMENTS = ("speculative_num_draft_tokens", "speculative_dflash_block_size")
 
 
@@ -62,6 +63,9 @@ def prepare(server_args: Any) -> None:
         raise DFlashError(
             "--speculative-algorithm DFLASH needs a drafter: give --speculative-draft-model-path"
         )
+    quantization = argument(server_args, QUANTIZATION)
+    # SGLang would build quantised linears, of the target's kind where nothing is asked for.
+    set_argument(server_args, QUANTIZATION, None)
     if staging.is_staged(ENGINE, model):
         return
     if compat.has_dp_attention(server_args):
@@ -82,6 +86,9 @@ def prepare(server_args: Any) -> None:
 
     def check(config: DrafterConfig) -> None:
         check_layers(config, target.num_hidden_layers)
+        if quantization != argument(server_args, "quantization"):
+            flag = "--speculative-draft-model-quantization"
+            staging.check_quantization(config, flag, quantization)
         for name, block_size in requested.items():
             check_block(config, f"--{name.replace('_', '-')}", block_size)
 

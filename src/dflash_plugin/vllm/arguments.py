@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from functools import wraps
 from typing import Any
 
@@ -15,6 +16,8 @@ from dflash_plugin.vllm.names import ARCHITECTURE, LOAD_FORMAT
 from dflash_plugin.vllm.options import drafter_spec, read_options
 from dflash_plugin.vllm.protocols import Method
 from dflash_plugin.vllm.surface import verify_frontend
+
+logger = logging.getLogger("vllm.dflash_plugin")
 
 METHOD = "dflash"
 ENGINE = "vllm"
@@ -90,6 +93,13 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     target = staging.TargetShape(
         target_model_config.get_hidden_size(), num_layers, target_model_config.get_vocab_size()
     )
+    quantization = settings.pop("quantization", None)
+
+    def check(config: DrafterConfig) -> None:
+        check_layers(config, num_layers)
+        setting = "quantization of the speculative configuration"
+        staging.check_quantization(config, setting, quantization)
+
     spec = staging.prepare(
         DrafterSpec,
         str(model),
@@ -97,9 +107,15 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
         download_dir=arguments.download_dir,
         options=options,
         target=target,
-        check=lambda config: check_layers(config, num_layers),
+        check=check,
         load_format=arguments.load_format,
     )
+    if spec.config.quantization is not None:
+        logger.info(
+            "the drafter's checkpoint is quantised (%s): dequantised at load, draft_weights is %r",
+            spec.config.quantization,
+            options.draft_weights,
+        )
     settings["num_speculative_tokens"] = number_of_drafts(
         spec.config, settings.get("num_speculative_tokens")
     )
