@@ -258,6 +258,12 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         committed: Tensor | None,
     ) -> None:
         """Through the pool's own writers, which know its layout and scales."""
+        if committed is not None and slots.device.type == "cpu":
+            # The pool's writer of a part of each block is a kernel.
+            rows = torch.arange(len(slots) // len(committed))
+            kept = (rows < committed[:, None]).flatten()
+            context, positions, slots = context[kept], positions[kept], slots[kept]
+            committed = None
         pairs = self.drafter.context_keys_values(context, positions)
         for layer, (key, value) in zip(self.attentions, pairs, strict=True):
             attention = cast(Any, layer)
