@@ -27,6 +27,7 @@ WINDOW = {"sliding_window": 8}
 LATENT = LatentAttentionConfig(
     q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=20, qk_rope_head_dim=12, v_head_dim=24
 )
+LATENT_KIND = "DFlash 2 with latent attention, yarn, windows"
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 0.9}
 KINDS: dict[str, dict[str, Any]] = {
     "reduced vocabulary": {"draft_vocab_size": 24, "own_head": True},
@@ -59,7 +60,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "windows": {"layers": (WINDOW, WINDOW)},
     "mixed windows and causality": {"layers": ({**WINDOW, "causal": True}, {})},
     "DFlash 2": {**DFLASH2, "logit_softcap": 5.0, "logit_scale": 0.5},
-    "DFlash 2 with latent attention, yarn, windows": {
+    LATENT_KIND: {
         **DFLASH2,
         **latent(LATENT),
         "rope": {"type": "yarn", "parameters": YARN, "interleaved": True},
@@ -134,6 +135,7 @@ def test_drafts_and_text_equal_the_core(pair, schedulers, tmp_path, kind):
         ("checkpoint", "reduced vocabulary"),
         ("fp8", "reduced vocabulary"),
         ("fp8", "DFlash 2"),
+        ("checkpoint", LATENT_KIND),
     ],
 )
 def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path, weights, kind):
