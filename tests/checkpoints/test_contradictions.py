@@ -105,7 +105,7 @@ def test_a_base_that_stands_twice(tmp_path):
     [
         ({"num_experts": 8}, {}, "num_experts is 8, of layers with a mixture of experts"),
         ({"kv_lora_rank": 512}, {}, r"kv_lora_rank is 512, of layers with latent attention"),
-        ({}, {"attention_mode": "mla"}, r"dflash_config\.attention_mode is 'mla'"),
+        ({}, {"attention_mode": "mla"}, "kv_lora_rank is missing"),
         ({"hidden_act": "swish9"}, {}, "hidden_act is 'swish9'"),
         ({"hidden_act": "silu", "hidden_activation": "gelu"}, {}, "hidden_activation is 'gelu'"),
         (

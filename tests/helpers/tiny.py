@@ -20,6 +20,7 @@ from dflash_plugin.drafter.config import (
     ConvolutionConfig,
     Dialect,
     DrafterConfig,
+    LatentAttentionConfig,
     LayerAttention,
     SelectorConfig,
 )
@@ -53,6 +54,16 @@ DFLASH2: dict[str, Any] = {
     "convolution": ConvolutionConfig(kernel_size=2, group_size=8),
     "selector": SelectorConfig(rank=6, top_k=5),
 }
+
+
+def latent(sizes: LatentAttentionConfig, heads: int = 4) -> dict[str, Any]:
+    """What gives a tiny drafter's layers latent attention."""
+    return {
+        "latent_attention": sizes,
+        "head_dim": sizes.stored_head_dim,
+        "num_key_value_heads": heads,
+        "qk_norm": False,
+    }
 
 
 def tiny_target(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -13,16 +13,23 @@ import torch
 from transformers import PreTrainedModel
 
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
+from dflash_plugin.drafter.config import LatentAttentionConfig
 from dflash_plugin.transformers.loading import load_drafter
 from tests.helpers.distribution import check_distribution, continuations
 from tests.helpers.quantised import LAYOUTS, quantise
-from tests.helpers.tiny import DFLASH2, tiny_target, write_target, write_tiny
+from tests.helpers.tiny import DFLASH2, latent, tiny_target, write_target, write_tiny
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
 from tests.on_sglang.schedulers import Schedulers
 from tests.on_sglang.sglang_server import serving, tokens
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53]]
 WINDOW = {"sliding_window": 8}
+# Heads that are stored as wide as ``ENGINE_SIZES`` has them, and values that are padded to it.
+LATENT = LatentAttentionConfig(
+    q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=20, qk_rope_head_dim=12, v_head_dim=24
+)
+LATENT_KIND = "DFlash 2 with latent attention, yarn, windows"
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 0.9}
 KINDS: dict[str, dict[str, Any]] = {
     "reduced vocabulary": {"draft_vocab_size": 24, "own_head": True},
     "own everything, interleaved, mask outside the vocabulary": {
@@ -54,6 +61,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "windows": {"layers": (WINDOW, WINDOW)},
     "mixed windows and causality": {"layers": ({**WINDOW, "causal": True}, {})},
     "DFlash 2": {**DFLASH2, "logit_softcap": 5.0, "logit_scale": 0.5},
+    LATENT_KIND: {
+        **DFLASH2,
+        **latent(LATENT),
+        "rope": {"type": "yarn", "parameters": YARN, "interleaved": True},
+        "layers": (WINDOW, {}),
+    },
 }
 
 QUANTISED = "ModelOpt NVFP4"
@@ -114,6 +127,13 @@ def test_drafts_and_text_equal_the_core(pair, schedulers, tmp_path, kind):
         assert min(expected.margins) > 1e-3
         drafts = expected.drafts[: drafter.config.block_size - 1]
         assert blocks[0] == [expected.anchor, *drafts]
+        # The next block reads what was injected after the first was verified.
+        right = [draft == token for draft, token in zip(drafts, texts[0][1:], strict=False)]
+        committed = 1 + [*right, False].index(False)
+        expected = answer(drafter, target, [*prompt, *texts[0][:committed]])
+        assert min(expected.margins) > 1e-3
+        drafts = expected.drafts[: drafter.config.block_size - 1]
+        assert blocks[1] == [expected.anchor, *drafts]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +142,7 @@ def test_drafts_and_text_equal_the_core(pair, schedulers, tmp_path, kind):
         ("checkpoint", "reduced vocabulary"),
         ("fp8", "reduced vocabulary"),
         ("fp8", "DFlash 2"),
+        ("checkpoint", LATENT_KIND),
     ],
 )
 def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path, weights, kind):

@@ -11,18 +11,24 @@ from transformers import PreTrainedModel
 from vllm import SamplingParams
 
 from dflash_plugin.checkpoints.reference_drafts import answer
+from dflash_plugin.drafter.config import LatentAttentionConfig
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import draft_tokens
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
 from tests.helpers.distribution import check_distribution, continuations
 from tests.helpers.quantised import LAYOUTS, quantise
-from tests.helpers.tiny import DFLASH2, tiny_target, write_target, write_tiny
+from tests.helpers.tiny import DFLASH2, latent, tiny_target, write_target, write_tiny
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
 from tests.on_vllm.vllm_helpers import ON_V2, on_worker, running
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53]]
 WINDOW = {"sliding_window": 8}
+# Heads that are stored as wide as ``ENGINE_SIZES`` has them, and values that are padded to it.
+LATENT = LatentAttentionConfig(
+    q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=20, qk_rope_head_dim=12, v_head_dim=24
+)
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 0.9}
 KINDS: dict[str, dict[str, Any]] = {
     "reduced vocabulary": {"draft_vocab_size": 24, "own_head": True},
     "own everything, interleaved": {
@@ -53,6 +59,10 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "sinks, causal": {"attention_sinks": True, "layers": ({"causal": True}, {"causal": True})},
     "windows": {"layers": (WINDOW, WINDOW)},
+    "latent attention, yarn": {
+        **latent(LATENT),
+        "rope": {"type": "yarn", "parameters": YARN, "interleaved": True},
+    },
 }
 UNLIKE = "mixed windows and causality"
 # vLLM refuses layers of two kinds on the V1 runner.
@@ -194,14 +204,15 @@ def test_the_head_kernel_drafts_what_logits_do(pair, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(ON_V2 and torch.cuda.device_count() < 2, reason="two GPUs, or the V1 runner")
-def test_two_shards_draft_what_one_does(pair, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, latent(LATENT)], ids=["plain", "latent attention"])
+def test_two_shards_draft_what_one_does(pair, tmp_path, monkeypatch, changes):
     """Tensor parallel: heads, inner width and vocabulary are split over two processes.
 
     The best draft is found shard by shard, without gathering the logits.
     """
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     target, directory = pair
-    sizes = {**SIZES, "target_hidden_size": 64}
+    sizes = {**SIZES, "target_hidden_size": 64, **changes}
     checkpoint = write_tiny(tmp_path, **sizes, draft_vocab_size=24, own_head=True)
     drafter = load_drafter(checkpoint, target)
     settings = {"speculative": {"use_local_argmax_reduction": True}, "max_model_len": 256}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from dflash_plugin.drafter.config import LatentAttentionConfig
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.fp8_rows import Fp8Rows, quantize
@@ -20,7 +21,7 @@ from dflash_plugin.serving.drafter_spec import DrafterSpec, Options
 from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
 from dflash_plugin.serving.layers import EngineClasses, EngineLayers, QKVShard
 from dflash_plugin.serving.weights import fill
-from tests.helpers.tiny import DFLASH2, tiny_drafter, tiny_target, write_tiny
+from tests.helpers.tiny import DFLASH2, latent, tiny_drafter, tiny_target, write_tiny
 
 made: list[dict[str, Any]] = []
 
@@ -156,6 +157,26 @@ def test_a_weight_that_is_not_plain_goes_through_its_layer(tmp_path):
     x = torch.randn(5, 32)
     expected = core.attentions()[0].qkv_proj.keys_values(x)
     torch.testing.assert_close(first.keys_values(x), expected)
+
+
+@pytest.mark.parametrize("draft_weights", ["checkpoint", "fp8"])
+def test_latent_attention_has_nothing_to_stack(tmp_path, draft_weights):
+    """Loaders announce weights once, and binding does again: they are rounded once."""
+    sizes = LatentAttentionConfig(
+        q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=7
+    )
+    options = Options(draft_weights=draft_weights)
+    drafter = engine_drafter(tmp_path, options=options, **latent(sizes))
+    core = tiny_drafter(**latent(sizes))
+    for _ in range(2):
+        drafter.prepare_weights()
+        assert drafter.context_weight is None
+    linear: Any = drafter.drafter.attentions()[1].kv_b_proj
+    expected = core.attentions()[1].kv_b_proj.weight.detach()
+    if draft_weights == "fp8":
+        assert torch.equal(linear.weight.float(), quantize(expected).values.float())
+    else:
+        assert torch.equal(linear.weight, expected)
 
 
 def test_a_target_that_has_nothing_to_lend_is_refused(tmp_path):

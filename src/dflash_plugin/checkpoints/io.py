@@ -36,6 +36,7 @@ from dflash_plugin.checkpoints.files import (
     whole_shards,
 )
 from dflash_plugin.checkpoints.fused import part_rows, split_fused
+from dflash_plugin.checkpoints.latent_tensors import latent_tensors
 from dflash_plugin.checkpoints.quantization import PLAIN, dequantise
 from dflash_plugin.checkpoints.quantization_config import declared
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
@@ -85,11 +86,15 @@ def expected_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
         "hidden_norm.weight": (hidden,),
         "norm.weight": (hidden,),
     }
-    linears = {
+    latent = config.latent_attention
+    attention = {
         "self_attn.q_proj": (query, hidden, config.attention_bias),
         "self_attn.k_proj": (kv, hidden, config.attention_bias),
         "self_attn.v_proj": (kv, hidden, config.attention_bias),
         "self_attn.o_proj": (hidden, query, config.attention_output_bias),
+    }
+    linears = {
+        **(attention if latent is None else {}),
         "mlp.gate_proj": (inner, hidden, config.mlp_bias),
         "mlp.up_proj": (inner, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, inner, config.mlp_bias),
@@ -102,6 +107,9 @@ def expected_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{layer}.{name}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{layer}.{name}.bias"] = (rows,)
+        if latent is not None:
+            parts = latent_tensors(config, latent).items()
+            shapes |= {f"{layer}.self_attn.{name}": shape for name, shape in parts}
         if config.qk_norm:
             shapes[f"{layer}.self_attn.q_norm.weight"] = (dim,)
             shapes[f"{layer}.self_attn.k_norm.weight"] = (dim,)

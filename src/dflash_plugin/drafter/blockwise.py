@@ -105,7 +105,7 @@ def block_hidden(drafter: Drafter, features: Tensor, blocks: Blocks) -> Tensor:
             keys.transpose(1, 2).to(query.dtype),
             values.transpose(1, 2).to(query.dtype),
             masks[config.layers[index]],
-            config.head_dim**-0.5,
+            config.attention_scale,
             drafter.sinks(index),
         )
         return out.transpose(1, 2)

@@ -102,6 +102,36 @@ class SelectorConfig(BaseModel):
     top_k: int = Field(ge=2)
 
 
+class LatentAttentionConfig(BaseModel):
+    """Multi-head latent attention (MLA) of the draft layers, see ``latent_attention``.
+
+    Attributes:
+        q_lora_rank: width of the latent that queries are expanded from; None projects them at once.
+        kv_lora_rank: width of the latent that keys and values are expanded from.
+        qk_nope_head_dim: values of a head's queries and keys that are not rotated.
+        qk_rope_head_dim: values that are rotated; all heads share those of the keys.
+        v_head_dim: values of a head's values.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    q_lora_rank: int | None = Field(default=None, gt=0)
+    kv_lora_rank: int = Field(gt=0)
+    qk_nope_head_dim: int = Field(ge=0)
+    qk_rope_head_dim: int = Field(gt=0)
+    v_head_dim: int = Field(gt=0)
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a head's queries and keys."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def stored_head_dim(self) -> int:
+        """Width at which a head's keys and values are stored; the narrower of them is padded."""
+        return max(self.qk_head_dim, self.v_head_dim)
+
+
 class DrafterConfig(BaseModel):
     """A drafter, validated; every dialect reads into this and writes from it.
 
@@ -121,6 +151,8 @@ class DrafterConfig(BaseModel):
         layers: one entry per draft layer.
         window_from: a sliding window counts back from each query ("query", z-lab and SpecForge) or
             from the block's anchor ("anchor", speculators).
+        latent_attention: of layers with latent attention; ``head_dim`` is then its
+            ``stored_head_dim``, and every head has keys and values of its own.
         qk_norm: RMS norm over each head of q and k before rotation.
         attention_bias, attention_output_bias, mlp_bias: whether those linears carry a bias.
         attention_sinks: one learned logit per head that joins the softmax without a value.
@@ -151,6 +183,7 @@ class DrafterConfig(BaseModel):
     layers: tuple[LayerAttention, ...] = Field(min_length=1)
     window_from: Literal["query", "anchor"] = "query"
     rope: RopeConfig = Field(default_factory=RopeConfig)
+    latent_attention: LatentAttentionConfig | None = None
     qk_norm: bool = True
     attention_bias: bool = False
     attention_output_bias: bool = False
@@ -187,10 +220,11 @@ class DrafterConfig(BaseModel):
             f"num_attention_heads is {heads}, not a multiple of num_key_value_heads {kv_heads}: "
             "correct one of them",
         )
-        rotary = int(self.head_dim * self.rope.partial_rotary_factor)
+        rotary = int(self.rope_head_dim * self.rope.partial_rotary_factor)
+        width = "head_dim" if self.latent_attention is None else "qk_rope_head_dim"
         _require(
             rotary % 2 == 0 and rotary > 0,
-            f"head_dim {self.head_dim} with partial_rotary_factor "
+            f"{width} {self.rope_head_dim} with partial_rotary_factor "
             f"{self.rope.partial_rotary_factor} rotates {rotary} values: make that an even number",
         )
         _require(
@@ -205,6 +239,7 @@ class DrafterConfig(BaseModel):
         self._check_vocabulary()
         self._check_target_layers()
         self._check_dflash2()
+        self._check_latent_attention()
         for name in ("embedding_scale", "logit_scale", "attention_value_scale", "logit_softcap"):
             value = getattr(self, name)
             _require(
@@ -284,6 +319,31 @@ class DrafterConfig(BaseModel):
             "leave sample_from_anchor out",
         )
 
+    def _check_latent_attention(self) -> None:
+        latent = self.latent_attention
+        if latent is None:
+            return
+        wanted = {
+            "num_key_value_heads": self.num_attention_heads,
+            "head_dim": latent.stored_head_dim,
+            "qk_norm": False,
+            "attention_sinks": False,
+            "attention_value_scale": None,
+            "norm_style": "rms",
+        }
+        for name, value in wanted.items():
+            _require(
+                getattr(self, name) == value,
+                f"{name} is {getattr(self, name)!r}, but in layers with latent attention (MLA) it "
+                f"is {value!r}: correct it",
+            )
+        partial = self.rope.partial_rotary_factor
+        _require(
+            partial == 1.0,
+            f"partial_rotary_factor is {partial}, but latent attention (MLA) rotates all of "
+            "qk_rope_head_dim: leave it out",
+        )
+
     def require_target(self, hidden_size: int, num_layers: int, embedding_rows: int) -> None:
         """Check the drafter against a target's sizes.
 
@@ -311,6 +371,28 @@ class DrafterConfig(BaseModel):
                 f"the drafter's selector knows {self.vocab_size} tokens but the target has "
                 f"{embedding_rows}: use the drafter made for this target"
             )
+
+    @property
+    def rope_head_dim(self) -> int:
+        """Width of the part of a head that the rotation is made for."""
+        latent = self.latent_attention
+        return self.head_dim if latent is None else latent.qk_rope_head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on products of queries and keys.
+
+        With latent attention, scaled rotation has a share in it, ``mscale_all_dim`` (DeepSeek;
+        SpecForge, pull request 758).
+        """
+        latent, rope = self.latent_attention, self.rope
+        if latent is None:
+            return float(self.head_dim**-0.5)
+        scale = float(latent.qk_head_dim**-0.5)
+        weight = rope.parameters.get("mscale_all_dim")
+        if rope.type == "default" or not weight:
+            return scale
+        return scale * float(0.1 * weight * math.log(rope.parameters.get("factor", 1.0)) + 1.0) ** 2
 
     @property
     def num_draft_tokens(self) -> int:

@@ -32,7 +32,7 @@ def run_block(
     What goes into a linear with an FP8 weight is rounded where it is made.
 
     Args:
-        drafter: its linears may be an engine's.
+        drafter: its linears may be an engine's; no layer has latent attention.
         embedded: [T, hidden], blocks one after the other.
         positions: int64 [T].
         attend: attention over the context and each row's own block.
@@ -42,11 +42,12 @@ def run_block(
     hidden, residual, after = embedded, None, None
     for module in drafter.layers:
         layer = cast(DraftLayer, module)
+        attention = cast(DraftAttention, layer.attention)
         rows, residual, after = _enter(
-            layer.attention_norm, layer.attention_conv, layer.attention.qkv_proj,
+            layer.attention_norm, layer.attention_conv, attention.qkv_proj,
             hidden, residual, after, size,
         )  # fmt: skip
-        hidden = _attention(drafter, layer.attention, rows, positions, attend)
+        hidden = _attention(drafter, attention, rows, positions, attend)
         rows, residual, after = _enter(
             layer.mlp_norm, layer.mlp_conv, layer.mlp.gate_up_proj, hidden, residual, after, size
         )

@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.convolution import DynamicConvolution
 from dflash_plugin.drafter.interfaces import Attend, LayerFactory, QKVLinear
+from dflash_plugin.drafter.latent_attention import LatentAttention
 from dflash_plugin.drafter.rope import RotaryEmbedding
 
 
@@ -158,6 +159,7 @@ class DraftMLP(nn.Module):
 class DraftLayer(nn.Module):
     """Pre-norm attention and MLP with residuals, each within a convolution in DFlash 2."""
 
+    attention: DraftAttention | LatentAttention
     attention_conv: DynamicConvolution | None
     mlp_conv: DynamicConvolution | None
 
@@ -165,7 +167,8 @@ class DraftLayer(nn.Module):
         super().__init__()
         gemma = config.norm_style == "gemma"
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
-        self.attention = DraftAttention(config, index, factory)
+        kind = DraftAttention if config.latent_attention is None else LatentAttention
+        self.attention = kind(config, index, factory)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
         self.mlp = DraftMLP(config, index, factory)
         self.attention_conv = self.mlp_conv = None

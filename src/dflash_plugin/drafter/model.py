@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.interfaces import Attend, ContextStore, LayerFactory
+from dflash_plugin.drafter.latent_attention import LatentAttention
 from dflash_plugin.drafter.layers import DraftAttention, DraftLayer, RMSNorm, TorchLayers
 from dflash_plugin.drafter.rope import RotaryEmbedding
 from dflash_plugin.drafter.selector import CandidateSelector, Proposal
@@ -158,9 +159,13 @@ class Drafter(nn.Module):
         for index, (key, value) in enumerate(pairs):
             self.store.write(index, key, value, positions)
 
-    def attentions(self) -> list[DraftAttention]:
+    def attentions(self) -> list[DraftAttention | LatentAttention]:
         """The attention of every layer."""
         return [cast(DraftLayer, layer).attention for layer in self.layers]
+
+    def plain_attentions(self) -> list[DraftAttention]:
+        """The same where one linear makes queries, keys and values; none in latent attention."""
+        return [layer for layer in self.attentions() if isinstance(layer, DraftAttention)]
 
     def sinks(self, layer: int) -> Tensor | None:
         """Attention sinks [heads] of a layer, if it has them."""

@@ -24,7 +24,7 @@ def _frequencies(config: DrafterConfig) -> tuple[Tensor, float]:
     holder = Qwen3Config(
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
+        head_dim=config.rope_head_dim,
         max_position_embeddings=rope.max_position_embeddings,
         rope_parameters={
             "rope_type": rope.type,
@@ -34,7 +34,7 @@ def _frequencies(config: DrafterConfig) -> tuple[Tensor, float]:
         },
     )
     if rope.type == "default":
-        rotary_dim = int(config.head_dim * rope.partial_rotary_factor)
+        rotary_dim = int(config.rope_head_dim * rope.partial_rotary_factor)
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
         return 1.0 / rope.theta**exponents, 1.0
     inverse, factor = ROPE_INIT_FUNCTIONS[rope.type](holder, torch.device("cpu"))

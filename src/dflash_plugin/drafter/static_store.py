@@ -54,7 +54,7 @@ class StaticStore:
                 keys,
                 values,
                 kinds[config.layers[index]],
-                config.head_dim**-0.5,
+                config.attention_scale,
                 self.drafter.sinks(index),
             )
             return out.transpose(1, 2)

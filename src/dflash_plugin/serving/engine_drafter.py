@@ -53,7 +53,8 @@ class EngineDrafterMixin:
         vocab_size: of the target.
         gather: puts every rank's [T, n] side by side, [T, ranks * n]; None where there is one rank.
         context_weight: [layers * 2 * kv_heads * head_dim, hidden], makes the keys and values of
-            context rows of all layers in one product; None where a layer's weight is not plain.
+            context rows of all layers in one product; None where a layer's weight is not plain, or
+            its attention is latent.
         context_bias: goes with ``context_weight``, or None.
     """
 
@@ -66,6 +67,7 @@ class EngineDrafterMixin:
     context_weight: Tensor | Fp8Rows | None = None
     context_bias: Tensor | None = None
     _rounds: bool | None = None
+    _prepared = False
     # The target's head, in a tuple so that it is no module of ours.
     _borrowed: tuple[Any] | None = None
 
@@ -112,13 +114,14 @@ class EngineDrafterMixin:
         """Stack what makes context keys and values of all layers, and round weights to FP8.
 
         Call it when the weights are loaded and before a platform packs them. A second call does
-        nothing once the weights are stacked.
+        nothing. Layers with latent attention have no such weights to stack.
         """
-        if self.context_weight is not None:
+        if self._prepared:
             return
-        linears = [cast(QKVShard, layer.qkv_proj) for layer in self.drafter.attentions()]
+        self._prepared = True
+        linears = [cast(QKVShard, layer.qkv_proj) for layer in self.drafter.plain_attentions()]
         weight = None
-        if all(linear.is_plain for linear in linears):
+        if linears and all(linear.is_plain for linear in linears):
             weight = torch.cat([linear.weight[linear.query_width :] for linear in linears])
             if self.spec.config.attention_bias:
                 biases = [cast(Tensor, linear.bias)[linear.query_width :] for linear in linears]

@@ -76,7 +76,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
             RadixAttention(
                 num_heads=attention.heads,
                 head_dim=attention.head_dim,
-                scaling=attention.head_dim**-0.5,
+                scaling=drafter_config.attention_scale,
                 num_kv_heads=attention.kv_heads,
                 layer_id=index,
                 sliding_window_size=_window(drafter_config.layers[index], drafter_config),
@@ -93,7 +93,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         self.candidate_selector = None
         self.lilicorr = None
         self.is_nemotron_35_draft = False
-        self._fused = kernels.available(device)
+        self._fused = kernels.available(device) and drafter_config.latent_attention is None
         self._draft_columns: Tensor | None = None
         is_whole = get_tensor_model_parallel_world_size() == 1
         self.gather = None if is_whole else partial(tensor_model_parallel_all_gather, dim=-1)
@@ -130,7 +130,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         self._draft_columns = draft_columns(self.drafter, self.vocab_size)
         self.prepare_weights()
         if self.spec.config.qk_norm:
-            attentions = self.drafter.attentions()
+            attentions = self.drafter.plain_attentions()
             norms = [cast(Tensor, attention.key_norm.weight) for attention in attentions]
             self._key_weights = torch.stack(norms)
 
@@ -230,7 +230,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
 
     def _keys_values(self, context: Tensor | RoundedRows) -> Tensor:
         """Projections [T, layers, 2, kv_heads, head_dim] of context rows, not normed."""
-        attentions = self.drafter.attentions()
+        attentions = self.drafter.plain_attentions()
         if self.context_weight is not None:
             kv = product(context, self.context_weight, self.context_bias)
         else:
@@ -244,7 +244,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         """The pool's buffers where rows can be written to directly, else None."""
         if self._pools is None:
             self._pools = False
-            if is_plain(pool):
+            if self.spec.config.latent_attention is None and is_plain(pool):
                 count = len(self.attentions)
                 self._pools = KVPools.build(pool.k_buffer[:count], pool.v_buffer[:count])
         return self._pools or None
@@ -258,6 +258,12 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         committed: Tensor | None,
     ) -> None:
         """Through the pool's own writers, which know its layout and scales."""
+        if committed is not None and slots.device.type == "cpu":
+            # The pool's writer of a part of each block is a kernel.
+            rows = torch.arange(len(slots) // len(committed))
+            kept = (rows < committed[:, None]).flatten()
+            context, positions, slots = context[kept], positions[kept], slots[kept]
+            committed = None
         pairs = self.drafter.context_keys_values(context, positions)
         for layer, (key, value) in zip(self.attentions, pairs, strict=True):
             attention = cast(Any, layer)

@@ -99,7 +99,7 @@ class DraftBlock(nn.Module):
             DraftAttention(
                 attention.heads,
                 attention.head_dim,
-                attention.head_dim**-0.5,
+                config.attention_scale,
                 num_kv_heads=attention.kv_heads,
                 cache_config=vllm_config.cache_config,
                 quant_config=quant_config,
@@ -260,7 +260,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
     def _finish_context(self, kv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [layers, T, kv_heads, head_dim] of projections of all layers."""
         drafter = self.drafter
-        attentions = drafter.attentions()
+        attentions = drafter.plain_attentions()
         first = attentions[0]
         kv = kv.view(kv.shape[0], len(attentions), 2, first.kv_heads, first.head_dim)
         key, value = kv.unbind(2)

@@ -18,18 +18,11 @@ OTHER_LAYERS = {
     "num_experts": "a mixture of experts",
     "num_local_experts": "a mixture of experts",
     "n_routed_experts": "a mixture of experts",
-    "kv_lora_rank": "latent attention (MLA)",
 }
 
 
 def refuse_other_layers(fields: Fields) -> None:
     """Refuse a drafter whose layers are not plain ones, whatever its tensors are called."""
-    name, mode = fields.find("attention_mode")
-    if mode == "mla":
-        raise DFlashError(
-            f"{name} is 'mla': layers with latent attention are not supported, DFLASH_PLUGIN=off "
-            "leaves the drafter to the engine"
-        )
     for key, kind in OTHER_LAYERS.items():
         name, value = fields.find(key)
         if value:

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from dflash_plugin.checkpoints.dialects import common
 from dflash_plugin.checkpoints.dialects.fields import Fields, contradiction, section
+from dflash_plugin.checkpoints.dialects.latent_attention import refuse_latent_attention
 from dflash_plugin.checkpoints.dialects.rope import read_rope, write_rope
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError, reason
@@ -66,6 +67,8 @@ def in_both_layouts(
         shapes: of the canonical tensors.
         non_causal: what windows are where the file does not say.
     """
+    for part in (fields, inner):
+        refuse_latent_attention(part, "write the drafter in the z-lab layout")
     return {
         **common.own_tensors(shapes),
         "dialect": "speculators",
@@ -143,6 +146,7 @@ def write(config: DrafterConfig) -> dict[str, Any]:
         config,
         "speculators",
         window_from=bool(sliding) and config.window_from != "anchor",
+        latent_attention=config.latent_attention is not None,
         norm_style=config.norm_style != "rms",
         attention_sinks=config.attention_sinks,
         attention_value_scale=config.attention_value_scale is not None,

@@ -12,6 +12,12 @@ from typing import Any
 
 from dflash_plugin.checkpoints.dialects import common
 from dflash_plugin.checkpoints.dialects.fields import Fields, section
+from dflash_plugin.checkpoints.dialects.latent_attention import (
+    MLA,
+    read_interleaved,
+    read_latent_attention,
+    write_latent_attention,
+)
 from dflash_plugin.checkpoints.dialects.rope import read_rope, write_rope
 from dflash_plugin.drafter.config import Dialect, DrafterConfig, spread_layers
 from dflash_plugin.errors import DFlashError
@@ -62,7 +68,8 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
     refuse_other_heads(raw)
     draft = section(raw, "dflash_config")
     fields = Fields(("dflash_config.", draft), ("", raw))
-    values = common.read_transformer(fields, shapes)
+    latent = read_latent_attention(fields)
+    values = {**common.read_transformer(fields, shapes), **latent}
     # TorchSpec writes the target's depth by the first name; its second counts the layers read.
     num_target_layers = fields.integer(
         "target_num_hidden_layers", "num_target_layers", default=None
@@ -77,7 +84,10 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
         **common.own_tensors(shapes),
         "dialect": dialect,
         "layers": _read_layers(fields, dialect),
-        "rope": read_rope({**raw, **_rope_overrides(draft)}, default_theta=None),
+        "rope": {
+            **read_rope({**raw, **_rope_overrides(draft)}, default_theta=None),
+            **({"interleaved": read_interleaved(fields)} if latent else {}),
+        },
         "norm_style": "gemma" if fields.flag("use_gemma_norm", default=False) else "rms",
         "attention_sinks": fields.flag(
             "attention_sink_bias", "add_swa_attention_sink_bias", default=False
@@ -164,6 +174,7 @@ def write(config: DrafterConfig, dialect: Dialect) -> dict[str, Any]:
         window_from=config.window_from != "query"
         and any(layer.sliding_window for layer in config.layers),
         selector=config.selector is not None and dialect != "z-lab",
+        latent_attention=config.latent_attention is not None and dialect == "modelopt",
     )
     draft: dict[str, Any] = {
         "mask_token_id": config.mask_token_id,
@@ -173,6 +184,7 @@ def write(config: DrafterConfig, dialect: Dialect) -> dict[str, Any]:
         "architectures": [DFLASH if config.selector is None else DFLASH2],
         **common.write_transformer(config),
         **write_rope(config.rope),
+        **write_latent_attention(config),
         "block_size": config.block_size,
         "num_target_layers": config.num_target_layers,
         **_write_causality(config, dialect, draft),
@@ -200,6 +212,13 @@ def write(config: DrafterConfig, dialect: Dialect) -> dict[str, Any]:
         draft["conv_group_size"] = config.convolution.group_size
         draft["selector_rank"] = config.selector.rank
         draft["selector_top_k"] = config.selector.top_k
+    if config.latent_attention is not None:
+        draft["attention_mode"] = MLA
+        if "is_causal" not in written:
+            raise DFlashError(
+                "only some layers are causal, which a file with attention_mode 'mla' cannot "
+                "express: its readers take one is_causal for all layers"
+            )
     written["dflash_config"] = draft
     return written
 
