@@ -6,13 +6,11 @@ Canonical tensor names are z-lab's (PyPI dflash 0.1.0).
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,14 +27,17 @@ from dflash_plugin.checkpoints.dialects import (
     write_config,
 )
 from dflash_plugin.checkpoints.files import MASK_EMBEDDING, read_json, whole_shards
+from dflash_plugin.checkpoints.notices import warn_once
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
 from dflash_plugin.errors import DFlashError, reason
-
-logger = logging.getLogger("dflash_plugin")
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MASK_PICKLE = f"{MASK_EMBEDDING}.pt"
+_CODEBOOKS = (
+    "candidate_selector.predecessor_codebook",
+    "candidate_selector.successor_codebook",
+)
 # Buffers and frozen copies of the target's tensors that some exporters leave in.
 _IGNORED = re.compile(r"(.*rotary_emb\..*|verifier_norm\.weight|verifier_lm_head\.weight)")
 _RENAMED = (
@@ -106,8 +107,7 @@ def expected_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"{layer}.{name}.kernel_projection.weight"] = (rows, hidden)
     if config.selector is not None:
         rank = config.selector.rank
-        shapes["candidate_selector.predecessor_codebook"] = (config.vocab_size, rank)
-        shapes["candidate_selector.successor_codebook"] = (config.vocab_size, rank)
+        shapes.update(dict.fromkeys(_CODEBOOKS, (config.vocab_size, rank)))
         shapes["candidate_selector.hidden_projection.weight"] = (rank, hidden)
     if config.own_embedding:
         shapes["embed_tokens.weight"] = (config.vocab_size, hidden)
@@ -185,14 +185,18 @@ def _read(
     tensors = _split_fused(_read_tensors(directory, headers_only, pickles), raw)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if dialect is None and is_ambiguous(raw):
-        _warn_once(directory.resolve())
-    return raw, tensors, read_config(raw, shapes, dialect)
+        warn_once(directory, AMBIGUOUS)
+    config = read_config(raw, shapes, dialect)
+    return raw, _without_padding(tensors, config), config
 
 
-@cache
-def _warn_once(directory: Path) -> None:
-    """Say in every program, once for each drafter, by which rule it is read."""
-    logger.warning("%s: %s", directory, AMBIGUOUS)
+def _without_padding(tensors: dict[str, Tensor], config: DrafterConfig) -> dict[str, Tensor]:
+    """The tensors, without rows of tables that stand for no token of ``vocab_size``."""
+    expected = expected_tensors(config)
+    for name in ("embed_tokens.weight", "lm_head.weight", *_CODEBOOKS):
+        if name in tensors and name in expected:
+            tensors[name] = tensors[name][: expected[name][0]]
+    return tensors
 
 
 def _load(
