@@ -50,14 +50,60 @@ def test_a_drafter_that_fits_has_no_errors(target, tmp_path):
             "layer 7 is out of range: the target has layers 0 to 3",
         ),
         ({"num_target_layers": 9}, "num_target_layers", "9 layers, this one has 4"),
-        ({"vocab_size": 300, "mask_token_id": 200}, "mask_token_id", "200 is outside"),
-        ({"vocab_size": 300}, "vocab_size", "vocabulary of 300, the target's has 97"),
+        (
+            {"vocab_size": 300, "mask_token_id": 200},
+            "vocab_size",
+            "mask_token_id 200 is outside the target's vocabulary of 97",
+        ),
+        (
+            {**DFLASH2, "vocab_size": 90, "own_head": True},
+            "vocab_size",
+            "lm_head.weight has 90 rows but the target has 97 tokens",
+        ),
+        (
+            {"vocab_size": 300, "draft_vocab_size": 30, "own_head": True},
+            "vocab_size",
+            "d2t maps a draft token to 290",
+        ),
     ],
 )
 def test_every_mismatch_with_the_target_is_an_error(changes, subject, message, target, tmp_path):
     report, found = findings(write_tiny(tmp_path / "drafter", **changes), target)
     assert not report.fits
     assert message in found["error", subject]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 104}, "is 104, the target's 97: its rows from 97 on are left out"),
+        ({"vocab_size": 90}, "is 90, the target's 97: it drafts over the target's"),
+        ({"vocab_size": 90, "own_head": True}, "its tables know no token from 90 on"),
+    ],
+)
+def test_another_size_of_vocabulary_is_a_warning_told_once(
+    changes, message, target, tmp_path, caplog
+):
+    report, found = findings(write_tiny(tmp_path / "drafter", **changes), target)
+    assert report.fits
+    assert message in found["warning", "vocab_size"]
+    load_drafter(tmp_path / "drafter", load_target(target, torch.float32, "cpu")[0])
+    assert message not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "by 5.65685, and the drafter reads the same"),
+        ({"embedding_scale": 2.0}, "by 5.65685, and the drafter by 2 instead"),
+        ({"own_embedding": True}, None),
+    ],
+)
+def test_a_targets_factor_on_its_embedding_is_a_note(changes, told, tmp_path):
+    target = write_target(tmp_path / "target", "gemma3_text")
+    _, found = findings(write_tiny(tmp_path / "drafter", **changes), target)
+    note = found.get(("note", "input_embedding_scale"))
+    assert note is None if told is None else told in note
 
 
 def test_speculative_tokens_are_held_against_the_block(tmp_path):
@@ -69,7 +115,7 @@ def test_speculative_tokens_are_held_against_the_block(tmp_path):
     assert "wasted" in found["warning", "num_speculative_tokens"]
 
 
-def test_what_is_likely_to_hurt_is_a_warning(target, tmp_path):
+def test_what_is_likely_to_hurt_is_a_warning(target, tmp_path, caplog):
     directory = write_tiny(
         tmp_path / "drafter",
         layers=(LayerAttention(sliding_window=5, causal=True),) * 2,
@@ -84,6 +130,8 @@ def test_what_is_likely_to_hurt_is_a_warning(target, tmp_path):
     report, found = findings(directory, target)
     assert report.fits
     assert "--dialect specforge" in found["warning", "is_causal"]
+    # The report tells it, so that the log does not.
+    assert "--dialect specforge" not in caplog.text
     assert "the target's last" in found["warning", "target_layer_ids"]
     assert "'w46'" in found["warning", "mask_token_id"]
     assert "128 positions, the target for 512" in found["warning", "max_position_embeddings"]

@@ -20,7 +20,11 @@ from tests.helpers.quantised import LAYOUTS, quantise
 from tests.helpers.tiny import DFLASH2, tiny_config, write_tiny
 
 TARGET = SimpleNamespace(
-    hidden_size=32, num_hidden_layers=4, vocab_size=97, max_position_embeddings=512
+    hidden_size=32,
+    num_hidden_layers=4,
+    vocab_size=97,
+    max_position_embeddings=512,
+    model_type="llama",
 )
 
 
@@ -167,11 +171,28 @@ def test_a_dflash2_drafter_is_staged_under_our_architecture(tmp_path):
     assert spec.config.selector == DFLASH2["selector"]
 
 
-def test_a_target_with_more_tokens_than_the_codebooks_is_refused(tmp_path, monkeypatch):
-    larger = SimpleNamespace(**{**vars(TARGET), "vocab_size": 98})
-    monkeypatch.setattr(arguments, "target_config", lambda server_args: larger)
-    with pytest.raises(DFlashError, match="selector knows 97 tokens but the target has 98"):
-        arguments.prepare(server_args(write_tiny(tmp_path, **DFLASH2)))
+@pytest.mark.parametrize("rows", [90, 104])
+def test_a_drafter_is_staged_with_the_targets_vocabulary(tmp_path, rows):
+    args = server_args(write_tiny(tmp_path / "drafter", **DFLASH2, vocab_size=rows))
+    arguments.prepare(args)
+    spec = drafter_spec(args.speculative_draft_model_path)
+    assert spec.config.vocab_size == 97
+    assert spec.embedding_factor == 1.0
+
+
+def test_a_drafter_without_a_mask_token_in_the_target_is_refused(tmp_path):
+    drafter = write_tiny(tmp_path / "drafter", vocab_size=104, mask_token_id=100)
+    with pytest.raises(DFlashError, match="mask_token_id 100 is outside"):
+        arguments.prepare(server_args(drafter))
+
+
+def test_the_factor_of_a_gemma_target_is_staged(tmp_path, monkeypatch):
+    gemma = SimpleNamespace(**{**vars(TARGET), "model_type": "gemma3_text"})
+    monkeypatch.setattr(arguments, "target_config", lambda server_args: gemma)
+    args = server_args(write_tiny(tmp_path / "drafter"))
+    arguments.prepare(args)
+    spec = drafter_spec(args.speculative_draft_model_path)
+    assert spec.embedding_factor == pytest.approx(32**0.5)
 
 
 def test_dummy_weights_are_not_checked(tmp_path):

@@ -242,7 +242,8 @@ def test_requests_that_cannot_run_are_refused_before_anything_runs(request_, nam
         ({"target_layer_ids": (0, 9), "num_target_layers": None}, "reads target layer 9"),
         ({"hidden_size": 40, "head_dim": 10}, "embedding is 32 wide"),
         ({"vocab_size": 200, "mask_token_id": 150}, "mask_token_id 150"),
-        ({**DFLASH2, "vocab_size": 90}, "selector knows 90 tokens but the target has 97"),
+        ({**DFLASH2, "vocab_size": 90}, "tables of 90 rows but the target has 97 tokens"),
+        ({"own_head": True, "vocab_size": 104}, "tables of 104 rows but the target has 97"),
     ],
 )
 def test_a_drafter_of_another_target_is_refused(changes, named):

@@ -27,6 +27,7 @@ TARGET = SimpleNamespace(
     get_hidden_size=lambda: 32,
     get_total_num_hidden_layers=lambda: 4,
     get_vocab_size=lambda: 97,
+    hf_text_config=SimpleNamespace(model_type="llama"),
     max_model_len=4096,
 )
 
@@ -155,9 +156,18 @@ def test_a_dflash2_drafter_is_staged_under_our_architecture(tmp_path):
     assert staged["dflash_plugin"]["config"]["selector"] == DFLASH2["selector"].model_dump()
 
 
-def test_a_target_with_more_tokens_than_the_codebooks_is_refused(tmp_path):
-    with pytest.raises(DFlashError, match="selector knows 90 tokens but the target has 97"):
-        prepared(tmp_path, changes={**DFLASH2, "vocab_size": 90})
+@pytest.mark.parametrize("rows", [90, 104])
+def test_a_drafter_is_staged_with_the_targets_vocabulary(tmp_path, rows):
+    _, staged = prepared(tmp_path, changes={**DFLASH2, "vocab_size": rows})
+    assert staged["dflash_plugin"]["config"]["vocab_size"] == staged["vocab_size"] == 97
+    assert staged["dflash_plugin"]["embedding_factor"] == 1.0
+
+
+def test_the_factor_of_a_gemma_target_is_staged(tmp_path, monkeypatch):
+    gemma = SimpleNamespace(model_type="gemma3_text", hidden_size=32)
+    monkeypatch.setattr(TARGET, "hf_text_config", gemma)
+    _, staged = prepared(tmp_path)
+    assert staged["dflash_plugin"]["embedding_factor"] == pytest.approx(32**0.5)
 
 
 def test_draft_logits_are_those_of_the_last_pass():

@@ -66,6 +66,9 @@ def _check_same(before: DrafterConfig, after: DrafterConfig) -> None:
     free = {"dialect", "num_target_layers", "quantization"}
     if not any(layer.sliding_window for layer in before.layers):
         free.add("window_from")
+    if {before.embedding_scale, after.embedding_scale} == {None, 1.0}:
+        # They differ under a Gemma target alone, and speculators has no word for the other.
+        free.add("embedding_scale")
     old, new = before.model_dump(exclude=free), after.model_dump(exclude=free)
     for name, value in old.items():
         if value != new[name]:

@@ -11,8 +11,11 @@ from transformers import AutoConfig, AutoTokenizer
 
 from dflash_plugin.checkpoints.dialects import AMBIGUOUS, is_ambiguous
 from dflash_plugin.checkpoints.io import Checkpoint, load_checkpoint
+from dflash_plugin.checkpoints.notices import mark_told
 from dflash_plugin.checkpoints.reference_drafts import load_record
+from dflash_plugin.checkpoints.vocabulary import difference, fitted
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
+from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError, reason
 
 Level = Literal["error", "warning", "note"]
@@ -68,6 +71,8 @@ def inspect_checkpoint(
     Raises:
         DFlashError: the checkpoint or the target cannot be read at all.
     """
+    if dialect is None:
+        mark_told(Path(directory), AMBIGUOUS)
     checkpoint = load_checkpoint(directory, dialect=dialect)
     findings = _alone(checkpoint, dialect)
     if num_speculative_tokens is not None:
@@ -186,18 +191,23 @@ def _against_target(checkpoint: Checkpoint, target: Path) -> list[Finding]:
             "num_target_layers",
             f"made for a target of {config.num_target_layers} layers, this one has {layers}",
         )
-    if config.mask_token_id >= text.vocab_size and not config.own_mask_embedding:
+    changed = difference(config, text.vocab_size)
+    try:
+        fitted(checkpoint, text.vocab_size)
+    except DFlashError as error:
+        found("error", "vocab_size", str(error))
+    else:
+        if changed is not None:
+            mark_told(checkpoint.directory, changed)
+            found("warning", "vocab_size", changed)
+    factor = embedding_factor(text)
+    if factor != 1.0 and not config.own_embedding:
+        scale = config.embedding_scale
         found(
-            "error",
-            "mask_token_id",
-            f"{config.mask_token_id} is outside the target's vocabulary of {text.vocab_size}",
-        )
-    if config.vocab_size != text.vocab_size:
-        found(
-            "error",
-            "vocab_size",
-            f"the drafter was made for a vocabulary of "
-            f"{config.vocab_size}, the target's has {text.vocab_size}",
+            "note",
+            "input_embedding_scale",
+            f"the target multiplies the rows of its embedding by {factor:g}, and the drafter "
+            + (f"by {scale:g} instead" if scale else "reads the same"),
         )
     dtype = str(getattr(text, "dtype", None) or "").removeprefix("torch.")
     if dtype and dtype != config.dtype:

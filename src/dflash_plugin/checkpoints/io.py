@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -37,6 +37,7 @@ from dflash_plugin.checkpoints.files import (
 )
 from dflash_plugin.checkpoints.fused import part_rows, split_fused
 from dflash_plugin.checkpoints.latent_tensors import latent_tensors
+from dflash_plugin.checkpoints.notices import warn_once
 from dflash_plugin.checkpoints.quantization import PLAIN, dequantise
 from dflash_plugin.checkpoints.quantization_config import declared
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
@@ -47,6 +48,10 @@ logger = logging.getLogger("dflash_plugin")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MASK_PICKLE = f"{MASK_EMBEDDING}.pt"
+_CODEBOOKS = (
+    "candidate_selector.predecessor_codebook",
+    "candidate_selector.successor_codebook",
+)
 # Buffers and frozen copies of the target's tensors that some exporters leave in.
 _IGNORED = re.compile(r".*rotary_emb\..*|verifier_(norm|lm_head)\..*")
 _RENAMED = (
@@ -123,8 +128,7 @@ def expected_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"{layer}.{name}.kernel_projection.weight"] = (rows, hidden)
     if config.selector is not None:
         rank = config.selector.rank
-        shapes["candidate_selector.predecessor_codebook"] = (config.vocab_size, rank)
-        shapes["candidate_selector.successor_codebook"] = (config.vocab_size, rank)
+        shapes.update(dict.fromkeys(_CODEBOOKS, (config.vocab_size, rank)))
         shapes["candidate_selector.hidden_projection.weight"] = (rank, hidden)
     if config.own_embedding:
         shapes["embed_tokens.weight"] = (config.vocab_size, hidden)
@@ -202,9 +206,10 @@ def _read(
     tensors = split_fused({_canonical(name): t for name, t in plain.tensors.items()}, raw)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if dialect is None and is_ambiguous(raw):
-        _warn_once(directory.resolve())
+        warn_once(directory, AMBIGUOUS)
     config = read_config(raw, shapes, dialect)
-    return raw, tensors, config.model_copy(update={"quantization": plain.quantization})
+    config = config.model_copy(update={"quantization": plain.quantization})
+    return raw, _without_padding(tensors, config), config
 
 
 def _log_quantization(directory: Path, quantization: str | None, ignored: list[str]) -> None:
@@ -221,10 +226,13 @@ def _log_quantization(directory: Path, quantization: str | None, ignored: list[s
         )
 
 
-@cache
-def _warn_once(directory: Path) -> None:
-    """Say in every program, once for each drafter, by which rule it is read."""
-    logger.warning("%s: %s", directory, AMBIGUOUS)
+def _without_padding(tensors: dict[str, Tensor], config: DrafterConfig) -> dict[str, Tensor]:
+    """The tensors, without rows of tables that stand for no token of ``vocab_size``."""
+    expected = expected_tensors(config)
+    for name in ("embed_tokens.weight", "lm_head.weight", *_CODEBOOKS):
+        if name in tensors and name in expected:
+            tensors[name] = tensors[name][: expected[name][0]]
+    return tensors
 
 
 def _load(

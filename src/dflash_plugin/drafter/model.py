@@ -77,18 +77,25 @@ class Drafter(nn.Module):
         )
         self.candidate_selector = CandidateSelector(config, factory) if config.selector else None
         self._target_embedding: list[Callable[[Tensor], Tensor]] = []
+        self._target_factor = 1.0
         self._target_head: list[nn.Module] = []
         self.store: ContextStore | None = None
 
     def borrow(
-        self, weight: Tensor, head: nn.Module, lookup: Callable[[Tensor], Tensor] | None = None
+        self,
+        weight: Tensor,
+        head: nn.Module,
+        lookup: Callable[[Tensor], Tensor] | None = None,
+        factor: float = 1.0,
     ) -> None:
         """Use the target's embedding and output head.
 
         Args:
             weight: the embedding, [rows, hidden].
             head: makes logits [..., vocab] of hidden states [..., hidden].
-            lookup: rows of token ids where ``weight`` is only one shard of the embedding.
+            lookup: stored rows of token ids where ``weight`` is only one shard of the embedding.
+            factor: of the target on its rows, from ``embedding_factor``; it counts where the
+                checkpoint names none.
 
         Raises:
             DFlashError: the widths differ.
@@ -100,6 +107,9 @@ class Drafter(nn.Module):
                 "or one with its own embedding"
             )
         self._target_embedding = [lookup or partial(F.embedding, weight=weight)]
+        if weight.is_floating_point():  # Targets round it as they do their rows.
+            factor = float(torch.tensor(factor, dtype=weight.dtype, device="cpu"))
+        self._target_factor = factor
         self._target_head = [head]
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -112,9 +122,15 @@ class Drafter(nn.Module):
             embedded = self._look_up(tokens.masked_fill(is_mask, 0))
             mask_row = self.mask_embedding.to(embedded.dtype)
             embedded = torch.where(is_mask.unsqueeze(-1), mask_row, embedded)
-        if self.config.embedding_scale != 1.0:
-            embedded = embedded * self.config.embedding_scale
+        scale = self._embedding_scale()
+        if scale != 1.0:
+            embedded = embedded * scale
         return embedded.to(self.norm.weight.dtype)
+
+    def _embedding_scale(self) -> float:
+        if self.config.embedding_scale is not None:
+            return self.config.embedding_scale
+        return self._target_factor if self.own_embedding is None else 1.0
 
     def _look_up(self, tokens: Tensor) -> Tensor:
         if self.own_embedding is not None:

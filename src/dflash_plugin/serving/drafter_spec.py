@@ -60,9 +60,11 @@ class DrafterSpec(BaseModel):
 
     Attributes:
         checkpoint: the checkpoint's directory.
-        config: the drafter's configuration; ``target_layer_ids`` in the checkpoint's order.
+        config: the drafter's configuration, with the target's vocabulary; ``target_layer_ids`` in
+            the checkpoint's order.
         options: how the plugin runs the drafter.
         expected_acceptance_length: τ to compare the measured one with; None where none is known.
+        embedding_factor: of the target on the rows of its embedding.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -71,6 +73,7 @@ class DrafterSpec(BaseModel):
     config: DrafterConfig
     options: SerializeAsAny[Options]
     expected_acceptance_length: float | None = None
+    embedding_factor: float = 1.0
 
 
 OptionsT = TypeVar("OptionsT", bound=Options)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.drafter.target_embedding import stored_rows
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.fp8_rows import Fp8Rows, quantize
 from dflash_plugin.kernels.vocab_topk import HeadChoice
@@ -88,7 +89,8 @@ class EngineDrafterMixin:
                 "a decoder-only language model as the target"
             )
         drafter = self.drafter
-        drafter.borrow(embedding.weight, head, embedding)
+        factor = self.spec.embedding_factor
+        drafter.borrow(embedding.weight, head, stored_rows(embedding), factor)
         if not self._in_fp8:
             return
         self._borrowed = (head,)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 from dflash_plugin.checkpoints.dialects.common import FULL, SLIDING, sizes
 from dflash_plugin.checkpoints.hub import cache_directory
 from dflash_plugin.checkpoints.io import CONFIG, load_config, replacing
+from dflash_plugin.checkpoints.notices import warn_once
+from dflash_plugin.checkpoints.vocabulary import difference, fitted_config
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.serving import KEY
@@ -35,11 +37,13 @@ class TargetShape(NamedTuple):
         hidden_size: of a target layer's output.
         num_layers: of the target.
         vocab_size: of the target.
+        embedding_factor: of the target on the rows of its embedding.
     """
 
     hidden_size: int
     num_layers: int
     vocab_size: int
+    embedding_factor: float = 1.0
 
 
 def prepare(
@@ -71,7 +75,11 @@ def prepare(
     """
     checkpoint = resolve(model, revision, download_dir)
     config = load_config(checkpoint, options.dialect)
-    config.require_target(*target)
+    config.require_target(target.hidden_size, target.num_layers)
+    changed = difference(config, target.vocab_size)
+    if changed is not None:
+        warn_once(checkpoint, changed)
+    config = fitted_config(config, target.vocab_size)
     check(config)
     if is_dummy(load_format):
         options = without_checks(options)
@@ -80,6 +88,7 @@ def prepare(
         config=config,
         options=options,
         expected_acceptance_length=expected_acceptance(checkpoint, options),
+        embedding_factor=target.embedding_factor,
     )
 
 

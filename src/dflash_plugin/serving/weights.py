@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dflash_plugin.checkpoints.io import load_checkpoint
 from dflash_plugin.checkpoints.tensors import checkpoint_names
+from dflash_plugin.checkpoints.vocabulary import fitted
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.drafter_spec import DrafterSpec
@@ -23,11 +24,10 @@ def fill(drafter: Drafter, spec: DrafterSpec, rank: int) -> None:
         rank: tensor-parallel rank of this shard.
 
     Raises:
-        DFlashError: the checkpoint is malformed.
+        DFlashError: the checkpoint is malformed, or drafts tokens that the target lacks.
     """
-    tensors = load_checkpoint(
-        spec.checkpoint, drafter.norm.weight.dtype, spec.options.dialect
-    ).tensors
+    checkpoint = load_checkpoint(spec.checkpoint, drafter.norm.weight.dtype, spec.options.dialect)
+    tensors = fitted(checkpoint, spec.config.vocab_size).tensors
     tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], spec.config.target_layer_ids)
     heads = drafter.attentions()[0].heads
     parameters = dict(drafter.named_parameters()) | dict(drafter.named_buffers())
@@ -46,25 +46,15 @@ def fill(drafter: Drafter, spec: DrafterSpec, rank: int) -> None:
                 loader(parameter, tensor, "qkv"[shard] if len(names) == 3 else shard)
 
 
-def draft_columns(drafter: Drafter, vocab_size: int) -> Tensor | None:
+def draft_columns(drafter: Drafter) -> Tensor | None:
     """The target's ids of a reduced draft vocabulary, int64 [draft_vocab_size], or None.
 
     Args:
         drafter: its weights are loaded.
-        vocab_size: of the target.
-
-    Raises:
-        DFlashError: the draft vocabulary maps to tokens that the target lacks.
     """
     if drafter.d2t is None:
         return None
-    columns = drafter.token_ids(torch.arange(len(drafter.d2t), device=drafter.d2t.device))
-    if int(columns.max()) >= vocab_size:
-        raise DFlashError(
-            f"d2t maps a draft token to {int(columns.max())}, outside the target's vocabulary of "
-            f"{vocab_size}: use the drafter made for this target"
-        )
-    return columns
+    return drafter.token_ids(torch.arange(len(drafter.d2t), device=drafter.d2t.device))
 
 
 def sorted_columns(weight: Tensor, layer_ids: Sequence[int]) -> Tensor:

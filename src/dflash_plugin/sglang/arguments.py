@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dflash_plugin.drafter.config import DrafterConfig
+from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import staging
 from dflash_plugin.sglang import compat, surface
@@ -98,7 +99,12 @@ def prepare(server_args: Any) -> None:
         revision=argument(server_args, "speculative_draft_model_revision"),
         download_dir=argument(server_args, "download_dir"),
         options=options,
-        target=staging.TargetShape(target.hidden_size, target.num_hidden_layers, target.vocab_size),
+        target=staging.TargetShape(
+            target.hidden_size,
+            target.num_hidden_layers,
+            target.vocab_size,
+            embedding_factor(target),
+        ),
         check=check,
         load_format=argument(server_args, "load_format"),
     )

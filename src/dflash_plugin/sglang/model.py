@@ -36,7 +36,7 @@ from dflash_plugin.serving import KEY
 from dflash_plugin.serving.draft_tokens import choice_of_ranks, first_token
 from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
 from dflash_plugin.serving.fp8_weights import product
-from dflash_plugin.serving.weights import check_features, draft_columns, fill
+from dflash_plugin.serving.weights import check_features, fill
 from dflash_plugin.sglang import surface
 from dflash_plugin.sglang.block_attention import is_plain
 from dflash_plugin.sglang.layers import SglangLayers, ShardedQKV
@@ -94,7 +94,6 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         self.lilicorr = None
         self.is_nemotron_35_draft = False
         self._fused = kernels.available(device) and drafter_config.latent_attention is None
-        self._draft_columns: Tensor | None = None
         is_whole = get_tensor_model_parallel_world_size() == 1
         self.gather = None if is_whole else partial(tensor_model_parallel_all_gather, dim=-1)
         self._key_weights: Tensor | None = None
@@ -127,7 +126,6 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         embedding = surface.without_lora(model.get_input_embeddings())
         head = surface.without_lora(surface.head_of(model))
         self.borrow(target, embedding, head)
-        self._draft_columns = draft_columns(self.drafter, self.vocab_size)
         self.prepare_weights()
         if self.spec.config.qk_norm:
             attentions = self.drafter.plain_attentions()

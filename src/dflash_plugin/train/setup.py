@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dflash_plugin.checkpoints.dialects import write_config
 from dflash_plugin.checkpoints.io import load_checkpoint, load_config
 from dflash_plugin.checkpoints.tensors import checkpoint_tensors, load_tensors
+from dflash_plugin.checkpoints.vocabulary import fitted, fitted_config
 from dflash_plugin.drafter.config import (
     DrafterConfig,
     LayerAttention,
@@ -38,9 +39,8 @@ def drafter_config(target: PreTrainedModel, train: TrainConfig) -> DrafterConfig
         _require_unset(train, SHAPE, f"{str(train.start_from)!r} decides it: leave it out")
         config = load_config(train.start_from)
         text = target.config.get_text_config()
-        config.require_target(
-            text.hidden_size, text.num_hidden_layers, target.get_input_embeddings().weight.shape[0]
-        )
+        config.require_target(text.hidden_size, text.num_hidden_layers)
+        config = fitted_config(config, target.get_input_embeddings().weight.shape[0])
     if config.selector is not None:
         _require_unset(train, PARTS, f"{str(train.start_from)!r} decides it: leave it out")
     elif train.dflash2:
@@ -136,8 +136,8 @@ def new_drafter(config: DrafterConfig, train: TrainConfig) -> Drafter:
     drafter = Drafter(config)
     initialize(drafter, train.seed)
     if train.start_from is not None:
-        kept = load_checkpoint(train.start_from, dtype=torch.float32).tensors
-        load_tensors(drafter, {**checkpoint_tensors(drafter), **kept})
+        kept = fitted(load_checkpoint(train.start_from, dtype=torch.float32), config.vocab_size)
+        load_tensors(drafter, {**checkpoint_tensors(drafter), **kept.tensors})
     return drafter
 
 

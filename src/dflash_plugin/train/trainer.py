@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from dflash_plugin.drafter.blockwise import block_starts, make_blocks
 from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.train.blocks import choose_anchors
 from dflash_plugin.train.config import TrainConfig
@@ -71,7 +72,9 @@ class Trainer:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.drafter = new_drafter(drafter_config(target, config), config).to(self.device)
         self.drafter.borrow(
-            target.get_input_embeddings().weight.detach(), target.get_output_embeddings()
+            target.get_input_embeddings().weight.detach(),
+            target.get_output_embeddings(),
+            factor=embedding_factor(target.config.get_text_config()),
         )
         gamma = config.gamma or gamma_for(self.drafter.config.block_size)
         self.objective = Objective(

@@ -18,10 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from dflash_plugin.checkpoints.files import whole_shards
 from dflash_plugin.checkpoints.hub import looks_like_path
 from dflash_plugin.checkpoints.io import Checkpoint, load_checkpoint
+from dflash_plugin.checkpoints.notices import warn_once
 from dflash_plugin.checkpoints.tensors import build_drafter
+from dflash_plugin.checkpoints.vocabulary import difference, fitted, fitted_config, has_tables
 from dflash_plugin.drafter.config import Dialect, DraftWeights
 from dflash_plugin.drafter.fp8_linear import quantize_drafter
 from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError, reason
 
 
@@ -201,7 +204,11 @@ def bound(checkpoint: Checkpoint, target: PreTrainedModel) -> Drafter:
     Raises:
         DFlashError: it was made for another target.
     """
-    drafter = build_drafter(checkpoint).to(target.device)
+    tokens = target.get_input_embeddings().weight.shape[0]
+    changed = difference(checkpoint.config, tokens)
+    if changed is not None:
+        warn_once(checkpoint.directory, changed)
+    drafter = build_drafter(fitted(checkpoint, tokens)).to(target.device)
     bind_drafter(drafter, target)
     return drafter
 
@@ -213,6 +220,13 @@ def bind_drafter(drafter: Drafter, target: PreTrainedModel) -> None:
         DFlashError: names the first thing that does not fit.
     """
     text = target.config.get_text_config()
-    embedding = target.get_input_embeddings().weight
-    drafter.config.require_target(text.hidden_size, text.num_hidden_layers, embedding.shape[0])
-    drafter.borrow(embedding, target.get_output_embeddings())
+    embedding, config = target.get_input_embeddings().weight, drafter.config
+    config.require_target(text.hidden_size, text.num_hidden_layers)
+    tokens = embedding.shape[0]
+    fitted_config(config, tokens)
+    if has_tables(config) and config.vocab_size != tokens:
+        raise DFlashError(
+            f"the drafter has tables of {config.vocab_size} rows but the target has {tokens} "
+            "tokens: load its checkpoint with load_drafter, which fits them"
+        )
+    drafter.borrow(embedding, target.get_output_embeddings(), factor=embedding_factor(text))

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 from dflash_plugin.drafter.config import DrafterConfig
+from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import staging
 from dflash_plugin.serving.drafter_spec import DrafterSpec, is_off
@@ -91,7 +92,10 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
         )
     num_layers = target_model_config.get_total_num_hidden_layers()
     target = staging.TargetShape(
-        target_model_config.get_hidden_size(), num_layers, target_model_config.get_vocab_size()
+        target_model_config.get_hidden_size(),
+        num_layers,
+        target_model_config.get_vocab_size(),
+        embedding_factor(target_model_config.hf_text_config),
     )
     quantization = settings.pop("quantization", None)
 

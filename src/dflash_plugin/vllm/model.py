@@ -179,7 +179,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         """
         fill(self.drafter, self.spec, get_tensor_model_parallel_rank())
         self.prepare_weights()
-        self._draft_columns = draft_columns(self.drafter, self.vocab_size)
+        self._draft_columns = draft_columns(self.drafter)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Refuse new weights; this project's own loader calls ``load_checkpoint``.

@@ -77,6 +77,8 @@ def in_both_layouts(
         "rope": read_rope(layer, default_theta=10000.0, prefer=common.SLIDING),
         "sample_from_anchor": fields.flag("sample_from_anchor", default=False),
         "mask_token_id": fields.integer("mask_token_id", minimum=0),
+        # Its trainer looks up stored rows, of a Gemma target too.
+        "embedding_scale": fields.number("input_embedding_scale", default=1.0),
         "target_hidden_size": fields.integer(
             "target_hidden_size", default=inner.integer("hidden_size")
         ),
@@ -151,7 +153,7 @@ def write(config: DrafterConfig) -> dict[str, Any]:
         attention_sinks=config.attention_sinks,
         attention_value_scale=config.attention_value_scale is not None,
         own_mask_embedding=config.own_mask_embedding,
-        embedding_scale=config.embedding_scale != 1.0,
+        embedding_scale=config.embedding_scale not in (None, 1.0),
         logit_scale=config.logit_scale != 1.0,
         logit_softcap=config.logit_softcap is not None,
         mlp_bias=config.mlp_bias,

@@ -100,7 +100,7 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
         "num_target_layers": num_target_layers,
         "target_hidden_size": fields.integer("target_hidden_size", default=values["hidden_size"]),
         "draft_vocab_size": _reduced(fields, values["vocab_size"]),
-        "embedding_scale": fields.number("input_embedding_scale", default=1.0),
+        "embedding_scale": fields.number("input_embedding_scale", default=None),
         "logit_scale": fields.number("output_multiplier", "logit_scale", default=1.0),
         "logit_softcap": fields.number("final_logit_softcapping", default=None) or None,
         **_read_dflash2(raw, fields),
@@ -202,7 +202,7 @@ def write(config: DrafterConfig, dialect: Dialect) -> dict[str, Any]:
         "sample_from_anchor": (config.sample_from_anchor, False),
         "attention_sink_bias": (config.attention_sinks, False),
         "attention_value_scale": (config.attention_value_scale, None),
-        "input_embedding_scale": (config.embedding_scale, 1.0),
+        "input_embedding_scale": (config.embedding_scale, None),
         "output_multiplier": (config.logit_scale, 1.0),
         "final_logit_softcapping": (config.logit_softcap, None),
     }

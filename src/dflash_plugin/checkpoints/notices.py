@@ -1,0 +1,22 @@
+"""By which rule a drafter is read where it leaves one open: told once a program."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+logger = logging.getLogger("dflash_plugin")
+
+_told: set[tuple[Path, str]] = set()
+
+
+def warn_once(directory: Path, message: str) -> None:
+    """Log a warning about a drafter, unless the program has told it already."""
+    if (directory.resolve(), message) not in _told:
+        logger.warning("%s: %s", directory.resolve(), message)
+    mark_told(directory, message)
+
+
+def mark_told(directory: Path, message: str) -> None:
+    """Note that the program tells a warning in another way than its log, such as a report."""
+    _told.add((directory.resolve(), message))
