@@ -14,6 +14,7 @@ import pytest
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY, staging
 from dflash_plugin.serving.drafter_spec import DrafterSpec, Options, expected_acceptance
+from dflash_plugin.serving.sources import Source
 from tests.helpers.tiny import tiny_config, write_tiny
 
 TARGET = staging.TargetShape(hidden_size=32, num_layers=4, vocab_size=97)
@@ -33,8 +34,7 @@ def prepared(model, *, options=None, target=TARGET, check=lambda config: None, l
     return staging.prepare(
         DrafterSpec,
         str(model),
-        revision=None,
-        download_dir=None,
+        source=Source(),
         options=options or Options(),
         target=target,
         check=check,
@@ -164,9 +164,3 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     assert staging.stage("engine", config) == directory
     with pytest.raises(DFlashError, match=r"cannot be written.*set DFLASH_PLUGIN_CACHE"):
         staging.stage("engine", {**config, "of_this_engine": 9})
-
-
-def test_the_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "drafter").mkdir()
-    assert staging.resolve("~/drafter", None, None) == tmp_path / "drafter"

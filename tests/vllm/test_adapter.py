@@ -15,7 +15,7 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import after_import as hooks
 from dflash_plugin.serving import engine_surface
 from dflash_plugin.serving.drafter_spec import DrafterSpec
-from dflash_plugin.vllm import adaptive, arguments, compat, metrics, plugin, surface
+from dflash_plugin.vllm import adaptive, arguments, compat, metrics, options, plugin, surface
 from dflash_plugin.vllm.draft_logits import DraftLogits
 from dflash_plugin.vllm.names import ARCHITECTURE
 from dflash_plugin.vllm.options import drafter_spec, read_options
@@ -29,11 +29,25 @@ TARGET = SimpleNamespace(
     max_model_len=4096,
 )
 
+# Of vLLM's speculative configuration.
+KEYS = {
+    "method",
+    "model",
+    "num_speculative_tokens",
+    "revision",
+    "draft_load_config",
+    "draft_sample_method",
+    "enable_adaptive_verification",
+    "disable_eagle_block_drop",
+}
+
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     monkeypatch.setenv("DFLASH_PLUGIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(arguments, "_load_config", lambda: "loader")
+    monkeypatch.setattr(arguments, "redirected", lambda model: model)
+    monkeypatch.setattr(options, "speculative_keys", lambda: KEYS)
     monkeypatch.setattr(compat, "installed", lambda: "0.33.0")
     surface.surface.cache_clear()
 
@@ -47,6 +61,7 @@ def engine_args(**values):
         "additional_config": {},
         "download_dir": None,
         "load_format": "auto",
+        "hf_token": None,
     }
     return SimpleNamespace(**{**given, **values})
 
