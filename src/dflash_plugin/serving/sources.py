@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,17 +47,7 @@ def resolve(model: str, source: Source) -> Path:
             f"the drafter {model!r} is an address, which dflash-plugin does not fetch: copy it to "
             "a directory and give that, or set DFLASH_PLUGIN=off to leave it to the engine"
         )
-    found = _fetch(model, source, PATTERNS)
-    if not (found / CONFIG).is_file() and source.download_dir is not None and is_offline():
-        # An engine keeps configurations in the hub's cache and weights alone in download_dir.
-        found = _fetch(model, source._replace(download_dir=None), PATTERNS)
-    if not (found / CONFIG).is_file():
-        raise DFlashError(
-            f"the copy of the drafter {model!r} in {str(found)!r} has no {CONFIG}: "
-            + ("fetch it again without HF_HUB_OFFLINE" if is_offline() else "check its name")
-            + ", or give the directory of a whole one"
-        )
-    return found
+    return _fetch(model, source, PATTERNS)
 
 
 def config_of(model: str, source: Source) -> dict[str, Any] | None:
@@ -89,8 +80,27 @@ def _local(model: str) -> Path | None:
 
 
 def _fetch(model: str, source: Source, patterns: Sequence[str]) -> Path:
+    """The directory of a repository's copy, which has at least config.json."""
+    try:
+        return _fetch_once(model, source, patterns)
+    except DFlashError:
+        if source.download_dir is not None and is_offline():
+            # An engine keeps configurations in the hub's cache and weights alone in download_dir.
+            with suppress(DFlashError):
+                return _fetch_once(model, source._replace(download_dir=None), patterns)
+        raise
+
+
+def _fetch_once(model: str, source: Source, patterns: Sequence[str]) -> Path:
     fetch = _fetch_from_modelscope if source.modelscope else _fetch_from_hugging_face
-    return fetch(model, source, patterns)
+    found = fetch(model, source, patterns)
+    if not (found / CONFIG).is_file():
+        raise DFlashError(
+            f"the copy of the drafter {model!r} in {str(found)!r} has no {CONFIG}: "
+            + ("fetch it again without HF_HUB_OFFLINE" if is_offline() else "check its name")
+            + ", or give the directory of a whole one"
+        )
+    return found
 
 
 def _fetch_from_hugging_face(model: str, source: Source, patterns: Sequence[str]) -> Path:

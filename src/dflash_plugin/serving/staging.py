@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from dflash_plugin.checkpoints.dialects.common import FULL, SLIDING, sizes
+from dflash_plugin.checkpoints.files import read_json
 from dflash_plugin.checkpoints.hub import CACHE, cache_directory
 from dflash_plugin.checkpoints.io import CONFIG, load_config, replacing
 from dflash_plugin.drafter.config import DrafterConfig
@@ -218,8 +219,8 @@ def is_staged(engine: str, model: Any) -> bool:
     if directory.parent not in [place / engine for place in _places()]:
         return False
     try:
-        return KEY in json.loads((directory / CONFIG).read_text())
-    except (OSError, ValueError):
+        return KEY in read_json(directory / CONFIG)
+    except DFlashError:
         return False
 
 
