@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -14,6 +15,7 @@ import pytest
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY, staging
 from dflash_plugin.serving.drafter_spec import DrafterSpec, Options, expected_acceptance
+from dflash_plugin.serving.sources import Source
 from tests.helpers.tiny import tiny_config, write_tiny
 
 TARGET = staging.TargetShape(hidden_size=32, num_layers=4, vocab_size=97)
@@ -33,8 +35,7 @@ def prepared(model, *, options=None, target=TARGET, check=lambda config: None, l
     return staging.prepare(
         DrafterSpec,
         str(model),
-        revision=None,
-        download_dir=None,
+        source=Source(),
         options=options or Options(),
         target=target,
         check=check,
@@ -166,7 +167,88 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
         staging.stage("engine", {**config, "of_this_engine": 9})
 
 
-def test_the_home_directory_may_be_written_as_a_tilde(tmp_path, monkeypatch):
+def test_an_unwritable_home_is_stood_in_for(tmp_path, monkeypatch):
+    """Temporary files of this user alone; the engine's processes know the directory again."""
+    _, config = staged_config(tmp_path)
+    monkeypatch.delenv("DFLASH_PLUGIN_CACHE")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr(staging.tempfile, "gettempdir", lambda: str(place))
+    directory = staging.stage("engine", config)
+    own = directory.parents[1]
+    assert own.parent == place
+    assert own.stat().st_mode & 0o077 == 0
+    assert staging.stage("engine", config) == directory
+    assert staging.is_staged("engine", directory)
+    # With a home again the old directory is still known.
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "drafter").mkdir()
-    assert staging.resolve("~/drafter", None, None) == tmp_path / "drafter"
+    assert staging.is_staged("engine", directory)
+    assert staging.stage("engine", {**config, "new": 1}).is_relative_to(tmp_path / ".cache")
+
+
+@pytest.mark.parametrize("kind", ["writable by others", "link", "file"])
+def test_a_stand_in_that_is_not_this_users_alone_is_not_used(tmp_path, monkeypatch, kind):
+    _, config = staged_config(tmp_path)
+    monkeypatch.delenv("DFLASH_PLUGIN_CACHE")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(staging.tempfile, "gettempdir", lambda: str(tmp_path))
+    own = tmp_path / f"dflash-plugin-{os.getuid()}"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    if kind == "link":
+        own.symlink_to(elsewhere)
+    elif kind == "file":
+        own.touch()
+    else:
+        own.mkdir()
+        own.chmod(0o777)
+    with pytest.raises(DFlashError, match=r"cannot be written.*set DFLASH_PLUGIN_CACHE"):
+        staging.stage("engine", config)
+    assert not list(elsewhere.iterdir())
+    assert not staging.is_staged("engine", own / "engine" / "0")
+
+
+def test_a_user_without_home_and_temporary_files_is_told_of_the_variable(monkeypatch):
+    def none() -> str:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.delenv("DFLASH_PLUGIN_CACHE")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(staging.tempfile, "gettempdir", none)
+    with pytest.raises(DFlashError, match=r"cannot be found.*set DFLASH_PLUGIN_CACHE to a folder"):
+        staging.stage("engine", {})
+
+
+def test_the_cache_may_be_relative_or_begin_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for given in ("~/cache", "cache", "./cache"):
+        monkeypatch.setenv("DFLASH_PLUGIN_CACHE", given)
+        assert staging.stage("engine", {}).is_relative_to(tmp_path / "cache" / "engine"), given
+    monkeypatch.setenv("DFLASH_PLUGIN_CACHE", "")
+    assert staging.stage("engine", {}).is_relative_to(tmp_path / ".cache"), "empty is unset"
+
+
+def test_a_staged_directory_links_the_checkpoints_files_alone(tmp_path):
+    """Shards that became one file, or the other way round, leave no link behind."""
+    _, config = staged_config(tmp_path)
+    shards = [tmp_path / f"model-{n}.safetensors" for n in range(2)]
+    whole = tmp_path / "model.safetensors"
+    for files in (shards, [whole], shards):
+        directory = staging.stage("engine", config, files)
+        links = {path.name for path in directory.iterdir()} - {"config.json"}
+        assert links == {file.name for file in files}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", '{"dflash_plugin": 1}'])
+def test_a_damaged_staged_configuration_is_written_again(tmp_path, content):
+    _, config = staged_config(tmp_path)
+    directory = staging.stage("engine", config)
+    (directory / "config.json").write_text(content)
+    assert staging.is_staged("engine", directory) is (content[-2:] == "1}")
+    assert staging.stage("engine", config) == directory
+    assert json.loads((directory / "config.json").read_text())["of_this_engine"] == 7

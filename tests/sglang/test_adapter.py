@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from torch import Tensor
@@ -70,6 +71,48 @@ def test_arguments_lead_to_a_staged_draft_model(tmp_path):
     assert spec.config.target_layer_ids == (2, 0)
     assert spec.options == Options()
     assert args.speculative_draft_model_revision is None
+
+
+@pytest.mark.parametrize("dialect", ["z-lab", "speculators"])
+def test_a_dflash_drafter_without_an_algorithm_is_not_left_unused(tmp_path, dialect):
+    drafter = write_tiny(tmp_path / "drafter", dialect)
+    args = server_args(drafter, speculative_algorithm=None)
+    message = r"drafter', a DFlash drafter, .*: give --speculative-algorithm DFLASH"
+    with pytest.raises(DFlashError, match=message):
+        arguments.handle_speculative_decoding(lambda server_args: "native", args)
+
+
+@pytest.mark.parametrize("raw", [None, {"architectures": ["LlamaForCausalLMEagle3"]}])
+def test_other_drafters_and_algorithms_stay_sglangs(tmp_path, raw):
+    if raw is not None:
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+    for path in (tmp_path, None):
+        args = server_args(path, speculative_algorithm=None)
+        assert arguments.handle_speculative_decoding(lambda server_args: "native", args) == "native"
+    args = server_args(write_tiny(tmp_path / "drafter"), speculative_algorithm="EAGLE3")
+    before = dict(vars(args))
+    assert arguments.handle_speculative_decoding(lambda server_args: "native", args) == "native"
+    assert vars(args) == before
+
+
+def test_the_source_is_what_the_arguments_say(tmp_path, monkeypatch):
+    asked, place = [], write_tiny(tmp_path / "drafter")
+
+    def fetch(model, **settings):
+        asked.append((model, settings))
+        return str(place)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    args = server_args(
+        None,
+        speculative_draft_model_path="org/drafter",
+        speculative_draft_model_revision="v2",
+        download_dir="/there",
+    )
+    arguments.prepare(args)
+    [(model, found)] = asked
+    assert model == "org/drafter"
+    assert (found["revision"], found["cache_dir"], found["token"]) == ("v2", "/there", None)
 
 
 def test_preparing_twice_changes_nothing(tmp_path):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -15,7 +16,8 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import after_import as hooks
 from dflash_plugin.serving import engine_surface
 from dflash_plugin.serving.drafter_spec import DrafterSpec
-from dflash_plugin.vllm import adaptive, arguments, compat, metrics, plugin, surface
+from dflash_plugin.serving.sources import Source
+from dflash_plugin.vllm import adaptive, arguments, compat, metrics, options, plugin, surface
 from dflash_plugin.vllm.draft_logits import DraftLogits
 from dflash_plugin.vllm.names import ARCHITECTURE
 from dflash_plugin.vllm.options import drafter_spec, read_options
@@ -31,12 +33,33 @@ TARGET = SimpleNamespace(
     max_model_len=4096,
 )
 
+# Of vLLM's speculative configuration.
+KEYS = {
+    "method",
+    "model",
+    "num_speculative_tokens",
+    "revision",
+    "code_revision",
+    "draft_load_config",
+    "draft_sample_method",
+    "enable_adaptive_verification",
+    "disable_eagle_block_drop",
+}
+
+
+def unreachable(model, **settings):
+    raise OSError(f"no hub to ask for {model}")
+
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
     monkeypatch.setenv("DFLASH_PLUGIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(arguments, "_load_config", lambda: "loader")
+    monkeypatch.setattr(arguments, "redirected", lambda model: model)
+    monkeypatch.setattr(options, "speculative_keys", lambda: KEYS)
     monkeypatch.setattr(compat, "installed", lambda: "0.33.0")
+    # No hub is there.
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     surface.surface.cache_clear()
 
 
@@ -49,6 +72,7 @@ def engine_args(**values):
         "additional_config": {},
         "download_dir": None,
         "load_format": "auto",
+        "hf_token": None,
     }
     return SimpleNamespace(**{**given, **values})
 
@@ -222,6 +246,121 @@ def test_method_is_known_by_the_drafters_name(tmp_path):
     assert args.speculative_config["method"] == "dflash"
 
 
+@pytest.mark.parametrize("dialect", ["z-lab", "speculators", "specforge", "modelopt"])
+@pytest.mark.parametrize("name", ["drafter", "eagle3-and-others"])
+def test_method_is_known_by_the_checkpoint(tmp_path, dialect, name):
+    args = engine_args(speculative_config={"model": str(write_tiny(tmp_path / name, dialect))})
+    arguments.prepare(args, TARGET)
+    assert args.speculative_config["method"] == "dflash"
+    assert args.speculative_config["num_speculative_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [
+        ("x", {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}),
+        ("x", {"architectures": ["Qwen3DSparkModel"], "dflash_config": {"mask_token_id": 3}}),
+        ("x", {"speculators_model_type": "eagle3", "architectures": ["Eagle3Speculator"]}),
+        ("dflash/eagle3-x", {"architectures": ["LlamaForCausalLMEagle3"]}),
+        ("dflash/eagle-x", {"architectures": ["EAGLEModel"]}),
+        ("x", {"architectures": "DFlashDraftModel"}),
+        ("x", None),
+    ],
+)
+def test_other_checkpoints_stay_vllms(tmp_path, name, raw):
+    place = tmp_path / name
+    place.mkdir(parents=True)
+    if raw is not None:
+        (place / "config.json").write_text(json.dumps(raw))
+    settings = {"model": str(place), "num_speculative_tokens": 2}
+    args = engine_args(speculative_config=dict(settings))
+    arguments.prepare(args, TARGET)
+    assert args.speculative_config == settings
+
+
+def test_a_malformed_dflash_checkpoint_is_named_and_not_left_to_vllm(tmp_path):
+    drafter = write_tiny(tmp_path / "drafter")
+    raw = json.loads((drafter / "config.json").read_text())
+    del raw["block_size"]
+    (drafter / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(DFlashError, match="block_size"):
+        arguments.prepare(engine_args(speculative_config={"model": str(drafter)}), TARGET)
+
+
+def speculators(tmp_path, suggested):
+    """A block of 4, whose file suggests a number of speculative tokens."""
+    place = write_tiny(tmp_path / "speculator", "speculators")
+    raw = json.loads((place / "config.json").read_text())
+    raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = suggested
+    (place / "config.json").write_text(json.dumps(raw))
+    return str(place)
+
+
+@pytest.mark.parametrize(("suggested", "drafted"), [(4, 3), (3, 3), (2, 2)])
+def test_what_a_main_model_suggests_is_at_most_a_block(tmp_path, caplog, suggested, drafted):
+    """vLLM makes this speculative configuration of a speculators checkpoint."""
+    place = speculators(tmp_path, suggested)
+    settings = {"method": "dflash", "model": place, "num_speculative_tokens": suggested}
+    args = engine_args(speculative_config=settings)
+    arguments.prepare(args, TARGET)
+    assert args.speculative_config["num_speculative_tokens"] == drafted
+    warned = "suggests 4 speculative tokens, but a block of 4 drafts 3" in caplog.text
+    assert warned is (suggested > drafted)
+
+
+def test_more_drafts_than_suggested_and_drafted_are_refused(tmp_path):
+    settings = {"method": "dflash", "model": speculators(tmp_path, 4), "num_speculative_tokens": 5}
+    with pytest.raises(DFlashError, match="is 5 but a block of 4 drafts 3"):
+        arguments.prepare(engine_args(speculative_config=settings), TARGET)
+
+
+@pytest.mark.parametrize(
+    ("given", "flag", "seen"),
+    [
+        (None, 2, ({"num_speculative_tokens": 2}, None)),
+        ({"model": "x"}, 2, ({"model": "x", "num_speculative_tokens": 2}, None)),
+        ({"num-speculative-tokens": 3}, 2, ({"num-speculative-tokens": 3}, 2)),
+        ({"num_speculative_tokens": 3}, None, ({"num_speculative_tokens": 3}, None)),
+        (None, None, (None, None)),
+    ],
+)
+def test_the_flags_number_is_seen_where_a_main_model_is_resolved(given, flag, seen):
+    """And two numbers are left for the message that names both places."""
+    args = engine_args(speculative_config=given, spec_tokens=flag)
+    create = arguments.create_engine_config(
+        lambda self, usage: (usage, (self.speculative_config, self.spec_tokens))
+    )
+    assert create(args, "usage") == ("usage", seen)
+
+
+def test_the_source_is_what_vllms_settings_say(monkeypatch):
+    args = engine_args(hf_token="secret", download_dir="/there")
+    monkeypatch.delenv("VLLM_USE_MODELSCOPE", raising=False)
+    assert arguments.source_of(args, {"revision": "v2"}) == Source("v2", "/there", "secret", False)
+    for value, modelscope in (("True", True), ("1", True), ("", False), ("0", False)):
+        monkeypatch.setenv("VLLM_USE_MODELSCOPE", value)
+        assert arguments.source_of(engine_args(), {}) == Source(modelscope=modelscope)
+
+
+def test_the_source_and_a_redirected_name_reach_the_hub(tmp_path, monkeypatch):
+    asked, place = [], write_tiny(tmp_path / "drafter")
+
+    def fetch(model, **settings):
+        asked.append((model, settings))
+        return str(place)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(arguments, "redirected", lambda model: "org/other")
+    settings = {"method": "dflash", "model": "org/drafter", "revision": "v2", "code_revision": "v2"}
+    args = engine_args(speculative_config=settings, hf_token="secret", download_dir="/there")
+    arguments.prepare(args, TARGET)
+    [(model, found)] = asked
+    assert model == "org/other"
+    assert (found["revision"], found["cache_dir"], found["token"]) == ("v2", "/there", "secret")
+    # They are the repository's, and the staged directory has none.
+    assert not {"revision", "code_revision"} & args.speculative_config.keys()
+
+
 def test_missing_drafter_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     args = engine_args(spec_method="dflash", spec_model=str(tmp_path / "nowhere"))
@@ -300,6 +439,60 @@ def test_every_patch_of_the_table_has_its_function():
 def test_wrong_option_is_named(values, message):
     with pytest.raises(DFlashError, match=message):
         read_options({"dflash_plugin": values})
+
+
+@pytest.mark.parametrize(
+    ("additional", "message"),
+    [
+        (
+            {"dflash_plugin": {"draft-weights": "fp8"}},
+            r"no such option, did you mean draft_weights\?",
+        ),
+        ({"dflash-plugin": {"draft_weights": "fp8"}}, "has 'dflash-plugin': write 'dflash_plugin'"),
+        ({"dflash_plugins": {}}, "has 'dflash_plugins': write 'dflash_plugin'"),
+    ],
+)
+def test_misspelt_options_are_told_with_the_nearest(additional, message):
+    with pytest.raises(DFlashError, match=message):
+        read_options(additional)
+
+
+def test_other_plugins_options_are_theirs():
+    assert read_options({"ascend_scheduler_config": {}, "x": 1}) == read_options(None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            {"num_speculative_token": 3},
+            "vLLM 0.33.0 does not know: did you mean 'num_speculative_tokens'",
+        ),
+        ({"xyz": 3}, "'xyz', which vLLM 0.33.0 does not know: leave it out"),
+        (
+            {"draft_weights": "fp8"},
+            r"of dflash-plugin: .*-config '{\"dflash_plugin\": {\"draft_weights\": \"fp8\"}}'",
+        ),
+        (
+            {"dflash_plugin": {"dialect": "z-lab"}},
+            r"--additional-config '{\"dflash_plugin\": {\"dialect\": \"z-lab\"}}'",
+        ),
+    ],
+)
+def test_settings_that_vllm_does_not_know_are_told(tmp_path, setting, message):
+    with pytest.raises(DFlashError, match=message):
+        prepared(tmp_path, speculative_config=setting)
+
+
+def test_variables_that_are_options_in_sglang_alone_are_told(monkeypatch, caplog):
+    monkeypatch.setenv("DFLASH_PLUGIN_DRAFT_WEIGHT", "fp8")
+    monkeypatch.setenv("DFLASH_PLUGIN_SERVICE_HOST", "10.0.0.1")
+    assert read_options({}).draft_weights == "auto"
+    [record] = caplog.records
+    assert "DFLASH_PLUGIN_DRAFT_WEIGHT is 'fp8'" in record.getMessage()
+    assert (
+        """--additional-config '{"dflash_plugin": {"draft_weights": …}}'""" in record.getMessage()
+    )
 
 
 def test_flags_are_long_names_of_vllms():

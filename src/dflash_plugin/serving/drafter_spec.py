@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -12,8 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from dflash_plugin.drafter.config import Dialect, DrafterConfig, DraftWeights
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
-
-SWITCH = "DFLASH_PLUGIN"
+from dflash_plugin.serving.variables import nearest
 
 
 class Options(BaseModel):
@@ -79,11 +77,6 @@ class DrafterSpec(BaseModel):
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 
-def is_off() -> bool:
-    """Whether the user asked for the engine's own DFlash."""
-    return os.environ.get(SWITCH, "on").lower() in ("off", "0", "false")
-
-
 def validated(model: type[OptionsT], values: Any, source: str) -> OptionsT:
     """Options that a user gave, checked.
 
@@ -100,8 +93,12 @@ def validated(model: type[OptionsT], values: Any, source: str) -> OptionsT:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join([KEY, *(str(part) for part in first["loc"])])
+        what = first["msg"]
+        if first["type"] == "extra_forbidden":
+            similar = nearest(str(first["loc"][-1]), model.model_fields)
+            what = "there is no such option" + (f", did you mean {similar}?" if similar else "")
         raise DFlashError(
-            f"{source}: {field} is {first['input']!r}: {first['msg']}; the options are "
+            f"{source}: {field} is {first['input']!r}: {what}; the options are "
             f"{', '.join(model.model_fields)}"
         ) from None
 

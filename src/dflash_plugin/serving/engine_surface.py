@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.after_import import after_import
-from dflash_plugin.serving.drafter_spec import SWITCH
+from dflash_plugin.serving.variables import SWITCH
 
 Kind = Literal["patch", "hook", "subclass", "call", "attribute", "write"]
 # In a signature: the names behind it are given by keyword, so that their order does not matter.

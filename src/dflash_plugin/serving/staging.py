@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from dflash_plugin.checkpoints.dialects.common import FULL, SLIDING, sizes
-from dflash_plugin.checkpoints.hub import cache_directory
+from dflash_plugin.checkpoints.files import read_json
+from dflash_plugin.checkpoints.hub import CACHE, cache_directory
 from dflash_plugin.checkpoints.io import CONFIG, load_config, replacing
 from dflash_plugin.checkpoints.notices import warn_once
 from dflash_plugin.checkpoints.vocabulary import difference, fitted_config
@@ -26,6 +31,7 @@ from dflash_plugin.serving.drafter_spec import (
     expected_acceptance,
     without_checks,
 )
+from dflash_plugin.serving.sources import Source, resolve
 
 SpecT = TypeVar("SpecT", bound=DrafterSpec)
 
@@ -50,8 +56,7 @@ def prepare(
     spec_class: type[SpecT],
     model: str,
     *,
-    revision: str | None,
-    download_dir: str | None,
+    source: Source,
     options: Options,
     target: TargetShape,
     check: Callable[[DrafterConfig], None],
@@ -62,8 +67,7 @@ def prepare(
     Args:
         spec_class: the engine's ``DrafterSpec``.
         model: a directory, or the name of a repository on the hub.
-        revision: of that repository, or None for its newest.
-        download_dir: where the hub's files go, or None for the hub's own cache.
+        source: how the engine's settings say that repository is fetched.
         options: of this engine, as the user gave them.
         target: sizes of the target model.
         check: raises ``DFlashError`` for a drafter that the engine cannot run.
@@ -73,7 +77,7 @@ def prepare(
         DFlashError: the checkpoint is missing, malformed or does not fit; the message says what to
             change.
     """
-    checkpoint = resolve(model, revision, download_dir)
+    checkpoint = resolve(model, source)
     config = load_config(checkpoint, options.dialect)
     config.require_target(target.hidden_size, target.num_layers)
     changed = difference(config, target.vocab_size)
@@ -196,36 +200,11 @@ def engine_config(
     }
 
 
-def resolve(model: str, revision: str | None, download_dir: str | None) -> Path:
-    """The drafter's directory, fetched from the hub if it is not one here; "~" is the home.
-
-    Raises:
-        DFlashError: there is no such directory, and the hub has no such repository.
-    """
-    local = Path(model).expanduser()
-    if local.is_dir():
-        return local.resolve()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                cache_dir=download_dir,
-                allow_patterns=["*.json", "*.safetensors"],
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise DFlashError(
-            f"the drafter {model!r} is neither a directory nor a repository that can be fetched "
-            f"({reason(error)}): check the name, or fetch it first and give its directory"
-        ) from error
-
-
 def stage(engine: str, config: Mapping[str, Any], files: Iterable[Path] = ()) -> Path:
     """Write a draft model's configuration for an engine into the cache.
+
+    Where the default cache cannot be written, as with a read-only home, the directory for temporary
+    files serves instead.
 
     Args:
         engine: names the folder.
@@ -233,49 +212,99 @@ def stage(engine: str, config: Mapping[str, Any], files: Iterable[Path] = ()) ->
         files: files of the checkpoint that the engine's loader must find; they are linked.
 
     Returns:
-        The directory, which is named by a hash of the configuration. Several servers may stage the
-        same one at once.
+        The directory, which is named by a hash of the configuration and the files' names. Several
+        servers may stage the same one at once.
 
     Raises:
-        DFlashError: the cache cannot be written.
+        DFlashError: no place can be written.
     """
-    written = json.dumps(config, indent=1, sort_keys=True)
-    name = hashlib.sha256(written.encode()).hexdigest()[:16]
-    directory, files = _staged(engine) / name, list(files)
-    if _holds(directory, written + "\n", files):
-        return directory
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            with replacing(directory / file.name) as link:
-                link.symlink_to(file)
-        with replacing(directory / CONFIG) as path:
-            path.write_text(written + "\n")
-    except OSError as error:
-        raise DFlashError(
-            f"{directory} cannot be written ({reason(error)}): set DFLASH_PLUGIN_CACHE to a folder "
-            "that can"
-        ) from error
-    return directory
+    written, files = json.dumps(config, indent=1, sort_keys=True), list(files)
+    named = "\n".join([written, *sorted(file.name for file in files)])
+    name = hashlib.sha256(named.encode()).hexdigest()[:16]
+    places = [place / engine / name for place in _places()]
+    for directory in places:
+        if _holds(directory, written + "\n", files):
+            return directory
+    refusals = []
+    for directory in places:
+        try:
+            _claim(directory.parents[1])
+            _write(directory, written + "\n", files)
+        except OSError as error:
+            refusals.append(f"{str(directory)!r} cannot be written ({reason(error)})")
+        else:
+            return directory
+    raise DFlashError(f"{'; '.join(refusals)}: set DFLASH_PLUGIN_CACHE to a folder that can")
+
+
+def _write(directory: Path, written: str, files: Iterable[Path]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        with replacing(directory / file.name) as link:
+            link.symlink_to(file)
+    with replacing(directory / CONFIG) as path:
+        path.write_text(written)
 
 
 def _holds(directory: Path, written: str, files: Iterable[Path]) -> bool:
     """Whether a directory has been staged so, which a cache that is only read can serve."""
-    config = directory / CONFIG
-    return (
-        config.is_file()
-        and config.read_text() == written
-        and all((directory / file.name).resolve() == file.resolve() for file in files)
-    )
+    try:
+        return (directory / CONFIG).read_text() == written and all(
+            (directory / file.name).resolve() == file.resolve() for file in files
+        )
+    except OSError:
+        return False
 
 
 def is_staged(engine: str, model: Any) -> bool:
     """Whether ``stage`` wrote the directory ``model``; engines may configure themselves twice."""
-    path = Path(str(model)) / CONFIG
-    if path.parent.parent != _staged(engine):
+    directory = Path(str(model))
+    if directory.parent not in [place / engine for place in _places()]:
         return False
-    return path.is_file() and KEY in json.loads(path.read_text())
+    try:
+        return KEY in read_json(directory / CONFIG)
+    except DFlashError:
+        return False
 
 
-def _staged(engine: str) -> Path:
-    return cache_directory() / engine
+def _places() -> list[Path]:
+    """Where directories are staged, best first.
+
+    Raises:
+        DFlashError: there is no place, as the user has neither a home nor temporary files.
+    """
+    if os.environ.get(CACHE):
+        return [cache_directory()]
+    places = []
+    with suppress(DFlashError):
+        places.append(cache_directory())
+    stand_in = _stand_in()
+    if stand_in is not None and (not os.path.lexists(stand_in) or _is_private(stand_in)):
+        places.append(stand_in)
+    return places or [cache_directory()]
+
+
+def _stand_in() -> Path | None:
+    """This user's place among temporary files, or None where there are none."""
+    try:
+        return Path(tempfile.gettempdir()) / f"dflash-plugin-{os.getuid()}"
+    except FileNotFoundError:
+        return None
+
+
+def _claim(place: Path) -> None:
+    """Make the place among temporary files this user's alone, as everybody can write beside it.
+
+    Raises:
+        OSError: another user has taken it.
+    """
+    if place == _stand_in():
+        place.mkdir(mode=0o700, exist_ok=True)
+        if not _is_private(place):
+            raise PermissionError(f"{str(place)!r} can be written by others")
+
+
+def _is_private(place: Path) -> bool:
+    status = place.lstat()
+    is_directory, others = stat.S_ISDIR(status.st_mode), status.st_mode & 0o022
+    return is_directory and not others and status.st_uid == os.getuid()

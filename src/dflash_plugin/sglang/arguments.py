@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from dflash_plugin.checkpoints.dialects import is_dflash
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import staging
+from dflash_plugin.serving.sources import Source, config_of
 from dflash_plugin.sglang import compat, surface
 from dflash_plugin.sglang.compat import argument, set_argument
 from dflash_plugin.sglang.names import ALGORITHM, ARCHITECTURE, ENGINE
@@ -32,8 +34,11 @@ def refuse_version(server_args: Any, *_: Any, **__: Any) -> None:
 
 def handle_speculative_decoding(native: Callable[..., Any], server_args: Any) -> Any:
     """Turn a request for DFlash into one for this project's drafter, then let SGLang go on."""
-    if asks_for_dflash(argument(server_args, "speculative_algorithm")):
+    algorithm = argument(server_args, "speculative_algorithm")
+    if asks_for_dflash(algorithm):
         prepare(server_args)
+    elif algorithm is None:
+        refuse_unused_drafter(server_args)
     return native(server_args)
 
 
@@ -47,6 +52,33 @@ def handle_dflash(native: Callable[..., Any], server_args: Any) -> Any:
         result = native(server_args)
     prepare_cpu(server_args)
     return result
+
+
+def refuse_unused_drafter(server_args: Any) -> None:
+    """Refuse a DFlash drafter without an algorithm, which SGLang would leave unused.
+
+    Much of what SGLang decides by the algorithm, such as the memory to reserve, is decided by now.
+
+    Raises:
+        DFlashError: a DFlash drafter is given.
+    """
+    model = argument(server_args, "speculative_draft_model_path")
+    if model is not None and is_dflash(config_of(str(model), source_of(server_args)) or {}):
+        raise DFlashError(
+            f"--speculative-draft-model-path is {str(model)!r}, a DFlash drafter, which SGLang "
+            "leaves unused without an algorithm: give --speculative-algorithm DFLASH"
+        )
+
+
+def source_of(server_args: Any) -> Source:
+    """Where SGLang's arguments say that the drafter comes from.
+
+    With ``SGLANG_USE_MODELSCOPE`` SGLang has fetched it by now.
+    """
+    return Source(
+        revision=argument(server_args, "speculative_draft_model_revision"),
+        download_dir=argument(server_args, "download_dir") or None,
+    )
 
 
 def prepare(server_args: Any) -> None:
@@ -96,8 +128,7 @@ def prepare(server_args: Any) -> None:
     spec = staging.prepare(
         DrafterSpec,
         str(model),
-        revision=argument(server_args, "speculative_draft_model_revision"),
-        download_dir=argument(server_args, "download_dir"),
+        source=source_of(server_args),
         options=options,
         target=staging.TargetShape(
             target.hidden_size,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,18 +11,16 @@ from dflash_plugin.checkpoints.io import CONFIG
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.serving import KEY
 from dflash_plugin.serving import drafter_spec as shared
-from dflash_plugin.serving.drafter_spec import SWITCH, validated
+from dflash_plugin.serving.drafter_spec import validated
 from dflash_plugin.serving.staging import is_staged
+from dflash_plugin.serving.variables import (
+    FILE,
+    given_options,
+    require_options,
+    require_switch,
+)
 from dflash_plugin.sglang.compat import argument
 from dflash_plugin.sglang.names import ENGINE
-
-FILE = f"{SWITCH}_CONFIG"
-# Variables that are no options.
-NOT_OPTIONS = {SWITCH, FILE, f"{SWITCH}_CACHE"}
-# What Kubernetes sets in every container for services whose names begin like this project's.
-OF_A_SERVICE = re.compile(
-    r"(.+_)?(SERVICE_(HOST|PORT)(_.+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
-)
 
 
 class Options(shared.Options):
@@ -49,29 +46,21 @@ def read_options() -> Options:
     Raises:
         DFlashError: names the file, option or variable that is wrong.
     """
+    require_switch()
     values: dict[str, Any] = {}
     file = os.environ.get(FILE)
     if file:
         try:
-            values = json.loads(Path(file).read_text())
-        except (OSError, ValueError) as error:
+            values = json.loads(Path(file).expanduser().read_text())
+        except (OSError, ValueError, RuntimeError) as error:
             raise DFlashError(
                 f"{FILE} is {file!r}, which cannot be read ({reason(error)}): give a JSON file"
             ) from error
         if not isinstance(values, dict):
             raise DFlashError(f"{FILE} is {file!r}, which holds no JSON object: write one")
-    variables = {
-        name.removeprefix(f"{SWITCH}_").lower(): value
-        for name, value in os.environ.items()
-        if name.startswith(f"{SWITCH}_") and _is_option(name) and value
-    }
-    return validated(Options, {**values, **variables}, f"{file or 'environment'}")
-
-
-def _is_option(variable: str) -> bool:
-    """Whether a variable that begins like an option is meant as one."""
-    of_a_service = OF_A_SERVICE.fullmatch(variable.removeprefix(f"{SWITCH}_"))
-    return variable not in NOT_OPTIONS and of_a_service is None
+    given = given_options()
+    require_options(given, Options.model_fields)
+    return validated(Options, {**values, **given}, f"{file or 'environment'}")
 
 
 def draft_model_path(server_args: Any) -> Path | None:

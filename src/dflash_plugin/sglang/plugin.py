@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dflash_plugin.serving.drafter_spec import is_off
+from dflash_plugin.serving.variables import is_off
 from dflash_plugin.sglang import compat, metrics
 from dflash_plugin.sglang.arguments import (
     asks_for_dflash,

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
+from dflash_plugin.checkpoints.dialects import is_dflash, suggested_drafts
+from dflash_plugin.checkpoints.files import read_json
+from dflash_plugin.checkpoints.io import CONFIG
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import staging
-from dflash_plugin.serving.drafter_spec import DrafterSpec, is_off
+from dflash_plugin.serving.drafter_spec import DrafterSpec
+from dflash_plugin.serving.sources import Source, config_of
+from dflash_plugin.serving.variables import is_off
 from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.names import ARCHITECTURE, LOAD_FORMAT
-from dflash_plugin.vllm.options import drafter_spec, read_options
+from dflash_plugin.vllm.options import drafter_spec, read_options, refuse_misplaced
 from dflash_plugin.vllm.protocols import Method
 from dflash_plugin.vllm.surface import verify_frontend
 
 logger = logging.getLogger("vllm.dflash_plugin")
-
 METHOD = "dflash"
+NUMBER = "num_speculative_tokens"
 ENGINE = "vllm"
 # The plugin's flag, vLLM's own, its attribute of EngineArgs, its key in --speculative-config.
 FLAGS = (
     ("--speculative-method", "--spec-method", "spec_method", "method"),
     ("--speculative-model", "--spec-model", "spec_model", "model"),
-    ("--num-speculative-tokens", "--spec-tokens", "spec_tokens", "num_speculative_tokens"),
+    ("--num-speculative-tokens", "--spec-tokens", "spec_tokens", NUMBER),
 )
 
 
@@ -39,6 +46,24 @@ def add_cli_args(native: Method) -> Method:
         return native(parser, *args, **kwargs)
 
     return add
+
+
+def create_engine_config(native: Method) -> Method:
+    """``EngineArgs.create_engine_config`` that puts the flag's number of drafts beside the others.
+
+    Where the main model is a speculators checkpoint, vLLM makes the speculative configuration of it
+    and of the given one, and then refuses a flag that gives what is in it.
+    """
+
+    @wraps(native)
+    def create(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = self.speculative_config or {}
+        if self.spec_tokens is not None and NUMBER not in normalized(given):
+            self.speculative_config = {**given, NUMBER: self.spec_tokens}
+            self.spec_tokens = None
+        return native(self, *args, **kwargs)
+
+    return create
 
 
 def create_speculative_config(native: Method) -> Method:
@@ -63,7 +88,7 @@ def add_flags(parser: Any) -> None:
         group.add_argument(
             flag,
             dest=attribute,
-            type=int if key == "num_speculative_tokens" else str,
+            type=int if key == NUMBER else str,
             default=argparse.SUPPRESS,
             help=f"The same as {native}.",
         )
@@ -81,10 +106,14 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
             is unusable; the message says what to change.
     """
     settings = merged(arguments)
-    model = settings.get("model")
-    if not asks_for_dflash(settings) or staging.is_staged(ENGINE, model):
+    if settings.get("method") not in (None, METHOD):
+        return
+    source = source_of(arguments, settings)
+    model = redirected(str(settings["model"])) if settings.get("model") else None
+    if not asks_for_dflash(settings, model, source) or staging.is_staged(ENGINE, model):
         return
     version = compat.current()
+    refuse_misplaced(settings)
     options = read_options(arguments.additional_config)
     if not model:
         raise DFlashError(
@@ -106,9 +135,8 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
 
     spec = staging.prepare(
         DrafterSpec,
-        str(model),
-        revision=settings.get("revision"),
-        download_dir=arguments.download_dir,
+        model,
+        source=source,
         options=options,
         target=target,
         check=check,
@@ -120,9 +148,8 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
             spec.config.quantization,
             options.draft_weights,
         )
-    settings["num_speculative_tokens"] = number_of_drafts(
-        spec.config, settings.get("num_speculative_tokens")
-    )
+    suggested = suggested_drafts(read_json(spec.checkpoint / CONFIG))
+    settings[NUMBER] = number_of_drafts(spec.config, settings.get(NUMBER), suggested)
     if options.adaptive_verification:
         settings.setdefault("enable_adaptive_verification", True)
     if not staging.is_dummy(arguments.load_format):
@@ -136,7 +163,8 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
         mask_token_id=spec.config.mask_token_id,
     )
     settings["model"] = str(staging.stage(ENGINE, config))
-    settings.pop("revision", None)
+    for key in ("revision", "code_revision"):
+        settings.pop(key, None)
     for key, value in compat.spec_settings(version).items():
         settings.setdefault(key, value)
     for _, _, attribute, _ in FLAGS:
@@ -150,8 +178,7 @@ def merged(arguments: Any) -> dict[str, Any]:
     Raises:
         DFlashError: a setting is given in both.
     """
-    given = arguments.speculative_config or {}
-    settings = {key.replace("-", "_"): value for key, value in given.items()}
+    settings = normalized(arguments.speculative_config or {})
     for flag, native, attribute, key in FLAGS:
         value = getattr(arguments, attribute)
         if value is None:
@@ -164,10 +191,45 @@ def merged(arguments: Any) -> dict[str, Any]:
     return settings
 
 
-def asks_for_dflash(settings: dict[str, Any]) -> bool:
-    """Whether the method is DFlash, by name or, as in vLLM, by the drafter's name."""
+def normalized(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A speculative configuration with vLLM's spelling of its keys."""
+    return {key.replace("-", "_"): value for key, value in settings.items()}
+
+
+def source_of(arguments: Any, settings: Mapping[str, Any]) -> Source:
+    """Where vLLM's settings say that the drafter comes from."""
+    return Source(
+        revision=settings.get("revision"),
+        download_dir=arguments.download_dir or None,
+        token=arguments.hf_token,
+        # As vLLM reads it.
+        modelscope=os.environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in ("1", "true"),
+    )
+
+
+def redirected(model: str) -> str:
+    """The model that stands for another one, by vLLM's file ``VLLM_MODEL_REDIRECT_PATH``."""
+    from vllm.transformers_utils.utils import maybe_model_redirect
+
+    return str(maybe_model_redirect(model))
+
+
+def asks_for_dflash(settings: Mapping[str, Any], model: str | None, source: Source) -> bool:
+    """Whether the method is DFlash: by name, by the checkpoint, or as in vLLM by the model's name.
+
+    Args:
+        settings: the speculative ones.
+        model: the drafter.
+        source: where it comes from.
+    """
     method = settings.get("method")
-    return method == METHOD or (method is None and "dflash" in str(settings.get("model")).lower())
+    if method is not None or not model:
+        return method == METHOD
+    if is_dflash(config_of(model, source) or {}):
+        return True
+    name = model.lower()
+    # vLLM looks for these first.
+    return METHOD in name and "eagle-" not in name and "eagle3" not in name
 
 
 def check_layers(config: DrafterConfig, num_target_layers: int) -> None:
@@ -186,14 +248,28 @@ def check_layers(config: DrafterConfig, num_target_layers: int) -> None:
     )
 
 
-def number_of_drafts(config: DrafterConfig, requested: int | None) -> int:
+def number_of_drafts(
+    config: DrafterConfig, requested: int | None, suggested: int | None = None
+) -> int:
     """The number of speculative tokens: those of a whole block, unless fewer are requested.
 
+    Args:
+        config: the drafter's.
+        requested: by the user; by the checkpoint where that is vLLM's main model.
+        suggested: by the checkpoint. Some suggest the block size, which counts the anchor too.
+
     Raises:
-        DFlashError: more are requested than a block drafts, or none.
+        DFlashError: the user requests more than a block drafts, or none.
     """
     maximum = config.num_draft_tokens
     if requested is None:
+        return maximum
+    if requested == suggested and requested > maximum:
+        logger.warning(
+            "the checkpoint suggests %d speculative tokens, but a block of %d drafts %d: %d are "
+            "drafted",
+            *(requested, config.block_size, maximum, maximum),
+        )
         return maximum
     if not 1 <= requested <= maximum:
         raise DFlashError(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
 from dflash_plugin.serving.drafter_spec import DrafterSpec, Options, validated
+from dflash_plugin.serving.variables import given_options, nearest, require_switch, variable
+from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.protocols import SpeculativeConfig, VllmConfig
+
+logger = logging.getLogger("vllm.dflash_plugin")
 
 
 def read_options(additional_config: Any) -> Options:
@@ -16,8 +24,53 @@ def read_options(additional_config: Any) -> Options:
     Raises:
         DFlashError: names the option that is wrong.
     """
-    values = additional_config.get(KEY, {}) if isinstance(additional_config, dict) else {}
-    return validated(Options, values, "additional_config")
+    require_switch()
+    additional = additional_config if isinstance(additional_config, dict) else {}
+    for key in additional:
+        # Other plugins have keys of their own.
+        if key != KEY and nearest(str(key), [KEY]):
+            raise DFlashError(f"additional_config has {key!r}: write {KEY!r}")
+    for option, value in given_options().items():
+        logger.warning(
+            "%s is %r, and dflash-plugin reads it in SGLang alone: give vLLM "
+            '--additional-config \'{"%s": {"%s": …}}\'',
+            *(variable(option), value, KEY, nearest(option, Options.model_fields) or option),
+        )
+    return validated(Options, additional.get(KEY, {}), "additional_config")
+
+
+def refuse_misplaced(settings: Mapping[str, Any]) -> None:
+    """Refuse keys of the speculative configuration that vLLM does not know.
+
+    Args:
+        settings: the speculative configuration, of a request for DFlash.
+
+    Raises:
+        DFlashError: names the key, and where it belongs or what it is most like.
+    """
+    known = speculative_keys()
+    for key, value in settings.items():
+        if key in known:
+            continue
+        if key in Options.model_fields or key == KEY:
+            inside = value if key == KEY else {key: value}
+            where = json.dumps({KEY: inside}, default=str)
+            raise DFlashError(
+                f"the speculative configuration has {key!r}, an option of dflash-plugin: give it "
+                f"in --additional-config '{where}'"
+            )
+        similar = nearest(key, known)
+        raise DFlashError(
+            f"the speculative configuration has {key!r}, which vLLM {compat.installed()} does not "
+            "know: " + (f"did you mean {similar!r}?" if similar else "leave it out")
+        )
+
+
+def speculative_keys() -> set[str]:
+    """Keys that vLLM's speculative configuration has."""
+    from vllm.config.speculative import SpeculativeConfig
+
+    return {field.name for field in dataclasses.fields(SpeculativeConfig)}
 
 
 def drafter_spec(speculative_config: SpeculativeConfig | None) -> DrafterSpec | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from dflash_plugin.serving.drafter_spec import is_off
+from dflash_plugin.serving.variables import is_off
 from dflash_plugin.vllm import compat
 from dflash_plugin.vllm import surface as vllm
 from dflash_plugin.vllm.names import ARCHITECTURE, LOAD_FORMAT
@@ -19,6 +19,7 @@ FLAGS = (
     (vllm.ARG_UTILS, "EngineArgs.create_speculative_config", "arguments:create_speculative_config"),
 )
 PATCHES = (
+    (vllm.ARG_UTILS, "EngineArgs.create_engine_config", "arguments:create_engine_config"),
     (vllm.REGISTRY, "ModelRegistry", "plugin:register_architecture"),
     (vllm.LOADERS, "register_model_loader", "plugin:register_loader"),
     (vllm.SPECULATOR, "DFlashSpeculator", "plugin:substitute_speculator"),

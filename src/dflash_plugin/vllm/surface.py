@@ -76,7 +76,19 @@ _CONFIG = (
         ARG_UTILS, ARGUMENTS, "attribute", "reads and rewrites the speculative settings",
         "EngineArgs.speculative_config", "EngineArgs.spec_method", "EngineArgs.spec_model",
         "EngineArgs.spec_tokens", "EngineArgs.additional_config", "EngineArgs.download_dir",
-        "EngineArgs.load_format",
+        "EngineArgs.load_format", "EngineArgs.hf_token",
+    ),
+    *_seams(
+        ARG_UTILS, ARGUMENTS, "patch", "the flag's number of drafts is that of a main model's too",
+        "EngineArgs.create_engine_config",
+    ),
+    *_seams(
+        "vllm.transformers_utils.utils", ARGUMENTS, "call", "finds a redirected drafter",
+        "maybe_model_redirect(model)",
+    ),
+    *_seams(
+        "vllm.config.speculative", ARGUMENTS, "attribute", "tells keys that vLLM lacks",
+        "SpeculativeConfig",
     ),
     *_seams(
         "vllm.config.load", ARGUMENTS, "call", "names this project's loader",

@@ -33,6 +33,21 @@ def detect(raw: Mapping[str, Any]) -> Dialect:
     return "z-lab"
 
 
+def is_dflash(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is a DFlash drafter's, well-formed or not, in a layout that is read."""
+    if open_spec.MARK in raw:
+        speculative = raw.get(open_spec.SPECULATIVE)
+        return isinstance(speculative, dict) and speculative.get("method") == "dflash"
+    if "speculators_model_type" in raw:
+        return raw["speculators_model_type"] in speculators.KINDS
+    return zlab.is_named_dflash(raw)
+
+
+def suggested_drafts(raw: Mapping[str, Any]) -> int | None:
+    """The number of speculative tokens that a config.json suggests to engines, if it does."""
+    return speculators.suggested_drafts(raw)
+
+
 AMBIGUOUS = (
     "config.json has sliding layers and no is_causal: they are read as causal (z-lab); a SpecForge "
     "export was trained without, read it with --dialect specforge (in an engine, the option "

@@ -14,6 +14,7 @@ from dflash_plugin.checkpoints.dialects.rope import read_rope, write_rope
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError, reason
 
+KINDS = ("dflash", "dflash2")
 INNER, SECOND = "transformer_layer_config", "dflash2_config"
 # Some files have these beside the section that they belong to.
 OF_WINDOWS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
@@ -22,7 +23,7 @@ OF_WINDOWS = ("layer_types", "sliding_window", "use_sliding_window", "max_window
 def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     """Values of a ``DrafterConfig`` from config.json and the canonical tensors' shapes."""
     kind = raw.get("speculators_model_type")
-    if kind not in ("dflash", "dflash2"):
+    if kind not in KINDS:
         raise DFlashError(
             f"speculators_model_type is {kind!r}: only 'dflash' and 'dflash2' are supported, give "
             "a DFlash checkpoint"
@@ -48,6 +49,15 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
         "target_layer_ids": tuple(i - 1 for i in fields.integers("aux_hidden_state_layer_ids")),
         "draft_vocab_size": None if full else draft_vocabulary,
     }
+
+
+def suggested_drafts(raw: Mapping[str, Any]) -> int | None:
+    """The number of speculative tokens of the first proposal method, or None."""
+    try:
+        number = raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return number if isinstance(number, int) else None
 
 
 def in_both_layouts(

@@ -27,6 +27,14 @@ DFLASH, DFLASH2 = "DFlashDraftModel", "DFlash2DraftModel"
 OTHER_NAMES = {"Qwen3DFlashDraftModel": DFLASH, "Qwen3DFlash2DraftModel": DFLASH2}
 
 
+def is_named_dflash(raw: Mapping[str, Any]) -> bool:
+    """Whether the architecture, or without one the ``dflash_config``, is a DFlash drafter's."""
+    names = raw.get("architectures")
+    if not names:
+        return isinstance(raw.get("dflash_config"), dict)
+    return isinstance(names, list) and not {DFLASH, DFLASH2}.isdisjoint(_architectures(raw))
+
+
 def refuse_other_heads(raw: Mapping[str, Any]) -> None:
     """Refuse drafters that look like DFlash but have another head or other layers."""
     names = _architectures(raw)
