@@ -24,7 +24,7 @@ def test_a_worker_or_server_without_the_patches_stops(monkeypatch):
     monkeypatch.setattr(surface, "surface", lambda: bare)
     speculative = SimpleNamespace(enable_adaptive_verification=True)
     with pytest.raises(DFlashError, match=r"EngineArgs\.add_cli_args .*no patch was registered"):
-        surface.verify_frontend(speculative)
+        surface.verify_frontend()
     config = SimpleNamespace(use_v2_model_runner=True, speculative_config=speculative)
     with pytest.raises(DFlashError, match=r"gpu_worker\.Worker .*model_runner\.GPUModelRunner\.sa"):
         surface.verify_worker(config)
@@ -38,6 +38,8 @@ def test_counts_arrive_beside_a_steps_statistics():
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
     class Scheduler:
+        vllm_config = SimpleNamespace()
+
         def update_from_output(self, scheduler_output, model_runner_output):
             stats = SchedulerStats(num_running_reqs=2)
             return {1: EngineCoreOutputs(), 0: EngineCoreOutputs(3, scheduler_stats=stats)}

@@ -575,7 +575,7 @@ def test_nothing_left_to_verify_needs_no_constraints():
 def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
     """Those of steps whose statistics nobody gets go with the next ones."""
     stats = SimpleNamespace()
-    counted, recorded = [], []
+    counted, recorded, gauged = [], [], []
 
     class Outputs:
         __struct_fields__ = ("scheduler_stats",)
@@ -594,6 +594,8 @@ def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
             return SimpleNamespace(model_runner_output=SimpleNamespace())
 
     class Scheduler:
+        vllm_config = SimpleNamespace(dflash_counts={"kv_cache_groups": 5})
+
         def update_from_output(self, scheduler_output, model_runner_output):
             sent = (None, stats) if scheduler_output else (None,)
             return {client: Outputs(one) for client, one in enumerate(sent)}
@@ -611,6 +613,8 @@ def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
     monkeypatch.setattr(metrics, "count_budget", lambda *args: counted.append(args))
     ours = object.__new__(metrics.Metrics)
     ours.labels, ours.values = ("engine",), {2: ["2"]}
+    gauge = SimpleNamespace(labels=lambda *names: SimpleNamespace(set=gauged.append))
+    ours.cache = {"kv_cache_groups": gauge}
     runner, scheduler, logger = Runner(), Scheduler(), Logger(ours)
     for saved, is_sent in ((None, True), (3, True), (4, False), (9, True), (9, True)):
         if saved is not None:
@@ -620,6 +624,7 @@ def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
         scheduler.update_from_output(is_sent, runner.sample_tokens(None).model_runner_output)
         logger.record(stats if is_sent else None, None, mm_cache_stats=None, engine_idx=2)
     assert counted == [(("engine",), ["2"], {"saved": n}) for n in (3, 6)]
+    assert gauged == [5], "once, with the first statistics"
     assert recorded == [(stats, 2), (stats, 2), (None, 2), (stats, 2), (stats, 2)]
     Logger(None).record(stats, None)
 

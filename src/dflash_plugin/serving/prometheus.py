@@ -38,6 +38,25 @@ def collectors(labels: tuple[str, ...]) -> dict[str, Any]:
 
 
 @cache
+def cache_gauges(labels: tuple[str, ...]) -> dict[str, Any]:
+    """Gauges of what a drafter takes of the KV cache.
+
+    Args:
+        labels: names of the engine's own labels.
+    """
+    from prometheus_client import Gauge
+
+    told = {
+        "kv_cache_groups": "Groups of layers with a block table of their own.",
+        "kv_cache_tokens_lost": "Tokens that the KV cache would hold more without the drafter.",
+    }
+    return {
+        name: Gauge(f"dflash:{name}", text, labels, multiprocess_mode="mostrecent")
+        for name, text in told.items()
+    }
+
+
+@cache
 def position_counters(labels: tuple[str, ...]) -> dict[str, Any]:
     """Counters of verify passes, for an engine that has none by position.
 

@@ -75,7 +75,7 @@ def create_speculative_config(native: Method) -> Method:
             prepare(self, target_model_config)
         made = native(self, target_model_config, *args, **kwargs)
         if drafter_spec(made) is not None:
-            verify_frontend(made)
+            verify_frontend()
         return made
 
     return create

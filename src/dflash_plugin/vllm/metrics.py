@@ -3,7 +3,8 @@
 vLLM's own counters (``vllm:spec_decode_*``) stay as they are. Both are fed by the same statistics;
 those of one step go to one API server. Counts of adaptive verification travel with them: from the
 runner's output to the scheduler, and to the API server in a field of their own beside vLLM's
-statistics, which vLLM's other loggers never see.
+statistics, which vLLM's other loggers never see. What the drafter takes of the KV cache goes the
+same way, once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from dflash_plugin.adaptive.policy import growth
 from dflash_plugin.serving.acceptance import AcceptanceWatch
 from dflash_plugin.serving.drafter_spec import DrafterSpec
-from dflash_plugin.serving.prometheus import collectors, count_budget, introduce
+from dflash_plugin.serving.prometheus import cache_gauges, collectors, count_budget, introduce
 from dflash_plugin.vllm.adaptive import AdaptiveManager
 from dflash_plugin.vllm.options import drafter_spec
 from dflash_plugin.vllm.protocols import (
@@ -46,6 +47,7 @@ class Metrics:
         self.labels, self.values = tuple(labels), values
         made = collectors(self.labels)
         self.length, self.warnings = made["length"], made["warnings"]
+        self.cache = cache_gauges(self.labels)
         for names in values.values():
             introduce(made, spec, names)
 
@@ -60,12 +62,17 @@ class Metrics:
             if watch.warnings == 1 or watch.warnings % 10 == 0:
                 logger.warning("%s", warning)
 
-    def observe_adaptive(self, stats: SchedulerStats, engine: int) -> None:
+    def observe_counts(self, stats: SchedulerStats, engine: int) -> None:
         """Take the counts that ``send_counts`` sent with one step's statistics."""
-        increases = attached(stats)
+        counts, names = attached(stats), self.values[engine]
+        if not counts:
+            return
+        attach(stats, {})
+        for name in self.cache.keys() & counts:
+            self.cache[name].labels(*names).set(counts[name])
+        increases = {name: count for name, count in counts.items() if name not in self.cache}
         if increases:
-            count_budget(self.labels, self.values[engine], increases)
-            attach(stats, {})
+            count_budget(self.labels, names, increases)
 
 
 def attach_counts(native: Method) -> Method:
@@ -88,13 +95,14 @@ def send_counts(native: Method) -> Method:
     @wraps(native)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs: dict[int, EngineCoreOutputs] = native(self, scheduler_output, model_runner_output)
-        counts = attached(model_runner_output)
+        counts, cache = attached(model_runner_output), attached(self.vllm_config)
         told = next((client for client, one in outputs.items() if one.scheduler_stats), None)
-        if counts and told is not None:
-            one, increases = outputs[told], growth(counts, attached(self) or {})
+        if (counts or cache) and told is not None:
+            one, increases = outputs[told], growth(counts or {}, attached(self) or {})
             fields = [getattr(one, name) for name in one.__struct_fields__]
-            outputs[told] = carrying_counts(type(one))(*fields, increases)
-            attach(self, counts)
+            outputs[told] = carrying_counts(type(one))(*fields, {**increases, **(cache or {})})
+            attach(self, counts or attached(self) or {})
+            attach(self.vllm_config, {})
         return outputs
 
     return update_from_output
@@ -131,7 +139,7 @@ def export_counts(native: Method) -> Method:
     ) -> None:
         ours = vars(self.spec_decoding_prom).get("dflash")
         if ours and scheduler_stats is not None:
-            ours.observe_adaptive(scheduler_stats, engine_idx)
+            ours.observe_counts(scheduler_stats, engine_idx)
         native(self, scheduler_stats, *args, engine_idx=engine_idx, **kwargs)
 
     return record

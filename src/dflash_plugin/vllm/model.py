@@ -54,7 +54,7 @@ class DraftAttention(Attention):
     vLLM makes cache groups of layers with the same kind of cache, as large as the smallest kind has
     layers. A few draft layers with windows would therefore break the target's one group into many,
     each of which has a block table and metadata in every step. A layer that allocates like one
-    without a window joins the target's group.
+    without a window joins the target's group. ``cache_groups`` decides it for hybrid targets.
     """
 
     sliding_window: int | None
@@ -112,8 +112,6 @@ class DraftBlock(nn.Module):
         joins = (
             len({layer.causal for layer in config.layers}) == 1
             and len({layer.sliding_window for layer in config.layers} - {None}) == 1
-            # Where few target layers keep keys of all tokens, the drafter's would weigh much.
-            and not vllm_config.model_config.is_hybrid
         )
         for attention in self.attentions:
             cast(DraftAttention, attention).joins_full_layers = joins

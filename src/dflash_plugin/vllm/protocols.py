@@ -35,6 +35,7 @@ class ParallelConfig(Protocol):
 class VllmConfig(Protocol):
     """The engine's configuration."""
 
+    model_config: Any
     speculative_config: SpeculativeConfig
     parallel_config: ParallelConfig
     use_v2_model_runner: bool
@@ -92,15 +93,31 @@ class AcceptanceEstimator(Protocol):
         """Learn from the outcome of a step."""
 
 
+class KVCacheSpec(Protocol):
+    """A kind of cache, of one layer or of a group's layers."""
+
+    page_size_bytes: int
+    # None, too, where a kind with attention has no window.
+    sliding_window: int | None
+
+    def max_memory_usage_bytes(self, vllm_config: Any, /) -> int:
+        """Bytes of a request of the greatest length."""
+
+    def merge(self, specs: list[Any], /) -> Any:
+        """The kind of all ``specs``; fails where they differ too much."""
+
+
 class KVCacheGroup(Protocol):
     """Layers that share block tables."""
 
-    layer_names: Sequence[str]
+    layer_names: list[str]
+    kv_cache_spec: KVCacheSpec
 
 
 class KVCacheConfig(Protocol):
     """Groups of the paged cache."""
 
+    num_blocks: int
     kv_cache_groups: Sequence[KVCacheGroup]
 
 

@@ -6,7 +6,6 @@ its block are replaced.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -26,8 +25,6 @@ from dflash_plugin.vllm.surface import surface
 # Keeps the drafts' noise apart from that of vLLM's rejection sampler, which uses the same generator
 # with the same seeds and positions.
 SALT = 0x5EED_D4AF_7000_0001
-
-logger = logging.getLogger("vllm.dflash_plugin")
 
 
 class Speculator(DFlashSpeculator):
@@ -92,8 +89,6 @@ class Speculator(DFlashSpeculator):
             {causal[name] for name in group.layer_names if name in causal}
             for group in kv_cache_config.kv_cache_groups
         ]
-        own = sum(map(bool, kinds))
-        logger.info("the drafter's layers lie in %d of the %d cache groups", own, len(kinds))
         if any(len(kind) > 1 for kind in kinds):
             raise DFlashError(
                 "the drafter has causal and non-causal layers with the same window, which "

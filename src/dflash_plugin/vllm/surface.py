@@ -14,11 +14,11 @@ from dflash_plugin.serving.engine_surface import Kind, Seam, Surface
 from dflash_plugin.vllm import compat
 
 # Features: what reads the flags; what every worker needs; the V1 and V2 model runners; a CPU
-# platform, and V1 on it; adaptive verification; metrics of the drafter, and of adaptive
-# verification.
+# platform, and V1 on it; adaptive verification; metrics; groups of the paged cache.
 ARGUMENTS, SERVE, V1, V2 = "arguments", "serve", "v1 runner", "v2 runner"
 CPU, V1_ON_CPU = "cpu", "v1 runner on a cpu"
-ADAPTIVE, METRICS, ADAPTIVE_METRICS = "adaptive", "metrics", "adaptive metrics"
+ADAPTIVE, METRICS = "adaptive", "metrics"
+CACHE_GROUPS = "cache groups"
 
 ARG_UTILS = "vllm.engine.arg_utils"
 REGISTRY = "vllm.model_executor.models.registry"
@@ -43,6 +43,8 @@ METADATA = "vllm.v1.attention.backend"
 ESTIMATOR = "vllm.v1.worker.gpu.spec_decode.acceptance_estimator"
 OUTPUT = "vllm.v1.core.sched.output"
 CACHE = "vllm.v1.kv_cache_interface"
+CACHE_UTILS = "vllm.v1.core.kv_cache_utils"
+CACHE_PLANNING = "vllm.v1.core.kv_cache_planning"
 
 
 def _seams(
@@ -233,6 +235,31 @@ _MODEL = (
     ),
 )  # fmt: skip
 
+_GROUPS = (
+    *_seams(CACHE_UTILS, CACHE_GROUPS, "patch", "the drafter leaves the target's groups alone",
+            "get_kv_cache_groups(vllm_config, kv_cache_spec)", until="0.33"),
+    *_seams(CACHE_PLANNING, CACHE_GROUPS, "patch", "the drafter leaves the target's groups alone",
+            "get_kv_cache_groups(vllm_config, kv_cache_spec)", since="0.33"),
+    *_seams(CACHE_UTILS, CACHE_GROUPS, "call", "pages of one size",
+            "unify_kv_cache_spec_page_size(kv_cache_spec)", until="0.33"),
+    *_seams(CACHE_PLANNING, CACHE_GROUPS, "call", "pages of one size",
+            "unify_kv_cache_spec_page_size(kv_cache_spec)", since="0.33"),
+    *_seams(CACHE_UTILS, CACHE_GROUPS, "patch", "logs what the drafter takes of the cache",
+            "update_kv_cache_capacity(vllm_config, kv_cache_config)"),
+    *_seams(
+        CACHE, CACHE_GROUPS, "call", "makes groups",
+        "KVCacheGroupSpec(layer_names, kv_cache_spec)", "KVCacheSpec.merge(specs)",
+        "UniformTypeKVCacheSpecs.from_specs(kv_cache_specs)",
+        "replace_as(spec, target_cls, *, drop)",
+        "KVCacheSpec.max_memory_usage_bytes(vllm_config)",
+    ),
+    *_seams(
+        CACHE, CACHE_GROUPS, "attribute", "makes groups",
+        "SlidingWindowSpec.sliding_window", "UniformTypeKVCacheSpecs.kv_cache_specs",
+        "KVCacheSpec.page_size_bytes", "KVCacheConfig.num_blocks",
+    ),
+)  # fmt: skip
+
 _WORKER = (
     *_seams(WORKER, SERVE, "patch", "checks the drafter when the worker is warm",
             "Worker.compile_or_warm_up_model()"),
@@ -372,15 +399,17 @@ _METRICS = (
             "SpecDecodingStats.num_drafts", "SpecDecodingStats.num_accepted_tokens_per_pos"),
     *_seams(LOGGERS, METRICS, "attribute", "holds the drafter's gauges",
             "PrometheusStatLogger.spec_decoding_prom"),
-    *_seams(SCHEDULER, ADAPTIVE_METRICS, "patch", "sends counts with a step's statistics",
+    *_seams(SCHEDULER, METRICS, "patch", "sends counts with a step's statistics",
             "Scheduler.update_from_output(scheduler_output, model_runner_output)"),
-    *_seams(LOGGERS, ADAPTIVE_METRICS, "patch", "exports the counts",
+    *_seams(SCHEDULER, METRICS, "attribute", "what the drafter takes of the cache",
+            "Scheduler.vllm_config"),
+    *_seams(LOGGERS, METRICS, "patch", "exports the counts",
             "PrometheusStatLogger.record(scheduler_stats, *, engine_idx, ...)"),
-    *_seams("vllm.v1.engine", ADAPTIVE_METRICS, "attribute", "carries a step's statistics",
+    *_seams("vllm.v1.engine", METRICS, "attribute", "carries a step's statistics",
             "EngineCoreOutputs.scheduler_stats"),
-    *_seams("vllm.v1.engine", ADAPTIVE_METRICS, "subclass", "carries the counts",
+    *_seams("vllm.v1.engine", METRICS, "subclass", "carries the counts",
             "EngineCoreOutputs.__post_init__()"),
-    *_seams(CORE_CLIENT, ADAPTIVE_METRICS, "patch", "receives the counts", "EngineCoreOutputs"),
+    *_seams(CORE_CLIENT, METRICS, "patch", "receives the counts", "EngineCoreOutputs"),
 )  # fmt: skip
 
 _V1 = (
@@ -422,10 +451,10 @@ _V1 = (
             "apply_sampling_constraints(logits, ...)"),
 )  # fmt: skip
 
-# Attribute that this adapter adds to vLLM's objects.
-ATTACHED = "dflash_counts"
+# Attributes that this adapter adds to vLLM's objects.
+ATTACHED, GROUPS = "dflash_counts", "dflash_groups"
 
-SEAMS = (*_CONFIG, *_MODEL, *_WORKER, *_V2, *_ADAPTIVE, *_METRICS, *_V1)
+SEAMS = (*_CONFIG, *_MODEL, *_GROUPS, *_WORKER, *_V2, *_ADAPTIVE, *_METRICS, *_V1)
 
 
 @cache
@@ -434,19 +463,13 @@ def surface() -> Surface:
     return Surface("vllm", compat.installed(), SEAMS)
 
 
-def verify_frontend(speculative_config: Any) -> None:
+def verify_frontend() -> None:
     """Check what the process that reads the flags and exports metrics needs.
-
-    Args:
-        speculative_config: vLLM's, of a drafter that is ours.
 
     Raises:
         DFlashError: vLLM lacks a symbol, or has another signature.
     """
-    features = {ARGUMENTS, METRICS}
-    if speculative_config.enable_adaptive_verification:
-        features.add(ADAPTIVE_METRICS)
-    surface().verify(features, load=True)
+    surface().verify({ARGUMENTS, METRICS, CACHE_GROUPS}, load=True)
 
 
 def verify_worker(vllm_config: Any) -> None:

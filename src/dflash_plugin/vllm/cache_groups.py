@@ -1,0 +1,172 @@
+"""Groups of the paged cache: the drafter leaves a hybrid target's as they are without it.
+
+vLLM gives each kind of layer cache groups of its own, as large as the rarest kind has layers; a
+group has a block table and metadata in every step. Beside a target with recurrent layers, the few
+layers of a drafter would make up to one group a layer. Here the target's layers are divided first.
+The drafter's layers join those of the target's attention or make one group more, whichever leaves
+room for more tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import fields
+from functools import wraps
+from typing import NamedTuple
+
+from dflash_plugin.vllm.cache_capacity import Capacity, remember
+from dflash_plugin.vllm.options import drafter_spec
+from dflash_plugin.vllm.protocols import KVCacheGroup, KVCacheSpec, VllmConfig
+
+Specs = dict[str, KVCacheSpec]
+Groups = list[KVCacheGroup]
+Divide = Callable[[VllmConfig, Specs], Groups]
+
+LAYER = re.compile(r"layers\.(\d+)\.self_attn\.attn$")
+
+
+class Kind(NamedTuple):
+    """Layers with the same kind of cache.
+
+    Attributes:
+        layers: their names.
+        groups: the number of groups that they may make.
+    """
+
+    layers: list[str]
+    groups: int
+
+    def size(self) -> int:
+        """Layers of the largest group."""
+        return -(-len(self.layers) // self.groups)
+
+    def divided(self, size: int) -> list[list[str]]:
+        """As few groups of up to ``size`` layers as the kind needs."""
+        count = -(-len(self.layers) // size)
+        return [self.layers[index::count] for index in range(count)]
+
+
+def keep_target_groups(native: Divide) -> Divide:
+    """``get_kv_cache_groups`` that makes at most one group more than without the drafter."""
+
+    @wraps(native)
+    def get_kv_cache_groups(vllm_config: VllmConfig, kv_cache_spec: Specs) -> Groups:
+        target, draft = split(vllm_config, kv_cache_spec)
+        if not target or not draft:
+            return native(vllm_config, kv_cache_spec)
+        alone = native(vllm_config, {name: kv_cache_spec[name] for name in target})
+        plans: list[Groups] = []
+        if vllm_config.model_config.is_hybrid:
+            even = with_even_pages(native, kv_cache_spec)
+            divided = native(vllm_config, {name: even[name] for name in target})
+            plans = plans_beside(divided, even, draft)
+            if even != kv_cache_spec:
+                # A layout may take uneven pages as they are.
+                plans.append(native(vllm_config, dict(kv_cache_spec)))
+            if not vllm_config.use_v2_model_runner:
+                # The V1 runner has one block table for all draft layers.
+                plans = [plan for plan in plans if sum(map(_holder(draft), plan)) == 1]
+            plans = [plan for plan in plans if len(plan) <= len(alone) + 1]
+
+        def cost(plan: Groups) -> tuple[int, int]:
+            needed = Capacity.of(plan, vllm_config)
+            return needed.block_bytes * needed.blocks, needed.groups
+
+        best = min(plans, key=cost) if plans else native(vllm_config, kv_cache_spec)
+        remember(vllm_config, best, alone)
+        return best
+
+    return get_kv_cache_groups
+
+
+def split(vllm_config: VllmConfig, specs: Specs) -> tuple[list[str], list[str]]:
+    """Names of the target's layers and of this project's drafter's, of which there may be none."""
+    first = vllm_config.model_config.get_total_num_hidden_layers()
+    if drafter_spec(vllm_config.speculative_config) is None:
+        return list(specs), []
+    numbers = {name: LAYER.search(name) for name in specs}
+    draft = [name for name, found in numbers.items() if found and int(found[1]) >= first]
+    return [name for name in specs if name not in draft], draft
+
+
+def with_even_pages(native: Divide, specs: Specs) -> Specs:
+    """``specs`` with pages of one size, as vLLM makes them, or as they are where it cannot."""
+    unify = vars(sys.modules[native.__module__])["unify_kv_cache_spec_page_size"]
+    try:
+        even: Specs = unify(dict(specs))
+    except NotImplementedError:
+        return specs
+    return even
+
+
+def plans_beside(divided: Groups, specs: Specs, draft: Sequence[str]) -> list[Groups]:
+    """Ways to lay a drafter's layers beside a target's groups, with at most one group more.
+
+    Args:
+        divided: the target's groups.
+        specs: kinds of cache of all layers.
+        draft: names of the drafter's layers.
+
+    Returns:
+        None where pages differ in size, or the target has no attention over all tokens.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    kinds = list(_kinds(divided))
+    full = next((k for k in kinds if isinstance(specs[k.layers[0]], FullAttentionSpec)), None)
+    if full is None or len({spec.page_size_bytes for spec in specs.values()}) > 1:
+        return []
+    windowed = [name for name in draft if specs[name].sliding_window is not None]
+    # Layers that allocate for all tokens may have a window too; see ``model.DraftAttention``.
+    able = [name for name in draft if isinstance(specs[name], FullAttentionSpec)]
+    plans = []
+    for joining in (able, [name for name in able if name not in windowed], []):
+        joined = [k._replace(layers=k.layers + joining) if k is full else k for k in kinds]
+        apart = {name: specs[name] for name in draft if name not in joining}
+        if set(apart) <= set(windowed):
+            apart = {name: _recycling(spec) for name, spec in apart.items()}
+        size = max(len(apart), *(kind.size() for kind in joined))
+        layers = [{n: specs[n] for n in names} for kind in joined for names in kind.divided(size)]
+        groups = [_group(one) for one in (*layers, apart) if one]
+        if all(groups):
+            plans.append([group for group in groups if group is not None])
+    return plans
+
+
+def _kinds(groups: Groups) -> Iterator[Kind]:
+    """Groups of like layers taken together."""
+    rest = list(groups)
+    while rest:
+        like = [group for group in rest if group.kv_cache_spec == rest[0].kv_cache_spec]
+        rest = [group for group in rest if group not in like]
+        yield Kind([name for group in like for name in group.layer_names], len(like))
+
+
+def _recycling(spec: KVCacheSpec) -> KVCacheSpec:
+    """The kind of cache that frees blocks behind its window."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, replace_as
+
+    if not isinstance(spec, FullAttentionSpec):
+        return spec
+    named = {field.name for field in fields(SlidingWindowSpec)}
+    drop = {field.name for field in fields(spec)} - named
+    recycling: KVCacheSpec = replace_as(spec, SlidingWindowSpec, drop=drop)
+    return recycling
+
+
+def _group(specs: Specs) -> KVCacheGroup | None:
+    """One group of layers, or None where their kinds differ too much."""
+    from vllm.v1.kv_cache_interface import KVCacheGroupSpec, UniformTypeKVCacheSpecs
+
+    first, *_ = kinds = list(specs.values())
+    try:
+        kind = first.merge(kinds)
+    except (AssertionError, ValueError):
+        kind = UniformTypeKVCacheSpecs.from_specs(specs)
+    return None if kind is None else KVCacheGroupSpec(list(specs), kind)
+
+
+def _holder(names: Collection[str]) -> Callable[[KVCacheGroup], bool]:
+    return lambda group: not set(names).isdisjoint(group.layer_names)

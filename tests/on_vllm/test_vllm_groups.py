@@ -1,0 +1,178 @@
+"""Groups of the KV cache beside a hybrid target, as vLLM's own functions make them; no model."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+
+from dflash_plugin.vllm import cache_groups, compat, register, surface
+
+HALF, BLOCK, WINDOW = torch.bfloat16, 528, 4096
+# Recurrent and full layers of targets, which make four groups alone.
+TARGETS = [(18, 6), (24, 8), (30, 10), (48, 16)]
+SHORT, LONG = WINDOW, 16 * WINDOW
+
+
+@pytest.fixture(autouse=True)
+def _patched(monkeypatch):
+    register()
+    monkeypatch.setattr(
+        cache_groups, "drafter_spec", lambda speculative: speculative.is_ours or None
+    )
+
+
+def planning() -> Any:
+    """vLLM's module that divides layers into groups."""
+    name = surface.CACHE_PLANNING if compat.installed() >= "0.33" else surface.CACHE_UTILS
+    return __import__(name, fromlist=["get_kv_cache_groups"])
+
+
+def attention(heads: int = 4, width: int = 256, block: int = BLOCK) -> FullAttentionSpec:
+    return FullAttentionSpec(block_size=block, num_kv_heads=heads, head_size=width, dtype=HALF)
+
+
+def layers_of_target(recurrent: int, full: int) -> dict[str, Any]:
+    """Every fourth layer is a full one, as in Qwen3-Next and Qwen3.5."""
+    every, found = (recurrent + full) // full, {}
+    state = MambaSpec(
+        block_size=BLOCK,
+        shapes=((3, 8192), (32, 128, 128)),
+        dtypes=(HALF, HALF),
+        page_size_padded=attention().page_size_bytes,
+    )
+    for number in range(recurrent + full):
+        if number % every == every - 1:
+            found[f"model.layers.{number}.self_attn.attn"] = attention()
+        else:
+            found[f"model.layers.{number}.linear_attn"] = state
+    return found
+
+
+def layers_of_drafter(first: int, windowed: int, full: int, heads: int, width: int, joins: bool):
+    """As ``DraftAttention`` asks: windows allocate like full layers where they may join them."""
+    plain = attention(heads, width)
+    shape = {"block_size": BLOCK, "num_kv_heads": heads, "head_size": width, "dtype": HALF}
+    window = (
+        FullAttentionSpec(**shape, sliding_window=WINDOW)
+        if joins
+        else SlidingWindowSpec(**shape, sliding_window=WINDOW)
+    )
+    kinds = [window] * windowed + [plain] * full
+    return {f"model.layers.{first + i}.self_attn.attn": kind for i, kind in enumerate(kinds)}
+
+
+def config(
+    target: dict[str, Any], length: int = LONG, is_v2: bool = True, drafts: bool = True
+) -> Any:
+    layout = SimpleNamespace(is_block_outermost=False, is_block_compact=True)
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(
+            use_eagle=lambda: False, use_eagle_block_drop=lambda: False, is_ours=drafts
+        ),
+        model_config=SimpleNamespace(
+            get_total_num_hidden_layers=lambda: len(target), is_hybrid=True, max_model_len=length
+        ),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        cache_config=SimpleNamespace(
+            get_resolved_kv_cache_layout=lambda: layout, mamba_cache_mode="align"
+        ),
+        attention_config=SimpleNamespace(hisparse_config=None),
+        max_in_flight_tokens=8192,
+        use_v2_model_runner=is_v2,
+    )  # fmt: skip
+
+
+def divided(target: dict[str, Any], drafter: dict[str, Any], **settings: Any) -> list[Any]:
+    """The groups that vLLM makes."""
+    return planning().get_kv_cache_groups(config(target, **settings), {**target, **drafter})
+
+
+def sizes(groups: list[Any]) -> list[int]:
+    return [len(group.layer_names) for group in groups]
+
+
+def check_partition(groups: list[Any], layers: dict[str, Any]) -> None:
+    """Every layer is in one group, with its own heads and width, and pages are of one size."""
+    assert sorted(name for group in groups for name in group.layer_names) == sorted(layers)
+    by_layer = {}
+    for group in groups:
+        several = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+        by_layer |= several or dict.fromkeys(group.layer_names, group.kv_cache_spec)
+    assert len({spec.page_size_bytes for spec in by_layer.values()}) == 1
+    for name, spec in layers.items():
+        if not isinstance(spec, MambaSpec):
+            shape = attrgetter("num_kv_heads", "head_size")
+            assert shape(by_layer[name]) == shape(spec)
+
+
+@pytest.mark.parametrize("length", [SHORT, LONG])
+@pytest.mark.parametrize("joins", [True, False])
+@pytest.mark.parametrize("windowed_and_full", [(5, 1), (5, 0), (0, 5), (4, 1), (8, 0)])
+@pytest.mark.parametrize("shape", [(8, 128), (4, 256), (4, 128), (8, 256)])
+@pytest.mark.parametrize("layers", TARGETS)
+def test_a_drafter_makes_one_group_more_at_most(layers, shape, windowed_and_full, joins, length):
+    target = layers_of_target(*layers)
+    drafter = layers_of_drafter(len(target), *windowed_and_full, *shape, joins=joins)
+    alone = planning().get_kv_cache_groups(config(target, length), dict(target))
+    groups = divided(target, drafter, length=length)
+    assert len(alone) == 4
+    # Pages of two sizes and a back end that wants one window in a group leave no room.
+    apart = not joins and all(windowed_and_full) and shape in ((4, 128), (8, 256))
+    assert apart or len(groups) <= 5
+    check_partition(groups, {**target, **drafter})
+
+
+def test_natively_it_is_a_group_for_each_layer():
+    """What the other tests prevent: vLLM's rule on the same layers."""
+    target = layers_of_target(24, 8)
+    drafter = layers_of_drafter(32, 5, 1, 8, 128, joins=False)
+    assert sizes(divided(target, drafter, length=LONG, drafts=False)) == [1] * 38
+
+
+@pytest.mark.parametrize(
+    ("length", "windowed", "full", "expected"),
+    [
+        # Longer than the window: its layers free blocks behind it.
+        (LONG, 5, 1, [8, 8, 8, 9, 5]),
+        (LONG, 5, 0, [8, 8, 8, 8, 5]),
+        # Not longer: they would free none.
+        (SHORT, 5, 1, [12, 12, 14]),
+        (LONG, 0, 5, [12, 12, 13]),
+    ],
+)
+def test_the_division_that_holds_most_tokens_is_taken(length, windowed, full, expected):
+    target = layers_of_target(24, 8)
+    drafter = layers_of_drafter(32, windowed, full, 8, 128, joins=True)
+    groups = divided(target, drafter, length=length)
+    assert sizes(groups) == expected
+    recycled = [
+        n for g in groups if isinstance(g.kv_cache_spec, SlidingWindowSpec) for n in g.layer_names
+    ]
+    assert recycled == (list(drafter)[:windowed] if length == LONG else [])
+
+
+def test_the_v1_runner_gets_all_draft_layers_in_one_group():
+    target = layers_of_target(24, 8)
+    drafter = layers_of_drafter(32, 5, 1, 8, 128, joins=True)
+    groups = divided(target, drafter, length=LONG, is_v2=False)
+    assert len(groups) <= 5
+    assert sum(not set(drafter).isdisjoint(group.layer_names) for group in groups) == 1
+
+
+def test_other_targets_and_drafters_are_left_to_vllm():
+    target = layers_of_target(24, 8)
+    drafter = layers_of_drafter(32, 5, 1, 8, 128, joins=False)
+    plain = config(target, LONG)
+    plain.model_config.is_hybrid = False
+    divide = planning().get_kv_cache_groups
+    native = divided(target, drafter, length=LONG, drafts=False)
+    assert divide(plain, {**target, **drafter}) == native
+    assert divide(config(target, LONG), dict(target)) == divided(
+        target, {}, length=LONG, drafts=False
+    )
