@@ -43,6 +43,7 @@ KEYS = {
     "draft_load_config",
     "draft_sample_method",
     "enable_adaptive_verification",
+    "quantization",
     "disable_eagle_block_drop",
 }
 
