@@ -148,7 +148,7 @@ def test_drafts_and_text_equal_the_core(pair, schedulers, tmp_path, kind):
 def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path, weights, kind):
     """All that runs on a GPU: injection, block pass, head, and the attention of both models."""
     target, directory = pair
-    kinds = {**KINDS[kind], **KINDS["mixed windows and causality"]}
+    kinds = {**KINDS["mixed windows and causality"], **KINDS[kind]}
     sizes = {**SIZES, "target_hidden_size": 64, "intermediate_size": 48}
     checkpoint = write_tiny(tmp_path, **{**sizes, **kinds})
     drafter = load_drafter(checkpoint, target, weights=weights)
