@@ -127,6 +127,16 @@ def test_the_activations_other_name(tmp_path):
     assert config.hidden_act == "gelu_pytorch_tanh"
 
 
+def test_the_targets_depth_by_torchspecs_name(tmp_path):
+    """Its num_target_layers counts the layers that are read."""
+    directory = write_tiny(tmp_path)
+    taps = len(load_config(directory).target_layer_ids)
+    config = read(directory, num_target_layers=taps, target_num_hidden_layers=36)
+    assert config.num_target_layers == 36
+    with pytest.raises(DFlashError, match="out of range: the target has num_target_layers 1"):
+        read(directory, num_target_layers=1, target_num_hidden_layers=None)
+
+
 def test_keys_of_other_layers_that_are_off_are_read_over(tmp_path):
     directory = write_tiny(tmp_path)
     wanted = load_config(directory)

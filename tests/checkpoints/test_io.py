@@ -632,19 +632,21 @@ def test_strays_beside_the_weights_are_ignored(tmp_path):
         assert all(torch.equal(found.tensors[n], wanted.tensors[n]) for n in wanted.tensors)
 
 
-@pytest.mark.parametrize("which", ["mask", "weights", "both"])
+@pytest.mark.parametrize("which", ["mask", "mask beside its id", "weights", "both"])
 def test_convert_reads_pickled_tensors(which, tmp_path):
     directory = write_tiny(tmp_path / "drafter", own_mask_embedding=True)
     wanted, path = load_checkpoint(directory), directory / "model.safetensors"
     tensors = load_file(path)
     mask = tensors.pop("mask_embedding")
     path.unlink()
-    if which == "mask":
+    if which.startswith("mask"):
         save_file(tensors, path)
     else:
         torch.save(tensors | ({} if which == "both" else {"mask_embedding": mask}),
                    directory / "pytorch_model.bin")  # fmt: skip
-    if which != "weights":
+    if which == "mask beside its id":
+        torch.save({"mask_token_id": 96, "embedding": mask}, directory / "mask_embedding.pt")
+    elif which != "weights":
         torch.save(mask[None], directory / "mask_embedding.pt")
     with pytest.raises(DFlashError, match=r"`dflash-plugin convert` writes.*DFLASH_PLUGIN=off"):
         load_checkpoint(directory)

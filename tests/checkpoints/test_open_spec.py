@@ -73,9 +73,35 @@ def test_the_same_drafter(tmp_path, start, changes):
         ({"speculative_tokens": None}, "speculative_tokens is missing"),
         ({"target_layer_start_idx": 2}, "target_layer_start_idx is 2: .* from 0 or from 1"),
         ({"target_layer_start_idx": 1}, r"target_layer_ids is \[0.*before target_layer_start_idx"),
+        ({"dflash_config": {"mask_token_id": 5}}, r"dflash_config\.mask_token_id is 5: leave out"),
+        ({"draft_vocab_size": 24}, "draft_vocab_size is 24 but there is no lm_head"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(tmp_path, changes, message):
     directory = rewritten(write_tiny(tmp_path, "speculators", target_layer_ids=(0, 2)), **changes)
     with pytest.raises(DFlashError, match=message):
         load_config(directory)
+
+
+def test_how_a_block_drafts_in_a_section_of_its_own(tmp_path):
+    """Drafts of the schema nest what later ones have beside the target layers."""
+    directory = rewritten(write_tiny(tmp_path, "speculators", **FREE))
+    wanted, path = load_config(directory), directory / "config.json"
+    raw = json.loads(path.read_text())
+    speculative = raw["speculative_config"]
+    names = ("sample_from_anchor", "mask_token_id", "sliding_window_non_causal")
+    speculative["dflash_config"] = {name: speculative.pop(name) for name in names}
+    path.write_text(json.dumps(raw))
+    assert load_config(directory) == wanted
+    assert not wanted.layers[0].causal
+
+
+def test_the_width_of_the_targets_layers_at_the_top_level(tmp_path):
+    """Where speculators writes it."""
+    directory = rewritten(write_tiny(tmp_path, "speculators", target_hidden_size=48))
+    wanted, path = load_config(directory), directory / "config.json"
+    raw = json.loads(path.read_text())
+    raw["target_hidden_size"] = raw["speculative_config"].pop("target_hidden_size")
+    path.write_text(json.dumps(raw))
+    assert load_config(directory) == wanted
+    assert wanted.target_hidden_size == 48

@@ -82,3 +82,11 @@ def test_keys_of_dflash2_in_a_dflash_file_are_refused_by_name(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "selector_rank": 8}))
     with pytest.raises(DFlashError, match=r"selector_rank is 8, of a DFlash 2 drafter.*'dflash2'"):
         load_config(directory)
+
+
+def test_experts_beside_the_layers_section_are_refused_by_name(tmp_path):
+    directory = write_tiny(tmp_path, "speculators")
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_experts": 8}))
+    with pytest.raises(DFlashError, match="num_experts is 8, of layers with a mixture of experts"):
+        load_config(directory)

@@ -58,6 +58,13 @@ def test_greedy_rows_put_everything_on_the_largest_logit():
     assert probabilities(logits, params).tolist() == [[[0.0, 1.0, 0.0, 0.0]]]
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 9e-7])
+def test_temperatures_that_would_overflow_are_greedy(temperature):
+    logits = torch.tensor([[[0.0, 30.0, 29.0, -30.0]]])
+    params = SamplingTensors.build([SamplingParams(temperature=temperature)], CPU)
+    assert probabilities(logits, params).tolist() == [[[0.0, 1.0, 0.0, 0.0]]]
+
+
 def test_philox_known_answers():
     """The published test vectors of Random123 for philox4x32-10."""
     vectors = [

@@ -120,7 +120,7 @@ def write_tiny(directory: Path, dialect: Dialect = "z-lab", seed: int = 0, **cha
     return save_checkpoint(directory, config, tiny_tensors(config, seed), dialect)
 
 
-def write_target(directory: Path, kind: str = "llama") -> Path:
+def write_target(directory: Path, kind: str = "llama", **changes: Any) -> Path:
     """A tiny target on disk, with a tokenizer of whole words and a chat template."""
     words = ["<pad>", "<s>", "</s>", "<mask>", *(f"w{i}" for i in range(VOCABULARY - 4))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
@@ -132,6 +132,6 @@ def write_target(directory: Path, kind: str = "llama") -> Path:
         "{% for message in messages %}<s> {{ message['content'] }} </s> {% endfor %}"
         "{% if add_generation_prompt %}<s>{% endif %}"
     )
-    tiny_target(kind).save_pretrained(directory)
+    tiny_target(kind, **changes).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

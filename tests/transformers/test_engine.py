@@ -33,6 +33,30 @@ TARGETS = {
     },
     "phi3": {},
     "gpt_oss": {"sliding_window": 9, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "glm4": {},
+    "gpt2": {},
+    "cohere2": {"sliding_window": 9},
+    "gemma4_text": {
+        "sliding_window": 9,
+        "vocab_size_per_layer_input": 97,
+        "hidden_size_per_layer_input": 8,
+    },
+    # Latent attention: keys and values differ in width.
+    "deepseek_v3": {
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 2,
+    },
 }
 
 

@@ -9,8 +9,9 @@ import torch
 
 from dflash_plugin.checkpoints.hub import looks_like_path, resolve_model
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.transformers import load_target, loading
+from dflash_plugin.transformers import Engine, Request, load_target, loading
 from tests.helpers.tiny import write_target
+from tests.transformers.test_engine import TARGETS, greedy
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,14 @@ def test_a_whole_target_loads(whole):
     model, tokenizer = load_target(whole, device="cpu")
     assert model.dtype == torch.float32
     assert len(tokenizer) > 50
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "gemma2"])
+def test_a_target_that_takes_no_attention_but_its_own_is_served(kind, tmp_path):
+    model, _ = load_target(write_target(tmp_path, kind, **TARGETS[kind]), device="cpu")
+    expected = greedy(model, [5, 6, 7, 8], 8)
+    found = Engine(model, None, max_length=32).generate([Request([5, 6, 7, 8], 8, stop_ids=())])
+    assert found[0].tokens == expected
 
 
 def cut(directory: Path) -> None:

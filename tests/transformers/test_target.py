@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.transformers import Engine, Request
 from dflash_plugin.transformers.features import FeatureTap
 from dflash_plugin.transformers.target import Target, TargetPass
@@ -26,14 +27,14 @@ def features_of(target: Target, tokens: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def expected_of(kind: str, tokens: torch.Tensor) -> torch.Tensor:
     """Features by Transformers' own hidden states."""
-    model = tiny_target(kind, **TARGETS.get(kind, {}))
+    model = tiny_target(kind, **TARGETS[kind])
     hidden = model(tokens, use_cache=False, output_hidden_states=True).hidden_states
     return torch.cat([hidden[index + 1] for index in LAYER_IDS], dim=-1)
 
 
-@pytest.mark.parametrize("kind", [*TARGETS, "gpt2"])
+@pytest.mark.parametrize("kind", TARGETS)
 def test_features_are_the_models_hidden_states_and_no_others_are_kept(kind, monkeypatch):
-    model = tiny_target(kind, **TARGETS.get(kind, {}))
+    model = tiny_target(kind, **TARGETS[kind])
     target = Target(model, 2, 16, LAYER_IDS)
     assert target._features.layers is not None
     asked = []
@@ -76,3 +77,9 @@ def test_no_run_warns_of_what_goes_away_in_later_releases():
         target = tiny_target("qwen3")
         engine = Engine(target, tiny_drafter(target), max_length=32)
         assert len(engine.generate([Request([5, 6, 7], 6, stop_ids=[])])[0].tokens) == 6
+
+
+@pytest.mark.parametrize("kind", ["bloom", "minimax"])
+def test_a_target_with_a_cache_or_positions_of_its_own_is_refused(kind):
+    with pytest.raises(DFlashError, match=f"'{kind}' does not run over this engine's cache"):
+        Target(tiny_target(kind), 1, 16)

@@ -195,3 +195,41 @@ def test_the_estimator_learns_now_and_then(manager):
         learnt += manager.learns
         step(manager, [7] * 3, [1] * 3)
     assert learnt == 10
+
+
+def test_batches_that_gain_nothing_are_verified_whole(manager, monkeypatch):
+    """Passes of up to 4 requests take as long as one; the policy, which would cut, is not asked."""
+    monkeypatch.setattr(manager.policy, "choose", lambda *_: 3)
+    sizes = {1: 1.0, 2: 1.1, 4: 1.19, 8: 1.5}
+    manager.set_initial_cost_curves(
+        [
+            SimpleNamespace(
+                num_target_tokens=8 * requests, forward_ms=took, num_reqs=requests, drafter_ms=1.0,
+                full_cudagraph=True,
+            )
+            for requests, took in sizes.items()
+        ]
+    )  # fmt: skip
+    assert manager.bypass == 4
+    for _ in range(3):
+        assert step(manager, [7] * 4, [1] * 4)["total"] == 32
+        assert not manager.learns
+    assert manager._steps == 0
+    # A larger batch is chosen for; its first step still verifies what was drafted before.
+    assert step(manager, [7] * 5, [1] * 5)["total"] == 40
+    assert step(manager, [7] * 5, [1] * 5)["total"] == 16
+    # What the larger batch's choice would have cut is whole again.
+    assert step(manager, [7] * 4, [1] * 4)["total"] == 32
+
+
+def test_a_step_behind_one_that_did_not_draft_verifies_nothing(manager, monkeypatch):
+    manager.bypass = 4
+    manager.verify_len = 1
+    assert step(manager, [7] * 4, [1] * 4)["total"] == 4
+    assert step(manager, [7] * 4, [1] * 4)["total"] == 32
+
+
+def test_a_limit_holds_for_small_batches_too():
+    manager = made(max_draft_tokens=3)
+    manager._find_bypass([1, 2], {8: 1.0, 16: 1.0})
+    assert manager.bypass == 0

@@ -259,9 +259,13 @@ def _read_pickles(paths: list[Path], has_shards: bool) -> dict[str, Tensor]:
                 "with safetensors"
             ) from error
         if isinstance(stored, Tensor):
-            stored = {path.stem: stored.flatten()}
+            stored = {path.stem: stored}
         parts = stored.items() if isinstance(stored, dict) else ()
-        found |= {_canonical(str(n)): t for n, t in parts if isinstance(t, Tensor)}
+        tensors = {_canonical(str(n)): t for n, t in parts if isinstance(t, Tensor)}
+        if path.name == MASK_PICKLE and len(tensors) == 1:
+            # By any name: MiMo's is an "embedding" beside the mask token's id.
+            tensors = {MASK_EMBEDDING: next(iter(tensors.values())).flatten()}
+        found |= tensors
     return {name: tensor for name, tensor in found.items() if not _IGNORED.fullmatch(name)}
 
 

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from dflash_plugin.errors import DFlashError
 
+# SGLang takes lower temperatures for greedy, too; divided by them, logits would overflow.
+GREEDY_BELOW = 1e-6
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How a request's tokens are drawn from the target.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: below ``GREEDY_BELOW`` is greedy.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches this; 1 keeps all.
         min_p: keep tokens at least this share as likely as the most likely one; 0 keeps all.
@@ -58,10 +61,14 @@ class SamplingTensors(NamedTuple):
 
     @classmethod
     def build(cls, params: Sequence[SamplingParams], device: torch.device) -> SamplingTensors:
-        """Parameters of B requests on a device; a request without a seed gets a random one."""
+        """Parameters of B requests on a device; a request without a seed gets a random one.
+
+        The temperature of a greedy request is 0.
+        """
         seeds = [secrets.randbits(62) if p.seed is None else p.seed for p in params]
+        temperatures = [0.0 if p.temperature < GREEDY_BELOW else p.temperature for p in params]
         return cls(
-            torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+            torch.tensor(temperatures, dtype=torch.float32, device=device),
             torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
             torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
             torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),

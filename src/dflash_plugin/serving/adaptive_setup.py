@@ -22,6 +22,26 @@ from dflash_plugin.adaptive.step_cost import StepCost
 from dflash_plugin.kernels.admit_drafts import admit_drafts, compile_ahead
 from dflash_plugin.serving.drafter_spec import Options
 
+# A pass of whole blocks that takes no longer than this many passes of one block waits for the
+# target's weights. Shorter passes would save less than the drafts that they leave out are worth.
+NO_LONGER = 1.2
+
+
+def bypass_of(seconds: Mapping[int, float]) -> int:
+    """Requests up to which batches verify whole blocks, because shorter passes gain nothing.
+
+    Args:
+        seconds: of a verify pass of whole blocks, by its requests.
+
+    Returns:
+        0 where every batch may gain. One request alone says nothing of how time grows with rows.
+    """
+    if len(seconds) < 2:
+        return 0
+    limit = NO_LONGER * seconds[min(seconds)]
+    free = [size for size, took in seconds.items() if took <= limit]
+    return max(free) if len(free) > 1 else 0
+
 
 def make_policy(
     options: Options,

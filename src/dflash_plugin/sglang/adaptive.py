@@ -22,7 +22,7 @@ from torch import distributed as dist
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.accept_greedy import accept_greedy
 from dflash_plugin.kernels.cut_blocks import CutBlocks, cut_blocks
-from dflash_plugin.serving.adaptive_setup import VerifyBudget
+from dflash_plugin.serving.adaptive_setup import VerifyBudget, bypass_of
 from dflash_plugin.sglang import block_attention
 from dflash_plugin.sglang.acceptance_probs import AcceptancePredictor
 from dflash_plugin.sglang.compat import argument, current
@@ -38,9 +38,6 @@ REQUIRED_ARGUMENTS = (
     ("dcp_size", 1),
     ("enable_two_batch_overlap", False),
 )
-# A pass of whole blocks that takes no longer than this many passes of one block waits for the
-# target's weights. Shorter passes would save less than the drafts that they leave out are worth.
-NO_LONGER = 1.2
 # Bytes of GPU memory that have to be free where verification adapts unasked; its graphs take half.
 MIN_FREE = 2 << 30
 
@@ -148,11 +145,7 @@ class AdaptiveVerifier:
         if self.policy.verify_lens[-1] < self.block:
             return
         seconds = graph_seconds(whole, self.device)
-        if len(seconds) > 1:
-            limit = NO_LONGER * seconds[min(seconds)]
-            free = [size for size, took in seconds.items() if took <= limit]
-            # One request alone says nothing of how time grows with rows.
-            self.bypass = max(free) if len(free) > 1 else 0
+        self.bypass = bypass_of(seconds)
         if self.policy.agree is not None:
             self.bypass = self.policy.agree(self.bypass)
         self.whole_blocks = bool(seconds) and self.bypass >= max(seconds)

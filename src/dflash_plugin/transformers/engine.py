@@ -23,6 +23,7 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.transformers.graphs import Graphs
 from dflash_plugin.transformers.loading import bind_drafter
 from dflash_plugin.transformers.requests import Request, Result
+from dflash_plugin.transformers.rotation import check_rotation
 from dflash_plugin.transformers.rows import MAX_STOP_IDS, RowTensors
 from dflash_plugin.transformers.target import Target, TargetPass
 
@@ -86,6 +87,7 @@ class Engine:
         self.record_drafts = record_drafts
         self.num_drafts = drafter.config.num_draft_tokens if drafter else 0
         rows = self.num_drafts + 1
+        check_rotation(model.config.get_text_config(), max_length, rows)
         length = max_length + max(rows, drafter.config.block_size if drafter else 0) + 1
         length = -(-length // KEYS_STEP) * KEYS_STEP
         self.layer_ids = drafter.config.target_layer_ids if drafter else ()

@@ -52,9 +52,7 @@ def load_target(
     else:
         options["local_files_only"] = not hub_answers()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", **options
-        )
+        model = _from_pretrained(source, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         where = "" if isinstance(source, Path) else _where_searched(options["local_files_only"])
         raise DFlashError(
@@ -63,6 +61,20 @@ def load_target(
             "the name 'smollm2'"
         ) from error
     return model.to(target_device).eval(), _load_tokenizer(source, options)
+
+
+def _from_pretrained(source: str | Path, **options: Any) -> PreTrainedModel:
+    """The model with torch's attention, or with its own where it takes no other.
+
+    The engine replaces either.
+    """
+    load = AutoModelForCausalLM.from_pretrained
+    try:
+        return load(source, attn_implementation="sdpa", **options)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return load(source, attn_implementation="eager", **options)
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from dflash_plugin.drafter.attention import masked_attention
 from dflash_plugin.drafter.static_kv import KVShape, StaticKV
-from dflash_plugin.errors import DFlashError
+from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.transformers.features import FeatureTap
 
 # Transformers takes any name with "flash" in it for a Flash Attention kernel.
@@ -164,11 +164,19 @@ class Target:
                 f"{self.config.attention_chunk_size}: the Transformers engine has no chunked "
                 "attention, serve it with vLLM or SGLang"
             )
-        shapes = self._probe_shapes()
-        model.set_attn_implementation(ATTENTION)
-        self.kv = StaticKV(shapes, rows, length, self.dtype, self.device)
         self._features: FeatureTap | None = None
-        self._check_windows()
+        try:
+            shapes = self._probe_shapes()
+            model.set_attn_implementation(ATTENTION)
+            self.kv = StaticKV(shapes, rows, length, self.dtype, self.device)
+            self._check_windows()
+        except DFlashError:
+            raise
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise DFlashError(
+                f"the target {self.config.model_type!r} does not run over this engine's cache and "
+                f"attention ({reason(error)}): serve it with vLLM or SGLang"
+            ) from error
         if layer_ids:
             self._features = FeatureTap.of(model, layer_ids, self._probe)
 

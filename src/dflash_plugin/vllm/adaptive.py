@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from statistics import median
 from typing import Any
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.adaptive.acceptance_model import LEARNING
-from dflash_plugin.serving.adaptive_setup import VerifyBudget
+from dflash_plugin.adaptive.step_cost import StepCost
+from dflash_plugin.serving.adaptive_setup import VerifyBudget, bypass_of
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.options import drafter_spec
@@ -58,6 +59,7 @@ class AdaptiveManager:
         verify_len: rows of a request in the next step, on average; 1 verifies no draft.
         acceptance_probs: float32 [R, K], the probability that a draft is accepted if those before
             it are, by request slot; set when the drafter is loaded.
+        bypass: batches of no more requests than these verify whole blocks, without a choice.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class AdaptiveManager:
         self.budget = VerifyBudget(options, self.drafts, size, self.device)
         self.policy, self.selection = self.budget.policy, self.budget.selection
         self.verify_len = self.policy.verify_lens[-1]
+        self.bypass, self._bypasses = 0, False
         # Tensors that were sent once and are used again.
         self._sent_starts: dict[tuple[int, int], Tensor] = {}
         self._sent_counts: dict[int, tuple[Tensor, Tensor]] = {}
@@ -122,7 +125,21 @@ class AdaptiveManager:
                 for table in (verify, draft)
             )
             self.budget.set_costs(tuple(drafting), verifying, drafting)
+            self._find_bypass(drafting, verifying)
         self.selection.compile_ahead(self.acceptance_probs)
+
+    def _find_bypass(self, requests: Iterable[int], verifying: Mapping[int, float]) -> None:
+        """Find the batches that gain nothing from shorter passes, where the options leave whole.
+
+        Args:
+            requests: of the batches that are captured.
+            verifying: seconds of a verify pass by its tokens.
+        """
+        block, cost = self.drafts + 1, StepCost.measured(verifying, {})
+        if self.policy.verify_lens[-1] == block:
+            captured = [size for size in requests if size * block <= max(verifying)]
+            self.bypass = bypass_of({n: cost.verify_seconds(n * block) for n in captured})
+        logger.info("verify passes of more than %d requests may be cut", self.bypass)
 
     # While serving.
 
@@ -146,11 +163,17 @@ class AdaptiveManager:
         decoding = others == requests and drafts == requests * self.drafts
         if not decoding:
             self.policy.interrupt()
-        # This step drafts for the next one, and skips drafting if that verifies no draft.
-        self.verify_len = self.policy.choose(verifying, time.monotonic())
+        self._bypasses = requests <= self.bypass
+        if self._bypasses:
+            self.policy.interrupt()
+            self.verify_len = self.policy.verify_lens[-1]
+            verify_len = self.verify_len if verify_len > 1 else 1
+        else:
+            # This step drafts for the next one, and skips drafting if that verifies no draft.
+            self.verify_len = self.policy.choose(verifying, time.monotonic())
+            self._report()
         if not decoding:  # The time until the next step includes this step's prompts.
             self.policy.interrupt()
-        self._report()
         self.budget.requests = verifying
         self._draft_budget = min(
             drafts,
@@ -228,6 +251,8 @@ class AdaptiveManager:
             confidence_probs: vLLM's copy of the acceptance probabilities, which is not used.
             input_batch: the runner's batch.
         """
+        if self._bypasses:
+            return
         self._steps += 1
         if self.verify_len > 1:
             self.selection.observe(lambda: self.acceptance_probs[input_batch.idx_mapping])
@@ -235,7 +260,7 @@ class AdaptiveManager:
     @property
     def learns(self) -> bool:
         """Whether the estimator learns from this step's outcome."""
-        return self._steps % LEARNING == 0
+        return not self._bypasses and self._steps % LEARNING == 0
 
     def summary(self) -> dict[str, object]:
         """What has been learned and chosen so far: ``VerifyLenPolicy.summary``."""

@@ -116,7 +116,8 @@ def read_dflash2(fields: Fields) -> dict[str, Any]:
     if tokens is not None and tokens != fields.integer("vocab_size"):
         raise DFlashError(
             f"{name} is {tokens!r} and vocab_size {fields.integer('vocab_size')}: a selector of "
-            "other tokens than the drafter's is not supported"
+            "other tokens than the drafter's is not supported, DFLASH_PLUGIN=off leaves the "
+            "drafter to the engine"
         )
     return {
         "convolution": {

@@ -16,6 +16,8 @@ from dflash_plugin.errors import DFlashError
 MARK = "open_spec_config_version"
 VERSION = "0.0.0"
 SPECULATIVE = "speculative_config"
+# Drafts of the schema have how a block drafts in here.
+NESTED = "dflash_config"
 # What counts as the first target layer's number.
 STARTS = (0, 1)
 
@@ -32,7 +34,12 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
             "version or in speculators' own layout"
         )
     layer = {name: value for name, value in raw.items() if name not in (MARK, SPECULATIVE)}
-    fields = Fields((f"{SPECULATIVE}.", section(raw, SPECULATIVE)))
+    speculative = section(raw, SPECULATIVE)
+    fields = Fields(
+        (f"{SPECULATIVE}.", speculative),
+        (f"{SPECULATIVE}.{NESTED}.", section(speculative, NESTED)),
+        ("", layer),
+    )
     method = fields.text("method")
     if method != "dflash":
         raise DFlashError(
@@ -42,7 +49,9 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     inner = Fields(("", speculators.with_defaults(layer, "config.json")))
     values = common.read_transformer(inner, shapes)
     shared = speculators.in_both_layouts(fields, inner, layer, shapes)
-    vocabulary = shapes.get("d2t", (values["vocab_size"],))[0]
+    vocabulary = fields.integer(
+        "draft_vocab_size", default=shapes.get("d2t", (values["vocab_size"],))[0]
+    )
     return {
         **values,
         **shared,

@@ -31,6 +31,8 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     fields = Fields(("", raw), (f"{SECOND}.", section(raw, SECOND)))
     if not is_second:
         common.refuse_dflash2(fields, f"speculators_model_type is {kind!r}", "write 'dflash2'")
+    # Their sizes stand beside the layers' configuration.
+    common.refuse_other_layers(fields)
     inner = Fields((f"{INNER}.", layer))
     values = common.read_transformer(inner, shapes)
     if raw.get("dtype") or raw.get("torch_dtype"):

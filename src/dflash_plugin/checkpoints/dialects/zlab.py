@@ -63,7 +63,10 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
     draft = section(raw, "dflash_config")
     fields = Fields(("dflash_config.", draft), ("", raw))
     values = common.read_transformer(fields, shapes)
-    num_target_layers = fields.integer("num_target_layers", default=None)
+    # TorchSpec writes the target's depth by the first name; its second counts the layers read.
+    num_target_layers = fields.integer(
+        "target_num_hidden_layers", "num_target_layers", default=None
+    )
     if fields.flag("has_own_lm_head", default=False) and "lm_head.weight" not in shapes:
         raise DFlashError(
             "has_own_lm_head is true but there is no lm_head.weight: add the tensor, or set it to "
