@@ -50,8 +50,8 @@ def prepare(
     download_dir: str | None,
     options: Options,
     target: TargetShape,
-    check: Callable[[DrafterConfig], None],
     load_format: Any,
+    check: Callable[[DrafterConfig], None] | None = None,
 ) -> SpecT:
     """Find a drafter's checkpoint and check that it fits the target and the engine.
 
@@ -62,8 +62,8 @@ def prepare(
         download_dir: where the hub's files go, or None for the hub's own cache.
         options: of this engine, as the user gave them.
         target: sizes of the target model.
-        check: raises ``DFlashError`` for a drafter that the engine cannot run.
         load_format: the engine's; with "dummy" weights nothing of the drafter's quality is checked.
+        check: raises ``DFlashError`` for a drafter that the engine cannot run.
 
     Raises:
         DFlashError: the checkpoint is missing, malformed or does not fit; the message says what to
@@ -72,7 +72,9 @@ def prepare(
     checkpoint = resolve(model, revision, download_dir)
     config = load_config(checkpoint, options.dialect)
     config.require_target(*target)
-    check(config)
+    config = config.with_vocabulary(target.vocab_size)
+    if check is not None:
+        check(config)
     if is_dummy(load_format):
         options = without_checks(options)
     return spec_class(

@@ -38,9 +38,9 @@ def drafter_config(target: PreTrainedModel, train: TrainConfig) -> DrafterConfig
         _require_unset(train, SHAPE, f"{str(train.start_from)!r} decides it: leave it out")
         config = load_config(train.start_from)
         text = target.config.get_text_config()
-        config.require_target(
-            text.hidden_size, text.num_hidden_layers, target.get_input_embeddings().weight.shape[0]
-        )
+        rows = target.get_input_embeddings().weight.shape[0]
+        config.require_target(text.hidden_size, text.num_hidden_layers, rows)
+        config = config.with_vocabulary(rows)
     if config.selector is not None:
         _require_unset(train, PARTS, f"{str(train.start_from)!r} decides it: leave it out")
     elif train.dflash2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 from socket import gaierror
@@ -189,7 +190,9 @@ def bound(checkpoint: Checkpoint, target: PreTrainedModel) -> Drafter:
     Raises:
         DFlashError: it was made for another target.
     """
-    drafter = build_drafter(checkpoint).to(target.device)
+    rows = target.get_input_embeddings().weight.shape[0]
+    config = checkpoint.config.with_vocabulary(rows)
+    drafter = build_drafter(replace(checkpoint, config=config)).to(target.device)
     bind_drafter(drafter, target)
     return drafter
 

@@ -97,7 +97,6 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
         download_dir=arguments.download_dir,
         options=options,
         target=target,
-        check=lambda config: check_layers(config, num_layers),
         load_format=arguments.load_format,
     )
     settings["num_speculative_tokens"] = number_of_drafts(
@@ -148,22 +147,6 @@ def asks_for_dflash(settings: dict[str, Any]) -> bool:
     """Whether the method is DFlash, by name or, as in vLLM, by the drafter's name."""
     method = settings.get("method")
     return method == METHOD or (method is None and "dflash" in str(settings.get("model")).lower())
-
-
-def check_layers(config: DrafterConfig, num_target_layers: int) -> None:
-    """Check that vLLM's targets give what the drafter reads.
-
-    Raises:
-        DFlashError: the drafter reads the last layer's output. Drafters are trained on that output
-            behind the target's norm; vLLM gives it before the norm.
-    """
-    last = num_target_layers - 1
-    staging.refuse_layer(
-        config,
-        last,
-        f"vLLM gives the output of the last one ({last}) without the target's norm, with which "
-        "drafters are trained",
-    )
 
 
 def number_of_drafts(config: DrafterConfig, requested: int | None) -> int:
