@@ -10,13 +10,14 @@ only passes see that run eagerly.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.sglang import surface
 
 # Targets that capture their last layer's output, before the norm.
 CAPTURES_LAST = ("laguna",)
@@ -32,7 +33,7 @@ def captured_layers(config: DrafterConfig, target: Any) -> list[int]:
         config: of the drafter.
         target: the target's text configuration.
     """
-    layers, kind = sorted(config.target_layer_ids), getattr(target, "model_type", "")
+    layers, kind = sorted(config.target_layer_ids), surface.model_type(target)
     is_captured = not config.last_layer_normed and kind in CAPTURES_LAST
     if layers[-1] == target.num_hidden_layers - 1 and not is_captured:
         layers.pop()
@@ -78,7 +79,12 @@ def add_last_layer(target: nn.Module, config: DrafterConfig) -> None:
         taken: list[Tensor] | None = None
     else:
         taken = []
-        norm = _final_norm(target)
+        norm = surface.final_norm(target)
+        if norm is None:
+            raise DFlashError(
+                f"the drafter reads the target's last layer before the final norm, and "
+                f"{type(target).__name__} has no norm: use vLLM or the Transformers engine, {OFF}"
+            )
         norm.register_forward_pre_hook(_taking(taken), with_kwargs=True)
 
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -121,14 +127,3 @@ def _module(target: nn.Module, kind: str) -> nn.Module:
             f"Transformers engine, {OFF}"
         )
     return found[0]
-
-
-def _final_norm(target: nn.Module) -> nn.Module:
-    language = getattr(target, "language_model", target)
-    norm = getattr(getattr(language, "model", language), "norm", None)
-    if norm is None:
-        raise DFlashError(
-            f"the drafter reads the target's last layer before the final norm, and "
-            f"{type(target).__name__} has no norm: use vLLM or the Transformers engine, {OFF}"
-        )
-    return cast(nn.Module, norm)

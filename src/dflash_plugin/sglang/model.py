@@ -131,6 +131,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         self.borrow(target, embedding, head)
         captured = len(self.config.dflash_config["target_layer_ids"])
         if captured < len(self.spec.config.target_layer_ids):
+            surface.verify_features({surface.LAST_LAYER})
             add_last_layer(target, self.spec.config)
         self._draft_columns = draft_columns(self.drafter, self.vocab_size)
         self.prepare_weights()

@@ -161,6 +161,8 @@ _MODEL = (
             "GroupCoordinator.world_size"),
     *_seams("vllm.distributed.communication_op", SERVE, "call", "joins the shards' best tokens",
             "tensor_model_parallel_all_gather(input_)"),
+    *_seams("vllm.model_executor.layers.layernorm", SERVE, "call", "norms the last layer's output",
+            "RMSNorm.forward_native(x)"),
     *_seams("vllm.lora.layers.base", SERVE, "attribute", "an embedding may be wrapped for LoRA",
             "BaseLayerWithLoRA"),
     *_seams("vllm.lora.layers.vocab_parallel_embedding", SERVE, "attribute", "the embedding itself",
