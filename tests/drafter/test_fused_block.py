@@ -19,6 +19,7 @@ from dflash_plugin.drafter.layers import RMSNorm
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.kernels.fp8_rows import takes_rounded
 from tests.helpers.kernel_helpers import DEVICE, error, random, values
+from tests.helpers.layouts import LAGUNA
 from tests.helpers.tiny import DFLASH2, tiny_drafter, tiny_target
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
@@ -30,6 +31,8 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "attention_value_scale": 0.5,
     },
     "no query norm, gelu": {"qk_norm": False, "hidden_act": "gelu"},
+    "gate of a head, norms of taps": LAGUNA,
+    "gate of a channel, gemma": {**LAGUNA, "attention_gate": "per-element", "norm_style": "gemma"},
     "DFlash 2": DFLASH2,
     "DFlash 2, three taps, gemma": {
         **DFLASH2,

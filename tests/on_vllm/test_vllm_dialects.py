@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dflash_plugin.serving import draft_tokens
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
 from tests.helpers.distribution import check_distribution, continuations
+from tests.helpers.layouts import write_laguna, write_muse
 from tests.helpers.quantised import LAYOUTS, quantise
 from tests.helpers.tiny import DFLASH2, latent, tiny_target, write_target, write_tiny
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
@@ -134,6 +136,29 @@ def test_drafts_and_text_equal_the_core(pair, tmp_path, kind):
         # vLLM would take the drafter apart for them; it drafts on.
         assert "takes no new weights" in on_worker(engine, begin_new_weights)
         assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
+
+
+LAST = (3, 1)
+OTHER_LAYOUTS: dict[str, Callable[[Path], Path]] = {
+    "Muse": lambda at: write_muse(at, {**SIZES, "target_hidden_size": 64}),
+    "Laguna": lambda at: write_laguna(
+        at, {**SIZES, "target_hidden_size": 64, "target_layer_ids": LAST}
+    ),
+    "last layer": lambda at: write_tiny(at, **SIZES, target_hidden_size=64, target_layer_ids=LAST),
+}
+
+
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+def test_other_layouts_and_the_last_layer_draft_what_the_core_does(pair, tmp_path, layout):
+    target, directory = pair
+    checkpoint = OTHER_LAYOUTS[layout](tmp_path)
+    drafter = load_drafter(checkpoint, target)
+    with running(directory, checkpoint, max_model_len=256) as engine:
+        for prompt in PROMPTS:
+            expected = answer(drafter, target, prompt)
+            assert min(expected.margins) > 1e-3
+            assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
+        check_text(engine, target)
 
 
 def begin_new_weights(worker: Any) -> str:

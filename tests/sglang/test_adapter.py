@@ -197,8 +197,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
         arguments.check_layers(tiny_config(layers=layers), 4)
     with pytest.raises(DFlashError, match=r"target layers \[-1, 2\]"):
         arguments.check_layers(tiny_config(target_layer_ids=(-1, 2)), 4)
-    with pytest.raises(DFlashError, match=r"no output of the last one \(3\)"):
-        arguments.check_layers(tiny_config(target_layer_ids=(0, 3)), 4)
+    with pytest.raises(DFlashError, match=r"last one \(3\) only beside another layer's: use vLLM"):
+        arguments.check_layers(tiny_config(target_layer_ids=(3,)), 4)
 
 
 def test_a_dflash2_drafter_is_staged_under_our_architecture(tmp_path):

@@ -163,13 +163,13 @@ def test_number_of_drafts_is_checked_against_the_block(tmp_path, asked):
         prepared(tmp_path, spec_tokens=asked)
 
 
-def test_a_drafter_of_the_last_layers_output_is_refused(tmp_path):
-    """Features come from ``hidden_states``, whose last entry is behind the target's norm."""
+def test_the_last_layers_output_is_asked_for_like_any_other(tmp_path):
+    """vLLM gives it before the norm; features have it behind, as ``hidden_states`` does."""
     target = tiny_target()
     out = target.model(torch.tensor([[5, 6, 7]]), output_hidden_states=True)
     assert torch.equal(out.hidden_states[4], out.last_hidden_state)
-    with pytest.raises(DFlashError, match=r"\[0, 3\], and vLLM gives .* last one \(3\) without"):
-        prepared(tmp_path, changes={"target_layer_ids": (0, 3)})
+    _, staged = prepared(tmp_path, changes={"target_layer_ids": (0, 3)})
+    assert staged["dflash_config"]["target_layer_ids"] == [0, 3]
 
 
 def test_a_dflash2_drafter_is_staged_under_our_architecture(tmp_path):

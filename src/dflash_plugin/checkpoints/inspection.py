@@ -9,9 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from transformers import AutoConfig, AutoTokenizer
 
-from dflash_plugin.checkpoints.dialects import AMBIGUOUS, is_ambiguous
+from dflash_plugin.checkpoints.dialects import rules_applied
 from dflash_plugin.checkpoints.io import Checkpoint, load_checkpoint
-from dflash_plugin.checkpoints.notices import mark_told
+from dflash_plugin.checkpoints.notices import mark_told, reported
 from dflash_plugin.checkpoints.reference_drafts import load_record
 from dflash_plugin.checkpoints.vocabulary import difference, fitted
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
@@ -71,9 +71,8 @@ def inspect_checkpoint(
     Raises:
         DFlashError: the checkpoint or the target cannot be read at all.
     """
-    if dialect is None:
-        mark_told(Path(directory), AMBIGUOUS)
-    checkpoint = load_checkpoint(directory, dialect=dialect)
+    with reported():
+        checkpoint = load_checkpoint(directory, dialect=dialect)
     findings = _alone(checkpoint, dialect)
     if num_speculative_tokens is not None:
         findings += _speculative_tokens(checkpoint.config, num_speculative_tokens)
@@ -100,13 +99,17 @@ def inspect_checkpoint(
 
 
 def _alone(checkpoint: Checkpoint, dialect: Dialect | None) -> list[Finding]:
-    config, findings = checkpoint.config, []
-    if dialect is None and is_ambiguous(checkpoint.raw):
+    findings = [
+        Finding(level="warning", subject=subject, message=rule)
+        for subject, rule in rules_applied(checkpoint.raw, dialect).items()
+    ]
+    config = checkpoint.config
+    if not config.vocab_size:
         findings.append(
             Finding(
-                level="warning",
-                subject="is_causal",
-                message=AMBIGUOUS,
+                level="note",
+                subject="vocab_size",
+                message="config.json names no vocabulary: the drafter is read with the target's",
             )
         )
     if config.quantization is not None:
@@ -120,12 +123,13 @@ def _alone(checkpoint: Checkpoint, dialect: Dialect | None) -> list[Finding]:
         )
     last = config.num_target_layers
     if last is not None and last - 1 in config.target_layer_ids:
+        how = "after" if config.last_layer_normed else "before"
         findings.append(
             Finding(
                 level="warning",
                 subject="target_layer_ids",
-                message=f"layer {last - 1} is the target's last: Transformers gives its output "
-                "after the final norm and engines before it, so acceptance may differ",
+                message=f"layer {last - 1} is the target's last: its output is read {how} the "
+                "final norm, and an engine's own DFlash may read it otherwise",
             )
         )
     return findings
@@ -148,7 +152,6 @@ def _speculative_tokens(config: DrafterConfig, requested: int) -> list[Finding]:
 
 
 def _against_target(checkpoint: Checkpoint, target: Path) -> list[Finding]:
-    config = checkpoint.config
     if not target.is_dir():
         raise DFlashError(f"{target}: not a directory: give the target's model directory")
     try:
@@ -158,6 +161,7 @@ def _against_target(checkpoint: Checkpoint, target: Path) -> list[Finding]:
             f"{target}: the target's config.json cannot be read "
             f"({reason(error)}): give a model directory"
         ) from error
+    config = checkpoint.config
     findings: list[Finding] = []
 
     def found(level: Level, subject: str, message: str) -> None:

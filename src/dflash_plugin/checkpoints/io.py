@@ -22,12 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dflash_plugin.checkpoints.dialects import (
-    AMBIGUOUS,
-    is_ambiguous,
-    read_config,
-    write_config,
-)
+from dflash_plugin.checkpoints.dialects import read_config, rules_applied, write_config
 from dflash_plugin.checkpoints.files import (
     MASK_EMBEDDING,
     STORE_PLAIN,
@@ -46,6 +41,7 @@ from dflash_plugin.errors import DFlashError, reason
 logger = logging.getLogger("dflash_plugin")
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+OFF = "DFLASH_PLUGIN=off leaves the drafter to the engine"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MASK_PICKLE = f"{MASK_EMBEDDING}.pt"
 _CODEBOOKS = (
@@ -104,6 +100,12 @@ def expected_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (inner, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, inner, config.mlp_bias),
     }
+    if config.attention_gate:
+        factors = config.num_attention_heads if config.attention_gate == "per-head" else query
+        linears["self_attn.g_proj"] = (factors, hidden, False)
+    if config.norm_per_tap:
+        for tap in range(len(config.target_layer_ids)):
+            shapes[f"aux_hidden_norms.{tap}.weight"] = (config.target_hidden_size,)
     for index in range(len(config.layers)):
         layer = f"layers.{index}"
         shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
@@ -205,9 +207,9 @@ def _read(
         _log_quantization(directory, plain.quantization, plain.ignored)
     tensors = split_fused({_canonical(name): t for name, t in plain.tensors.items()}, raw)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if dialect is None and is_ambiguous(raw):
-        warn_once(directory, AMBIGUOUS)
     config = read_config(raw, shapes, dialect)
+    for rule in rules_applied(raw, dialect).values():
+        warn_once(directory, rule)
     config = config.model_copy(update={"quantization": plain.quantization})
     return raw, _without_padding(tensors, config), config
 
@@ -352,6 +354,8 @@ def _advice(name: str) -> str:
     hints = {
         "q_norm": "without norms on q and k, config.json must say qk_norm: false",
         "k_norm": "without norms on q and k, config.json must say qk_norm: false",
+        "g_proj": f"check gating in config.json and that architectures is a gated drafter's; {OFF}",
+        "aux_hidden_norms": f"norms of target layers belong to a Laguna drafter; {OFF}",
         ".bias": "check attention_bias in config.json",
         "attention_sink_bias": "check attention_sink_bias in config.json",
         "d2t": "d2t belongs to draft_vocab_size below vocab_size",

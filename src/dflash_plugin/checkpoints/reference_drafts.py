@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.static_store import StaticStore
+from dflash_plugin.drafter.target_features import features_of
 from dflash_plugin.errors import DFlashError
 
 FILE_NAME = "known_answer.json"
@@ -72,9 +73,8 @@ def answer(drafter: Drafter, target: PreTrainedModel, prompt: Sequence[int]) -> 
     config = drafter.config
     device = target.device
     tokens = torch.as_tensor([list(prompt)], device=device)
-    out = target(input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-    features = torch.cat([out.hidden_states[i + 1] for i in config.target_layer_ids], dim=-1)
-    anchor = out.logits[:, -1].argmax(dim=-1)
+    features, logits = features_of(target, config, tokens)
+    anchor = logits.argmax(dim=-1)
     length = len(prompt)
     kept = drafter.store
     drafter.store = StaticStore(

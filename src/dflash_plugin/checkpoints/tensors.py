@@ -17,6 +17,7 @@ from dflash_plugin.drafter.model import Drafter
 
 _CHECKPOINT_PARTS = {
     "context_norm": "hidden_norm",
+    "tap_norms": "aux_hidden_norms",
     "attention_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
     "attention": "self_attn",
@@ -73,7 +74,7 @@ def checkpoint_names(drafter: Drafter) -> dict[str, tuple[str, ...]]:
     for own in drafter.state_dict():
         parts = [_CHECKPOINT_PARTS.get(part, part) for part in own.split(".")]
         merged = next((part for part in parts if part in _MERGED), None)
-        joined = ".".join(parts)
+        joined = ".".join(parts).replace(".gate.projection.", ".g_proj.")
         names[own] = (
             tuple(joined.replace(merged, part) for part in _MERGED[merged]) if merged else (joined,)
         )

@@ -108,7 +108,7 @@ def difference(config: DrafterConfig, tokens: int) -> str | None:
         tokens: of the target's vocabulary.
     """
     own = config.vocab_size
-    if own == tokens:
+    if own in (0, tokens):  # A checkpoint without tables need not name one.
         return None
     sizes = f"the drafter's vocab_size is {own}, the target's {tokens}"
     if own > tokens:

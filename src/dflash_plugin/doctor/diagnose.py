@@ -132,7 +132,8 @@ def diagnose(
         tell: called with the name of each check before it runs.
 
     Raises:
-        DFlashError: the target answers nothing.
+        DFlashError: the target answers nothing, or the drafter reads its last layer before the
+            final norm.
     """
     options = options or DoctorOptions()
     tell("reading the checkpoint")
@@ -140,6 +141,13 @@ def diagnose(
     found = Diagnosis(target=str(on.directory), drafter=str(directory), checks=[first])
     if first.status != "fault":
         checkpoint = load_checkpoint(directory, on.target.dtype, options.dialect)
+        num_layers = on.target.config.get_text_config().num_hidden_layers
+        if checkpoint.config.reads_before_norm(num_layers):
+            raise DFlashError(
+                f"target_layer_ids {list(checkpoint.config.target_layer_ids)} name the target's "
+                "last layer, which this drafter reads before the final norm, and doctor does not: "
+                "use inspect"
+            )
         found.checks += _measured(on, checkpoint, options, server, tell)
     return found
 

@@ -144,9 +144,15 @@ class DrafterConfig(BaseModel):
         target_layer_ids: 0-based target layers whose *outputs* are the context features, in the
             order in which ``fc`` expects them; -1 is the embedding output. This is z-lab's
             counting; speculators' ids are one larger.
+        last_layer_normed: what the output of the target's last layer is, if it is read: behind the
+            target's final norm, as Transformers gives hidden states, or before it.
+        norm_per_tap: RMS norm over each target layer's output before ``fc``.
+        norm_context: each draft layer norms context rows with its own attention norm, as it does
+            block rows, before it projects them to keys and values.
         num_target_layers: layers of the target that it was made for, if the checkpoint says so.
         target_hidden_size: width of one target layer's output.
-        vocab_size: the target's vocabulary.
+        vocab_size: the target's vocabulary; 0 where the checkpoint does not say and has no tensor
+            with a row a token, see ``checkpoints/vocabulary``.
         draft_vocab_size: rows of an own, reduced head; None when drafts are over ``vocab_size``.
         layers: one entry per draft layer.
         window_from: a sliding window counts back from each query ("query", z-lab and SpecForge) or
@@ -157,6 +163,8 @@ class DrafterConfig(BaseModel):
         attention_bias, attention_output_bias, mlp_bias: whether those linears carry a bias.
         attention_sinks: one learned logit per head that joins the softmax without a value.
         attention_value_scale: factor on V, None for 1.
+        attention_gate: the attention's result is scaled by softplus of a projection of its input,
+            one factor a head or one a channel; None has no gate.
         norm_style: "rms" multiplies by the weight, "gemma" by 1 + weight.
         own_embedding, own_head: the checkpoint carries them; otherwise they are the target's.
         own_mask_embedding: the checkpoint carries a vector that replaces the mask's embedding.
@@ -191,14 +199,18 @@ class DrafterConfig(BaseModel):
     mlp_bias: bool = False
     attention_sinks: bool = False
     attention_value_scale: float | None = None
+    attention_gate: Literal["per-head", "per-element"] | None = None
 
     block_size: int = Field(ge=2)
     sample_from_anchor: bool = False
     mask_token_id: int = Field(ge=0)
     target_layer_ids: tuple[int, ...] = Field(min_length=1)
+    last_layer_normed: bool = True
+    norm_per_tap: bool = False
+    norm_context: bool = False
     num_target_layers: int | None = None
     target_hidden_size: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
+    vocab_size: int = Field(ge=0)
     draft_vocab_size: int | None = None
     own_embedding: bool = False
     own_head: bool = False
@@ -250,6 +262,15 @@ class DrafterConfig(BaseModel):
         return self
 
     def _check_vocabulary(self) -> None:
+        if self.vocab_size == 0:
+            by_token = ("own_embedding", "own_head", "draft_vocab_size", "selector")
+            named = [name for name in by_token if getattr(self, name)]
+            _require(
+                not named,
+                f"vocab_size is missing, but {', '.join(named)} have a row a token: add the "
+                "target's vocab_size to config.json",
+            )
+            return
         _require(
             self.own_mask_embedding or self.mask_token_id < self.vocab_size,
             f"mask_token_id is {self.mask_token_id}, outside the vocabulary of {self.vocab_size}: "
@@ -358,9 +379,14 @@ class DrafterConfig(BaseModel):
             )
         outside = [layer for layer in self.target_layer_ids if layer >= num_layers]
         if outside:
+            counts = (
+                f", or add num_target_layers {num_layers} to config.json if ids count boundaries"
+                if self.num_target_layers is None and max(outside) == num_layers
+                else ""
+            )
             raise DFlashError(
                 f"the drafter reads target layer {outside[0]} but the target has {num_layers} "
-                f"layers (0 to {num_layers - 1}): use the drafter made for this target"
+                f"layers (0 to {num_layers - 1}): use the drafter made for this target{counts}"
             )
 
     @property
@@ -384,6 +410,14 @@ class DrafterConfig(BaseModel):
         if rope.type == "default" or not weight:
             return scale
         return scale * float(0.1 * weight * math.log(rope.parameters.get("factor", 1.0)) + 1.0) ** 2
+
+    def reads_before_norm(self, num_layers: int) -> bool:
+        """Whether a feature is the output of the last of a target's layers before its final norm.
+
+        Args:
+            num_layers: of the target.
+        """
+        return not self.last_layer_normed and num_layers - 1 in self.target_layer_ids
 
     @property
     def num_draft_tokens(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dflash_plugin import kernels
 from dflash_plugin.drafter.convolution import DynamicConvolution
+from dflash_plugin.drafter.gate import AttentionGate
 from dflash_plugin.drafter.layers import TorchQKV
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.selector import CandidateSelector
@@ -141,8 +142,8 @@ class Fp8QKV(Fp8Linear):
 def quantize_drafter(drafter: Drafter) -> None:
     """Give every linear of a drafter on torch's modules an FP8 weight, its head included.
 
-    The small projections of convolutions and selector stay as they are. A head that it borrows is
-    copied; the target keeps its own. Such a drafter cannot be trained or saved.
+    The small projections of convolutions, gates and selector stay as they are. A head that it
+    borrows is copied; the target keeps its own. Such a drafter cannot be trained or saved.
 
     Args:
         drafter: bound to its target.
@@ -155,7 +156,7 @@ def quantize_drafter(drafter: Drafter) -> None:
     if drafter.own_head is None and isinstance(head, nn.Linear):
         drafter.replace_borrowed_head(Fp8Linear(head))
     for parent in list(drafter.modules()):
-        if isinstance(parent, DynamicConvolution | CandidateSelector):
+        if isinstance(parent, DynamicConvolution | CandidateSelector | AttentionGate):
             continue
         for name, child in list(parent.named_children()):
             if isinstance(child, TorchQKV):

@@ -45,7 +45,7 @@ def run_block(
         attention = cast(DraftAttention, layer.attention)
         rows, residual, after = _enter(
             layer.attention_norm, layer.attention_conv, attention.qkv_proj,
-            hidden, residual, after, size,
+            hidden, residual, after, size, attention.gate,
         )  # fmt: skip
         hidden = _attention(drafter, attention, rows, positions, attend)
         rows, residual, after = _enter(
@@ -63,12 +63,14 @@ def _enter(
     residual: Tensor | None,
     after: Convolution | None,
     block_size: int,
+    gate: nn.Module | None = None,
 ) -> tuple[Tensor | RoundedRows, Tensor, Convolution | None]:
     """What a sublayer's first linear takes, the residual, and what its result is convolved with.
 
-    ``after`` is what the last sublayer's result ``hidden`` is convolved with.
+    ``after`` is what the last sublayer's result ``hidden`` is convolved with. A ``gate`` reads the
+    same rows as the linear, not rounded.
     """
-    rounds = takes_rounded(linear)
+    rounds = takes_rounded(linear) and gate is None
     if convolution is None:
         return *_norm(norm, hidden, residual, rounds, after), None
     rows, residual = _norm(norm, hidden, residual, rounds=False, after=after)
@@ -91,7 +93,7 @@ def fuse(drafter: Drafter, features: Tensor, rounds: bool) -> Tensor | RoundedRo
         features: [T, n * target_hidden].
         rounds: give FP8 rows.
     """
-    rows = drafter.fc(features.to(drafter.norm.weight.dtype))
+    rows = drafter.fc(drafter.taps(features))
     return _norm(drafter.context_norm, rows, None, rounds)[0]
 
 
@@ -143,8 +145,8 @@ def _attention(
         part.unflatten(-1, (-1, dim))
         for part in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
     )
-    out: Tensor = attention.output_proj(attend(attention.index, query, key, value).flatten(-2))
-    return out
+    # Rows are rounded only where there is no gate to read them.
+    return attention.finish(attend(attention.index, query, key, value), cast(Tensor, x))
 
 
 def _mlp(mlp: DraftMLP, x: Tensor | RoundedRows) -> Tensor:

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.convolution import DynamicConvolution
+from dflash_plugin.drafter.gate import AttentionGate
 from dflash_plugin.drafter.interfaces import Attend, LayerFactory, QKVLinear
 from dflash_plugin.drafter.latent_attention import LatentAttention
 from dflash_plugin.drafter.rope import RotaryEmbedding
@@ -73,10 +74,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.gemma = gemma
 
+    @property
+    def scale(self) -> Tensor:
+        """What normalized values [dim] are multiplied by."""
+        return 1.0 + self.weight if self.gemma else self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last dimension."""
-        weight = 1.0 + self.weight if self.gemma else self.weight
-        return F.rms_norm(x, self.weight.shape, weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.weight.shape, self.scale.to(x.dtype), self.eps)
 
 
 class DraftAttention(nn.Module):
@@ -102,6 +107,7 @@ class DraftAttention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim, eps, gemma) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_dim, eps, gemma) if config.qk_norm else nn.Identity()
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if config.attention_sinks else None
+        self.gate = AttentionGate(config, factory, name) if config.attention_gate else None
 
     def context(
         self, x: Tensor, rotary: RotaryEmbedding, tables: tuple[Tensor, Tensor]
@@ -131,7 +137,18 @@ class DraftAttention(nn.Module):
         query = query.unflatten(-1, (self.heads, self.head_dim))
         query = rotary.rotate(self.query_norm(query), tables)
         key, value = self._finish(kv, rotary, tables)
-        out: Tensor = self.output_proj(attend(self.index, query, key, value).flatten(-2))
+        return self.finish(attend(self.index, query, key, value), x)
+
+    def finish(self, attended: Tensor, x: Tensor) -> Tensor:
+        """Gate and output projection.
+
+        Args:
+            attended: [..., heads, head_dim].
+            x: [..., hidden], the attention's input, which a gate reads.
+        """
+        if self.gate is not None:
+            attended = self.gate(attended, x)
+        out: Tensor = self.output_proj(attended.flatten(-2))
         return out
 
 

@@ -51,6 +51,14 @@ class Drafter(nn.Module):
             bias=False,
             name="fc",
         )
+        self.tap_norms = (
+            nn.ModuleList(
+                RMSNorm(config.target_hidden_size, config.rms_norm_eps, gemma)
+                for _ in config.target_layer_ids
+            )
+            if config.norm_per_tap
+            else None
+        )
         self.context_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, gemma)
         self.layers = nn.ModuleList(
             DraftLayer(config, index, factory) for index in range(len(config.layers))
@@ -143,8 +151,18 @@ class Drafter(nn.Module):
         The features are the target layers' outputs, concatenated in the order of
         ``target_layer_ids``.
         """
-        context: Tensor = self.context_norm(self.fc(features.to(self.norm.weight.dtype)))
+        context: Tensor = self.context_norm(self.fc(self.taps(features)))
         return context
+
+    def taps(self, features: Tensor) -> Tensor:
+        """Features [..., n * target_hidden] in the drafter's dtype, normed layer by layer if so."""
+        features = features.to(self.norm.weight.dtype)
+        if self.tap_norms is None:
+            return features
+        parts = features.chunk(len(self.tap_norms), dim=-1)
+        return torch.cat(
+            [norm(part) for norm, part in zip(self.tap_norms, parts, strict=True)], dim=-1
+        )
 
     def context_keys_values(
         self, context: Tensor, positions: Tensor
@@ -159,8 +177,10 @@ class Drafter(nn.Module):
             Per layer, key and value [B, T, kv_heads, head_dim].
         """
         tables = self.rotary.tables(positions, context.dtype)
-        for attention in self.attentions():
-            yield attention.context(context, self.rotary, tables)
+        for module in self.layers:
+            layer = cast(DraftLayer, module)
+            rows = layer.attention_norm(context) if self.config.norm_context else context
+            yield layer.attention.context(rows, self.rotary, tables)
 
     def inject(self, features: Tensor, positions: Tensor) -> None:
         """Write the context's keys and values of all layers into the store, once.

@@ -18,7 +18,9 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from dflash_plugin.drafter.layers import DraftLayer
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.target_embedding import stored_rows
 from dflash_plugin.errors import DFlashError
@@ -54,8 +56,8 @@ class EngineDrafterMixin:
         vocab_size: of the target.
         gather: puts every rank's [T, n] side by side, [T, ranks * n]; None where there is one rank.
         context_weight: [layers * 2 * kv_heads * head_dim, hidden], makes the keys and values of
-            context rows of all layers in one product; None where a layer's weight is not plain, or
-            its attention is latent.
+            ``context_rows`` of all layers in one product; None where a layer's weight is not plain,
+            or its attention is latent.
         context_bias: goes with ``context_weight``, or None.
     """
 
@@ -124,13 +126,30 @@ class EngineDrafterMixin:
         linears = [cast(QKVShard, layer.qkv_proj) for layer in self.drafter.plain_attentions()]
         weight = None
         if linears and all(linear.is_plain for linear in linears):
-            weight = torch.cat([linear.weight[linear.query_width :] for linear in linears])
+            parts = [linear.weight[linear.query_width :] for linear in linears]
+            if self.spec.config.norm_context:
+                norms = [cast(DraftLayer, layer).attention_norm for layer in self.drafter.layers]
+                # All layers divide a row by the same root mean square; the rest of each norm is a
+                # factor a column.
+                parts = [part * norm.scale for part, norm in zip(parts, norms, strict=True)]
+            weight = torch.cat(parts)
             if self.spec.config.attention_bias:
                 biases = [cast(Tensor, linear.bias)[linear.query_width :] for linear in linears]
                 self.context_bias = torch.cat(biases)
         if self._in_fp8:
             quantize_engine_drafter(self.drafter, self.plain_linear)
         self.context_weight = quantize(weight) if self._in_fp8 and weight is not None else weight
+
+    def context_rows(self, context: Tensor) -> Tensor:
+        """What ``context_weight`` multiplies, of context rows [..., hidden] as ``fuse`` gives them.
+
+        Args:
+            context: of the drafter.
+        """
+        config = self.spec.config
+        if not config.norm_context:
+            return context
+        return F.rms_norm(context, context.shape[-1:], None, config.rms_norm_eps)
 
     @property
     def _in_fp8(self) -> bool:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dflash_plugin.drafter.convolution import DynamicConvolution
 from dflash_plugin.drafter.fp8_linear import linear, require_fp8
+from dflash_plugin.drafter.gate import AttentionGate
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.selector import CandidateSelector
 from dflash_plugin.errors import DFlashError
@@ -74,8 +75,8 @@ def fp8_obstacle(drafter: Drafter, plain: type, device: torch.device) -> str | N
 
 
 def _rounded_linears(drafter: Drafter) -> Iterator[tuple[str, Any]]:
-    """The linears that FP8 rounds, by name: all but the small ones of convolutions and selector."""
-    parts = (DynamicConvolution, CandidateSelector)
+    """The linears that FP8 rounds, by name: all but the small ones of other parts."""
+    parts = (DynamicConvolution, CandidateSelector, AttentionGate)
     kept = {id(m) for part in drafter.modules() if isinstance(part, parts) for m in part.modules()}
     for name, module in drafter.named_modules():
         method = getattr(module, "quant_method", None)
@@ -86,7 +87,7 @@ def _rounded_linears(drafter: Drafter) -> Iterator[tuple[str, Any]]:
 def quantize_engine_drafter(drafter: Drafter, plain: type) -> None:
     """Round the weights of the drafter's linears to FP8; each rank rounds its own shard.
 
-    The small projections of convolutions and selector keep their weights.
+    The small projections of convolutions, gates and selector keep their weights.
 
     Args:
         drafter: its weights are loaded.

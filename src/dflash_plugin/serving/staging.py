@@ -59,8 +59,8 @@ def prepare(
     source: Source,
     options: Options,
     target: TargetShape,
-    check: Callable[[DrafterConfig], None],
     load_format: Any,
+    check: Callable[[DrafterConfig], None] | None = None,
 ) -> SpecT:
     """Find a drafter's checkpoint and check that it fits the target and the engine.
 
@@ -70,8 +70,8 @@ def prepare(
         source: how the engine's settings say that repository is fetched.
         options: of this engine, as the user gave them.
         target: sizes of the target model.
-        check: raises ``DFlashError`` for a drafter that the engine cannot run.
         load_format: the engine's; with "dummy" weights nothing of the drafter's quality is checked.
+        check: raises ``DFlashError`` for a drafter that the engine cannot run.
 
     Raises:
         DFlashError: the checkpoint is missing, malformed or does not fit; the message says what to
@@ -84,7 +84,8 @@ def prepare(
     if changed is not None:
         warn_once(checkpoint, changed)
     config = fitted_config(config, target.vocab_size)
-    check(config)
+    if check is not None:
+        check(config)
     if is_dummy(load_format):
         options = without_checks(options)
     return spec_class(

@@ -28,7 +28,11 @@ def fill(drafter: Drafter, spec: DrafterSpec, rank: int) -> None:
     """
     checkpoint = load_checkpoint(spec.checkpoint, drafter.norm.weight.dtype, spec.options.dialect)
     tensors = fitted(checkpoint, spec.config.vocab_size).tensors
-    tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], spec.config.target_layer_ids)
+    ids = spec.config.target_layer_ids
+    tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], ids)
+    if spec.config.norm_per_tap:
+        norms = [tensors[f"aux_hidden_norms.{tap}.weight"] for tap in by_layer(ids)]
+        tensors |= {f"aux_hidden_norms.{tap}.weight": norm for tap, norm in enumerate(norms)}
     heads = drafter.attentions()[0].heads
     parameters = dict(drafter.named_parameters()) | dict(drafter.named_buffers())
     for own, names in checkpoint_names(drafter).items():
@@ -57,6 +61,11 @@ def draft_columns(drafter: Drafter) -> Tensor | None:
     return drafter.token_ids(torch.arange(len(drafter.d2t), device=drafter.d2t.device))
 
 
+def by_layer(layer_ids: Sequence[int]) -> list[int]:
+    """Places in ``layer_ids`` in ascending order of the layers there."""
+    return sorted(range(len(layer_ids)), key=lambda index: layer_ids[index])
+
+
 def sorted_columns(weight: Tensor, layer_ids: Sequence[int]) -> Tensor:
     """``fc.weight`` with its columns in ascending order of the target layers they read.
 
@@ -67,9 +76,8 @@ def sorted_columns(weight: Tensor, layer_ids: Sequence[int]) -> Tensor:
         weight: [hidden, n * target_hidden], one group of columns per target layer.
         layer_ids: n target layers, in the order of the groups.
     """
-    order = sorted(range(len(layer_ids)), key=lambda index: layer_ids[index])
     parts = weight.chunk(len(layer_ids), dim=1)
-    return torch.cat([parts[index] for index in order], dim=1)
+    return torch.cat([parts[index] for index in by_layer(layer_ids)], dim=1)
 
 
 def check_features(width: int, spec: DrafterSpec) -> None:

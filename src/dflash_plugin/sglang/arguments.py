@@ -12,7 +12,7 @@ from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import staging
 from dflash_plugin.serving.sources import Source, config_of
-from dflash_plugin.sglang import compat, surface
+from dflash_plugin.sglang import compat, last_layer, surface
 from dflash_plugin.sglang.compat import argument, set_argument
 from dflash_plugin.sglang.names import ALGORITHM, ARCHITECTURE, ENGINE
 from dflash_plugin.sglang.options import DrafterSpec, read_options
@@ -122,6 +122,7 @@ def prepare(server_args: Any) -> None:
         if quantization != argument(server_args, "quantization"):
             flag = "--speculative-draft-model-quantization"
             staging.check_quantization(config, flag, quantization)
+        last_layer.check(config, target, lambda: runs_eagerly(server_args))
         for name, block_size in requested.items():
             check_block(config, f"--{name.replace('_', '-')}", block_size)
 
@@ -145,7 +146,7 @@ def prepare(server_args: Any) -> None:
     length = max(context, surface.max_positions(target))
     staged = staging.stage(
         ENGINE,
-        engine_config(spec, target.vocab_size, target.num_hidden_layers, length),
+        engine_config(spec, target, length),
         spec.checkpoint.glob("*.safetensors"),
     )
     set_argument(server_args, "speculative_draft_model_path", str(staged))
@@ -178,15 +179,29 @@ def check_block(config: DrafterConfig, flag: str, block_size: int | None) -> Non
         )
 
 
+def runs_eagerly(server_args: Any) -> bool:
+    """Whether the target runs without CUDA graphs and torch.compile."""
+    graphs = argument(server_args, "device") != "cpu" and not argument(
+        server_args, "disable_cuda_graph"
+    )
+    return not graphs and not argument(server_args, "enable_torch_compile")
+
+
 def check_layers(config: DrafterConfig, num_target_layers: int) -> None:
     """Check what SGLang's targets and attention back ends can express.
 
     Raises:
-        DFlashError: the drafter reads the embedding's or the last layer's output, or its layers
-            have different windows.
+        DFlashError: the drafter reads the embedding's output or that of the last layer alone, or
+            its layers have different windows.
     """
     last = num_target_layers - 1
-    staging.refuse_layer(config, last, f"SGLang gives no output of the last one ({last})")
+    if config.target_layer_ids == (last,):
+        staging.refuse_layer(
+            config,
+            last,
+            f"SGLang gives the output of the last one ({last}) only beside another layer's",
+            use="vLLM or the Transformers engine",
+        )
     staging.refuse_layer(
         config,
         -1,
@@ -201,19 +216,16 @@ def check_layers(config: DrafterConfig, num_target_layers: int) -> None:
         )
 
 
-def engine_config(
-    spec: DrafterSpec, vocab_size: int, num_target_layers: int, length: int
-) -> dict[str, Any]:
+def engine_config(spec: DrafterSpec, target: Any, length: int) -> dict[str, Any]:
     """config.json of the draft model, with what SGLang reads beside the shared keys.
 
     Args:
         spec: the drafter.
-        vocab_size: of the target.
-        num_target_layers: layers of the target.
+        target: the target's text configuration.
         length: positions that requests may reach.
     """
-    mask_token_id = spec.config.mask_token_id
-    return staging.engine_config(
+    mask_token_id, vocab_size = spec.config.mask_token_id, target.vocab_size
+    staged = staging.engine_config(
         spec,
         architecture=ARCHITECTURE,
         vocab_size=vocab_size,
@@ -221,5 +233,7 @@ def engine_config(
         # SGLang would look up a mask outside the vocabulary; the model puts it in by its row.
         mask_token_id=mask_token_id if mask_token_id < vocab_size else 0,
         max_window_layers=len(spec.config.layers),
-        num_target_layers=num_target_layers,
+        num_target_layers=target.num_hidden_layers,
     )
+    staged["dflash_config"]["target_layer_ids"] = last_layer.captured_layers(spec.config, target)
+    return staged

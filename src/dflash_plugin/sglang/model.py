@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from dflash_plugin import kernels
 from dflash_plugin.drafter import fused_block
 from dflash_plugin.drafter.config import DrafterConfig, LayerAttention
 from dflash_plugin.drafter.interfaces import Attend
+from dflash_plugin.drafter.layers import DraftLayer
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.best_logits import best_logits
@@ -39,6 +40,7 @@ from dflash_plugin.serving.fp8_weights import product
 from dflash_plugin.serving.weights import check_features, fill
 from dflash_plugin.sglang import surface
 from dflash_plugin.sglang.block_attention import is_plain
+from dflash_plugin.sglang.last_layer import add_last_layer
 from dflash_plugin.sglang.layers import SglangLayers, ShardedQKV
 from dflash_plugin.sglang.options import DrafterSpec
 
@@ -126,6 +128,10 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         embedding = surface.without_lora(model.get_input_embeddings())
         head = surface.without_lora(surface.head_of(model))
         self.borrow(target, embedding, head)
+        captured = len(self.config.dflash_config["target_layer_ids"])
+        if captured < len(self.spec.config.target_layer_ids):
+            surface.verify_features({surface.LAST_LAYER})
+            add_last_layer(target, self.spec.config)
         self.prepare_weights()
         if self.spec.config.qk_norm:
             attentions = self.drafter.plain_attentions()
@@ -224,19 +230,29 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
             return self.drafter.fuse(features)
         weight = self.context_weight
         rounds = isinstance(weight, Fp8Rows) and fits(weight.values)
-        return fused_block.fuse(self.drafter, features, rounds)
+        return fused_block.fuse(
+            self.drafter, features, rounds and not self.spec.config.norm_context
+        )
 
     def _keys_values(self, context: Tensor | RoundedRows) -> Tensor:
         """Projections [T, layers, 2, kv_heads, head_dim] of context rows, not normed."""
         attentions = self.drafter.plain_attentions()
         if self.context_weight is not None:
+            if isinstance(context, Tensor):
+                context = self.context_rows(context)
             kv = product(context, self.context_weight, self.context_bias)
         else:
             assert isinstance(context, Tensor)
-            linears = [cast(ShardedQKV, attention.qkv_proj) for attention in attentions]
-            kv = torch.cat([linear.keys_values(context) for linear in linears], dim=-1)
+            kv = torch.cat(list(self._layer_keys_values(context)), dim=-1)
         first = attentions[0]
         return kv.view(kv.shape[0], len(attentions), 2, first.kv_heads, first.head_dim)
+
+    def _layer_keys_values(self, context: Tensor) -> Iterator[Tensor]:
+        """Projections [T, 2 * kv_heads * head_dim] of context rows by each layer in turn."""
+        for module in self.drafter.layers:
+            layer = cast(DraftLayer, module)
+            rows = layer.attention_norm(context) if self.spec.config.norm_context else context
+            yield cast(ShardedQKV, layer.attention.qkv_proj).keys_values(rows)
 
     def _plain_pools(self, pool: Any) -> Any:
         """The pool's buffers where rows can be written to directly, else None."""

@@ -40,6 +40,7 @@ FLASHINFER = "attention of blocks under the FlashInfer back end"
 ADAPTIVE = "adaptive verification"
 ADAPTIVE_GRAPHS = "adaptive verification in CUDA graphs"
 LORA = "a target with LoRA"
+LAST_LAYER = "reading the target's last layer"
 
 # In use in every scheduler process with our worker.
 ALWAYS = frozenset({DRAFTING, VERIFYING, METRICS, KNOWN_ANSWERS, GRAPHS})
@@ -340,6 +341,14 @@ _CALLS = (
         "layers.sampler", "call", VERIFYING, "applies custom logit processors to blocks",
         "apply_custom_logit_processor",
         signature=("logits", "sampling_batch_info", "*", "num_tokens_in_batch"),
+    ),
+    *_rows(
+        "layers.logits_processor", "call", LAST_LAYER, "adds the last layer to what it is given",
+        "LogitsProcessor.forward",
+        signature=(
+            "input_ids", "hidden_states", "lm_head", "logits_metadata", "aux_hidden_states",
+            "hidden_states_before_norm",
+        ),
     ),
     *_rows(
         "layers.logits_processor", "call", DRAFTING, "wraps the draft model's output",
@@ -876,3 +885,14 @@ def is_dense(head: Any) -> bool:
 def max_positions(config: Any) -> int:
     """Positions that a target's configuration names; 0 where it names none."""
     return int(getattr(config, "max_position_embeddings", 0) or 0)
+
+
+def model_type(config: Any) -> str:
+    """The name of a target's architecture in its configuration; empty where it has none."""
+    return str(getattr(config, "model_type", None) or "")
+
+
+def final_norm(model: Any) -> Any:
+    """The norm behind a target model's last layer, or None where it has none of that name."""
+    language = getattr(model, "language_model", model)
+    return getattr(getattr(language, "model", language), "norm", None)

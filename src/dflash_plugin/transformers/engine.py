@@ -93,7 +93,8 @@ class Engine:
         self.layer_ids = drafter.config.target_layer_ids if drafter else ()
         if drafter is not None:
             bind_drafter(drafter, model)
-        self.target = Target(model, max_batch, length, self.layer_ids)
+        normed = drafter is None or drafter.config.last_layer_normed
+        self.target = Target(model, max_batch, length, self.layer_ids, normed)
         self.device = self.target.device
         if drafter is not None:
             drafter.store = self.store = StaticStore(

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dflash_plugin.drafter.target_features import decoder_layers
+from dflash_plugin.errors import DFlashError
+
 
 class FeatureTap:
     """Takes the outputs of ``layer_ids`` from forward passes of a model.
@@ -26,18 +29,28 @@ class FeatureTap:
         model: the target.
         layer_ids: in the order of the features.
         layers: the decoder layers, or None to ask the model for all hidden states.
+        last_normed: take the last layer's output after the final norm, else before it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, layer_ids: tuple[int, ...], layers: nn.ModuleList | None
+        self,
+        model: PreTrainedModel,
+        layer_ids: tuple[int, ...],
+        layers: nn.ModuleList | None,
+        last_normed: bool = True,
     ) -> None:
         self.layer_ids = layer_ids
+        self.last_normed = last_normed
         self.decoder = _decoder(model)
         self.layers = layers
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, layer_ids: tuple[int, ...], probe: Callable[[], Any]
+        cls,
+        model: PreTrainedModel,
+        layer_ids: tuple[int, ...],
+        probe: Callable[[], Any],
+        last_normed: bool = True,
     ) -> FeatureTap:
         """A tap with hooks if they give exactly what the model itself gives.
 
@@ -45,20 +58,33 @@ class FeatureTap:
             model: the target.
             layer_ids: as above.
             probe: runs the model on some tokens with ``output_hidden_states=True``.
+            last_normed: as above.
+
+        Raises:
+            DFlashError: the last layer is to be taken before the final norm, and only hidden states
+                can be had.
         """
-        layers = _decoder_layers(model)
+        layers = decoder_layers(model)
+        last = model.config.get_text_config().num_hidden_layers - 1
+        before_norm = {last} & set(layer_ids) if not last_normed else set()
         if layers is None:
+            _require_hooks(model, before_norm)
             return cls(model, layer_ids, None)
-        tap = cls(model, layer_ids, layers)
+        tap = cls(model, layer_ids, layers, last_normed)
         with tap.recording() as recorded:
             out = probe()
-        expected = [out.hidden_states[i + 1] for i in layer_ids]
-        found = [recorded.outputs.get(i) for i in layer_ids]
+        # What the last layer gives before the norm is no hidden state to compare it with.
+        compared = [i for i in layer_ids if i not in before_norm]
+        expected = [out.hidden_states[i + 1] for i in compared]
+        found = [recorded.outputs.get(i) for i in compared]
         agrees = all(
             one is not None and torch.equal(one, other)
             for one, other in zip(found, expected, strict=True)
         )
-        return tap if agrees else cls(model, layer_ids, None)
+        if agrees:
+            return tap
+        _require_hooks(model, before_norm)
+        return cls(model, layer_ids, None)
 
     @contextmanager
     def recording(self) -> Iterator[Recorded]:
@@ -86,8 +112,8 @@ class FeatureTap:
             if index == -1:
                 handles.append(layers[0].register_forward_pre_hook(before, with_kwargs=True))
             else:
-                is_last = index == len(layers) - 1
-                module = self.decoder if is_last else layers[index]
+                is_normed = self.last_normed and index == len(layers) - 1
+                module = self.decoder if is_normed else layers[index]
                 handles.append(module.register_forward_hook(after(index)))
         return handles
 
@@ -117,12 +143,9 @@ def _decoder(model: PreTrainedModel) -> nn.Module:
     return decoder
 
 
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
-    """The list of decoder layers, or None where the model has no single list of that length."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [
-        child
-        for child in _decoder(model).children()
-        if isinstance(child, nn.ModuleList) and len(child) == count
-    ]
-    return lists[0] if len(lists) == 1 else None
+def _require_hooks(model: PreTrainedModel, before_norm: set[int]) -> None:
+    if before_norm:
+        raise DFlashError(
+            f"the drafter reads target layer {max(before_norm)}, the last, before the final norm, "
+            f"and {type(model).__name__} does not give it: use a serving engine"
+        )

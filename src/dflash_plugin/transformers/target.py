@@ -143,6 +143,7 @@ class Target:
         length: positions of each request.
         layer_ids: layers whose outputs each pass returns as context features, as
             ``DrafterConfig.target_layer_ids`` counts them.
+        last_normed: give the last layer's output after the final norm, else before it.
 
     Raises:
         DFlashError: the model keeps state other than attention keys and values, which cannot roll
@@ -150,7 +151,12 @@ class Target:
     """
 
     def __init__(
-        self, model: PreTrainedModel, rows: int, length: int, layer_ids: tuple[int, ...] = ()
+        self,
+        model: PreTrainedModel,
+        rows: int,
+        length: int,
+        layer_ids: tuple[int, ...] = (),
+        last_normed: bool = True,
     ) -> None:
         self.model = model
         self.layer_ids = layer_ids
@@ -178,7 +184,7 @@ class Target:
                 f"attention ({reason(error)}): serve it with vLLM or SGLang"
             ) from error
         if layer_ids:
-            self._features = FeatureTap.of(model, layer_ids, self._probe)
+            self._features = FeatureTap.of(model, layer_ids, self._probe, last_normed)
 
     @property
     def embedding(self) -> Tensor:

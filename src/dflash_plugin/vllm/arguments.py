@@ -129,7 +129,6 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     quantization = settings.pop("quantization", None)
 
     def check(config: DrafterConfig) -> None:
-        check_layers(config, num_layers)
         setting = "quantization of the speculative configuration"
         staging.check_quantization(config, setting, quantization)
 
@@ -230,22 +229,6 @@ def asks_for_dflash(settings: Mapping[str, Any], model: str | None, source: Sour
     name = model.lower()
     # vLLM looks for these first.
     return METHOD in name and "eagle-" not in name and "eagle3" not in name
-
-
-def check_layers(config: DrafterConfig, num_target_layers: int) -> None:
-    """Check that vLLM's targets give what the drafter reads.
-
-    Raises:
-        DFlashError: the drafter reads the last layer's output. Drafters are trained on that output
-            behind the target's norm; vLLM gives it before the norm.
-    """
-    last = num_target_layers - 1
-    staging.refuse_layer(
-        config,
-        last,
-        f"vLLM gives the output of the last one ({last}) without the target's norm, with which "
-        "drafters are trained",
-    )
 
 
 def number_of_drafts(

@@ -36,7 +36,7 @@ from dflash_plugin.serving.weights import check_features, draft_columns, fill
 from dflash_plugin.vllm.layers import VllmLayers
 from dflash_plugin.vllm.new_weights import REFUSED
 from dflash_plugin.vllm.options import required_spec
-from dflash_plugin.vllm.surface import target_modules, verify_worker
+from dflash_plugin.vllm.surface import final_norm, target_modules, verify_worker
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.vocab_topk import HeadChoice
@@ -158,6 +158,9 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         )
         self.logits_processor = LogitsProcessor(head_rows)
         self._draft_columns: Tensor | None = None
+        self._num_target_layers = vllm_config.model_config.get_total_num_hidden_layers()
+        # The target's, where its last layer is read; in a tuple so that it is no module of ours.
+        self._last_norm: tuple[nn.Module] | None = None
         is_whole = get_tensor_model_parallel_world_size() == 1
         self.gather = None if is_whole else tensor_model_parallel_all_gather
         self._finish = self._finish_context
@@ -197,6 +200,9 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         if isinstance(embedding, BaseLayerWithLoRA):
             embedding = embedding.base_layer
         self.borrow(target_model, embedding, head)
+        config = self.spec.config
+        if config.last_layer_normed and self._num_target_layers - 1 in config.target_layer_ids:
+            self._last_norm = (final_norm(target_model),)
         self.lm_head = self.drafter.head()
         # Registered, so that compilation sees a parameter instead of a constant.
         self.model.embed_tokens = cast(nn.Module, embedding)
@@ -217,6 +223,11 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
             DFlashError: the target gave another number of layers.
         """
         check_features(hidden_states.shape[-1], self.spec)
+        if self._last_norm is not None:
+            # Features are in the order of the layers.
+            width = self.spec.config.target_hidden_size
+            others, last = hidden_states.split([hidden_states.shape[-1] - width, width], dim=-1)
+            hidden_states = torch.cat([others, self._last_norm[0](last)], dim=-1)
         return self.drafter.fuse(hidden_states)
 
     def precompute_and_store_context_kv(
@@ -249,7 +260,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         """Per layer, keys and values [T, kv_heads, head_dim] of context rows."""
         if self.context_weight is None:
             return list(self.drafter.context_keys_values(context, positions))
-        kv = product(context, self.context_weight, self.context_bias)
+        kv = product(self.context_rows(context), self.context_weight, self.context_bias)
         # One row would be compiled for itself, in the middle of serving.
         finish = self._finish if context.shape[0] > 1 else self._finish_context
         keys, values = finish(kv, positions)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.engine_surface import Kind, Seam, Surface
 from dflash_plugin.vllm import compat
 
@@ -178,6 +179,8 @@ _MODEL = (
             "GroupCoordinator.world_size"),
     *_seams("vllm.distributed.communication_op", SERVE, "call", "joins the shards' best tokens",
             "tensor_model_parallel_all_gather(input_)"),
+    *_seams("vllm.model_executor.layers.layernorm", SERVE, "call", "norms the last layer's output",
+            "RMSNorm.forward_native(x)"),
     *_seams("vllm.lora.layers.base", SERVE, "attribute", "an embedding may be wrapped for LoRA",
             "BaseLayerWithLoRA"),
     *_seams("vllm.lora.layers.vocab_parallel_embedding", SERVE, "attribute", "the embedding itself",
@@ -504,8 +507,31 @@ def target_modules(target: Any) -> tuple[Any, Any]:
 
     vLLM's model classes hold them under several names.
     """
-    language = target.get_language_model() if hasattr(target, "get_language_model") else target
-    inner = getattr(language, "model", language)
+    language, inner = _language_model(target)
     embedding = getattr(inner, "embed_tokens", None) or getattr(inner, "embedding", None)
     head = getattr(language, "lm_head", None) or getattr(target, "lm_head", None)
     return embedding, head
+
+
+def final_norm(target: Any) -> Any:
+    """The norm behind a target model's last layer.
+
+    vLLM gives that layer's output before the norm.
+
+    Raises:
+        DFlashError: the model has none of that name.
+    """
+    norm = getattr(_language_model(target)[1], "norm", None)
+    if norm is None:
+        raise DFlashError(
+            f"the drafter reads the output of the target's last layer after the final norm, and "
+            f"{type(target).__name__} has no norm: use the Transformers engine, or set "
+            "DFLASH_PLUGIN=off to use vLLM's own DFlash"
+        )
+    return norm
+
+
+def _language_model(target: Any) -> tuple[Any, Any]:
+    """The language model of a target, and its decoder."""
+    language = target.get_language_model() if hasattr(target, "get_language_model") else target
+    return language, getattr(language, "model", language)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from dflash_plugin.checkpoints.dialects import open_spec, speculators, zlab
+from dflash_plugin.checkpoints.dialects import laguna, muse, open_spec, speculators, zlab
 from dflash_plugin.checkpoints.dialects.common import Shapes
 from dflash_plugin.checkpoints.dialects.fields import section
 from dflash_plugin.drafter.config import Dialect, DrafterConfig, build_config
@@ -18,12 +18,15 @@ _SPECFORGE_KEYS = {"projector_type", "pure_draft_prefix_len", "shift_label", "at
 def detect(raw: Mapping[str, Any]) -> Dialect:
     """The dialect of a config.json.
 
-    z-lab, SpecForge and ModelOpt share one layout: ModelOpt always writes ``dflash_config.causal``
-    and SpecForge has switches that nobody else has. What cannot be distinguished reads the same in
-    all three, except sliding layers without ``is_causal``; ``is_ambiguous`` detects those.
+    z-lab, SpecForge and ModelOpt share one layout, on which Meta's and Poolside's build: ModelOpt
+    always writes ``dflash_config.causal`` and SpecForge has switches that nobody else has. What
+    cannot be distinguished reads the same in all three, except sliding layers without
+    ``is_causal``; ``is_ambiguous`` detects those.
     """
     if {"speculators_model_type", speculators.INNER, open_spec.MARK} & raw.keys():
         return "speculators"
+    if muse.is_muse(raw) or laguna.is_laguna(raw):
+        return "z-lab"
     draft = section(raw, "dflash_config")
     if "causal" in draft:
         return "modelopt"
@@ -57,6 +60,8 @@ AMBIGUOUS = (
 
 def is_ambiguous(raw: Mapping[str, Any]) -> bool:
     """Whether sliding layers leave open which of z-lab and SpecForge wrote them."""
+    if muse.is_muse(raw) or laguna.is_laguna(raw):
+        return False
     draft = section(raw, "dflash_config")
     says = raw.get("is_causal") is not None or draft.get("causal") is not None
     return (
@@ -64,6 +69,28 @@ def is_ambiguous(raw: Mapping[str, Any]) -> bool:
         and "sliding_attention" in (raw.get("layer_types") or [])
         and (not says)
     )
+
+
+def rules_applied(raw: Mapping[str, Any], dialect: Dialect | None = None) -> dict[str, str]:
+    """Rules that settle what a config.json leaves open, by the field that they are about.
+
+    Every program warns of them once.
+
+    Args:
+        raw: the parsed file, which has been read.
+        dialect: as given by the user; detected when None.
+    """
+    found = {}
+    if dialect is None and is_ambiguous(raw):
+        found["is_causal"] = AMBIGUOUS
+    layers = None if (dialect or detect(raw)) == "speculators" else zlab.reach(raw)
+    if layers is not None:
+        found["num_target_layers"] = (
+            f"target_layer_ids reach num_target_layers {layers}: they are read as boundaries, as "
+            "hidden_states counts them (0 is the embedding's output, n that of the n-th layer); "
+            "correct num_target_layers if they count layers from 0"
+        )
+    return found
 
 
 def read_config(
@@ -85,6 +112,10 @@ def read_config(
     if dialect == "speculators":
         read = open_spec.read if open_spec.MARK in raw else speculators.read
         return build_config(read(raw, shapes))
+    if dialect == "z-lab" and muse.is_muse(raw):
+        return build_config(muse.read(raw, shapes))
+    if dialect == "z-lab" and laguna.is_laguna(raw):
+        return build_config(laguna.read(raw, shapes))
     return build_config(zlab.read(raw, shapes, dialect))
 
 

@@ -190,6 +190,17 @@ def write_transformer(config: DrafterConfig) -> dict[str, Any]:
     return written
 
 
+def of_other_layouts(config: DrafterConfig) -> dict[str, bool]:
+    """What only layouts have that are read and not written, with whether the drafter uses it."""
+    return {
+        "attention_gate": config.attention_gate is not None,
+        "norm_per_tap": config.norm_per_tap,
+        "norm_context": config.norm_context,
+        "last_layer_normed": not config.last_layer_normed,
+        "vocab_size": config.vocab_size == 0,
+    }
+
+
 def unsupported(config: DrafterConfig, dialect: str, **needed: bool) -> None:
     """Refuse to write what a dialect has no word for.
 

@@ -169,6 +169,7 @@ def write(config: DrafterConfig) -> dict[str, Any]:
         mlp_bias=config.mlp_bias,
         qk_norm=not config.qk_norm,
         selector=config.selector is not None,
+        **common.of_other_layouts(config),
     )
     if any(layer.causal for layer in config.layers if not layer.sliding_window):
         raise DFlashError(

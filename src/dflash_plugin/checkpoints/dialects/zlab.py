@@ -7,7 +7,7 @@ and Laguna drafters are those that vLLM 0.33 reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dflash_plugin.checkpoints.dialects import common
@@ -22,6 +22,7 @@ from dflash_plugin.checkpoints.dialects.rope import read_rope, write_rope
 from dflash_plugin.drafter.config import Dialect, DrafterConfig, spread_layers
 from dflash_plugin.errors import DFlashError
 
+OFF = "DFLASH_PLUGIN=off leaves the drafter to the engine"
 DFLASH, DFLASH2 = "DFlashDraftModel", "DFlash2DraftModel"
 # What NeMo Automodel calls the same.
 OTHER_NAMES = {"Qwen3DFlashDraftModel": DFLASH, "Qwen3DFlash2DraftModel": DFLASH2}
@@ -42,18 +43,19 @@ def refuse_other_heads(raw: Mapping[str, Any]) -> None:
     if DFLASH not in names and DFLASH2 not in names:
         raise DFlashError(
             f"architectures is {names!r}, not a DFlash drafter: give a checkpoint whose "
-            f"architecture is {DFLASH!r} or {DFLASH2!r}"
+            f"architecture is {DFLASH!r} or {DFLASH2!r}; {OFF}"
         )
     projector = draft.get("projector_type")
     if projector not in (None, "dflash"):
         raise DFlashError(
             f"dflash_config.projector_type is {projector!r}: only plain DFlash heads are "
-            f"supported, not Domino or DSpark; a DFlash 2 drafter's architecture is {DFLASH2!r}"
+            f"supported, not Domino or DSpark; a DFlash 2 drafter's architecture is {DFLASH2!r}; "
+            f"{OFF}"
         )
     if draft.get("shift_label"):
         raise DFlashError(
             "dflash_config.shift_label is true: drafters trained on shifted labels are not "
-            "supported"
+            f"supported; {OFF}"
         )
 
 
@@ -160,7 +162,7 @@ def _read_layers(fields: Fields, dialect: Dialect) -> list[dict[str, Any]]:
 def _read_target_layers(fields: Fields, num_target_layers: int | None) -> tuple[int, ...]:
     ids: tuple[int, ...] | None = fields.integers("target_layer_ids", default=None)
     if ids is not None:
-        return ids
+        return _layer_outputs(ids, num_target_layers)
     count = fields.integer("num_hidden_layers")
     if num_target_layers is None:
         raise DFlashError(
@@ -168,6 +170,41 @@ def _read_target_layers(fields: Fields, num_target_layers: int | None) -> tuple[
             "whose outputs fc reads"
         )
     return spread_layers(num_target_layers, count)
+
+
+def count_boundaries(ids: Sequence[int], num_target_layers: int | None) -> bool:
+    """Whether ids count the boundaries between layers, as ``hidden_states`` does.
+
+    Boundary 0 is the embedding's output and boundary n that of the n-th layer, so ids that reach
+    the number of layers cannot count layer outputs from 0.
+    """
+    return num_target_layers is not None and max(ids) == num_target_layers
+
+
+def reach(raw: Mapping[str, Any]) -> int | None:
+    """``num_target_layers`` of a file whose ids reach it and so count boundaries, else None."""
+    fields = Fields(("dflash_config.", section(raw, "dflash_config")), ("", raw))
+    ids: tuple[int, ...] | None = fields.integers("target_layer_ids", default=None)
+    layers: int | None = fields.integer("num_target_layers", default=None)
+    return layers if ids is not None and count_boundaries(ids, layers) else None
+
+
+def _layer_outputs(ids: tuple[int, ...], num_target_layers: int | None) -> tuple[int, ...]:
+    """Ids that count layer outputs from 0.
+
+    Raises:
+        DFlashError: ids that count boundaries name the embedding's output, or were written for
+            another number of layers.
+    """
+    if not count_boundaries(ids, num_target_layers):
+        return ids
+    if min(ids) < 1:
+        raise DFlashError(
+            f"target layer id {num_target_layers} is out of range where ids count layers from 0, "
+            f"and id {min(ids)} is no layer's output where they count boundaries: correct "
+            f"target_layer_ids {list(ids)} or num_target_layers {num_target_layers}"
+        )
+    return tuple(layer - 1 for layer in ids)
 
 
 def write(config: DrafterConfig, dialect: Dialect) -> dict[str, Any]:
@@ -183,6 +220,7 @@ def write(config: DrafterConfig, dialect: Dialect) -> dict[str, Any]:
         and any(layer.sliding_window for layer in config.layers),
         selector=config.selector is not None and dialect != "z-lab",
         latent_attention=config.latent_attention is not None and dialect == "modelopt",
+        **common.of_other_layouts(config),
     )
     draft: dict[str, Any] = {
         "mask_token_id": config.mask_token_id,
