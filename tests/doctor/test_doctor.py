@@ -49,6 +49,7 @@ from dflash_plugin.monitor.metrics import ServerError
 from dflash_plugin.prompts import Prompt
 from dflash_plugin.transformers import Engine, Request, load_target
 from dflash_plugin.transformers.loading import bound
+from tests.helpers.layouts import write_laguna
 from tests.helpers.tiny import tiny_config, tiny_target, write_target, write_tiny
 
 SHIPPED = resolve_drafter(None, "smollm2")
@@ -685,6 +686,14 @@ def test_mask_tokens_with_equal_embeddings_are_tried_once(pair):
     # Tokens that SmolLM2 never saw have one embedding among them.
     assert torch.equal(embedding[7], embedding[8]) == (not {7, 8} <= set(found))
     assert len(found) < len(pair.tokenizer.get_added_vocab())
+
+
+def test_a_tap_before_the_final_norm_is_refused(tmp_path):
+    at = write_target(tmp_path / "target")
+    on = TargetTexts(at, *load_target(at, torch.float32, "cpu"))
+    drafter = write_laguna(tmp_path / "drafter", {"target_layer_ids": (1, 3)})
+    with pytest.raises(DFlashError, match=r"\[1, 3\] name the target's last layer"):
+        diagnose(on, drafter)
 
 
 def test_distinct_values():

@@ -193,6 +193,19 @@ def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path
     assert made["counts"] == {"blocks": 6 * passes, "blocks_natively": 0, "heads": passes}
 
 
+def test_kernels_run_laguna_layers_as_the_core_does(pair, interpreted, tmp_path):
+    """Gate, norms of taps, and context rows that all layers norm in one product."""
+    target, directory = pair
+    checkpoint = LAYOUTS["Laguna"](tmp_path)
+    made = interpreted.run(
+        directory, checkpoint, PROMPTS[:1], temperature=0.0, max_new_tokens=6, ignore_eos=True
+    )
+    assert made["texts"][0] == [alone(target, PROMPTS[0], 6)]
+    expected = answer(load_drafter(checkpoint, target), target, PROMPTS[0])
+    assert made["blocks"][0][0] == [expected.anchor, *expected.drafts]
+    assert made["counts"]["heads"] == len(made["blocks"][0])
+
+
 def test_a_shorter_block_is_the_cores(pair, schedulers, tmp_path):
     """Convolutions and path end where the block does that the server asks for."""
     target, directory = pair
