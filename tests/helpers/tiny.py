@@ -49,6 +49,24 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+# A Gemma target that both engines run; add what makes it tiny.
+GEMMA4: dict[str, Any] = {
+    "kind": "gemma4_text",
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 9,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 2,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "enable_moe_block": False,
+}
+# Own tables of more rows than the target has tokens, the last one the mask's.
+PADDED: dict[str, Any] = {
+    "vocab_size": 104,
+    "mask_token_id": 103,
+    "own_embedding": True,
+    "own_head": True,
+}
 # What makes a tiny drafter DFlash 2.
 DFLASH2: dict[str, Any] = {
     "convolution": ConvolutionConfig(kernel_size=2, group_size=8),

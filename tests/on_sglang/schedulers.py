@@ -66,6 +66,7 @@ class Schedulers:
         environment: dict[str, str] | None = None,
         settings: dict[str, Any] | None = None,
         widths: list[int] | Literal["chosen"] | None = None,
+        any_back_end: bool = False,
         **params: Any,
     ) -> dict[str, Any]:
         """Start a scheduler, run each prompt ``copies`` times and end it.
@@ -78,6 +79,8 @@ class Schedulers:
             settings: of ``ServerArgs``.
             widths: rows that the passes verify, in turns, or "chosen" by the policy and a clock
                 of each rank's own that runs by chance; whole blocks where there are none.
+            any_back_end: run the target under the attention of the settings, though SGLang has it
+                for its architecture under others alone, none of which this machine may have.
             params: of ``SamplingParams``.
 
         Returns:
@@ -98,6 +101,7 @@ class Schedulers:
                 **(environment or {}),
             },
             "widths": widths,
+            "any_back_end": any_back_end,
             "prompts": prompts,
             "copies": copies,
             "params": params,
@@ -119,6 +123,10 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     from sglang.srt.runtime_context import publish
     from sglang.srt.server_args import PortArgs, ServerArgs
 
+    if job["any_back_end"]:
+        from sglang.srt.arg_groups import model_hook
+
+        model_hook.attention_backends_of = lambda *_: ("triton", "triton")
     args = ServerArgs(**job["settings"])
     args.resolve_once()
     ports = PortArgs.init_new(args)

@@ -18,7 +18,15 @@ from dflash_plugin.transformers.loading import load_drafter
 from tests.helpers.distribution import check_distribution, continuations
 from tests.helpers.layouts import write_laguna, write_muse
 from tests.helpers.quantised import LAYOUTS, quantise
-from tests.helpers.tiny import DFLASH2, latent, tiny_target, write_target, write_tiny
+from tests.helpers.tiny import (
+    DFLASH2,
+    GEMMA4,
+    PADDED,
+    latent,
+    tiny_target,
+    write_target,
+    write_tiny,
+)
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
 from tests.on_sglang.schedulers import Schedulers
 from tests.on_sglang.sglang_server import serving, tokens
@@ -163,6 +171,54 @@ def test_other_layouts_and_the_last_layer_draft_what_the_core_does(
         expected = answer(drafter, target, prompt)
         assert min(expected.margins) > 1e-3
         assert blocks[0] == [expected.anchor, *expected.drafts]
+
+
+def test_a_gemma_targets_factor_counts(schedulers, tmp_path):
+    """SGLang's embedding module multiplies, so that the drafter reads the table behind it."""
+    directory = write_target(tmp_path / "target")
+    target = tiny_target(**SIZES, **GEMMA4)
+    target.save_pretrained(directory)
+    checkpoint, stored = (
+        write_tiny(tmp_path / str(scale), **SIZES, target_hidden_size=64, embedding_scale=scale)
+        for scale in (None, 1.0)
+    )
+    made = [
+        schedulers.run(
+            directory, place, PROMPTS, temperature=0.0, max_new_tokens=16, ignore_eos=True,
+            any_back_end=True, settings={"disable_hybrid_swa_memory": True},
+        )
+        for place in (checkpoint, stored)
+    ]  # fmt: skip
+    drafters = [load_drafter(place, target) for place in (checkpoint, stored)]
+    for index, prompt in enumerate(PROMPTS):
+        expected = [answer(drafter, target, prompt) for drafter in drafters]
+        assert expected[0].drafts != expected[1].drafts
+        for found, wanted in zip(made, expected, strict=True):
+            assert found["texts"][index] == [alone(target, prompt, 16)]
+            assert min(wanted.margins) > 1e-3
+            assert found["blocks"][index][0] == [wanted.anchor, *wanted.drafts]
+
+
+@pytest.mark.parametrize("draft_sampling", ["greedy", "probabilistic"])
+def test_a_padded_drafter_drafts_tokens_of_the_target_alone(
+    pair, schedulers, tmp_path, draft_sampling
+):
+    target, directory = pair
+    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **PADDED})
+    drafter = load_drafter(checkpoint, target)
+    run = functools.partial(
+        schedulers.run, directory, checkpoint, PROMPTS, max_new_tokens=16, ignore_eos=True,
+        environment={"DFLASH_PLUGIN_DRAFT_SAMPLING": draft_sampling},
+    )  # fmt: skip
+    made = run(temperature=0.0)
+    for prompt, texts, blocks in zip(PROMPTS, made["texts"], made["blocks"], strict=True):
+        assert texts == [alone(target, prompt, 16)]
+        expected = answer(drafter, target, prompt)
+        assert min(expected.margins) > 1e-3
+        assert blocks[0] == [expected.anchor, *expected.drafts]
+    for texts in run(temperature=1.0, copies=4)["texts"]:
+        assert [len(text) for text in texts] == [16] * 4
+        assert max(map(max, texts)) < 97
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,15 @@ from dflash_plugin.vllm.selfcheck import draft
 from tests.helpers.distribution import check_distribution, continuations
 from tests.helpers.layouts import write_laguna, write_muse
 from tests.helpers.quantised import LAYOUTS, quantise
-from tests.helpers.tiny import DFLASH2, latent, tiny_target, write_target, write_tiny
+from tests.helpers.tiny import (
+    DFLASH2,
+    GEMMA4,
+    PADDED,
+    latent,
+    tiny_target,
+    write_target,
+    write_tiny,
+)
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
 from tests.on_vllm.vllm_helpers import ON_V2, on_worker, running
 
@@ -159,6 +167,43 @@ def test_other_layouts_and_the_last_layer_draft_what_the_core_does(pair, tmp_pat
             assert min(expected.margins) > 1e-3
             assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
         check_text(engine, target)
+
+
+def test_a_gemma_targets_factor_counts(tmp_path):
+    """vLLM's Gemma multiplies behind its embedding module, which gives rows as they are stored."""
+    directory = write_target(tmp_path / "target")
+    target = tiny_target(**SIZES, **GEMMA4)
+    target.save_pretrained(directory)
+    checkpoint, stored = (
+        write_tiny(tmp_path / str(scale), **SIZES, target_hidden_size=64, embedding_scale=scale)
+        for scale in (None, 1.0)
+    )
+    drafter, without = load_drafter(checkpoint, target), load_drafter(stored, target)
+    with running(directory, checkpoint, max_model_len=256) as engine:
+        for prompt in PROMPTS:
+            expected = answer(drafter, target, prompt)
+            assert min(expected.margins) > 1e-3
+            assert answer(without, target, prompt).drafts != expected.drafts
+            assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
+        check_text(engine, target)
+
+
+def test_a_padded_drafter_drafts_tokens_of_the_target_alone(pair, tmp_path):
+    target, directory = pair
+    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **PADDED})
+    drafter = load_drafter(checkpoint, target)
+    settings = {"speculative": {"draft_sample_method": "probabilistic"}, "max_model_len": 256}
+    with running(directory, checkpoint, **settings) as engine:
+        for prompt in PROMPTS:
+            expected = answer(drafter, target, prompt)
+            assert min(expected.margins) > 1e-3
+            assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
+        check_text(engine, target)
+        params = SamplingParams(temperature=1.0, max_tokens=16, ignore_eos=True, n=4)
+        prompt = {"prompt_token_ids": PROMPTS[0]}
+        drawn = engine.generate([prompt], params, use_tqdm=False)[0].outputs
+    assert [len(one.token_ids) for one in drawn] == [16] * 4
+    assert max(max(one.token_ids) for one in drawn) < 97
 
 
 def begin_new_weights(worker: Any) -> str:

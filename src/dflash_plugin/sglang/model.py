@@ -312,6 +312,8 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         rows = self.spec.config.draft_vocab_size or self.vocab_size
         return self.drafter.scale_logits(full[:, :rows].float())
 
+    # A head that is the embedding of a Gemma target asks for gradients.
+    @torch.no_grad()
     def shard_logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, rows] over this rank's rows of the head, padding left out."""
         head, rows = cast(Any, self.drafter.head()), self.shard_rows()
@@ -319,6 +321,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
             return F.linear(hidden.to(head.weight.dtype), head.weight[:rows])
         return self._all_rows(hidden)[:, :rows]
 
+    @torch.no_grad()
     def _all_rows(self, hidden: Tensor) -> Tensor:
         """Logits over all of this rank's rows of the head."""
         head = cast(Any, self.drafter.head())
