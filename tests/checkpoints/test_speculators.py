@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dflash_plugin.checkpoints.dialects import suggested_drafts
 from dflash_plugin.checkpoints.io import load_checkpoint, load_config
 from dflash_plugin.errors import DFlashError
 from tests.helpers.tiny import DFLASH2, write_tiny
@@ -82,3 +83,24 @@ def test_keys_of_dflash2_in_a_dflash_file_are_refused_by_name(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "selector_rank": 8}))
     with pytest.raises(DFlashError, match=r"selector_rank is 8, of a DFlash 2 drafter.*'dflash2'"):
         load_config(directory)
+
+
+@pytest.mark.parametrize(
+    ("methods", "suggested"),
+    [
+        ([{"speculative_tokens": 8}], 8),
+        ([{"speculative_tokens": 5}, {"speculative_tokens": 8}], 5),
+        ([{"speculative_tokens": None}], None),
+        ([{}], None),
+        ([], None),
+        (None, None),
+        ("greedy", None),
+    ],
+)
+def test_the_number_of_drafts_that_a_file_suggests(methods, suggested):
+    raw = {"speculators_config": {"proposal_methods": methods}}
+    assert suggested_drafts(raw) == suggested
+
+
+def test_a_file_without_a_proposal_suggests_nothing():
+    assert suggested_drafts({}) is suggested_drafts({"speculators_config": None}) is None
