@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dflash_plugin.checkpoints.dialects import suggested_drafts
 from dflash_plugin.checkpoints.io import load_checkpoint, load_config
 from dflash_plugin.errors import DFlashError
 from tests.helpers.tiny import DFLASH2, write_tiny
@@ -90,3 +91,24 @@ def test_experts_beside_the_layers_section_are_refused_by_name(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_experts": 8}))
     with pytest.raises(DFlashError, match="num_experts is 8, of layers with a mixture of experts"):
         load_config(directory)
+
+
+@pytest.mark.parametrize(
+    ("methods", "suggested"),
+    [
+        ([{"speculative_tokens": 8}], 8),
+        ([{"speculative_tokens": 5}, {"speculative_tokens": 8}], 5),
+        ([{"speculative_tokens": None}], None),
+        ([{}], None),
+        ([], None),
+        (None, None),
+        ("greedy", None),
+    ],
+)
+def test_the_number_of_drafts_that_a_file_suggests(methods, suggested):
+    raw = {"speculators_config": {"proposal_methods": methods}}
+    assert suggested_drafts(raw) == suggested
+
+
+def test_a_file_without_a_proposal_suggests_nothing():
+    assert suggested_drafts({}) is suggested_drafts({"speculators_config": None}) is None

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dflash_plugin.checkpoints.reference_drafts import answer
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
+from tests.checkpoints.test_open_spec import rewritten
 from tests.helpers.tiny import ENGINE_SIZES, tiny_target, write_target, write_tiny
 from tests.on_vllm.vllm_helpers import on_worker, running, serving
 
@@ -48,15 +49,26 @@ def test_a_drafter_is_known_by_its_checkpoint(pair, tmp_path):
         assert on_worker(engine, draft, [*PROMPT, expected.anchor]) == expected.drafts
 
 
-@pytest.mark.parametrize(("flags", "drafts"), [([], 3), (["--num-speculative-tokens=2"], 2)])
-def test_a_speculators_checkpoint_is_the_main_model(pair, tmp_path, flags, drafts):
-    """Without a network; its file suggests a whole block, anchor included."""
-    target, directory = pair
-    checkpoint = write_tiny(tmp_path / "drafter", "speculators", **SIZES)
+def speculators(checkpoint: Path, is_new: bool) -> None:
+    """Name the target; the older layout suggests a whole block, anchor included."""
+    if is_new:
+        rewritten(checkpoint, verifier="tests/target")
+        return
     raw = json.loads((checkpoint / "config.json").read_text())
     raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = raw["block_size"]
     raw["speculators_config"]["verifier"]["name_or_path"] = "tests/target"
     (checkpoint / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+    ("is_new", "flags", "drafts"),
+    [(False, [], 3), (False, ["--num-speculative-tokens=2"], 2), (True, [], 3)],
+)
+def test_a_speculators_checkpoint_is_the_main_model(pair, tmp_path, is_new, flags, drafts):
+    """Both of its layouts, out of the hub's cache without a network."""
+    target, directory = pair
+    checkpoint = write_tiny(tmp_path / "drafter", "speculators", **SIZES)
+    speculators(checkpoint, is_new)
     home = tmp_path / "home"
     cached(home, "tests/target", directory)
     cached(home, "tests/speculator", checkpoint)
@@ -77,4 +89,4 @@ def test_a_speculators_checkpoint_is_the_main_model(pair, tmp_path, flags, draft
     warned = (
         "suggests 4 speculative tokens, but a block of 4 drafts 3" in (tmp_path / "log").read_text()
     )
-    assert warned is (not flags)
+    assert warned is (not is_new and not flags)

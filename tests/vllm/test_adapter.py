@@ -22,6 +22,7 @@ from dflash_plugin.vllm.draft_logits import DraftLogits
 from dflash_plugin.vllm.names import ARCHITECTURE
 from dflash_plugin.vllm.options import drafter_spec, read_options
 from dflash_plugin.vllm.workarounds import expand_kernel, without_empty_rows
+from tests.checkpoints.test_open_spec import rewritten
 from tests.helpers.quantised import LAYOUTS, quantise
 from tests.helpers.tiny import DFLASH2, tiny_target, write_tiny
 
@@ -332,6 +333,71 @@ def test_the_flags_number_is_seen_where_a_main_model_is_resolved(given, flag, se
         lambda self, usage: (usage, (self.speculative_config, self.spec_tokens))
     )
     assert create(args, "usage") == ("usage", seen)
+
+
+def overridden(model, given=None, revision=None):
+    """What is made of a main model that is no speculators checkpoint to vLLM."""
+
+    def native(model, tokenizer, trust_remote_code, revision=None, vllm_speculative_config=None):
+        return model, tokenizer, vllm_speculative_config
+
+    override = arguments.maybe_override_with_speculators(native)
+    return override(
+        model=str(model),
+        tokenizer=None,
+        trust_remote_code=False,
+        revision=revision,
+        vllm_speculative_config=given,
+    )
+
+
+def test_open_spec_config_is_a_main_model_too(tmp_path):
+    place = rewritten(write_tiny(tmp_path / "d", "speculators"), verifier="org/target")
+    settings = {"method": "dflash", "model": str(place)}
+    assert overridden(place) == ("org/target", "org/target", settings)
+    given = {"num_speculative_tokens": 2, "model": "other", "method": "ngram"}
+    assert overridden(place, given)[2] == {**settings, "num_speculative_tokens": 2}
+
+
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_a_main_model_is_read_from_the_hubs_cache(tmp_path, monkeypatch, revision):
+    """vLLM has put its configuration there by then."""
+    asked, place = [], rewritten(write_tiny(tmp_path / "d", "speculators"), verifier="org/target")
+
+    def look(model, name, revision):
+        asked.append((model, name, revision))
+        return str(place / name)
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", look)
+    assert overridden("org/drafter", revision=revision)[0] == "org/target"
+    assert asked == [("org/drafter", "config.json", revision)]
+
+
+@pytest.mark.parametrize("changes", [{"method": "eagle3"}, {"verifier": None}, {"verifier": 3}])
+def test_other_main_models_stay_as_they_are(tmp_path, changes):
+    place = rewritten(write_tiny(tmp_path / "d", "speculators"), **changes)
+    for model in (
+        place,
+        write_tiny(tmp_path / "z"),
+        tmp_path / "nowhere",
+        "org/target",
+        "s3://b/t",
+    ):
+        assert overridden(model, {"method": "ngram"}) == (str(model), None, {"method": "ngram"})
+
+
+def test_what_vllm_resolves_itself_stays(tmp_path):
+    override = arguments.maybe_override_with_speculators(lambda model: ("target", "target", {}))
+    place = rewritten(write_tiny(tmp_path / "d", "speculators"), verifier="org/target")
+    assert override(model=str(place)) == ("target", "target", {})
+
+
+def test_a_checkpoint_names_a_local_target_where_vllm_lets_it(tmp_path, monkeypatch):
+    place = rewritten(write_tiny(tmp_path / "d", "speculators"), verifier=str(tmp_path))
+    with pytest.raises(DFlashError, match=rf"serve '{tmp_path}' with --speculative-method dflash"):
+        overridden(place)
+    monkeypatch.setattr(compat, "installed", lambda: "0.32.0")
+    assert overridden(place)[0] == str(tmp_path)
 
 
 def test_the_source_is_what_vllms_settings_say(monkeypatch):

@@ -64,6 +64,20 @@ def config_of(model: str, source: Source) -> dict[str, Any] | None:
         return None
 
 
+def config_at_hand(model: str, revision: str | None) -> dict[str, Any] | None:
+    """config.json of a directory, or of a copy in the hub's own cache; no hub is asked."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    directory = _local(model)
+    try:
+        found = try_to_load_from_cache(model, CONFIG, revision=revision) if not directory else None
+        path = directory / CONFIG if directory else found
+        return read_json(Path(path)) if isinstance(path, str | Path) else None
+    except (DFlashError, HFValidationError):
+        return None
+
+
 def is_offline() -> bool:
     """Whether the hub must not be asked, by ``HF_HUB_OFFLINE`` when its library was imported."""
     from huggingface_hub import constants

@@ -7,9 +7,14 @@ import logging
 import os
 from collections.abc import Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
-from dflash_plugin.checkpoints.dialects import is_dflash, suggested_drafts
+from dflash_plugin.checkpoints.dialects import (
+    is_dflash,
+    open_spec_verifier,
+    suggested_drafts,
+)
 from dflash_plugin.checkpoints.files import read_json
 from dflash_plugin.checkpoints.io import CONFIG
 from dflash_plugin.drafter.config import DrafterConfig
@@ -17,7 +22,7 @@ from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import staging
 from dflash_plugin.serving.drafter_spec import DrafterSpec
-from dflash_plugin.serving.sources import Source, config_of
+from dflash_plugin.serving.sources import Source, config_at_hand, config_of
 from dflash_plugin.serving.variables import is_off
 from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.names import ARCHITECTURE, LOAD_FORMAT
@@ -64,6 +69,31 @@ def create_engine_config(native: Method) -> Method:
         return native(self, *args, **kwargs)
 
     return create
+
+
+def maybe_override_with_speculators(native: Method) -> Method:
+    """vLLM's function of this name, that also knows Open Spec Config, speculators' newer layout.
+
+    Of a main model that is a drafter it makes the target and the speculative configuration.
+    """
+
+    @wraps(native)
+    def override(*, model: str, **kwargs: Any) -> Any:
+        found = native(model=model, **kwargs)
+        if found[0] != model:
+            return found
+        verifier = open_spec_verifier(config_at_hand(model, kwargs.get("revision")) or {})
+        if verifier is None:
+            return found
+        if Path(verifier).exists() and not compat.current().takes_local_verifiers:
+            raise DFlashError(
+                f"the drafter {model!r} names the target {verifier!r}, a file here, which vLLM "
+                f"{compat.installed()} takes of no checkpoint: serve {verifier!r} with "
+                f"--speculative-method dflash --speculative-model {model}"
+            )
+        return verifier, verifier, {**(found[2] or {}), "method": METHOD, "model": model}
+
+    return override
 
 
 def create_speculative_config(native: Method) -> Method:

@@ -22,17 +22,21 @@ class Version:
         skips_drafts: the speculator can inject without drafting.
         admits_on_host: the runner reads each request's number of verified drafts on the host, or
             None, from adaptive verification.
+        takes_local_verifiers: a speculators checkpoint that is the main model may name a directory
+            as its target.
     """
 
     drops_cached_block: bool
     skips_drafts: bool
     admits_on_host: bool
+    takes_local_verifiers: bool
 
 
 _BEFORE_0_33 = Version(
     drops_cached_block=True,
     skips_drafts=False,
     admits_on_host=False,
+    takes_local_verifiers=True,
 )
 SUPPORTED: dict[tuple[int, int], Version] = {
     (0, 31): _BEFORE_0_33,
@@ -41,6 +45,7 @@ SUPPORTED: dict[tuple[int, int], Version] = {
         drops_cached_block=False,
         skips_drafts=True,
         admits_on_host=True,
+        takes_local_verifiers=False,
     ),
 }
 

@@ -20,6 +20,11 @@ FLAGS = (
 )
 PATCHES = (
     (vllm.ARG_UTILS, "EngineArgs.create_engine_config", "arguments:create_engine_config"),
+    (
+        vllm.ARG_UTILS,
+        "maybe_override_with_speculators",
+        "arguments:maybe_override_with_speculators",
+    ),
     (vllm.REGISTRY, "ModelRegistry", "plugin:register_architecture"),
     (vllm.LOADERS, "register_model_loader", "plugin:register_loader"),
     (vllm.SPECULATOR, "DFlashSpeculator", "plugin:substitute_speculator"),

@@ -86,6 +86,10 @@ _CONFIG = (
         "EngineArgs.create_engine_config",
     ),
     *_seams(
+        ARG_UTILS, ARGUMENTS, "patch", "a main model may be in speculators' newer layout",
+        "maybe_override_with_speculators(*, model, revision, ...)",
+    ),
+    *_seams(
         "vllm.transformers_utils.utils", ARGUMENTS, "call", "finds a redirected drafter",
         "maybe_model_redirect(model)",
     ),

@@ -51,6 +51,14 @@ def suggested_drafts(raw: Mapping[str, Any]) -> int | None:
     return speculators.suggested_drafts(raw)
 
 
+def open_spec_verifier(raw: Mapping[str, Any]) -> str | None:
+    """The target that an Open Spec Config of a DFlash drafter names, or None."""
+    if open_spec.MARK not in raw or not is_dflash(raw):
+        return None
+    verifier = raw[open_spec.SPECULATIVE].get("verifier")
+    return verifier if isinstance(verifier, str) and verifier else None
+
+
 AMBIGUOUS = (
     "config.json has sliding layers and no is_causal: they are read as causal (z-lab); a SpecForge "
     "export was trained without, read it with --dialect specforge (in an engine, the option "
