@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core import kv_cache_utils as utils
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    MambaSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.request import Request
 
 from dflash_plugin.vllm import cache_groups, compat, register, surface
 
@@ -44,6 +54,7 @@ def layers_of_target(recurrent: int, full: int) -> dict[str, Any]:
         shapes=((3, 8192), (32, 128, 128)),
         dtypes=(HALF, HALF),
         page_size_padded=attention().page_size_bytes,
+        mamba_cache_mode="align",
     )
     for number in range(recurrent + full):
         if number % every == every - 1:
@@ -176,3 +187,42 @@ def test_other_targets_and_drafters_are_left_to_vllm():
     assert divide(config(target, LONG), dict(target)) == divided(
         target, {}, length=LONG, drafts=False
     )
+
+
+def cached_tokens(groups: list[Any], prompt: int, drops: bool) -> int:
+    """Tokens of a repeated prompt that vLLM's manager finds, after steps that end at blocks."""
+    cache = KVCacheConfig(num_blocks=400, kv_cache_tensors=[], kv_cache_groups=groups)
+    cache = utils.generate_scheduler_kv_cache_config([cache])
+    manager = KVCacheManager(
+        cache,
+        max_model_len=LONG,
+        scheduler_block_size=BLOCK,
+        hash_block_size=BLOCK,
+        max_in_flight_tokens=8192,
+        use_eagle=drops,
+    )
+    utils.init_none_hash(sha256)
+    hasher = utils.get_request_block_hasher(BLOCK, sha256)
+    tokens = list(range(prompt))
+    first, again = (
+        Request(name, tokens, SamplingParams(max_tokens=8), None, block_hasher=hasher)
+        for name in ("first", "again")
+    )
+    while (left := prompt - first.num_computed_tokens) > 0:
+        assert manager.allocate_slots(first, min(left, BLOCK)) is not None
+        first.num_computed_tokens += min(left, BLOCK)
+    manager.free(first)
+    return manager.get_computed_blocks(again)[1]
+
+
+@pytest.mark.parametrize("blocks", [3, 20])
+@pytest.mark.parametrize(("windowed", "full"), [(5, 1), (5, 0), (0, 5)])
+def test_prefix_hits_beside_a_hybrid_target_are_whole(windowed, full, blocks):
+    """As without a drafter; vLLM's drop of the last block, which is off, would cost one."""
+    target = layers_of_target(24, 8)
+    drafter = layers_of_drafter(32, windowed, full, 8, 128, joins=True)
+    alone = planning().get_kv_cache_groups(config(target), dict(target))
+    groups, prompt = divided(target, drafter), blocks * BLOCK + 40
+    assert cached_tokens(alone, prompt, drops=False) == blocks * BLOCK
+    assert cached_tokens(groups, prompt, drops=False) == blocks * BLOCK
+    assert cached_tokens(groups, prompt, drops=True) < blocks * BLOCK

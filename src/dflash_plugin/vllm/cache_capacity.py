@@ -72,8 +72,8 @@ def report_capacity(native: Method) -> Method:
         length = vllm_config.model_config.max_model_len
         tokens, without = ours.tokens(memory, length), alone.tokens(memory, length)
         logger.info(
-            "the KV cache has %d groups and holds %d tokens; without the drafter, %d groups and %d "
-            "tokens",
+            "the KV cache has %d groups and holds %d tokens; without the drafter's layers, %d "
+            "groups and %d tokens",
             *(ours.groups, tokens, alone.groups, without),
         )
         lost = max(without - tokens, 0)
