@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from dflash_plugin.vllm import cache_groups, compat, register, surface
+from dflash_plugin.vllm.cache_capacity import report_capacity
 
 HALF, BLOCK, WINDOW = torch.bfloat16, 528, 4096
 # Recurrent and full layers of targets, which make four groups alone.
@@ -226,3 +228,22 @@ def test_prefix_hits_beside_a_hybrid_target_are_whole(windowed, full, blocks):
     assert cached_tokens(alone, prompt, drops=False) == blocks * BLOCK
     assert cached_tokens(groups, prompt, drops=False) == blocks * BLOCK
     assert cached_tokens(groups, prompt, drops=True) < blocks * BLOCK
+
+
+def test_the_log_and_the_metrics_say_what_the_drafter_takes(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    target = layers_of_target(24, 8)
+    drafter = layers_of_drafter(32, 0, 5, 8, 128, joins=True)
+    settings = config(target, LONG)
+    groups = planning().get_kv_cache_groups(settings, {**target, **drafter})
+    assert sizes(groups) == [12, 12, 13]
+    report = report_capacity(lambda vllm_config, kv_cache_config: None)
+    with caplog.at_level(logging.INFO):
+        report(settings, SimpleNamespace(num_blocks=800))
+    # A request has two states in each group of recurrent layers. A block is 13 pages, alone 8.
+    blocks = -(-LONG // BLOCK)
+    tokens, alone = 800 * LONG // (blocks + 2 * 2), 1300 * LONG // (blocks + 3 * 2)
+    assert f"3 groups and holds {tokens} tokens" in caplog.text
+    assert f"without the drafter's layers, 4 groups and {alone} tokens" in caplog.text
+    counts = {"kv_cache_groups": 3, "kv_cache_tokens_lost": alone - tokens}
+    assert surface.attached(settings) == counts

@@ -18,9 +18,11 @@ from dflash_plugin.vllm.selfcheck import draft
 from tests.helpers.tiny import ENGINE_SIZES, tiny_target, write_target, write_tiny
 from tests.on_vllm.vllm_helpers import ON_V2, on_worker, running
 
+LENGTH = 4352
 SIZES = {
     **{**ENGINE_SIZES, "head_dim": 64},
     "num_hidden_layers": 8,
+    "max_position_embeddings": LENGTH,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 128,
@@ -33,7 +35,6 @@ SIZES = {
 # As many bytes as the target's two heads of 64.
 DRAFTER = {**ENGINE_SIZES, "num_key_value_heads": 4, "target_hidden_size": 64, "dtype": "bfloat16"}
 WINDOW = {"sliding_window": 16}
-LENGTH = 1088
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50 + i % 40 for i in range(90)]]
 # Layers of the drafter, and groups of the plugin and of vLLM.
 KINDS: dict[str, tuple[Any, list[int], int]] = {
@@ -59,7 +60,8 @@ def served(target: Path, drafter: Path) -> tuple[list[int], list[list[int]], lis
     """Layers by group, texts, and drafts after the prompts."""
     params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
     # The V1 runner copies states of cached prefixes with a Triton kernel.
-    settings = {"dtype": "bfloat16", "max_model_len": LENGTH, "enable_prefix_caching": False}
+    settings = {"enable_prefix_caching": False, "max_num_batched_tokens": 1024}
+    settings |= {"dtype": "bfloat16", "max_model_len": LENGTH}
     with running(target, drafter, **settings) as engine:
         drafts = [on_worker(engine, draft, [*prompt, 42]) for prompt in PROMPTS]
         prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
