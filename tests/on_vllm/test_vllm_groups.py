@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core import kv_cache_utils as utils
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    MambaSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.request import Request
 
 from dflash_plugin.vllm import cache_groups, compat, register, surface
+from dflash_plugin.vllm.cache_capacity import report_capacity
 
 HALF, BLOCK, WINDOW = torch.bfloat16, 528, 4096
 # Recurrent and full layers of targets, which make four groups alone.
@@ -44,6 +56,7 @@ def layers_of_target(recurrent: int, full: int) -> dict[str, Any]:
         shapes=((3, 8192), (32, 128, 128)),
         dtypes=(HALF, HALF),
         page_size_padded=attention().page_size_bytes,
+        mamba_cache_mode="align",
     )
     for number in range(recurrent + full):
         if number % every == every - 1:
@@ -176,3 +189,61 @@ def test_other_targets_and_drafters_are_left_to_vllm():
     assert divide(config(target, LONG), dict(target)) == divided(
         target, {}, length=LONG, drafts=False
     )
+
+
+def cached_tokens(groups: list[Any], prompt: int, drops: bool) -> int:
+    """Tokens of a repeated prompt that vLLM's manager finds, after steps that end at blocks."""
+    cache = KVCacheConfig(num_blocks=400, kv_cache_tensors=[], kv_cache_groups=groups)
+    cache = utils.generate_scheduler_kv_cache_config([cache])
+    manager = KVCacheManager(
+        cache,
+        max_model_len=LONG,
+        scheduler_block_size=BLOCK,
+        hash_block_size=BLOCK,
+        max_in_flight_tokens=8192,
+        use_eagle=drops,
+    )
+    utils.init_none_hash(sha256)
+    hasher = utils.get_request_block_hasher(BLOCK, sha256)
+    tokens = list(range(prompt))
+    first, again = (
+        Request(name, tokens, SamplingParams(max_tokens=8), None, block_hasher=hasher)
+        for name in ("first", "again")
+    )
+    while (left := prompt - first.num_computed_tokens) > 0:
+        assert manager.allocate_slots(first, min(left, BLOCK)) is not None
+        first.num_computed_tokens += min(left, BLOCK)
+    manager.free(first)
+    return manager.get_computed_blocks(again)[1]
+
+
+@pytest.mark.parametrize("blocks", [3, 20])
+@pytest.mark.parametrize(("windowed", "full"), [(5, 1), (5, 0), (0, 5)])
+def test_prefix_hits_beside_a_hybrid_target_are_whole(windowed, full, blocks):
+    """As without a drafter; vLLM's drop of the last block, which is off, would cost one."""
+    target = layers_of_target(24, 8)
+    drafter = layers_of_drafter(32, windowed, full, 8, 128, joins=True)
+    alone = planning().get_kv_cache_groups(config(target), dict(target))
+    groups, prompt = divided(target, drafter), blocks * BLOCK + 40
+    assert cached_tokens(alone, prompt, drops=False) == blocks * BLOCK
+    assert cached_tokens(groups, prompt, drops=False) == blocks * BLOCK
+    assert cached_tokens(groups, prompt, drops=True) < blocks * BLOCK
+
+
+def test_the_log_and_the_metrics_say_what_the_drafter_takes(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    target = layers_of_target(24, 8)
+    drafter = layers_of_drafter(32, 0, 5, 8, 128, joins=True)
+    settings = config(target, LONG)
+    groups = planning().get_kv_cache_groups(settings, {**target, **drafter})
+    assert sizes(groups) == [12, 12, 13]
+    report = report_capacity(lambda vllm_config, kv_cache_config: None)
+    with caplog.at_level(logging.INFO):
+        report(settings, SimpleNamespace(num_blocks=800))
+    # A request has two states in each group of recurrent layers. A block is 13 pages, alone 8.
+    blocks = -(-LONG // BLOCK)
+    tokens, alone = 800 * LONG // (blocks + 2 * 2), 1300 * LONG // (blocks + 3 * 2)
+    assert f"3 groups and holds {tokens} tokens" in caplog.text
+    assert f"without the drafter's layers, 4 groups and {alone} tokens" in caplog.text
+    counts = {"kv_cache_groups": 3, "kv_cache_tokens_lost": alone - tokens}
+    assert surface.attached(settings) == counts

@@ -48,7 +48,7 @@ def cache_gauges(labels: tuple[str, ...]) -> dict[str, Any]:
 
     told = {
         "kv_cache_groups": "Groups of layers with a block table of their own.",
-        "kv_cache_tokens_lost": "Tokens that the KV cache would hold more without the drafter.",
+        "kv_cache_tokens_lost": "Tokens that the cache would hold more without the drafter.",
     }
     return {
         name: Gauge(f"dflash:{name}", text, labels, multiprocess_mode="mostrecent")

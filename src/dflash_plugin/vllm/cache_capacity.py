@@ -47,8 +47,13 @@ class Capacity(NamedTuple):
 
 def layer_specs(group: KVCacheGroup) -> Collection[KVCacheSpec]:
     """The kind of cache of each layer of a group."""
-    by_layer: dict[str, KVCacheSpec] | None = getattr(group.kv_cache_spec, "kv_cache_specs", None)
-    return [group.kv_cache_spec] * len(group.layer_names) if by_layer is None else by_layer.values()
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    kind = group.kv_cache_spec
+    if isinstance(kind, UniformTypeKVCacheSpecs):
+        by_layer: dict[str, KVCacheSpec] = kind.kv_cache_specs
+        return by_layer.values()
+    return [kind] * len(group.layer_names)
 
 
 def remember(
@@ -64,7 +69,7 @@ def report_capacity(native: Method) -> Method:
     @wraps(native)
     def update_kv_cache_capacity(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         native(vllm_config, kv_cache_config)
-        divided = getattr(vllm_config, GROUPS, None)
+        divided = vars(vllm_config).get(GROUPS)
         if divided is None:
             return
         ours, alone = (Capacity.of(groups, vllm_config) for groups in divided)
@@ -72,8 +77,8 @@ def report_capacity(native: Method) -> Method:
         length = vllm_config.model_config.max_model_len
         tokens, without = ours.tokens(memory, length), alone.tokens(memory, length)
         logger.info(
-            "the KV cache has %d groups and holds %d tokens; without the drafter, %d groups and %d "
-            "tokens",
+            "the KV cache has %d groups and holds %d tokens; without the drafter's layers, %d "
+            "groups and %d tokens",
             *(ours.groups, tokens, alone.groups, without),
         )
         lost = max(without - tokens, 0)

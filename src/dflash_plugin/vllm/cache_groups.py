@@ -114,7 +114,7 @@ def plans_beside(divided: Groups, specs: Specs, draft: Sequence[str]) -> list[Gr
     """
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    kinds = list(_kinds(divided))
+    kinds = list(_kinds(divided, specs))
     full = next((k for k in kinds if isinstance(specs[k.layers[0]], FullAttentionSpec)), None)
     if full is None or len({spec.page_size_bytes for spec in specs.values()}) > 1:
         return []
@@ -135,13 +135,14 @@ def plans_beside(divided: Groups, specs: Specs, draft: Sequence[str]) -> list[Gr
     return plans
 
 
-def _kinds(groups: Groups) -> Iterator[Kind]:
-    """Groups of like layers taken together."""
+def _kinds(groups: Groups, order: Collection[str]) -> Iterator[Kind]:
+    """Groups of like layers taken together, their layers in the model's order."""
     rest = list(groups)
     while rest:
         like = [group for group in rest if group.kv_cache_spec == rest[0].kv_cache_spec]
         rest = [group for group in rest if group not in like]
-        yield Kind([name for group in like for name in group.layer_names], len(like))
+        names = {name for group in like for name in group.layer_names}
+        yield Kind([name for name in order if name in names], len(like))
 
 
 def _recycling(spec: KVCacheSpec) -> KVCacheSpec:

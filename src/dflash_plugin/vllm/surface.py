@@ -31,6 +31,7 @@ MANAGER = "vllm.v1.worker.gpu.spec_decode.adaptive_verification"
 WORKER = "vllm.v1.worker.gpu_worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker"
 SPEC_METRICS = "vllm.v1.spec_decode.metrics"
+ENGINE_CORE = "vllm.v1.engine.core"
 CORE_CLIENT = "vllm.v1.engine.core_client"
 SCHEDULER = "vllm.v1.core.sched.scheduler"
 LOGGERS = "vllm.v1.metrics.loggers"
@@ -251,7 +252,9 @@ _GROUPS = (
             "unify_kv_cache_spec_page_size(kv_cache_spec)", until="0.33"),
     *_seams(CACHE_PLANNING, CACHE_GROUPS, "call", "pages of one size",
             "unify_kv_cache_spec_page_size(kv_cache_spec)", since="0.33"),
-    *_seams(CACHE_UTILS, CACHE_GROUPS, "patch", "logs what the drafter takes of the cache",
+    *_seams(ENGINE_CORE, CACHE_GROUPS, "patch", "logs what the drafter takes of the cache",
+            "update_kv_cache_capacity"),
+    *_seams(CACHE_UTILS, CACHE_GROUPS, "call", "logs what the drafter takes of the cache",
             "update_kv_cache_capacity(vllm_config, kv_cache_config)"),
     *_seams(
         CACHE, CACHE_GROUPS, "call", "makes groups",

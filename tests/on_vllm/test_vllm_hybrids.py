@@ -1,0 +1,86 @@
+"""Targets with recurrent layers: the division of the KV cache changes neither text nor drafts.
+
+vLLM's recurrent layers take bfloat16 only on a CPU, in which the shape of a pass decides near ties.
+So the engine is compared with itself: as the plugin divides the cache, and as vLLM does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from dflash_plugin.vllm import cache_groups
+from dflash_plugin.vllm.selfcheck import draft
+from tests.helpers.tiny import ENGINE_SIZES, tiny_target, write_target, write_tiny
+from tests.on_vllm.vllm_helpers import ON_V2, on_worker, running
+
+LENGTH = 4352
+SIZES = {
+    **{**ENGINE_SIZES, "head_dim": 64},
+    "num_hidden_layers": 8,
+    "max_position_embeddings": LENGTH,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+# As many bytes as the target's two heads of 64.
+DRAFTER = {**ENGINE_SIZES, "num_key_value_heads": 4, "target_hidden_size": 64, "dtype": "bfloat16"}
+WINDOW = {"sliding_window": 16}
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50 + i % 40 for i in range(90)]]
+# Layers of the drafter, and groups of the plugin and of vLLM.
+KINDS: dict[str, tuple[Any, list[int], int]] = {
+    "full": (({},), [3, 3, 3], 9),
+    "windowed": ((WINDOW,), [2, 2, 2, 2, 1], 9),
+}
+MIXED = {"windowed and full": ((WINDOW, {}), [2, 2, 2, 3, 1], 5)}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> Path:
+    directory = write_target(tmp_path_factory.mktemp("hybrid"))
+    tiny_target("qwen3_next", **SIZES).save_pretrained(directory)
+    return directory
+
+
+def sizes(worker: Any) -> list[int]:
+    """Layers of each group of the cache."""
+    return [len(group.layer_names) for group in worker.model_runner.kv_cache_config.kv_cache_groups]
+
+
+def served(target: Path, drafter: Path) -> tuple[list[int], list[list[int]], list[list[int]]]:
+    """Layers by group, texts, and drafts after the prompts."""
+    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+    # The V1 runner copies states of cached prefixes with a Triton kernel.
+    settings = {"enable_prefix_caching": False, "max_num_batched_tokens": 1024}
+    settings |= {"dtype": "bfloat16", "max_model_len": LENGTH}
+    with running(target, drafter, **settings) as engine:
+        drafts = [on_worker(engine, draft, [*prompt, 42]) for prompt in PROMPTS]
+        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+        outputs = engine.generate(prompts, params, use_tqdm=False)
+        texts = [list(output.outputs[0].token_ids) for output in outputs]
+        return on_worker(engine, sizes), texts, drafts
+
+
+@pytest.mark.skipif(ON_V2 and not torch.cuda.is_available(), reason="too slow interpreted")
+@pytest.mark.parametrize("kind", KINDS if not ON_V2 else MIXED)
+def test_fewer_groups_change_neither_text_nor_drafts(target, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    layers, expected, natively = {**KINDS, **MIXED}[kind]
+    drafter = write_tiny(tmp_path, **{**DRAFTER, "layers": layers, "num_target_layers": 8})
+    groups, texts, drafts = served(target, drafter)
+    assert groups == expected
+    monkeypatch.setattr(cache_groups, "split", lambda config, specs: (list(specs), []))
+    native_groups, native_texts, native_drafts = served(target, drafter)
+    assert len(native_groups) == natively
+    assert drafts == native_drafts
+    assert texts == native_texts
+    assert drafts[0] != drafts[1]
