@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -21,6 +21,7 @@ from dflash_plugin.doctor.texts import Texts
 from dflash_plugin.drafter import blockwise
 from dflash_plugin.drafter.blockwise import Blocks, accepted_run, block_starts, make_blocks
 from dflash_plugin.drafter.config import DrafterConfig
+from dflash_plugin.drafter.layers import RMSNorm
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.rope import RotaryEmbedding
 from dflash_plugin.serving.reference_check import FLOAT32, HALF
@@ -32,6 +33,8 @@ STRIDE = 4
 BLOCKS = 32
 # Labels that a block has before its text ends.
 HORIZON = 8
+# Positions of a text whose blocks count as one observation.
+STRETCH = 16
 # By how much a recorded value may be off in float32, besides this share of itself.
 RECORD_TOLERANCE = 1e-2
 
@@ -49,9 +52,13 @@ class BlockAcceptance:
 
     Attributes:
         hits: bool [N, K], drafts that equal the text.
+        room: int64 [N], tokens of the text behind each block's anchor.
+        stretches: int64 [N], the stretch of a text that each block lies in.
     """
 
     hits: Tensor
+    room: Tensor | None = None
+    stretches: Tensor | None = None
 
     @property
     def runs(self) -> Tensor:
@@ -69,18 +76,6 @@ class BlockAcceptance:
         counts = self.hits.long().cumprod(dim=1).sum(dim=0).tolist()
         return [round(rate, 3) for rate in rates(counts, len(self.hits))]
 
-    def first(self, drafts: int) -> BlockAcceptance:
-        """The same blocks, had they been cut to so many drafts."""
-        return BlockAcceptance(self.hits[:, :drafts])
-
-
-def far_above(better: BlockAcceptance, base: BlockAcceptance) -> bool:
-    """Whether acceptance is higher beyond chance and by much, block by block."""
-    gain = better.runs - base.runs
-    error = gain.std().item() / len(gain) ** 0.5
-    needed = max(3 * float(error), 0.15 * (base.tau - 1), 0.1)
-    return better.tau - base.tau >= needed
-
 
 def with_config(drafter: Drafter, config: DrafterConfig) -> Drafter:
     """The drafter under other settings; its weights are shared.
@@ -89,11 +84,22 @@ def with_config(drafter: Drafter, config: DrafterConfig) -> Drafter:
         drafter: bound to its target.
         config: as many layers, features and heads as the drafter's.
     """
-    other = copy.copy(drafter)
-    other._modules = dict(drafter._modules)
+    other = cast(Drafter, _shared_copy(drafter))
     other.config = config
-    device = drafter.norm.weight.device
-    other.rotary = RotaryEmbedding(config).to(device)
+    other.rotary = RotaryEmbedding(config).to(drafter.norm.weight.device)
+    for module in other.modules():
+        if isinstance(module, RMSNorm):
+            module.gemma = config.norm_style == "gemma"
+    return other
+
+
+def _shared_copy(module: nn.Module) -> nn.Module:
+    """A module and its submodules anew, with the same parameters."""
+    other = copy.copy(module)
+    other._modules = {
+        name: None if child is None else _shared_copy(child)
+        for name, child in module._modules.items()
+    }
     return other
 
 
@@ -143,7 +149,12 @@ def measure(
     blocks = blocks_of(drafter, texts, anchors, valid)
     hidden = block_hidden(drafter, texts, blocks)
     drafts = chosen(drafter, hidden, blocks.tokens[..., 0], among)
-    return BlockAcceptance(((drafts == blocks.labels) & blocks.label_valid)[valid])
+    hits = (drafts == blocks.labels) & blocks.label_valid
+    room = texts.batch.lengths[:, None] - 1 - anchors
+    rows = torch.arange(len(anchors), device=anchors.device)[:, None]
+    offsets = anchors - texts.batch.prompt_lengths[:, None]
+    stretches = rows * anchors.shape[1] * stride + offsets // STRETCH
+    return BlockAcceptance(hits[valid], room[valid], stretches[valid])
 
 
 @torch.inference_mode()

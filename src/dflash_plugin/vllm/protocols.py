@@ -37,6 +37,9 @@ class VllmConfig(Protocol):
 
     speculative_config: SpeculativeConfig
     parallel_config: ParallelConfig
+    model_config: Any
+    compilation_config: Any
+    attention_config: Any
     use_v2_model_runner: bool
 
 
