@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dflash_plugin.doctor.acceptance import BlockAcceptance
-from dflash_plugin.doctor.comparison import MATTERS, NEAR, NEARLY, SURE, Comparison, compare
+from dflash_plugin.doctor.comparison import MATTERS, NEAR, NEARLY, SURE, Comparison, Gain, compare
 
 BLOCKS = 160
 
@@ -26,7 +26,8 @@ def varied(seed: int = 0) -> torch.Tensor:
 
 
 def compared(gain: float, chance: float, base_tau: float = 3.0) -> Comparison:
-    return Comparison(base_tau, base_tau + gain, 0.01, chance, BLOCKS, gain == 0)
+    accepted = Gain(base_tau, base_tau + gain, 0.01, chance)
+    return Comparison(accepted, None, BLOCKS, gain == 0)
 
 
 def test_a_gain_of_most_blocks_is_more():
@@ -103,12 +104,22 @@ def test_longer_blocks_are_judged_where_the_text_is_long_enough():
     hits[:40, 7:] = False  # no tokens to accept there
     found = compare(BlockAcceptance(hits, room, base.stretches), short)
     assert found.blocks == BLOCKS - 40
-    assert (found.base_tau, found.tau) == (8, 16)
+    assert found.accepted[:2] == (8, 16)
 
 
 def test_few_blocks_may_hide_a_gain():
-    assert compared(0.1, 0.3)._replace(error=0.2).may_gain(0.15)
-    assert not compared(0.1, 0.3)._replace(error=0.01).may_gain(0.15)
+    vague = Gain(3.0, 3.1, 0.2, 0.3)
+    assert Comparison(vague, None, 10, False).may_gain(0.15)
+    assert not compared(0.1, 0.3).may_gain(0.15)
+
+
+def test_probabilities_decide_where_acceptance_varies_too_much():
+    """But not against it: a drafter may be sure of what is not accepted."""
+    vague, sure = Gain(3.0, 3.2, 0.1, 0.03), Gain(2.0, 2.2, 0.02, SURE / 2)
+    assert Comparison(vague, None, BLOCKS, False).judged() == "no more"
+    assert Comparison(vague, sure, BLOCKS, False).judged() == "more"
+    assert Comparison(Gain(3.0, 2.9, 0.1, 1.0), sure, BLOCKS, False).judged() == "no more"
+    assert Comparison(sure, vague, BLOCKS, False).judged() == "more"
 
 
 def test_the_uncertainty_is_shown():

@@ -20,7 +20,6 @@ from dflash_plugin.cli.main import app
 from dflash_plugin.doctor import Check, Diagnosis, DoctorOptions, TargetTexts, diagnose
 from dflash_plugin.doctor.acceptance import (
     BlockAcceptance,
-    KnownBlocks,
     decoded_tau,
     measure,
     with_config,
@@ -29,6 +28,7 @@ from dflash_plugin.doctor.block_trials import with_requested
 from dflash_plugin.doctor.chat_template import check_template
 from dflash_plugin.doctor.config_trials import mask_tokens
 from dflash_plugin.doctor.diagnose import prompt_form, questions
+from dflash_plugin.doctor.known_blocks import KnownBlocks
 from dflash_plugin.doctor.layer_trials import orders, shifted
 from dflash_plugin.doctor.numerics import (
     check_dtype,

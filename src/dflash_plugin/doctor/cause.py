@@ -142,9 +142,10 @@ def _judged(trials: Trials, one: Search, tried: Sequence[Tried], cause: Tried | 
     }
     check = _check(one, tried, evidence)
     better = [each for each in tried if each.judgement != "no more"]
+    proven = trials.known is not None and not trials.by_record
     if not better or cause is None:
         hidden = [label for label, compared in pairs if compared.may_gain(HIDDEN)]
-        if hidden:
+        if hidden and not proven:
             check.finding += f"; the texts are too few to rule out {_some(hidden)}"
             check.status = "note"
         return check
@@ -161,7 +162,7 @@ def _judged(trials: Trials, one: Search, tried: Sequence[Tried], cause: Tried | 
         return check.note(f"{finding}, and nothing on top of {cause.setting.label}")
     if shown.judgement == "more":
         return check.fault(finding, shown.setting.fix, Certainty.MEASURED, shown.compared.gain)
-    if trials.known is not None and not trials.by_record:
+    if proven:
         return check.note(f"{finding}; the known answers speak for the checkpoint's settings")
     return check.model_copy(
         update={

@@ -21,28 +21,65 @@ FLIPS = 20_000
 Judgement = Literal["more", "undecided", "no more"]
 
 
-class Comparison(NamedTuple):
-    """Acceptance of two settings over the blocks that both can be judged by.
+class Gain(NamedTuple):
+    """How many more drafts one setting accepts than another.
 
     Attributes:
         base_tau, tau: of the first and of the other setting.
         error: standard error of the difference.
         chance: probability of at least this gain if the two accepted alike.
-        blocks: compared.
-        same: every block accepts as many drafts with either.
     """
 
     base_tau: float
     tau: float
     error: float
     chance: float
+
+    @property
+    def tokens(self) -> float:
+        """By how much the other setting's τ is higher."""
+        return self.tau - self.base_tau
+
+    def judged(self, matters: float = MATTERS) -> Judgement:
+        """Whether the gain is beyond chance, and at least a share ``matters`` of τ - 1."""
+        needed = max(matters * (self.base_tau - 1), SMALLEST)
+        if self.chance < SURE and self.tokens >= needed:
+            return "more"
+        if self.chance < SURE or (self.chance < NEAR and self.tokens >= NEARLY * needed):
+            return "undecided"
+        return "no more"
+
+
+class Comparison(NamedTuple):
+    """Acceptance of two settings over the blocks that both can be judged by.
+
+    Attributes:
+        accepted: gain of the drafts that are accepted.
+        drawn: gain if the drafts were drawn from the drafter's probabilities instead, which varies
+            less from block to block; None where these are not known.
+        blocks: compared.
+        same: every block accepts as many drafts with either.
+    """
+
+    accepted: Gain
+    drawn: Gain | None
     blocks: int
     same: bool
 
     @property
     def gain(self) -> float:
         """Tokens by which the other setting's τ is higher."""
-        return self.tau - self.base_tau
+        return self.accepted.tokens
+
+    @property
+    def error(self) -> float:
+        """Standard error of the gain."""
+        return self.accepted.error
+
+    @property
+    def chance(self) -> float:
+        """Probability of such a gain, by the sharper of the two, if the settings accept alike."""
+        return min(gain.chance for gain in self._gains())
 
     def judged(self, matters: float = MATTERS) -> Judgement:
         """Whether the other setting accepts more, beyond chance and by a share of τ - 1.
@@ -50,31 +87,33 @@ class Comparison(NamedTuple):
         Args:
             matters: the share.
         """
-        needed = max(matters * (self.base_tau - 1), SMALLEST)
-        if self.chance < SURE and self.gain >= needed:
-            return "more"
-        if self.chance < SURE or (self.chance < NEAR and self.gain >= NEARLY * needed):
-            return "undecided"
-        return "no more"
+        found = {gain.judged(matters) for gain in self._gains()}
+        return "more" if "more" in found else "undecided" if "undecided" in found else "no more"
+
+    def is_loss(self) -> bool:
+        """Whether the other setting accepts less, by a standard error."""
+        sharper = self.drawn or self.accepted
+        return sharper.tokens + sharper.error < 0
 
     def may_gain(self, share: float) -> bool:
         """Whether a gain of this share of τ - 1 is within two standard errors."""
-        needed = max(share * (self.base_tau - 1), 0.1)
+        needed = max(share * (self.accepted.base_tau - 1), 0.1)
         return not self.same and self.gain + 2 * self.error >= needed
+
+    def _gains(self) -> list[Gain]:
+        # Probabilities alone are no acceptance.
+        return [self.accepted, *([self.drawn] if self.drawn and self.gain > 0 else [])]
 
     def __str__(self) -> str:
         chance = f"p {self.chance:.4f}" if self.chance >= SURE else f"p < {SURE}"
         return (
-            f"τ from {self.base_tau:.2f} to {self.tau:.2f} ({self.gain:+.2f} ± "
+            f"τ from {self.accepted.base_tau:.2f} to {self.accepted.tau:.2f} ({self.gain:+.2f} ± "
             f"{2 * self.error:.2f}, {self.blocks} blocks, {chance})"
         )
 
 
 def compare(other: BlockAcceptance, base: BlockAcceptance) -> Comparison:
     """Compare two settings block by block.
-
-    Neighboring blocks overlap and go together, so that the gains of a stretch of text are summed
-    up. If the settings accept alike, each sum might as well have had the other sign.
 
     Args:
         other, base: measured over the same blocks. Where one drafts more tokens, blocks with fewer
@@ -85,21 +124,30 @@ def compare(other: BlockAcceptance, base: BlockAcceptance) -> Comparison:
     if base.room is not None and drafts[0] != drafts[1]:
         whole = base.room >= max(drafts)
         keep = whole if whole.any() else keep
+    stretches = torch.arange(len(keep)) if base.stretches is None else base.stretches.cpu()
+    stretches = stretches[keep.cpu()]
+    drawn = None
+    if other.expected is not None and base.expected is not None:
+        drawn = _gain(other.expected[keep], base.expected[keep], stretches)
     ours, theirs = other.runs[keep], base.runs[keep]
+    return Comparison(
+        _gain(ours, theirs, stretches), drawn, len(ours), bool((ours == theirs).all())
+    )
+
+
+def _gain(ours: Tensor, theirs: Tensor, stretches: Tensor) -> Gain:
+    """The gain of one number of drafts a block over another, both float [N].
+
+    Neighboring blocks overlap and go together, so that the gains of a stretch of text are summed
+    up. If the settings accept alike, each sum might as well have had the other sign.
+    """
     gains = (ours - theirs).double().cpu()
-    stretches = torch.arange(len(gains)) if base.stretches is None else base.stretches[keep].cpu()
     _, index = stretches.unique(return_inverse=True)
     count = int(index.max()) + 1
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, index, gains)
     around = sums - torch.bincount(index, minlength=count) * gains.mean()
-    return Comparison(
-        1 + theirs.mean().item(),
-        1 + ours.mean().item(),
-        around.square().sum().sqrt().item() / len(gains),
-        _chance(sums),
-        len(gains),
-        not bool(gains.any()),
-    )
+    error = around.square().sum().sqrt().item() / len(gains)
+    return Gain(1 + theirs.mean().item(), 1 + ours.mean().item(), error, _chance(sums))
 
 
 def _chance(sums: Tensor) -> float:

@@ -10,21 +10,21 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from dflash_plugin.checkpoints.inspection import inspect_checkpoint
 from dflash_plugin.checkpoints.io import Checkpoint, load_checkpoint, load_config
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, load_record
 from dflash_plugin.doctor import block_trials, config_trials, layer_trials, numerics
 from dflash_plugin.doctor.acceptance import (
     BlockAcceptance,
-    KnownBlocks,
     decoded_tau,
     measure,
     shortened,
 )
 from dflash_plugin.doctor.cause import search
 from dflash_plugin.doctor.chat_template import check_template, special_tokens
+from dflash_plugin.doctor.configuration import check_configuration
+from dflash_plugin.doctor.known_blocks import KnownBlocks
 from dflash_plugin.doctor.probe import Question
-from dflash_plugin.doctor.report import Certainty, Check, Diagnosis
+from dflash_plugin.doctor.report import Check, Diagnosis
 from dflash_plugin.doctor.server import InspectedServer, check_server
 from dflash_plugin.doctor.server_setup import check_setup
 from dflash_plugin.doctor.texts import PROMPTS, Form, Texts, encode_as, forms, write_texts
@@ -147,57 +147,6 @@ def diagnose(
         checkpoint = load_checkpoint(directory, on.target.dtype, options.dialect)
         found.checks += _measured(on, checkpoint, options, server, tell)
     return found
-
-
-def check_configuration(directory: Path, target: Path, dialect: Dialect | None) -> Check:
-    """What ``inspect`` finds; an error keeps the drafter from running."""
-    looked_at = "config.json and tensors of the drafter, against the target's configuration"
-
-    def fault(name: str, finding: str, fix: str) -> Check:
-        return Check(
-            name=name,
-            status="fault",
-            looked_at=looked_at,
-            finding=finding,
-            fix=fix,
-            certainty=Certainty.SURE,
-        )
-
-    try:
-        report = inspect_checkpoint(directory, target, dialect=dialect)
-    except DFlashError as error:
-        if dialect is not None and _reads(directory):
-            return fault(
-                "dialect",
-                f"the checkpoint does not read as {dialect}, and does as it is detected: {error}",
-                "leave --dialect (the plugin's option dialect) out",
-            )
-        return fault("configuration", str(error), "mend what the message names")
-    errors = [f for f in report.findings if f.level == "error"]
-    if errors:
-        text = "; ".join(f"{f.subject}: {f.message}" for f in errors)
-        fix = f"use the drafter that was made for this target, or correct {directory}/config.json"
-        return fault("configuration", text, fix)
-    warnings = [f"{f.subject}: {f.message}" for f in report.findings if f.level == "warning"]
-    return Check(
-        name="configuration",
-        status="note" if warnings else "ok",
-        looked_at=looked_at,
-        finding="; ".join(warnings) or f"a {report.config.dialect} drafter that fits its target",
-        evidence={
-            "dialect": report.config.dialect,
-            "parameters": report.parameters,
-            "notes": [f.message for f in report.findings if f.level == "note"],
-        },
-    )
-
-
-def _reads(directory: Path) -> bool:
-    try:
-        inspect_checkpoint(directory)
-    except DFlashError:
-        return False
-    return True
 
 
 def _measured(

@@ -14,14 +14,13 @@ from dflash_plugin.checkpoints.reference_drafts import first_values, layer_outpu
 from dflash_plugin.checkpoints.tensors import checkpoint_tensors, load_tensors
 from dflash_plugin.doctor.acceptance import (
     BlockAcceptance,
-    KnownBlocks,
     block_hidden,
     block_positions,
     blocks_of,
-    close,
     measure,
 )
 from dflash_plugin.doctor.comparison import Comparison, compare
+from dflash_plugin.doctor.known_blocks import KnownBlocks, close
 from dflash_plugin.doctor.report import Certainty, Check
 from dflash_plugin.doctor.texts import Texts
 from dflash_plugin.drafter.config import DraftWeights

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dflash_plugin.doctor.acceptance import BlockAcceptance, KnownBlocks, measure, with_config
+from dflash_plugin.doctor.acceptance import BlockAcceptance, measure, with_config
 from dflash_plugin.doctor.comparison import Comparison, Judgement, compare
+from dflash_plugin.doctor.known_blocks import KnownBlocks
 from dflash_plugin.doctor.texts import Texts
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.model import Drafter
@@ -134,7 +135,7 @@ class Trials:
         compared = None
         for part, base in zip(self.parts, self._bases, strict=True):
             compared = compare(measure(drafter, part, among=self.tokens), base)
-            if compared.gain + compared.error < 0:
+            if compared.is_loss():
                 return Tried(setting, compared)
         assert compared is not None
         if compared.chance > WORTH_A_LOOK:
