@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,25 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from dflash_plugin.checkpoints.hub import resolve_drafter
 from dflash_plugin.checkpoints.io import load_checkpoint
 from dflash_plugin.checkpoints.reference_drafts import answer, load_record
 from dflash_plugin.cli.main import app
 from dflash_plugin.doctor import Check, Diagnosis, DoctorOptions, TargetTexts, diagnose
 from dflash_plugin.doctor.acceptance import (
     BlockAcceptance,
-    KnownBlocks,
     decoded_tau,
     measure,
     with_config,
 )
+from dflash_plugin.doctor.block_trials import with_requested
 from dflash_plugin.doctor.chat_template import check_template
-from dflash_plugin.doctor.config_trials import Trials, check_block, mask_tokens, orders, shifted
+from dflash_plugin.doctor.config_trials import mask_tokens
 from dflash_plugin.doctor.diagnose import prompt_form, questions
+from dflash_plugin.doctor.known_blocks import KnownBlocks
+from dflash_plugin.doctor.layer_trials import orders, shifted
 from dflash_plugin.doctor.numerics import (
     check_dtype,
     check_fp8,
@@ -40,75 +39,20 @@ from dflash_plugin.doctor.numerics import (
 )
 from dflash_plugin.doctor.probe import Probe, Question, ServerProber
 from dflash_plugin.doctor.server import InspectedServer, check_server, inspect_server
-from dflash_plugin.doctor.texts import PROMPTS, encode_as, forms
+from dflash_plugin.doctor.texts import encode_as, forms
 from dflash_plugin.drafter.fp8_linear import quantize_drafter
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.monitor.client import ServerClient
 from dflash_plugin.monitor.metrics import ServerError
-from dflash_plugin.prompts import Prompt
 from dflash_plugin.transformers import Engine, Request, load_target
 from dflash_plugin.transformers.loading import bound
+from tests.doctor.conftest import SHIPPED
 from tests.helpers.layouts import write_laguna
 from tests.helpers.tiny import tiny_config, tiny_target, write_target, write_tiny
 
-SHIPPED = resolve_drafter(None, "smollm2")
 DFLASH2 = Path(__file__).parents[2] / "examples" / "smollm2-135m-dflash2"
 IDS = [5, 13, 21, 28]
-
-
-@pytest.fixture(scope="module")
-def pair(smollm2) -> TargetTexts:
-    """SmolLM2 and what it answers, with every layer's output of it."""
-    target, tokenizer = load_target(smollm2, torch.float32, "cpu")
-    prompts = [Prompt.user(text) for text in PROMPTS[:3]]
-    on = TargetTexts(smollm2, target, tokenizer, prompts, max_new_tokens=40)
-    known = on.known(load_record(SHIPPED))
-    assert known is not None
-    for texts in (on.answers(on.encoded("chat template")), known.texts):
-        texts.prepare(range(-1, 30))
-    return on
-
-
-@pytest.fixture(scope="module")
-def trials(pair) -> Trials:
-    """The healthy pair."""
-    drafter = bound(load_checkpoint(SHIPPED, torch.float32), pair.target)
-    texts = pair.answers(pair.encoded("chat template"))
-    return Trials(drafter, texts, pair.known(load_record(SHIPPED)))
-
-
-Plant = Callable[..., Path]
-
-
-@pytest.fixture
-def planted(tmp_path) -> Plant:
-    """Makes a copy of the shipped drafter with a fault."""
-
-    def plant(
-        record: bool = True,
-        of: Path = SHIPPED,
-        tensors: Callable[[dict[str, torch.Tensor]], None] | None = None,
-        draft: dict[str, Any] | None = None,
-        **config: Any,
-    ) -> Path:
-        directory = tmp_path / "drafter"
-        directory.mkdir()
-        raw = json.loads((of / "config.json").read_text())
-        raw["dflash_config"].update(draft or {})
-        raw.update(config)
-        written = {name: value for name, value in raw.items() if value != "absent"}
-        (directory / "config.json").write_text(json.dumps(written))
-        weights = load_file(of / "model.safetensors")
-        if tensors is not None:
-            tensors(weights)
-        save_file(weights, directory / "model.safetensors")
-        if record:
-            for name in ("known_answer.json", "training.json"):
-                (directory / name).write_text((of / name).read_text())
-        return directory
-
-    return plant
 
 
 def check(found: Diagnosis, name: str) -> Check:
@@ -125,13 +69,14 @@ def test_a_healthy_pair_has_no_finding(pair, drafter):
     assert set(statuses(found).values()) == {"ok"}, statuses(found)
     assert found.exit_code == 0
     assert found.verdict.startswith("healthy")
-    assert len(found.checks) == 15
+    assert len(found.checks) == 17
     assert check(found, "known answers").evidence == {
         "agree": 21, "compared": 21, "hidden_agree": True
     }  # fmt: skip
     # Every variant was worse than the checkpoint as it is.
-    screened = check(found, "rope").evidence["screened"]
-    assert max(screened, key=screened.get) == "as configured"
+    gains = check(found, "rope").evidence["gain"]
+    assert len(gains) >= 6
+    assert max(gains.values()) < 0
 
 
 def test_without_a_record_a_healthy_pair_has_none_either(pair, planted):
@@ -269,13 +214,17 @@ def test_a_target_of_another_revision_is_named_by_its_layer(pair, trials):
 
 
 def test_speculative_tokens_are_held_against_the_block(trials):
-    above = check_block(trials, 15, SHIPPED)
+    def asking(requested: int) -> Check:
+        fine = Check(name="block size", status="ok", looked_at="", finding="", evidence={})
+        return with_requested(trials, fine, requested)
+
+    above = asking(15)
     assert above.finding.startswith("15 speculative tokens are asked for")
     assert "--num-speculative-tokens 7" in str(above.fix)
-    cut = check_block(trials, 2, SHIPPED)
+    cut = asking(2)
     assert (cut.status, cut.name) == ("fault", "block size")
     assert cut.finding.startswith("blocks cut to 2 of 7 drafts")
-    assert check_block(trials, 7, SHIPPED).status == "ok"
+    assert asking(7).status == "ok"
 
 
 def test_a_dialect_that_was_forced(pair):
@@ -727,7 +676,7 @@ def test_the_command(tmp_path):
     # Random weights: every check runs, and nothing is certain.
     found = json.loads(run(*fits, "--max-new-tokens", 24, "--json", code=0))
     assert found["exit_code"] == 0
-    assert len(found["checks"]) == 15
+    assert len(found["checks"]) == 17
     assert "healthy" in run(*fits, "--max-new-tokens", 24, code=0)
     shown = run(*fits, "--num-speculative-tokens", 9, "--max-new-tokens", 24, code=1)
     assert "fix: --num-speculative-tokens 3" in shown

@@ -89,6 +89,7 @@ def test_metrics(server):
     assert sum(by_position) == found["vllm:spec_decode_num_accepted_tokens_total"]
     assert found["dflash:expected_acceptance_length"] == pytest.approx(3.31, abs=0.01)
     assert found["dflash:drafter_info"] == 1
+    assert found["dflash:engine_info"] == 1
     assert found["dflash:acceptance_warnings_total"] == 0
     assert "dflash:proposed_drafts_total" not in found  # only with adaptive verification
 

@@ -696,6 +696,57 @@ def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
     Logger(None).record(stats, None)
 
 
+@pytest.mark.parametrize(
+    ("is_v2", "decodes", "backend", "expected"),
+    [
+        (True, "FULL", None, ("v2", "yes", "auto")),
+        (True, "NONE", "FLASH_ATTN", ("v2", "no", "FLASH_ATTN")),
+        # The V1 runner captures no graph of the draft pass.
+        (False, "FULL", "TRITON_ATTN", ("v1", "no", "TRITON_ATTN")),
+    ],
+)
+def test_the_metrics_tell_how_the_engine_runs_the_drafter(
+    tmp_path, monkeypatch, is_v2, decodes, backend, expected
+):
+    shown = []
+
+    class Gauge:
+        def labels(self, *values):
+            shown.append(values)
+            return SimpleNamespace(set=shown.append)
+
+    class Logger:
+        def __init__(self, vllm_config, engine_indexes=None):
+            ours = object.__new__(metrics.Metrics)
+            ours.labels, ours.values = ("engine",), {0: ["0"]}
+            made = ours if drafter_spec(vllm_config.speculative_config) else None
+            self.spec_decoding_prom = SimpleNamespace(dflash=made)
+
+    facts = ("runner", "draft_graphs", "attention_backend", "selector", "multimodal")
+    monkeypatch.setattr(
+        metrics,
+        "engine_info",
+        lambda labels, names: (labels, names) == (("engine",), facts) and Gauge(),
+    )
+    _, staged = prepared(tmp_path, changes=DFLASH2)
+    draft = SimpleNamespace(hf_config=SimpleNamespace(**staged))
+    config = SimpleNamespace(
+        use_v2_model_runner=is_v2,
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=SimpleNamespace(decode_mode=lambda: SimpleNamespace(name=decodes))
+        ),
+        attention_config=SimpleNamespace(backend=backend and SimpleNamespace(name=backend)),
+        model_config=SimpleNamespace(is_multimodal_model=True),
+        speculative_config=SimpleNamespace(draft_model_config=draft),
+    )
+    Logger.__init__ = metrics.tell_setup(Logger.__init__)
+    Logger(config, [0])
+    assert shown == [("0", *expected, "yes", "yes"), 1]
+    config.speculative_config = None
+    Logger(config)
+    assert len(shown) == 2
+
+
 @pytest.mark.parametrize("dialect", ["z-lab", "speculators", "specforge", "modelopt"])
 def test_headers_say_what_the_whole_checkpoint_says(tmp_path, dialect):
     directory = write_tiny(tmp_path, dialect)

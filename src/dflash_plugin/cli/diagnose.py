@@ -40,7 +40,7 @@ def doctor(
         Path | None,
         typer.Option(help="JSONL prompts as the server gets them; built in if left out."),
     ] = None,
-    prompts: Annotated[int, typer.Option(help="How many of them.", min=1)] = 6,
+    prompts: Annotated[int, typer.Option(help="How many of them.", min=1)] = 24,
     max_new_tokens: Annotated[int, typer.Option(help="Of each answer.", min=2)] = 64,
     raw: Annotated[bool, typer.Option(help="Prompts are sent without the chat template.")] = False,
     thinking: Annotated[
@@ -64,7 +64,7 @@ def doctor(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Find out why acceptance is low. Exit 0: healthy, 1: a fault, 2: could not check."""
+    """Find out why acceptance is low. Exit 0: healthy, 1: a fault, 2: undecided or unchecked."""
     quiet()
     from dflash_plugin.doctor import DoctorOptions
 
@@ -130,11 +130,29 @@ def _diagnose(
     with errors.status("loading") as status:
         loaded, tokenizer = load_target(model, getattr(torch, dtype) if dtype else None, device)
         on = TargetTexts(model, loaded, tokenizer, questions, max_new_tokens)
-        return diagnose(on, directory, options, server, status.update)
+        return diagnose(on, directory, options, server, _progress(status))
+
+
+def _progress(status: Any) -> Any:
+    """Shows what is being tried: in place on a terminal, else a line for each check."""
+    if errors.is_terminal:
+        return status.update
+    told: list[str] = []
+
+    def tell(what: str) -> None:
+        check = what.partition(":")[0]
+        if check not in told:
+            told.append(check)
+            errors.print(check, markup=False, highlight=False)
+
+    return tell
 
 
 def _print_diagnosis(found: Any) -> None:
-    styles = {"ok": "green", "note": "yellow", "fault": "red", "unchecked": "yellow"}
+    styles = {
+        "ok": "green", "note": "yellow", "fault": "red", "undecided": "yellow",
+        "unchecked": "yellow",
+    }  # fmt: skip
     table = Table("check", "", "finding", title=f"{found.drafter} on {found.target}")
     for check in found.checks:
         shown = [check.finding, f"looked at {check.looked_at}"]

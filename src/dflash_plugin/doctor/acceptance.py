@@ -8,39 +8,29 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, first_values
 from dflash_plugin.decoding.acceptance import rates
 from dflash_plugin.doctor.texts import Texts
 from dflash_plugin.drafter import blockwise
 from dflash_plugin.drafter.blockwise import Blocks, accepted_run, block_starts, make_blocks
 from dflash_plugin.drafter.config import DrafterConfig
+from dflash_plugin.drafter.layers import RMSNorm
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.rope import RotaryEmbedding
-from dflash_plugin.serving.reference_check import FLOAT32, HALF
 from dflash_plugin.train.blocks import choose_anchors
-from dflash_plugin.train.sequences import SequenceSet
 
 STRIDE = 4
 # Blocks whose logits are computed at once.
 BLOCKS = 32
 # Labels that a block has before its text ends.
 HORIZON = 8
-# By how much a recorded value may be off in float32, besides this share of itself.
-RECORD_TOLERANCE = 1e-2
-
-
-def close(found: list[float], recorded: list[float]) -> bool:
-    """Whether values are the recorded ones but for rounding."""
-    return all(
-        abs(a - b) <= RECORD_TOLERANCE * (1 + abs(b)) for a, b in zip(found, recorded, strict=True)
-    )
+# Positions of a text whose blocks count as one observation.
+STRETCH = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +39,16 @@ class BlockAcceptance:
 
     Attributes:
         hits: bool [N, K], drafts that equal the text.
+        room: int64 [N], tokens of the text behind each block's anchor.
+        stretches: int64 [N], the stretch of a text that each block lies in.
+        expected: float [N], leading drafts that would equal the text if they were drawn; None where
+            the head does not give the probability of every token.
     """
 
     hits: Tensor
+    room: Tensor | None = None
+    stretches: Tensor | None = None
+    expected: Tensor | None = None
 
     @property
     def runs(self) -> Tensor:
@@ -69,18 +66,6 @@ class BlockAcceptance:
         counts = self.hits.long().cumprod(dim=1).sum(dim=0).tolist()
         return [round(rate, 3) for rate in rates(counts, len(self.hits))]
 
-    def first(self, drafts: int) -> BlockAcceptance:
-        """The same blocks, had they been cut to so many drafts."""
-        return BlockAcceptance(self.hits[:, :drafts])
-
-
-def far_above(better: BlockAcceptance, base: BlockAcceptance) -> bool:
-    """Whether acceptance is higher beyond chance and by much, block by block."""
-    gain = better.runs - base.runs
-    error = gain.std().item() / len(gain) ** 0.5
-    needed = max(3 * float(error), 0.15 * (base.tau - 1), 0.1)
-    return better.tau - base.tau >= needed
-
 
 def with_config(drafter: Drafter, config: DrafterConfig) -> Drafter:
     """The drafter under other settings; its weights are shared.
@@ -89,11 +74,22 @@ def with_config(drafter: Drafter, config: DrafterConfig) -> Drafter:
         drafter: bound to its target.
         config: as many layers, features and heads as the drafter's.
     """
-    other = copy.copy(drafter)
-    other._modules = dict(drafter._modules)
+    other = cast(Drafter, _shared_copy(drafter))
     other.config = config
-    device = drafter.norm.weight.device
-    other.rotary = RotaryEmbedding(config).to(device)
+    other.rotary = RotaryEmbedding(config).to(drafter.norm.weight.device)
+    for module in other.modules():
+        if isinstance(module, RMSNorm):
+            module.gemma = config.norm_style == "gemma"
+    return other
+
+
+def _shared_copy(module: nn.Module) -> nn.Module:
+    """A module and its submodules anew, with the same parameters."""
+    other = copy.copy(module)
+    other._modules = {
+        name: None if child is None else _shared_copy(child)
+        for name, child in module._modules.items()
+    }
     return other
 
 
@@ -142,8 +138,15 @@ def measure(
     anchors, valid = block_positions(texts, stride)
     blocks = blocks_of(drafter, texts, anchors, valid)
     hidden = block_hidden(drafter, texts, blocks)
-    drafts = chosen(drafter, hidden, blocks.tokens[..., 0], among)
-    return BlockAcceptance(((drafts == blocks.labels) & blocks.label_valid)[valid])
+    drafts, probs = chosen(drafter, hidden, blocks.tokens[..., 0], among, blocks.labels)
+    hits = (drafts == blocks.labels) & blocks.label_valid
+    if probs is not None:
+        probs = (probs * blocks.label_valid).cumprod(dim=-1).sum(dim=-1)[valid]
+    room = texts.batch.lengths[:, None] - 1 - anchors
+    rows = torch.arange(len(anchors), device=anchors.device)[:, None]
+    offsets = anchors - texts.batch.prompt_lengths[:, None]
+    stretches = rows * anchors.shape[1] * stride + offsets // STRETCH
+    return BlockAcceptance(hits[valid], room[valid], stretches[valid], probs)
 
 
 @torch.inference_mode()
@@ -158,112 +161,74 @@ def decoded_tau(drafter: Drafter, texts: Texts) -> float:
     runs = []
     for part in zip(every.split(BLOCKS, dim=1), valid.split(BLOCKS, dim=1), strict=True):
         blocks = blocks_of(drafter, texts, *part)
-        drafts = chosen(drafter, block_hidden(drafter, texts, blocks), blocks.tokens[..., 0], None)
+        hidden = block_hidden(drafter, texts, blocks)
+        drafts = chosen(drafter, hidden, blocks.tokens[..., 0], None).tokens
         runs.append(accepted_run((drafts == blocks.labels) & blocks.label_valid))
     counts: list[int] = valid.sum(dim=1).tolist()
     rows = zip(torch.cat(runs, dim=1).tolist(), counts, strict=True)
     return sum(counts) / sum(1 for row, count in rows for _ in block_starts(row[:count]))
 
 
-def chosen(drafter: Drafter, hidden: Tensor, anchors: Tensor, among: Tensor | None) -> Tensor:
-    """Drafts int64 [..., K] of hidden states [..., K, hidden] behind anchors int64 [...].
+class Chosen(NamedTuple):
+    """Drafts of blocks.
+
+    Attributes:
+        tokens: int64 [..., K].
+        probs: float [..., K], probabilities of the labels; None without labels, or where the head
+            does not give them.
+    """
+
+    tokens: Tensor
+    probs: Tensor | None
+
+
+def chosen(
+    drafter: Drafter,
+    hidden: Tensor,
+    anchors: Tensor,
+    among: Tensor | None,
+    labels: Tensor | None = None,
+) -> Chosen:
+    """Drafts of hidden states [..., K, hidden] behind anchors int64 [...].
 
     Args:
-        drafter, among: see ``measure``.
+        drafter, among: see ``measure``; all labels are among these.
         hidden: of the rows that predict.
         anchors: tokens, which a selector's walk begins with.
+        labels: int64 [..., K], whose probabilities are asked for.
     """
     rows, first = hidden.flatten(0, -3), anchors.flatten()
     weight, selector = drafter.plain_head(), drafter.candidate_selector
+    weigh = labels is not None and selector is None and drafter.d2t is None
+    wanted = labels.flatten(0, -2) if labels is not None and weigh else None
     if among is None or weight is None or drafter.d2t is not None:
         parts = zip(rows.split(BLOCKS), first.split(BLOCKS), strict=True)
-        # Positions key the noise of draws, and nothing is drawn.
-        drafts = torch.cat([drafter.propose(some, at, at).tokens for some, at in parts])
+        tokens, probs = [], []
+        for number, (some, at) in enumerate(parts):
+            # Positions key the noise of draws, and nothing is drawn.
+            made = drafter.propose(some, at, at)
+            tokens.append(made.tokens)
+            if wanted is not None:
+                part = wanted[number * BLOCKS : (number + 1) * BLOCKS]
+                probs.append(probability(made.scores, part))
+        drafts = torch.cat(tokens)
+        weighed = torch.cat(probs) if probs else None
     else:
         logits = F.linear(rows, weight[among])
+        weighed = None
+        if wanted is not None:
+            weighed = probability(logits, torch.searchsorted(among, wanted))
         if selector is None:
             drafts = among[logits.argmax(dim=-1)]
         else:
             best = logits.topk(min(selector.top_k, len(among)), dim=-1)
             drafts = selector(among[best.indices], best.values, rows, first).tokens
-    return drafts.view(hidden.shape[:-1])
+    shape = hidden.shape[:-1]
+    return Chosen(drafts.view(shape), None if weighed is None else weighed.view(shape))
 
 
-class KnownBlocks:
-    """A checkpoint's known answers, as texts of one block each.
-
-    Args:
-        texts: the record's prompts with anchor and drafts behind them.
-        record: what the float32 core drafted.
-    """
-
-    def __init__(self, texts: Texts, record: ReferenceDrafts) -> None:
-        self.texts = texts
-        self.record = record
-        dtype = texts.target.dtype
-        self.is_float32 = dtype == torch.float32
-        self.min_margin, self.share = FLOAT32 if self.is_float32 else HALF
-
-    @classmethod
-    def of(cls, target: PreTrainedModel, record: ReferenceDrafts) -> KnownBlocks:
-        """The record's prompts, read by a target."""
-        pairs = [(a.prompt, [a.anchor, *a.drafts]) for a in record.answers]
-        return cls(Texts(target, SequenceSet.build(pairs)), record)
-
-    def blocks(self, drafter: Drafter) -> Blocks:
-        """One block an answer."""
-        anchors = self.texts.batch.prompt_lengths[:, None]
-        return blocks_of(drafter, self.texts, anchors, torch.ones_like(anchors, dtype=torch.bool))
-
-    @torch.inference_mode()
-    def agreement(self, drafter: Drafter, among: Tensor | None = None) -> Agreement:
-        """Draft the recorded blocks; one that is shorter than the record's lacks some.
-
-        Args:
-            drafter: bound to the target.
-            among: as in ``measure``.
-        """
-        blocks = self.blocks(drafter)
-        hidden = block_hidden(drafter, self.texts, blocks)[:, 0]
-        drafts = chosen(drafter, hidden, blocks.tokens[:, 0, 0], among)
-        margins = torch.tensor([a.margins for a in self.record.answers], device=drafts.device)
-        decided = margins >= self.min_margin
-        count = min(drafts.shape[1], margins.shape[1])
-        right = (drafts == blocks.labels[:, 0])[:, :count]
-        if drafter.candidate_selector is not None:
-            # What a selector drafts behind a difference follows from it, and says nothing.
-            decided[:, 1:count] &= right.long().cumprod(dim=1).bool()[:, : count - 1]
-        right &= decided[:, :count]
-        exact = not self.is_float32 or self._exact(hidden)
-        return Agreement(int(right.sum()), int(decided.sum()), self.share, exact)
-
-    def _exact(self, hidden: Tensor) -> bool:
-        """Whether the recorded values of hidden states [B, K, hidden] are there again."""
-        answers = self.record.answers
-        # In a longer or shorter block the last row is another one.
-        rows = (0, -1) if hidden.shape[1] == len(answers[0].drafts) else (0,)
-        return all(
-            close(first_values(hidden[number, row]), answer.hidden[row])
-            for number, answer in enumerate(answers)
-            for row in rows
-        )
-
-
-class Agreement(NamedTuple):
-    """A run against the known answers.
-
-    Attributes:
-        right, compared: drafts that agree, of those that were no near tie.
-        share: that has to agree.
-        exact: whether hidden values agree too; they are compared in float32 alone.
-    """
-
-    right: int
-    compared: int
-    share: float
-    exact: bool
-
-    @property
-    def whole(self) -> bool:
-        """Whether these are the known answers."""
-        return self.exact and self.right >= self.share * self.compared
+def probability(logits: Tensor, columns: Tensor) -> Tensor:
+    """Probabilities float32 [...] of columns int64 [...] of logits [..., V]; 0 beyond them."""
+    logits, size = logits.float(), logits.shape[-1]
+    of_columns = logits.gather(-1, columns.clamp(max=size - 1)[..., None]).squeeze(-1)
+    return (of_columns - logits.logsumexp(dim=-1)).exp() * (columns < size)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-Status = Literal["ok", "note", "fault", "unchecked"]
+Status = Literal["ok", "note", "fault", "undecided", "unchecked"]
 
 
 class Certainty(IntEnum):
@@ -31,8 +31,8 @@ class Check(BaseModel):
 
     Attributes:
         name: of the check.
-        status: "fault" lowers acceptance or keeps the drafter from running, "note" may, "unchecked"
-            could not be looked at.
+        status: "fault" lowers acceptance or keeps the drafter from running, "note" may, of
+            "undecided" the measurement cannot tell, "unchecked" could not be looked at.
         looked_at: what was compared with what.
         finding: what came out.
         evidence: the numbers.
@@ -104,6 +104,9 @@ class Diagnosis(BaseModel):
         if self.faults:
             first = self.faults[0]
             return f"{first.name}: {first.finding}"
+        close = [check for check in self.checks if check.status == "undecided"]
+        if close:
+            return f"undecided: {close[0].name}: {close[0].finding}"
         missing = [check.name for check in self.checks if check.status == "unchecked"]
         if missing:
             return f"no fault found, but not everything could be checked: {', '.join(missing)}"
@@ -114,12 +117,14 @@ class Diagnosis(BaseModel):
 
     @property
     def fix(self) -> str | None:
-        """What mends the verdict's fault."""
-        return self.faults[0].fix if self.faults else None
+        """What mends the verdict's fault, or decides what is undecided."""
+        close = [check for check in self.checks if check.status == "undecided"]
+        return next((check.fix for check in [*self.faults, *close]), None)
 
     @property
     def exit_code(self) -> int:
-        """0 healthy, 1 a fault, 2 something could not be checked."""
+        """0 healthy, 1 a fault, 2 something is undecided or could not be checked."""
         if self.faults:
             return 1
-        return 2 if any(check.status == "unchecked" for check in self.checks) else 0
+        open_ones = ("undecided", "unchecked")
+        return 2 if any(check.status in open_ones for check in self.checks) else 0

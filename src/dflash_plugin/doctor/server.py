@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dflash_plugin.doctor.probe import Probe, ProbeRound, Question, ServerProber
@@ -39,6 +39,7 @@ class InspectedServer:
         snapshot: its metrics, completed by what ``/server_info`` counts.
         info: SGLang's ``/server_info``.
         missing: why there are no metrics, or None.
+        model: SGLang's ``/model_info``.
         prober: sends prompts to the server; None where no prompt may be sent.
     """
 
@@ -47,6 +48,7 @@ class InspectedServer:
     info: Mapping[str, Any]
     missing: str | None = None
     prober: ServerProber | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def engine(self) -> EngineName:
@@ -108,7 +110,8 @@ def inspect_server(client: ServerClient, prober: ServerProber | None = None) -> 
         missing = str(error)
         snapshot = MetricsSnapshot(engine="sglang")
     snapshot = with_server_info(snapshot, info)
-    return InspectedServer(client.display_url, snapshot, info, missing, prober)
+    model = (client.get_json("/model_info") or {}) if info else {}
+    return InspectedServer(client.display_url, snapshot, info, missing, prober, model)
 
 
 def check_server(

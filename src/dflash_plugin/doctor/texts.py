@@ -26,6 +26,25 @@ PROMPTS = (
     "Find the sum of all integers from 1 to 20." + _STEPS,
     "Write a Python function that returns the n-th Fibonacci number and explain how it works.",
     "Give three tips for staying healthy.",
+    "A train leaves at 3 pm and travels 120 miles at 40 miles an hour. When does it arrive?",
+    "Explain how photosynthesis works in simple words.",
+    "Write a Python function that counts the vowels in a string.",
+    "Write a short letter that asks a landlord to repair a broken heater.",
+    "What is the difference between a list and a tuple in Python?",
+    "Tom has 3 boxes with 12 pencils each and gives away 9 pencils. How many are left?" + _STEPS,
+    "Summarize the story of Romeo and Juliet in a few sentences.",
+    "List five countries in South America and their capitals.",
+    "Write a SQL query that finds the ten customers with the highest total orders.",
+    "How does a vaccine protect the body?",
+    "Write a Python class for a bank account with deposit and withdraw methods.",
+    "What should I pack for a week of hiking in the mountains?",
+    "If 5 machines make 40 parts in 2 hours, how many parts do 8 machines make in 3 hours?"
+    + _STEPS,
+    "Describe the water cycle.",
+    "Write a JavaScript function that reverses the words of a sentence.",
+    "A rectangle is 12 cm long and 7 cm wide. What are its area and its perimeter?" + _STEPS,
+    "Give me a recipe for pancakes.",
+    "Explain what a binary search does and write it in Python.",
 )
 """What is asked where no prompts are given: sums, code and plain questions."""
 
@@ -57,6 +76,11 @@ class Texts:
             logits_to_keep=1,
         )
         self._layers.update({layer: out.hidden_states[layer + 1].clone() for layer in missing})
+
+    def layer_bytes(self) -> int:
+        """Memory of one layer's output."""
+        width = self.target.config.get_text_config().hidden_size
+        return int(self.batch.tokens.numel() * width * self.target.dtype.itemsize)
 
     def layer(self, layer_id: int) -> Tensor:
         """Output [B, S, hidden] of a layer; -1 is the embedding's."""

@@ -75,6 +75,9 @@ SGLANG_VERIFY_CALLS = "sglang:spec_verify_calls_total"
 # SGLang releases that count tokens as they are written have this counter, with ``mode="decode"``.
 SGLANG_REALTIME_TOKENS = "sglang:realtime_tokens_total"
 DRAFTER_INFO = "dflash:drafter_info"
+# How the plugin's drafter runs in vLLM, and vLLM's own labels of its cache.
+ENGINE_INFO = "dflash:engine_info"
+CACHE_INFO = "vllm:cache_config_info"
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class MetricsSnapshot:
     Attributes:
         engine: whose metrics these are; None for a server of neither.
         drafter: labels of ``dflash:drafter_info``, empty where the plugin does not run.
+        setup, cache: labels of ``dflash:engine_info`` and ``vllm:cache_config_info``.
         running, waiting: requests.
         kv_usage: share of the KV cache that is in use, of the fullest engine.
         generated: output tokens so far.
@@ -100,6 +104,8 @@ class MetricsSnapshot:
 
     engine: EngineName | None = None
     drafter: Mapping[str, str] = field(default_factory=dict)
+    setup: Mapping[str, str] = field(default_factory=dict)
+    cache: Mapping[str, str] = field(default_factory=dict)
     running: float | None = None
     waiting: float | None = None
     kv_usage: float | None = None
@@ -300,6 +306,8 @@ def snapshot_of(text: str) -> MetricsSnapshot:
     snapshot = MetricsSnapshot(
         engine=engine,
         drafter=samples.labels(DRAFTER_INFO),
+        setup=samples.labels(ENGINE_INFO),
+        cache=samples.labels(CACHE_INFO),
         expected=samples.largest("dflash:expected_acceptance_length"),
         warnings=samples.total("dflash:acceptance_warnings_total"),
         proposed=samples.total("dflash:proposed_drafts_total"),

@@ -57,6 +57,20 @@ def cache_gauges(labels: tuple[str, ...]) -> dict[str, Any]:
 
 
 @cache
+def engine_info(labels: tuple[str, ...], facts: tuple[str, ...]) -> Any:
+    """The gauge whose labels tell how an engine runs the drafter.
+
+    Args:
+        labels: names of the engine's own labels.
+        facts: names of the labels that tell it.
+    """
+    from prometheus_client import Gauge
+
+    text = "How the engine runs the drafter."
+    return Gauge("dflash:engine_info", text, [*labels, *facts], multiprocess_mode="mostrecent")
+
+
+@cache
 def position_counters(labels: tuple[str, ...]) -> dict[str, Any]:
     """Counters of verify passes, for an engine that has none by position.
 

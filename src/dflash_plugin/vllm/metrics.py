@@ -16,15 +16,22 @@ from typing import Any
 from dflash_plugin.adaptive.policy import growth
 from dflash_plugin.serving.acceptance import AcceptanceWatch
 from dflash_plugin.serving.drafter_spec import DrafterSpec
-from dflash_plugin.serving.prometheus import cache_gauges, collectors, count_budget, introduce
+from dflash_plugin.serving.prometheus import (
+    cache_gauges,
+    collectors,
+    count_budget,
+    engine_info,
+    introduce,
+)
 from dflash_plugin.vllm.adaptive import AdaptiveManager
-from dflash_plugin.vllm.options import drafter_spec
+from dflash_plugin.vllm.options import drafter_spec, required_spec
 from dflash_plugin.vllm.protocols import (
     EngineCoreOutputs,
     Method,
     SchedulerStats,
     SpecDecodingStats,
     SpeculativeConfig,
+    VllmConfig,
 )
 from dflash_plugin.vllm.surface import attach, attached
 
@@ -143,6 +150,40 @@ def export_counts(native: Method) -> Method:
         native(self, scheduler_stats, *args, engine_idx=engine_idx, **kwargs)
 
     return record
+
+
+def tell_setup(native: Method) -> Method:
+    """``PrometheusStatLogger.__init__`` that also tells how the engine runs the drafter."""
+
+    @wraps(native)
+    def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        native(self, vllm_config, *args, **kwargs)
+        ours = vars(self.spec_decoding_prom).get("dflash")
+        if ours:
+            facts = engine_facts(vllm_config)
+            gauge = engine_info(ours.labels, tuple(facts))
+            for values in ours.values.values():
+                gauge.labels(*values, *facts.values()).set(1)
+
+    return init
+
+
+def engine_facts(vllm_config: VllmConfig) -> dict[str, str]:
+    """How the engine runs the drafter, as labels; doctor reads them.
+
+    The attention back end is "auto" where vLLM chooses one in its workers.
+    """
+    is_v2 = vllm_config.use_v2_model_runner
+    decodes = vllm_config.compilation_config.cudagraph_mode.decode_mode().name
+    backend = vllm_config.attention_config.backend
+    selector = required_spec(vllm_config).config.selector
+    return {
+        "runner": "v2" if is_v2 else "v1",
+        "draft_graphs": "yes" if is_v2 and decodes == "FULL" else "no",
+        "attention_backend": "auto" if backend is None else backend.name,
+        "selector": "none" if selector is None else "yes",
+        "multimodal": "yes" if vllm_config.model_config.is_multimodal_model else "no",
+    }
 
 
 def make_metrics(native: Method) -> Method:

@@ -44,6 +44,7 @@ PATCHES = (
     (vllm.SCHEDULER, "Scheduler.update_from_output", "metrics:send_counts"),
     (vllm.CORE_CLIENT, "EngineCoreOutputs", "metrics:carrying_counts"),
     (vllm.LOGGERS, "PrometheusStatLogger.record", "metrics:export_counts"),
+    (vllm.LOGGERS, "PrometheusStatLogger.__init__", "metrics:tell_setup"),
     (vllm.SPEC_METRICS, "SpecDecodingProm.__init__", "metrics:make_metrics"),
     (vllm.SPEC_METRICS, "SpecDecodingProm.observe", "metrics:feed_metrics"),
     (vllm.CPU_KERNELS, "_expand_kernel_impl", "workarounds:expand_in_place"),

@@ -38,6 +38,8 @@ class VllmConfig(Protocol):
     model_config: Any
     speculative_config: SpeculativeConfig
     parallel_config: ParallelConfig
+    compilation_config: Any
+    attention_config: Any
     use_v2_model_runner: bool
 
 
