@@ -280,6 +280,20 @@ def test_other_checkpoints_stay_vllms(tmp_path, name, raw):
     assert args.speculative_config == settings
 
 
+def test_an_unsupported_vllm_is_left_alone_where_dflash_is_not_asked_for(tmp_path, monkeypatch):
+    """Nothing of it is called or read, as it may have changed."""
+
+    def gone(model):
+        raise ImportError("this vLLM has no redirects")
+
+    monkeypatch.setattr(compat, "installed", lambda: "0.99.0")
+    monkeypatch.setattr(arguments, "redirected", gone)
+    for settings in ({"model": str(write_tiny(tmp_path / "x"))}, {"method": "ngram"}, {}):
+        args = engine_args(speculative_config=dict(settings))
+        arguments.prepare(args, TARGET)
+        assert args.speculative_config == settings
+
+
 def test_a_malformed_dflash_checkpoint_is_named_and_not_left_to_vllm(tmp_path):
     drafter = write_tiny(tmp_path / "drafter")
     raw = json.loads((drafter / "config.json").read_text())

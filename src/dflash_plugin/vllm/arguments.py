@@ -136,13 +136,16 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
             is unusable; the message says what to change.
     """
     settings = merged(arguments)
-    if settings.get("method") not in (None, METHOD):
-        return
-    source = source_of(arguments, settings)
-    model = redirected(str(settings["model"])) if settings.get("model") else None
-    if not asks_for_dflash(settings, model, source) or staging.is_staged(ENGINE, model):
+    is_asked_for = asks_for_dflash(settings)
+    if not is_asked_for and (settings.get("method") is not None or compat.row() is None):
         return
     version = compat.current()
+    source = source_of(arguments, settings)
+    model = redirected(str(settings["model"])) if settings.get("model") else None
+    if not is_asked_for and not (model and is_dflash(config_of(model, source) or {})):
+        return
+    if staging.is_staged(ENGINE, model):
+        return
     refuse_misplaced(settings)
     options = read_options(arguments.additional_config)
     if not model:
@@ -243,21 +246,12 @@ def redirected(model: str) -> str:
     return str(maybe_model_redirect(model))
 
 
-def asks_for_dflash(settings: Mapping[str, Any], model: str | None, source: Source) -> bool:
-    """Whether the method is DFlash: by name, by the checkpoint, or as in vLLM by the model's name.
-
-    Args:
-        settings: the speculative ones.
-        model: the drafter.
-        source: where it comes from.
-    """
-    method = settings.get("method")
-    if method is not None or not model:
-        return method == METHOD
-    if is_dflash(config_of(model, source) or {}):
-        return True
-    name = model.lower()
-    # vLLM looks for these first.
+def asks_for_dflash(settings: Mapping[str, Any]) -> bool:
+    """Whether the method is DFlash, by name or, as in vLLM, by the drafter's name."""
+    method, name = settings.get("method"), str(settings.get("model")).lower()
+    if method is not None:
+        return bool(method == METHOD)
+    # vLLM looks for EAGLE's names first.
     return METHOD in name and "eagle-" not in name and "eagle3" not in name
 
 
