@@ -442,6 +442,12 @@ def test_what_cannot_be_served_ends_with_its_reason(smollm2, shipped, flags, env
     assert message in ended.stdout + ended.stderr
 
 
+def test_a_drafter_without_an_algorithm_is_not_left_unused(smollm2, shipped):
+    ended = launched(smollm2, f"--speculative-draft-model-path={shipped}")
+    assert ended.returncode != 0
+    assert "give --speculative-algorithm DFLASH" in ended.stdout + ended.stderr
+
+
 def test_a_drafter_that_is_run_wrongly_is_not_served(smollm2, shipped, tmp_path):
     """The checkpoint's layers shifted by one: its own known answers give it away."""
     for file in shipped.iterdir():
@@ -457,9 +463,14 @@ def test_a_drafter_that_is_run_wrongly_is_not_served(smollm2, shipped, tmp_path)
 
 
 def launch(target: Path, drafter: Path, *flags: str, **environment: str) -> Any:
+    """A server with a drafter that is to end by itself."""
+    return launched(target, *dflash(drafter), *flags, **environment)
+
+
+def launched(target: Path, *flags: str, **environment: str) -> Any:
     """A server that is to end by itself."""
     return subprocess.run(
-        command(target, *dflash(drafter), *flags),
+        command(target, *flags),
         capture_output=True,
         text=True,
         timeout=180,
