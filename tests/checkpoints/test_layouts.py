@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dflash_plugin.checkpoints.convert import convert
-from dflash_plugin.checkpoints.dialects import read_config, write_config
+from dflash_plugin.checkpoints.dialects import is_dflash, read_config, write_config
 from dflash_plugin.checkpoints.inspection import inspect_checkpoint
 from dflash_plugin.checkpoints.io import load_checkpoint, load_config
 from dflash_plugin.checkpoints.reference_drafts import answer
@@ -214,3 +214,11 @@ def test_the_rule_for_ids_holds_for_all(layers, drawn):
     else:
         with pytest.raises(DFlashError, match=rf"id {max(layers, min(ids))}|out of range"):
             read_config(raw, {})
+
+
+@pytest.mark.parametrize("write", [write_muse, write_laguna])
+def test_their_files_are_known_for_dflash_drafters(tmp_path, write):
+    """An engine that is given no method asks."""
+    raw = json.loads((write(tmp_path) / "config.json").read_text())
+    assert is_dflash(raw)
+    assert not is_dflash({**raw, "architectures": ["LlamaForCausalLM"]})

@@ -43,7 +43,7 @@ def is_dflash(raw: Mapping[str, Any]) -> bool:
         return isinstance(speculative, dict) and speculative.get("method") == "dflash"
     if "speculators_model_type" in raw:
         return raw["speculators_model_type"] in speculators.KINDS
-    return zlab.is_named_dflash(raw)
+    return zlab.is_named_dflash(raw) or muse.is_muse(raw) or laguna.is_laguna(raw)
 
 
 def suggested_drafts(raw: Mapping[str, Any]) -> int | None:
