@@ -252,7 +252,7 @@ def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path
 def test_kernels_run_laguna_layers_as_the_core_does(pair, interpreted, tmp_path):
     """Gate, norms of taps, and context rows that all layers norm in one product."""
     target, directory = pair
-    checkpoint = LAYOUTS["Laguna"](tmp_path)
+    checkpoint = OTHER_LAYOUTS["Laguna"](tmp_path)
     made = interpreted.run(
         directory, checkpoint, PROMPTS[:1], temperature=0.0, max_new_tokens=6, ignore_eos=True
     )

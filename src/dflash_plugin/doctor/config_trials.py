@@ -213,6 +213,7 @@ def search_norms(trials: Trials, directory: Path) -> Search:
     """Norms that multiply by 1 + weight, and embeddings that are scaled, as Gemma's."""
     config, path = trials.drafter.config, directory / "config.json"
     other = "rms" if config.norm_style == "gemma" else "gemma"
+    now = trials.drafter.embedding_scale
     settings = [
         Setting(
             f"{other} norms instead of {config.norm_style}",
@@ -222,15 +223,16 @@ def search_norms(trials: Trials, directory: Path) -> Search:
     ]
     settings += [
         Setting(
-            f"embeddings times {scale:.4g} instead of {config.embedding_scale:.4g}",
+            f"embeddings times {scale:.4g} instead of {now:.4g}",
             config.model_copy(update={"embedding_scale": scale}),
             f"set input_embedding_scale to {scale:.6g} in {path}",
         )
         for scale in (1.0, config.hidden_size**0.5)
+        if scale != now
     ]
     return Search(
         "norms",
-        f"{config.norm_style} norms and embeddings times {config.embedding_scale:.4g}, against the "
+        f"{config.norm_style} norms and embeddings times {now:.4g}, against the "
         "other norms, plain embeddings and those times √hidden_size",
         settings,
         f"{config.norm_style} norms: no others are better",

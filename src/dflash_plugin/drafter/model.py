@@ -130,12 +130,13 @@ class Drafter(nn.Module):
             embedded = self._look_up(tokens.masked_fill(is_mask, 0))
             mask_row = self.mask_embedding.to(embedded.dtype)
             embedded = torch.where(is_mask.unsqueeze(-1), mask_row, embedded)
-        scale = self._embedding_scale()
-        if scale != 1.0:
-            embedded = embedded * scale
+        if self.embedding_scale != 1.0:
+            embedded = embedded * self.embedding_scale
         return embedded.to(self.norm.weight.dtype)
 
-    def _embedding_scale(self) -> float:
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on embedded rows: the checkpoint's, else the target's on its own."""
         if self.config.embedding_scale is not None:
             return self.config.embedding_scale
         return self._target_factor if self.own_embedding is None else 1.0
