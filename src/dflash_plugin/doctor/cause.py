@@ -145,7 +145,7 @@ def _judged(trials: Trials, one: Search, tried: Sequence[Tried], cause: Tried | 
     proven = trials.known is not None and not trials.by_record
     if not better or cause is None:
         hidden = [label for label, compared in pairs if compared.may_gain(HIDDEN)]
-        if hidden and not proven:
+        if hidden and not proven and cause is None:
             check.finding += f"; the texts are too few to rule out {_some(hidden)}"
             check.status = "note"
         return check
