@@ -49,7 +49,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# A Gemma target that both engines run; add what makes it tiny.
+# A Gemma 4 target; its full layers have other heads than those with windows.
 GEMMA4: dict[str, Any] = {
     "kind": "gemma4_text",
     "layer_types": ["sliding_attention", "full_attention"] * 2,
