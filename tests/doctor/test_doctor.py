@@ -66,7 +66,10 @@ def statuses(found: Diagnosis) -> dict[str, str]:
 @pytest.mark.parametrize("drafter", [SHIPPED, DFLASH2], ids=lambda path: path.name)
 def test_a_healthy_pair_has_no_finding(pair, drafter):
     found = diagnose(pair, drafter)
-    assert set(statuses(found).values()) == {"ok"}, statuses(found)
+    # Longer blocks of the DFlash 2 drafter commit more than those of 8 that it was trained on.
+    noted = {"block size"} if drafter == DFLASH2 else set()
+    unlike = {name: status for name, status in statuses(found).items() if status != "ok"}
+    assert unlike in ({}, dict.fromkeys(noted, "note")), unlike
     assert found.exit_code == 0
     assert found.verdict.startswith("healthy")
     assert len(found.checks) == 17
