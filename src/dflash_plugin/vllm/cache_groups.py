@@ -110,7 +110,8 @@ def plans_beside(divided: Groups, specs: Specs, draft: Sequence[str]) -> list[Gr
         draft: names of the drafter's layers.
 
     Returns:
-        None where pages differ in size, or the target has no attention over all tokens.
+        Groups of each way; no way where pages differ in size, or the target has no attention over
+        all tokens.
     """
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
