@@ -1,5 +1,8 @@
 """The error that every bad checkpoint, configuration or input ends in."""
 
+# The way out where nothing else helps, at the end of a message.
+OFF = "DFLASH_PLUGIN=off leaves the drafter to the engine"
+
 
 class DFlashError(ValueError):
     """A checkpoint, configuration or input that cannot be used.

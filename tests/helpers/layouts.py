@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from tests.helpers.tiny import tiny_config, tiny_tensors
+from tests.helpers.tiny import ENGINE_SIZES, tiny_config, tiny_tensors, write_tiny
 
 # What a file says of Laguna's layers in a DrafterConfig.
 LAGUNA: dict[str, Any] = {
@@ -94,3 +95,13 @@ def write_laguna(directory: Path, sizes: dict[str, Any] | None = None, **changes
         parts = [tensors.pop(f"{name}.{part}_proj.weight") for part in "qkv"]
         tensors[f"{name}.qkv_proj.weight"] = torch.cat(parts)
     return _write(directory, raw, tensors)
+
+
+_SERVED = {**ENGINE_SIZES, "target_hidden_size": 64}
+_LAST = {**_SERVED, "target_layer_ids": (3, 1)}
+# Checkpoints for an engine's tiny target, of which the last two read its last layer.
+SERVED: dict[str, Callable[[Path], Path]] = {
+    "Muse": lambda at: write_muse(at, _SERVED),
+    "Laguna": lambda at: write_laguna(at, _LAST),
+    "last layer": lambda at: write_tiny(at, **_LAST),
+}

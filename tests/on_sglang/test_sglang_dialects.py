@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, 
 from dflash_plugin.drafter.config import LatentAttentionConfig
 from dflash_plugin.transformers.loading import load_drafter
 from tests.helpers.distribution import check_distribution, continuations
-from tests.helpers.layouts import write_laguna, write_muse
+from tests.helpers.layouts import SERVED
 from tests.helpers.quantised import LAYOUTS, quantise
 from tests.helpers.tiny import (
     DFLASH2,
@@ -145,22 +145,12 @@ def test_drafts_and_text_equal_the_core(pair, schedulers, tmp_path, kind):
         assert blocks[1] == [expected.anchor, *drafts]
 
 
-LAST = (3, 1)
-OTHER_LAYOUTS: dict[str, Callable[[Path], Path]] = {
-    "Muse": lambda at: write_muse(at, {**SIZES, "target_hidden_size": 64}),
-    "Laguna": lambda at: write_laguna(
-        at, {**SIZES, "target_hidden_size": 64, "target_layer_ids": LAST}
-    ),
-    "last layer": lambda at: write_tiny(at, **SIZES, target_hidden_size=64, target_layer_ids=LAST),
-}
-
-
-@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+@pytest.mark.parametrize("layout", SERVED)
 def test_other_layouts_and_the_last_layer_draft_what_the_core_does(
     pair, schedulers, tmp_path, layout
 ):
     target, directory = pair
-    checkpoint = OTHER_LAYOUTS[layout](tmp_path)
+    checkpoint = SERVED[layout](tmp_path)
     drafter = load_drafter(checkpoint, target)
     made = schedulers.run(
         directory, checkpoint, PROMPTS, temperature=0.0, max_new_tokens=16, ignore_eos=True
@@ -252,7 +242,7 @@ def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path
 def test_kernels_run_laguna_layers_as_the_core_does(pair, interpreted, tmp_path):
     """Gate, norms of taps, and context rows that all layers norm in one product."""
     target, directory = pair
-    checkpoint = OTHER_LAYOUTS["Laguna"](tmp_path)
+    checkpoint = SERVED["Laguna"](tmp_path)
     made = interpreted.run(
         directory, checkpoint, PROMPTS[:1], temperature=0.0, max_new_tokens=6, ignore_eos=True
     )

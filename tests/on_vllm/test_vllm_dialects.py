@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ from vllm import SamplingParams
 
 from dflash_plugin.checkpoints.reference_drafts import answer
 from dflash_plugin.drafter.config import LatentAttentionConfig
+from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import draft_tokens
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
 from tests.helpers.distribution import check_distribution, continuations
-from tests.helpers.layouts import write_laguna, write_muse
+from tests.helpers.layouts import SERVED
 from tests.helpers.quantised import LAYOUTS, quantise
 from tests.helpers.tiny import (
     DFLASH2,
@@ -96,6 +96,14 @@ def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
     return target, directory
 
 
+def check_drafts(engine: Any, target: PreTrainedModel, drafter: Drafter) -> None:
+    """Drafts after every prompt equal the core's."""
+    for prompt in PROMPTS:
+        expected = answer(drafter, target, prompt)
+        assert min(expected.margins) > 1e-3
+        assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
+
+
 def check_text(engine: Any, target: PreTrainedModel) -> None:
     """Greedy text equals the target's own."""
     params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
@@ -133,42 +141,26 @@ def test_drafts_and_text_equal_the_core(pair, tmp_path, kind):
         checkpoint = quantise(plain, tmp_path / "quantised", LAYOUTS[kind])
     drafter = load_drafter(plain, target)
     with running(directory, checkpoint, max_model_len=256) as engine:
-        for prompt in PROMPTS:
-            expected = answer(drafter, target, prompt)
-            assert min(expected.margins) > 1e-3
-            assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
+        check_drafts(engine, target, drafter)
         check_text(engine, target)
         # Windows do not break the target's one group; layers that run unlike each other do.
         groups = on_worker(engine, cache_groups)
         assert groups > 1 if kind == UNLIKE else groups == 1
         # vLLM would take the drafter apart for them; it drafts on.
         assert "takes no new weights" in on_worker(engine, begin_new_weights)
-        assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
-
-
-LAST = (3, 1)
-OTHER_LAYOUTS: dict[str, Callable[[Path], Path]] = {
-    "Muse": lambda at: write_muse(at, {**SIZES, "target_hidden_size": 64}),
-    "Laguna": lambda at: write_laguna(
-        at, {**SIZES, "target_hidden_size": 64, "target_layer_ids": LAST}
-    ),
-    "last layer": lambda at: write_tiny(at, **SIZES, target_hidden_size=64, target_layer_ids=LAST),
-}
+        check_drafts(engine, target, drafter)
 
 
 # Laguna's has both: parts of its own, and the last layer.
 @pytest.mark.parametrize(
-    "layout", ["Laguna"] if ON_V2 and not torch.cuda.is_available() else OTHER_LAYOUTS
+    "layout", ["Laguna"] if ON_V2 and not torch.cuda.is_available() else SERVED
 )
 def test_other_layouts_and_the_last_layer_draft_what_the_core_does(pair, tmp_path, layout):
     target, directory = pair
-    checkpoint = OTHER_LAYOUTS[layout](tmp_path)
+    checkpoint = SERVED[layout](tmp_path)
     drafter = load_drafter(checkpoint, target)
     with running(directory, checkpoint, max_model_len=256) as engine:
-        for prompt in PROMPTS:
-            expected = answer(drafter, target, prompt)
-            assert min(expected.margins) > 1e-3
-            assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
+        check_drafts(engine, target, drafter)
         check_text(engine, target)
 
 
@@ -200,10 +192,7 @@ def test_a_padded_drafter_drafts_tokens_of_the_target_alone(pair, tmp_path):
     drafter = load_drafter(checkpoint, target)
     settings = {"speculative": {"draft_sample_method": "probabilistic"}, "max_model_len": 256}
     with running(directory, checkpoint, **settings) as engine:
-        for prompt in PROMPTS:
-            expected = answer(drafter, target, prompt)
-            assert min(expected.margins) > 1e-3
-            assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
+        check_drafts(engine, target, drafter)
         check_text(engine, target)
         params = SamplingParams(temperature=1.0, max_tokens=16, ignore_eos=True, n=4)
         prompt = {"prompt_token_ids": PROMPTS[0]}

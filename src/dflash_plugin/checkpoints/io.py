@@ -36,15 +36,15 @@ from dflash_plugin.checkpoints.notices import warn_once
 from dflash_plugin.checkpoints.quantization import PLAIN, dequantise
 from dflash_plugin.checkpoints.quantization_config import declared
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
-from dflash_plugin.errors import DFlashError, reason
+from dflash_plugin.errors import OFF, DFlashError, reason
 
 logger = logging.getLogger("dflash_plugin")
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-OFF = "DFLASH_PLUGIN=off leaves the drafter to the engine"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MASK_PICKLE = f"{MASK_EMBEDDING}.pt"
-_CODEBOOKS = (
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+CODEBOOKS = (
     "candidate_selector.predecessor_codebook",
     "candidate_selector.successor_codebook",
 )
@@ -130,7 +130,7 @@ def expected_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"{layer}.{name}.kernel_projection.weight"] = (rows, hidden)
     if config.selector is not None:
         rank = config.selector.rank
-        shapes.update(dict.fromkeys(_CODEBOOKS, (config.vocab_size, rank)))
+        shapes.update(dict.fromkeys(CODEBOOKS, (config.vocab_size, rank)))
         shapes["candidate_selector.hidden_projection.weight"] = (rank, hidden)
     if config.own_embedding:
         shapes["embed_tokens.weight"] = (config.vocab_size, hidden)
@@ -231,7 +231,7 @@ def _log_quantization(directory: Path, quantization: str | None, ignored: list[s
 def _without_padding(tensors: dict[str, Tensor], config: DrafterConfig) -> dict[str, Tensor]:
     """The tensors, without rows of tables that stand for no token of ``vocab_size``."""
     expected = expected_tensors(config)
-    for name in ("embed_tokens.weight", "lm_head.weight", *_CODEBOOKS):
+    for name in (EMBEDDING, HEAD, *CODEBOOKS):
         if name in tensors and name in expected:
             tensors[name] = tensors[name][: expected[name][0]]
     return tensors
@@ -298,7 +298,7 @@ def _read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[st
         raise DFlashError(
             f"{name} is a pickle file, which can run code and is refused: `dflash-plugin convert` "
             "writes its tensors to safetensors and runs none (or do so with "
-            "safetensors.torch.save_file); DFLASH_PLUGIN=off leaves the drafter to the engine"
+            f"safetensors.torch.save_file); {OFF}"
         )
     if not shards and not unpickled:
         raise DFlashError("there is no .safetensors file: give a checkpoint with its weights")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dflash_plugin.checkpoints.files import read_json
-from dflash_plugin.errors import DFlashError
+from dflash_plugin.errors import OFF, DFlashError
 
 MODELOPT_FILE = "hf_quant_config.json"
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -51,8 +51,7 @@ def refusal(what: str) -> DFlashError:
     """The error for quantised weights that cannot be read."""
     return DFlashError(
         f"the weights are quantised, and {what}: give the checkpoint in bfloat16, float16 or "
-        "float32, or in a layout that docs/checkpoints.md lists; DFLASH_PLUGIN=off leaves the "
-        "drafter to the engine"
+        f"float32, or in a layout that docs/checkpoints.md lists; {OFF}"
     )
 
 

@@ -15,16 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dflash_plugin.checkpoints.io import Checkpoint
+from dflash_plugin.checkpoints.io import CODEBOOKS, EMBEDDING, HEAD, Checkpoint
 from dflash_plugin.drafter.config import DrafterConfig, build_config
 from dflash_plugin.errors import DFlashError
 
-EMBEDDING, HEAD, MASK = "embed_tokens.weight", "lm_head.weight", "mask_embedding"
-LOOKED_UP = (
-    EMBEDDING,
-    "candidate_selector.predecessor_codebook",
-    "candidate_selector.successor_codebook",
-)
+MASK = "mask_embedding"
+LOOKED_UP = (EMBEDDING, *CODEBOOKS)
 
 
 def fitted_config(config: DrafterConfig, tokens: int) -> DrafterConfig:

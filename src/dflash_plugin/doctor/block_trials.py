@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dflash_plugin.doctor.acceptance import measure, shortened
-from dflash_plugin.doctor.comparison import compare
+from dflash_plugin.doctor.comparison import COSTLY, compare
 from dflash_plugin.doctor.report import Certainty, Check
 from dflash_plugin.doctor.trials import Search, Setting, Trials
 
@@ -14,8 +14,6 @@ POWERS = (2, 4, 8, 16, 32)
 NEIGHBORS = (-2, -1, 1, 2)
 # Share of the blocks that must have as many tokens behind them as a block drafts.
 ENOUGH = 1 / 3
-# Share of τ - 1 that a shorter block may cost.
-COSTLY = 0.15
 
 
 def block_sizes(trials: Trials) -> list[int]:

@@ -12,6 +12,8 @@ from dflash_plugin.doctor.acceptance import BlockAcceptance
 
 # Share of τ - 1, and number of tokens, that a setting has to gain.
 MATTERS, SMALLEST = 0.03, 0.03
+# Share of τ - 1 that rounding or a shorter block may cost.
+COSTLY = 0.15
 # Chance of such a gain between settings that accept alike. A search tries some hundred settings, of
 # which few are a gain: below SURE one is decided, below NEAR it may be one. NEARLY is the share of
 # the needed gain from which on it may be one.

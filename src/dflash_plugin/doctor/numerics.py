@@ -19,7 +19,7 @@ from dflash_plugin.doctor.acceptance import (
     blocks_of,
     measure,
 )
-from dflash_plugin.doctor.comparison import Comparison, compare
+from dflash_plugin.doctor.comparison import COSTLY, Comparison, compare
 from dflash_plugin.doctor.known_blocks import KnownBlocks, close
 from dflash_plugin.doctor.report import Certainty, Check
 from dflash_plugin.doctor.texts import Texts
@@ -31,8 +31,6 @@ from dflash_plugin.transformers.loading import bind_drafter
 RUN_TOLERANCE = 0.1
 # A tensor's distinct values a row, as a share of those of the same tensor in other layers.
 DISTINCT_SHARE = 1 / 3
-# Share of τ - 1 that rounding may cost.
-COSTLY = 0.15
 
 
 @torch.inference_mode()

@@ -24,6 +24,9 @@ from dflash_plugin.kernels.fp8_product import best_tile, fp8_product
 from dflash_plugin.kernels.fp8_rows import Fp8Rows, RoundedRows, fits, product_naive, quantize
 from dflash_plugin.kernels.quantize_rows import quantize_rows
 
+# Their small projections keep their weights.
+KEPT = (DynamicConvolution, CandidateSelector, AttentionGate)
+
 
 def require_fp8(device: torch.device) -> None:
     """Check that a device multiplies FP8.
@@ -156,7 +159,7 @@ def quantize_drafter(drafter: Drafter) -> None:
     if drafter.own_head is None and isinstance(head, nn.Linear):
         drafter.replace_borrowed_head(Fp8Linear(head))
     for parent in list(drafter.modules()):
-        if isinstance(parent, DynamicConvolution | CandidateSelector | AttentionGate):
+        if isinstance(parent, KEPT):
             continue
         for name, child in list(parent.named_children()):
             if isinstance(child, TorchQKV):

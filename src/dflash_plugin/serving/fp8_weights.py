@@ -10,11 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflash_plugin.drafter.convolution import DynamicConvolution
-from dflash_plugin.drafter.fp8_linear import linear, require_fp8
-from dflash_plugin.drafter.gate import AttentionGate
+from dflash_plugin.drafter.fp8_linear import KEPT, linear, require_fp8
 from dflash_plugin.drafter.model import Drafter
-from dflash_plugin.drafter.selector import CandidateSelector
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.fp8_rows import Fp8Rows, RoundedRows, fits, quantize
 
@@ -76,8 +73,7 @@ def fp8_obstacle(drafter: Drafter, plain: type, device: torch.device) -> str | N
 
 def _rounded_linears(drafter: Drafter) -> Iterator[tuple[str, Any]]:
     """The linears that FP8 rounds, by name: all but the small ones of other parts."""
-    parts = (DynamicConvolution, CandidateSelector, AttentionGate)
-    kept = {id(m) for part in drafter.modules() if isinstance(part, parts) for m in part.modules()}
+    kept = {id(m) for part in drafter.modules() if isinstance(part, KEPT) for m in part.modules()}
     for name, module in drafter.named_modules():
         method = getattr(module, "quant_method", None)
         if method is not None and module is not drafter.own_head and id(module) not in kept:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dflash_plugin.checkpoints.dialects.fields import Fields, contradiction
 from dflash_plugin.drafter.config import DrafterConfig
-from dflash_plugin.errors import DFlashError
+from dflash_plugin.errors import OFF, DFlashError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 Shapes = Mapping[str, Sequence[int]]
@@ -27,8 +27,7 @@ def refuse_other_layers(fields: Fields) -> None:
         name, value = fields.find(key)
         if value:
             raise DFlashError(
-                f"{name} is {value!r}, of layers with {kind}, which are not supported: "
-                "DFLASH_PLUGIN=off leaves the drafter to the engine"
+                f"{name} is {value!r}, of layers with {kind}, which are not supported: {OFF}"
             )
 
 
@@ -109,8 +108,7 @@ def read_dflash2(fields: Fields) -> dict[str, Any]:
     if tokens is not None and tokens != fields.integer("vocab_size"):
         raise DFlashError(
             f"{name} is {tokens!r} and vocab_size {fields.integer('vocab_size')}: a selector of "
-            "other tokens than the drafter's is not supported, DFLASH_PLUGIN=off leaves the "
-            "drafter to the engine"
+            f"other tokens than the drafter's is not supported, {OFF}"
         )
     return {
         "convolution": {

@@ -13,7 +13,7 @@ from typing import Any
 
 from dflash_plugin.checkpoints.dialects import common, zlab
 from dflash_plugin.checkpoints.dialects.fields import Fields, section
-from dflash_plugin.errors import DFlashError
+from dflash_plugin.errors import OFF, DFlashError
 
 ARCHITECTURE = "DFlashLagunaForCausalLM"
 GATES = {True: "per-head", "per-head": "per-head", "per-element": "per-element"}
@@ -21,7 +21,6 @@ NO_GATE = (False, "disabled")
 DENSE = "dense"
 # What the file keeps of the target's experts, where its own layers have none.
 OF_EXPERTS = {"num_experts", "num_experts_per_tok", "mlp_layer_types"}
-OFF = "DFLASH_PLUGIN=off leaves the drafter to the engine"
 
 
 def is_laguna(raw: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dflash_plugin.checkpoints.dialects.fields import Fields, contradiction
 from dflash_plugin.drafter.config import DrafterConfig, LatentAttentionConfig
-from dflash_plugin.errors import DFlashError
+from dflash_plugin.errors import OFF, DFlashError
 
 MLA = "mla"
 # Grouped-query attention and its kind without groups, which the head counts tell.
@@ -34,8 +34,7 @@ def read_latent_attention(fields: Fields) -> dict[str, Any]:
     name, modes = fields.find("attention_modes")
     if modes is not None and any(mode not in PLAIN for mode in modes):
         raise DFlashError(
-            f"{name} is {modes!r}: layers of different attention are not supported, "
-            "DFLASH_PLUGIN=off leaves the drafter to the engine"
+            f"{name} is {modes!r}: layers of different attention are not supported, {OFF}"
         )
     name, mode = fields.find("attention_mode")
     if mode in PLAIN:
@@ -50,7 +49,7 @@ def read_latent_attention(fields: Fields) -> dict[str, Any]:
             name = fields.find(switch)[0]
             raise DFlashError(
                 f"{name} is true, which is not supported in layers with latent attention (MLA): "
-                "DFLASH_PLUGIN=off leaves the drafter to the engine"
+                f"{OFF}"
             )
     sizes = LatentAttentionConfig(
         q_lora_rank=fields.integer("q_lora_rank", default=None),

@@ -20,9 +20,8 @@ from dflash_plugin.checkpoints.dialects.latent_attention import (
 )
 from dflash_plugin.checkpoints.dialects.rope import read_rope, write_rope
 from dflash_plugin.drafter.config import Dialect, DrafterConfig, spread_layers
-from dflash_plugin.errors import DFlashError
+from dflash_plugin.errors import OFF, DFlashError
 
-OFF = "DFLASH_PLUGIN=off leaves the drafter to the engine"
 DFLASH, DFLASH2 = "DFlashDraftModel", "DFlash2DraftModel"
 # What NeMo Automodel calls the same.
 OTHER_NAMES = {"Qwen3DFlashDraftModel": DFLASH, "Qwen3DFlash2DraftModel": DFLASH2}
