@@ -185,7 +185,7 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
         ``--memory`` is the share of the GPU that each engine takes.
 
         ``--replay`` may be several numbers with commas between: the result of the first is
-        FILE.json, that of another FILE-NUMBER.json.
+        FILE.json, that of another FILE-NUMBER.json. Engines without a drafter stand in the first.
         """
         if check and shape is not None:
             raise typer.BadParameter("dummy weights have no texts to compare: leave out --check")
