@@ -32,6 +32,7 @@ TARGET = SimpleNamespace(
     get_vocab_size=lambda: 97,
     hf_text_config=SimpleNamespace(model_type="llama"),
     max_model_len=4096,
+    is_hybrid=False,
 )
 
 # Of vLLM's speculative configuration.
@@ -39,6 +40,7 @@ KEYS = {
     "method",
     "model",
     "num_speculative_tokens",
+    "num_speculative_tokens_per_batch_size",
     "revision",
     "code_revision",
     "draft_load_config",
@@ -224,6 +226,26 @@ def test_fewer_drafts_may_be_asked_for(tmp_path):
 def test_an_anchor_that_drafts_makes_one_more(tmp_path):
     args, _ = prepared(tmp_path, changes={"sample_from_anchor": True})
     assert args.speculative_config["num_speculative_tokens"] == 4
+
+
+@pytest.mark.parametrize("is_hybrid", [False, True])
+@pytest.mark.parametrize("last", [0, 1])
+def test_steps_without_drafts_are_refused_beside_recurrent_layers(tmp_path, is_hybrid, last):
+    table = [[1, 4, 3], [5, 64, last]]
+    args = engine_args(
+        speculative_config={
+            "method": "dflash",
+            "model": str(write_tiny(tmp_path / "d")),
+            "num_speculative_tokens_per_batch_size": table,
+        }
+    )
+    target = SimpleNamespace(**{**vars(TARGET), "is_hybrid": is_hybrid})
+    if is_hybrid and not last:
+        with pytest.raises(DFlashError, match=r"no drafts in \[5, 64, 0\].* give 1 or more"):
+            arguments.prepare(args, target)
+        return
+    arguments.prepare(args, target)
+    assert args.speculative_config["num_speculative_tokens_per_batch_size"] == table
 
 
 def test_setting_given_twice_is_refused():

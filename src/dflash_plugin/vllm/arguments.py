@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from dflash_plugin.vllm.surface import verify_frontend
 logger = logging.getLogger("vllm.dflash_plugin")
 METHOD = "dflash"
 NUMBER = "num_speculative_tokens"
+NUMBER_BY_BATCH = "num_speculative_tokens_per_batch_size"
 ENGINE = "vllm"
 # The plugin's flag, vLLM's own, its attribute of EngineArgs, its key in --speculative-config.
 FLAGS = (
@@ -147,6 +148,8 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     if staging.is_staged(ENGINE, model):
         return
     refuse_misplaced(settings)
+    if target_model_config.is_hybrid:
+        refuse_steps_without_drafts(settings.get(NUMBER_BY_BATCH) or ())
     options = read_options(arguments.additional_config)
     if not model:
         raise DFlashError(
@@ -202,6 +205,26 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     for _, _, attribute, _ in FLAGS:
         setattr(arguments, attribute, None)
     arguments.speculative_config = settings
+
+
+def refuse_steps_without_drafts(table: Iterable[Sequence[int]]) -> None:
+    """Refuse a table that stops drafting at some batch sizes, for a target with recurrent layers.
+
+    After a step without drafts vLLM goes on from a wrong recurrent state (seen on 0.32, without
+    this plugin too).
+
+    Args:
+        table: lowest batch size, highest and number of drafts, of each entry.
+
+    Raises:
+        DFlashError: an entry has 0 drafts.
+    """
+    for entry in table:
+        if entry[-1] == 0:
+            raise DFlashError(
+                f"{NUMBER_BY_BATCH} has no drafts in {list(entry)}, which changes the text of a "
+                "target with recurrent layers in vLLM: give 1 or more"
+            )
 
 
 def merged(arguments: Any) -> dict[str, Any]:

@@ -108,13 +108,13 @@ _CONFIG = (
         "ModelConfig.get_total_num_hidden_layers()",
     ),
     *_seams(
-        "vllm.config.model", ARGUMENTS, "attribute", "tells whether the target scales embeddings",
-        "ModelConfig.hf_text_config",
+        "vllm.config.model", ARGUMENTS, "attribute", "what sets targets apart",
+        "ModelConfig.hf_text_config", "ModelConfig.is_hybrid",
     ),
     *_seams(
         "vllm.config.model", SERVE, "attribute", "sizes and dtypes of target and drafter",
         "ModelConfig.max_model_len", "ModelConfig.dtype", "ModelConfig.quantization",
-        "ModelConfig.hf_config", "ModelConfig.is_hybrid",
+        "ModelConfig.hf_config",
     ),
     *_seams(
         "vllm.config.speculative", SERVE, "attribute", "settings of the speculative method",
