@@ -59,7 +59,7 @@ class Proposer(DFlashProposer):
         Args:
             target_token_ids: int [T], tokens of the target's pass.
             next_token_ids: int [batch], anchor tokens of the blocks.
-            target_positions: int [T].
+            target_positions: int [T], or [axes, T] of a target whose rotation has several axes.
             target_hidden_states: [T, hidden], context rows.
             token_indices_to_sample: unused.
             cad: metadata of the target's pass.
@@ -80,9 +80,13 @@ class Proposer(DFlashProposer):
         if num_rejected_tokens_gpu is not None:
             rejected = num_rejected_tokens_gpu.long()
         last = starts[1:] - 1 - rejected
-        positions = target_positions.long()
-
         request = torch.repeat_interleave(torch.arange(batch, device=counts.device), counts)
+        if target_positions.dim() == 1:
+            positions = target_positions.long()
+        else:
+            # A drafter counts tokens, as the cache does. An image has many tokens at one position.
+            first = cad.seq_lens.long() - counts - starts[:-1]
+            positions = torch.arange(total, device=counts.device) + first[request]
         is_context = torch.arange(total, device=counts.device) <= last[request]
         slots = self._slots(cad, request, positions)
         self._dflash_num_context = total
