@@ -1,8 +1,9 @@
-"""Groups of the KV cache beside a hybrid target, as vLLM's own functions make them; no model."""
+"""Groups of the KV cache beside targets with two kinds of layer, made by vLLM's own functions."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +111,11 @@ def sizes(groups: list[Any]) -> list[int]:
     return [len(group.layer_names) for group in groups]
 
 
+def holders(groups: list[Any], layers: Collection[str]) -> int:
+    """The number of groups that hold these layers."""
+    return sum(not set(layers).isdisjoint(group.layer_names) for group in groups)
+
+
 def check_partition(groups: list[Any], layers: dict[str, Any]) -> None:
     """Every layer is in one group, with its own heads and width, and pages are of one size."""
     assert sorted(name for group in groups for name in group.layer_names) == sorted(layers)
@@ -175,7 +181,29 @@ def test_the_v1_runner_gets_all_draft_layers_in_one_group():
     drafter = layers_of_drafter(32, 5, 1, 8, 128, joins=True)
     groups = divided(target, drafter, length=LONG, is_v2=False)
     assert len(groups) <= 5
-    assert sum(not set(drafter).isdisjoint(group.layer_names) for group in groups) == 1
+    assert holders(groups, drafter) == 1
+
+
+@pytest.mark.parametrize("is_v2", [False, True])
+@pytest.mark.parametrize("drafts", [1, 2, 3, 5])
+@pytest.mark.parametrize(("sliding", "full"), [(1, 3), (2, 4), (3, 9), (5, 1), (12, 12)])
+def test_the_v1_runner_gets_them_in_one_group_beside_windows_too(sliding, full, drafts, is_v2):
+    shape = {"block_size": BLOCK, "num_kv_heads": 4, "head_size": 256, "dtype": HALF}
+    window = SlidingWindowSpec(**shape, sliding_window=WINDOW)
+    kinds = [window] * sliding + [attention()] * full
+    target = {f"model.layers.{i}.self_attn.attn": kind for i, kind in enumerate(kinds)}
+    drafter = layers_of_drafter(len(target), 0, drafts, 4, 256, joins=True)
+    layers = {**target, **drafter}
+    settings = config(target, is_v2=is_v2)
+    settings.model_config.is_hybrid = False
+    groups = planning().get_kv_cache_groups(settings, dict(layers))
+    check_partition(groups, layers)
+    settings.speculative_config.is_ours = False
+    native = planning().get_kv_cache_groups(settings, dict(layers))
+    if is_v2 or holders(native, drafter) == 1:
+        assert groups == native
+    else:
+        assert holders(groups, drafter) == 1
 
 
 def test_other_targets_and_drafters_are_left_to_vllm():

@@ -1,10 +1,11 @@
-"""Groups of the paged cache: the drafter leaves a hybrid target's as they are without it.
+"""Groups of the paged cache: the drafter leaves a target's as they are without it.
 
 vLLM gives each kind of layer cache groups of its own, as large as the rarest kind has layers; a
 group has a block table and metadata in every step. Beside a target with recurrent layers, the few
-layers of a drafter would make up to one group a layer. Here the target's layers are divided first.
-The drafter's layers join those of the target's attention or make one group more, whichever leaves
-room for more tokens.
+layers of a drafter would make up to one group a layer. Beside one with two kinds of attention they
+may be divided among groups, which the V1 runner does not run. Here the target's layers are divided
+first. The drafter's layers join those of the target's attention or make one group more, whichever
+leaves room for more tokens.
 """
 
 from __future__ import annotations
@@ -57,24 +58,28 @@ def keep_target_groups(native: Divide) -> Divide:
         if not target or not draft:
             return native(vllm_config, kv_cache_spec)
         alone = native(vllm_config, {name: kv_cache_spec[name] for name in target})
+        together = native(vllm_config, dict(kv_cache_spec))
         plans: list[Groups] = []
-        if vllm_config.model_config.is_hybrid:
+
+        def runs(plan: Groups) -> bool:
+            # The V1 runner has one block table for all draft layers.
+            is_v2: bool = vllm_config.use_v2_model_runner
+            return is_v2 or sum(map(_holder(draft), plan)) == 1
+
+        if vllm_config.model_config.is_hybrid or not runs(together):
             even = with_even_pages(native, kv_cache_spec)
             divided = native(vllm_config, {name: even[name] for name in target})
             plans = plans_beside(divided, even, draft)
             if even != kv_cache_spec:
                 # A layout may take uneven pages as they are.
-                plans.append(native(vllm_config, dict(kv_cache_spec)))
-            if not vllm_config.use_v2_model_runner:
-                # The V1 runner has one block table for all draft layers.
-                plans = [plan for plan in plans if sum(map(_holder(draft), plan)) == 1]
-            plans = [plan for plan in plans if len(plan) <= len(alone) + 1]
+                plans.append(together)
+            plans = [plan for plan in plans if runs(plan) and len(plan) <= len(alone) + 1]
 
         def cost(plan: Groups) -> tuple[int, int]:
             needed = Capacity.of(plan, vllm_config)
             return needed.block_bytes * needed.blocks, needed.groups
 
-        best = min(plans, key=cost) if plans else native(vllm_config, kv_cache_spec)
+        best = min(plans, key=cost, default=together)
         remember(vllm_config, best, alone)
         return best
 
