@@ -126,8 +126,10 @@ def read_config(
 
 
 def _read(raw: Mapping[str, Any], shapes: Shapes, dialect: Dialect) -> dict[str, Any]:
+    if dialect == "speculators" and open_spec.MARK in raw:
+        return open_spec.read(raw, shapes)
     if dialect == "speculators":
-        return (open_spec if open_spec.MARK in raw else speculators).read(raw, shapes)
+        return speculators.read(raw, shapes)
     if dialect == "z-lab" and muse.is_muse(raw):
         return muse.read(raw, shapes)
     if dialect == "z-lab" and laguna.is_laguna(raw):

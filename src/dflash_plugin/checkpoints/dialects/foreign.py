@@ -40,6 +40,10 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "parallel_residual": (False,),
     "use_parallel_residual": (False,),
     "norm_before_fc": (False,),
+    "fc_layernorm": (False,),
+    # Blocks of blocks, as DFlare has them.
+    "micro_block_size": (),
+    "anchor_len": (1,),
 }
 # Ids of target layers that other programs read.
 _OTHER_IDS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
@@ -89,14 +93,18 @@ def _all_dense(fields: Fields, count: int) -> bool:
     )
 
 
-def refuse_other_heads(fields: Fields) -> None:
+def refuse_other_heads(fields: Fields, *, has_selector: bool = False) -> None:
     """Refuse another head than DFlash's, and what was trained on other labels.
+
+    Args:
+        fields: of the file.
+        has_selector: it calls for DFlash 2 elsewhere.
 
     Raises:
         DFlashError: names the key that calls for it.
     """
     name, projector = fields.find("projector_type")
-    if projector not in (None, "dflash"):
+    if projector not in (None, "dflash", "dflash2" if has_selector else None):
         raise DFlashError(
             f"{name} is {projector!r}: only plain DFlash heads are supported, not Domino or "
             f"DSpark; a DFlash 2 drafter's architecture is 'DFlash2DraftModel'; {OFF}"

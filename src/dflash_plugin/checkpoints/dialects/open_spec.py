@@ -16,6 +16,7 @@ from dflash_plugin.errors import OFF, DFlashError
 
 MARK = "open_spec_config_version"
 VERSION = "0.0.0"
+ARCHITECTURE = "DflashDraftModel"
 SPECULATIVE = "speculative_config"
 # Drafts of the schema have how a block drafts in here.
 NESTED = "dflash_config"
@@ -34,6 +35,12 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
         raise DFlashError(
             f"{MARK} is {raw[MARK]!r}: only {VERSION!r} is supported, save the drafter in that "
             "version or in speculators' own layout"
+        )
+    names = raw.get("architectures")
+    if names and ARCHITECTURE.lower() not in str(names).lower():
+        raise DFlashError(
+            f"architectures is {names!r}: an Open Spec Config of a DFlash drafter has "
+            f"[{ARCHITECTURE!r}]; {OFF}"
         )
     fields = fields_of(raw)
     refuse_other_heads(fields)

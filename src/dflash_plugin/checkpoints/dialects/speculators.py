@@ -66,7 +66,7 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     is_second = kind == "dflash2"
     layer = with_defaults(_with_outer_settings(raw), INNER)
     fields = Fields(("", raw), (f"{SECOND}.", section(raw, SECOND)))
-    refuse_other_heads(fields)
+    refuse_other_heads(fields, has_selector=is_second)
     if not is_second:
         common.refuse_dflash2(fields, f"speculators_model_type is {kind!r}", "write 'dflash2'")
     inner = Fields((f"{INNER}.", layer))

@@ -71,7 +71,7 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
     """
     _refuse_other_architectures(raw)
     fields = Fields(("dflash_config.", section(raw, "dflash_config")), ("", raw))
-    refuse_other_heads(fields)
+    refuse_other_heads(fields, has_selector=DFLASH2 in _architectures(raw))
     latent = read_latent_attention(fields)
     values = {**common.read_transformer(fields, shapes), **latent}
     # TorchSpec writes the target's depth by the first name; its second counts the layers read.
