@@ -12,7 +12,7 @@ class DFlashError(ValueError):
 
 
 # Of another library's error; some list everything that they know.
-_LONGEST = 240
+_LONGEST = 600
 
 
 def reason(error: Exception) -> str:

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from dflash_plugin.checkpoints.dialects import laguna, muse, open_spec, speculators, zlab
-from dflash_plugin.checkpoints.dialects.common import SLIDING, Shapes, read_layer_types
+from dflash_plugin.checkpoints.dialects.common import CAUSAL, SLIDING, Shapes, read_layer_types
 from dflash_plugin.checkpoints.dialects.fields import Fields, section
-from dflash_plugin.checkpoints.dialects.foreign import refuse_experts, refuse_foreign
+from dflash_plugin.checkpoints.dialects.foreign import (
+    refuse_experts,
+    refuse_foreign,
+    refuse_other_heads,
+)
 from dflash_plugin.drafter.config import Dialect, DrafterConfig, build_config
 from dflash_plugin.errors import DFlashError
 
@@ -74,7 +78,7 @@ def is_ambiguous(raw: Mapping[str, Any]) -> bool:
     if detect(raw) != "z-lab":
         return False
     fields = _all_fields(raw, "z-lab")
-    says = fields.flag("is_causal", "causal", default=None) is not None
+    says = fields.flag(*CAUSAL, default=None) is not None
     return not says and SLIDING in read_layer_types(fields)
 
 
@@ -119,6 +123,7 @@ def read_config(
     fields = _all_fields(raw, dialect)
     refuse_experts(fields)
     config = build_config(_read(raw, shapes, dialect))
+    refuse_other_heads(fields, config)
     refuse_foreign(fields, config)
     if dialect == "speculators":
         speculators.refuse_contradictions(fields, config)

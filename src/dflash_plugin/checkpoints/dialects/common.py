@@ -11,6 +11,8 @@ from dflash_plugin.errors import OFF, DFlashError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 Shapes = Mapping[str, Sequence[int]]
+# What files call the causality of all layers.
+CAUSAL = ("is_causal", "causal", "dflash_query_causal")
 # Far above any drafter, far below what a list of layers costs.
 MOST_LAYERS = 1000
 

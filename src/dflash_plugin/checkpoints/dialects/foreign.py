@@ -93,18 +93,18 @@ def _all_dense(fields: Fields, count: int) -> bool:
     )
 
 
-def refuse_other_heads(fields: Fields, *, has_selector: bool = False) -> None:
+def refuse_other_heads(fields: Fields, config: DrafterConfig) -> None:
     """Refuse another head than DFlash's, and what was trained on other labels.
 
     Args:
         fields: of the file.
-        has_selector: it calls for DFlash 2 elsewhere.
+        config: as it was read from it.
 
     Raises:
         DFlashError: names the key that calls for it.
     """
     name, projector = fields.find("projector_type")
-    if projector not in (None, "dflash", "dflash2" if has_selector else None):
+    if projector not in (None, "dflash", "dflash2" if config.selector else None):
         raise DFlashError(
             f"{name} is {projector!r}: only plain DFlash heads are supported, not Domino or "
             f"DSpark; a DFlash 2 drafter's architecture is 'DFlash2DraftModel'; {OFF}"

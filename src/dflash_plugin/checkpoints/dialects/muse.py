@@ -35,7 +35,7 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     plain = {**raw, "architectures": [zlab.DFLASH]}
     fields = Fields(("dflash_config.", section(raw, "dflash_config")), ("", raw))
     common.require_layer_types(fields)
-    if fields.get("is_causal", "causal") is None:
+    if fields.get(*common.CAUSAL) is None:
         plain["is_causal"] = False
     if fields.get("vocab_size") is not None:
         return zlab.read(plain, shapes, "z-lab")

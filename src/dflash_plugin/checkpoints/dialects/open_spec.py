@@ -11,7 +11,6 @@ from typing import Any
 
 from dflash_plugin.checkpoints.dialects import common, speculators
 from dflash_plugin.checkpoints.dialects.fields import Fields, section
-from dflash_plugin.checkpoints.dialects.foreign import refuse_other_heads
 from dflash_plugin.errors import OFF, DFlashError
 
 MARK = "open_spec_config_version"
@@ -43,7 +42,6 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
             f"[{ARCHITECTURE!r}]; {OFF}"
         )
     fields = fields_of(raw)
-    refuse_other_heads(fields)
     method = fields.text("method")
     if method != "dflash":
         raise DFlashError(

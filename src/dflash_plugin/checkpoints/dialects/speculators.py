@@ -9,7 +9,6 @@ from transformers import AutoConfig
 
 from dflash_plugin.checkpoints.dialects import common
 from dflash_plugin.checkpoints.dialects.fields import Fields, section
-from dflash_plugin.checkpoints.dialects.foreign import refuse_other_heads
 from dflash_plugin.checkpoints.dialects.latent_attention import refuse_latent_attention
 from dflash_plugin.checkpoints.dialects.rope import OF_ROTATION, read_rope, write_rope
 from dflash_plugin.drafter.config import DrafterConfig
@@ -66,7 +65,6 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     is_second = kind == "dflash2"
     layer = with_defaults(_with_outer_settings(raw), INNER)
     fields = Fields(("", raw), (f"{SECOND}.", section(raw, SECOND)))
-    refuse_other_heads(fields, has_selector=is_second)
     if not is_second:
         common.refuse_dflash2(fields, f"speculators_model_type is {kind!r}", "write 'dflash2'")
     inner = Fields((f"{INNER}.", layer))
@@ -144,9 +142,9 @@ def refuse_contradictions(fields: Fields, config: DrafterConfig) -> None:
                 f"{name} is {value!r}, which speculators' layouts do not have: leave it out, or "
                 "write the drafter in the z-lab layout"
             )
-    causal = fields.flag("is_causal", "causal", default=None)
+    causal = fields.flag(*common.CAUSAL, default=None)
     if causal is not None and any(layer.causal != causal for layer in config.layers):
-        name = fields.find("is_causal", "causal")[0]
+        name = fields.find(*common.CAUSAL)[0]
         raise DFlashError(
             f"{name} is {causal}, but speculators' layouts have full layers that are not causal "
             "and sliding ones that are unless sliding_window_non_causal is true: leave it out, or "

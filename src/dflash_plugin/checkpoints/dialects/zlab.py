@@ -12,7 +12,6 @@ from typing import Any
 
 from dflash_plugin.checkpoints.dialects import common
 from dflash_plugin.checkpoints.dialects.fields import Fields, section
-from dflash_plugin.checkpoints.dialects.foreign import refuse_other_heads
 from dflash_plugin.checkpoints.dialects.latent_attention import (
     MLA,
     read_interleaved,
@@ -71,7 +70,6 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
     """
     _refuse_other_architectures(raw)
     fields = Fields(("dflash_config.", section(raw, "dflash_config")), ("", raw))
-    refuse_other_heads(fields, has_selector=DFLASH2 in _architectures(raw))
     latent = read_latent_attention(fields)
     values = {**common.read_transformer(fields, shapes), **latent}
     # TorchSpec writes the target's depth by the first name; its second counts the layers read.
@@ -97,7 +95,7 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
             "attention_sink_bias", "add_swa_attention_sink_bias", default=False
         ),
         "attention_value_scale": fields.number("attention_value_scale", default=None),
-        "block_size": fields.integer("block_size", minimum=2),
+        "block_size": _block_size(fields),
         "sample_from_anchor": fields.flag("sample_from_anchor", default=False),
         "mask_token_id": fields.integer("mask_token_id", minimum=0),
         "target_layer_ids": _read_target_layers(fields, num_target_layers),
@@ -109,6 +107,16 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
         "logit_softcap": fields.number("final_logit_softcapping", default=None) or None,
         **_read_dflash2(raw, fields),
     }
+
+
+def _block_size(fields: Fields) -> int:
+    if fields.get("block_size") is None:
+        raise DFlashError(
+            "block_size is missing: add the length of the blocks that the drafter was trained on, "
+            f"anchor included, to config.json; {OFF}"
+        )
+    size: int = fields.integer("block_size", minimum=2)
+    return size
 
 
 def _read_dflash2(raw: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
@@ -145,7 +153,7 @@ def _read_layers(fields: Fields, dialect: Dialect) -> list[dict[str, Any]]:
     if common.SLIDING in types:
         common.require_window_in_use(fields)
     windows = common.read_windows(fields, sliding, "sliding_window", "swa_window_size")
-    causal = fields.flag("is_causal", "causal", default=None)
+    causal = fields.flag(*common.CAUSAL, default=None)
     layers = []
     for window, kind in zip(windows, types, strict=True):
         by_type = kind == common.SLIDING and dialect != "specforge"
