@@ -260,8 +260,8 @@ MALFORMED_DFLASH2 = {
         "'candidate_selector.successor_codebook' .* is missing",
     ),
     "projector": (
-        editor(dflash_config__projector_type="dflash2"),
-        "projector_type is 'dflash2'.*architecture is 'DFlash2DraftModel'",
+        editor(dflash_config__projector_type="dspark"),
+        "projector_type is 'dspark'.*architecture is 'DFlash2DraftModel'",
     ),
 }
 

@@ -453,6 +453,45 @@ def test_scales_that_overflow_are_refused(packed):
         load_checkpoint(packed)
 
 
+@pytest.mark.parametrize("kind", ["NVFP4", "ModelOpt NVFP4"])
+@pytest.mark.parametrize("number", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_of_all_that_is_no_scale_is_refused_before_weights_are_read(tmp_path, kind, number):
+    plain = write_tiny(tmp_path / "plain", **SIZES)
+    directory = quantise(plain, tmp_path / "quantised", LAYOUTS[kind])
+    part = "weight_scale_2" if "ModelOpt" in kind else "weight_global_scale"
+    retensor(directory, lambda t: t[f"{Q_PROJ}.{part}"].fill_(number))
+    for read in (load_config, load_checkpoint):
+        with pytest.raises(DFlashError, match=rf"q_proj\.{part}' holds .*, no scale"):
+            read(directory)
+
+
+def test_a_scale_without_dimensions_beside_zero_points(tmp_path):
+    plain = write_tiny(tmp_path / "plain", **SIZES)
+    kind = LAYOUTS["W4A16 with zero points"]
+    directory = quantise(plain, tmp_path / "quantised", kind)
+    name = f"{Q_PROJ}.weight_scale"
+    retensor(directory, lambda t: t.update({name: t[name].flatten()[0].clone()}))
+    with pytest.raises(DFlashError, match=r"weight_zero_point' has shape .* does not fit"):
+        load_config(directory)
+
+
+def test_scales_that_are_powers_of_two_in_a_byte(tmp_path):
+    """float8_e8m0fnu, as DeepSeek's newer FP8 checkpoints store them."""
+    plain = write_tiny(tmp_path / "plain", **SIZES)
+    directory = quantise(plain, tmp_path / "quantised", LAYOUTS["FP8 by block"])
+    name = f"{Q_PROJ}.weight_scale_inv"
+
+    def rounded(tensors):
+        scale = tensors[name].to(torch.float8_e8m0fnu)
+        tensors[name] = scale if rounded.small else scale.float()
+
+    found = []
+    for rounded.small in (False, True):
+        retensor(directory, rounded)
+        found.append(load_checkpoint(directory).tensors[f"{Q_PROJ}.weight"])
+    assert torch.equal(*found)
+
+
 def test_inspect_names_it_and_convert_writes_plain_weights(packed, tmp_path):
     report = inspect_checkpoint(packed)
     assert report.config.quantization == "compressed-tensors W4A16"

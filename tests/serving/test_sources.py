@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from dflash_plugin.checkpoints.io import load_config
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import sources
 from dflash_plugin.serving.sources import Source, config_of, resolve
@@ -67,6 +68,14 @@ def test_a_repository_is_fetched_from_the_endpoint(hub, here, tmp_path):
     assert any("model.safetensors" in path for path in hub.asked)
     assert not any("README" in path for path in hub.asked)
     assert found["directory"].is_relative_to(tmp_path / "home")
+
+
+def test_a_pickled_mask_embedding_is_fetched_and_so_refused(hub, here, tmp_path):
+    """Unseen, the drafter would read the mask token's row and seem to load."""
+    (hub.revisions["main"] / "mask_embedding.pt").write_bytes(b"a pickle")
+    directory = here.ask(tmp_path / "home")["directory"]
+    with pytest.raises(DFlashError, match=r"mask_embedding\.pt is a pickle file"):
+        load_config(directory)
 
 
 def test_the_revision_and_the_download_directory(here, tmp_path):
@@ -217,3 +226,9 @@ def test_a_directory_without_a_readable_configuration_has_none(tmp_path, content
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     assert config_of(str(tmp_path), Source()) is None
+
+
+def test_a_name_too_long_for_a_file_is_no_directory():
+    assert sources.config_at_hand("x" * 300, None) is None
+    with pytest.raises(DFlashError, match="is neither a directory nor a repository"):
+        resolve("x" * 300, Source())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from dflash_plugin.checkpoints.hub import cache_directory
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import variables
 
@@ -78,3 +81,10 @@ def test_a_variable_like_none_is_told_without_a_guess():
 def test_dashes_and_capitals_do_not_hide_a_name():
     assert variables.nearest("Draft-Weights", ["known_answers", "draft_weights"]) == "draft_weights"
     assert variables.nearest("other", ["known_answers", "draft_weights"]) is None
+
+
+def test_a_blank_variable_is_an_unset_one(monkeypatch):
+    monkeypatch.setenv("DFLASH_PLUGIN_DIALECT", "  ")
+    monkeypatch.setenv("DFLASH_PLUGIN_CACHE", " ")
+    assert "dialect" not in variables.given_options()
+    assert cache_directory() == Path.home() / ".cache" / "dflash-plugin"

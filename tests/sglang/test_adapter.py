@@ -57,6 +57,7 @@ def server_args(drafter: Path | None, **changes: Any) -> SimpleNamespace:
 
 def test_arguments_lead_to_a_staged_draft_model(tmp_path):
     drafter = write_tiny(tmp_path / "drafter", target_layer_ids=(2, 0))
+    (drafter / "optimizer.safetensors").write_bytes(b"what SGLang could not read")
     args = server_args(drafter, context_length=4096)
     arguments.prepare(args)
     staged = Path(args.speculative_draft_model_path)
@@ -66,6 +67,7 @@ def test_arguments_lead_to_a_staged_draft_model(tmp_path):
     assert config["block_size"] == args.speculative_num_draft_tokens == 4
     assert config["max_position_embeddings"] == 32768
     assert (staged / "model.safetensors").resolve() == (drafter / "model.safetensors").resolve()
+    assert not (staged / "optimizer.safetensors").exists()
     spec = drafter_spec(staged)
     assert spec is not None
     assert spec.config.target_layer_ids == (2, 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dflash_plugin.checkpoints.files import local_path
 from dflash_plugin.checkpoints.io import load_checkpoint, save_checkpoint
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
 from dflash_plugin.errors import DFlashError
@@ -45,7 +46,7 @@ def convert(
     Raises:
         DFlashError: the source is malformed, or the dialect cannot express it.
     """
-    source, output = Path(source), Path(output)
+    source, output = local_path(source), local_path(output)
     if source.resolve() == output.resolve():
         raise DFlashError(f"{output} is the source itself: choose another directory")
     checkpoint = load_checkpoint(source, dialect=source_dialect, pickles=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dflash_plugin.errors import DFlashError
+from dflash_plugin.errors import DFlashError, reason
 
 INDEX = "model.safetensors.index.json"
 STORE_PLAIN = "store it as float32, bfloat16 or float16"
@@ -32,6 +32,20 @@ _DTYPES = {
 }
 
 
+def local_path(path: str | Path) -> Path:
+    """A path with "~" as the home.
+
+    Raises:
+        DFlashError: the user has no home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DFlashError(
+            f"the home in {str(path)!r} cannot be found ({reason(error)}): write the whole path"
+        ) from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -39,18 +53,45 @@ def read_json(path: Path) -> dict[str, Any]:
         DFlashError: missing, unreadable or not an object.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        # Some editors put a byte order mark in front.
+        text = path.read_text(encoding="utf-8-sig")
+        raw = json.loads(text, object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
         raise DFlashError(f"{path.name} is missing: give a checkpoint that has it") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DFlashError(f"{path.name} is not readable JSON ({error}): write it again") from error
+    except DFlashError as error:
+        raise DFlashError(f"{path.name}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DFlashError(
+            f"{path.name} is not readable JSON ({reason(error)}): write it again"
+        ) from error
     if not isinstance(raw, dict):
         raise DFlashError(f"{path.name} holds a {type(raw).__name__}: it must be a JSON object")
     return raw
 
 
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys stand once or have one value."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if found.setdefault(name, value) != value:
+            raise DFlashError(
+                f"{name} stands twice, as {found[name]!r} and {value!r}: leave one out"
+            )
+    return found
+
+
 # What stands beside a checkpoint's weights, unless there is nothing else.
-STRAYS = ("consolidated", "optimizer", "scheduler")
+STRAYS = (
+    "adapter",
+    "consolidated",
+    "ema",
+    "optim",
+    "random_states",
+    "rng_state",
+    "scaler",
+    "scheduler",
+    "training_args",
+)
 # A tensor that some write into a file of its own, which an index does not list.
 MASK_EMBEDDING = "mask_embedding"
 
@@ -65,15 +106,18 @@ def whole_shards(directory: Path) -> list[Path]:
         DFlashError: the index names one that is missing, or one is truncated.
     """
     shards = sorted(directory.glob("*.safetensors"))
-    if not shards:
-        return []
     listed = _listed(directory, {shard.name for shard in shards})
     if listed is None:
         kept = [shard for shard in shards if not shard.name.startswith(STRAYS)] or shards
     else:
         kept = [shard for shard in shards if shard.name in listed or shard.stem == MASK_EMBEDDING]
     for shard in kept:
-        _check_size(shard)
+        try:
+            _check_size(shard)
+        except OSError as error:
+            raise DFlashError(
+                f"{shard.name} cannot be read ({reason(error)}): fetch it again"
+            ) from error
     return kept
 
 
@@ -83,12 +127,15 @@ def _listed(directory: Path, shards: set[str]) -> set[str] | None:
     if not path.is_file():
         return None
     weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise DFlashError(f"{path.name} has no weight_map: write the checkpoint again")
     listed = {str(name) for name in weight_map.values()}
     missing = sorted(listed - shards)
     if missing:
-        raise DFlashError(f"{path.name} names {missing[0]}, which is not there: fetch it again")
+        raise DFlashError(
+            f"{path.name} names {missing[0]}, which is not there: fetch it again, or remove the "
+            "index if the weights are whole without it"
+        )
     return listed
 
 

@@ -55,7 +55,7 @@ def cache_directory() -> Path:
     Raises:
         DFlashError: the user has no home.
     """
-    given = os.environ.get(CACHE) or "~/.cache/dflash-plugin"
+    given = os.environ.get(CACHE, "").strip() or "~/.cache/dflash-plugin"
     try:
         return Path(given).expanduser().absolute()
     except RuntimeError as error:

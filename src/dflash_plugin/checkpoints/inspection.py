@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from transformers import AutoConfig, AutoTokenizer
 
 from dflash_plugin.checkpoints.dialects import rules_applied
+from dflash_plugin.checkpoints.files import local_path
 from dflash_plugin.checkpoints.io import Checkpoint, load_checkpoint
 from dflash_plugin.checkpoints.notices import mark_told, reported
 from dflash_plugin.checkpoints.reference_drafts import load_record
@@ -71,6 +72,7 @@ def inspect_checkpoint(
     Raises:
         DFlashError: the checkpoint or the target cannot be read at all.
     """
+    directory = local_path(directory)
     with reported():
         checkpoint = load_checkpoint(directory, dialect=dialect)
     findings = _alone(checkpoint, dialect)
@@ -78,7 +80,7 @@ def inspect_checkpoint(
         findings += _speculative_tokens(checkpoint.config, num_speculative_tokens)
     if target is not None:
         findings += _against_target(checkpoint, Path(target))
-    record = load_record(Path(directory))
+    record = load_record(directory)
     if record is None:
         findings.append(
             Finding(

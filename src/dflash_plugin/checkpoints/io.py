@@ -26,6 +26,7 @@ from dflash_plugin.checkpoints.dialects import read_config, rules_applied, write
 from dflash_plugin.checkpoints.files import (
     MASK_EMBEDDING,
     STORE_PLAIN,
+    local_path,
     read_header,
     read_json,
     whole_shards,
@@ -33,6 +34,7 @@ from dflash_plugin.checkpoints.files import (
 from dflash_plugin.checkpoints.fused import part_rows, split_fused
 from dflash_plugin.checkpoints.latent_tensors import latent_tensors
 from dflash_plugin.checkpoints.notices import warn_once
+from dflash_plugin.checkpoints.pickles import pickle_files, read_pickles
 from dflash_plugin.checkpoints.quantization import PLAIN, dequantise
 from dflash_plugin.checkpoints.quantization_config import declared
 from dflash_plugin.drafter.config import Dialect, DrafterConfig
@@ -41,8 +43,6 @@ from dflash_plugin.errors import OFF, DFlashError, reason
 logger = logging.getLogger("dflash_plugin")
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-MASK_PICKLE = f"{MASK_EMBEDDING}.pt"
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 CODEBOOKS = (
     "candidate_selector.predecessor_codebook",
@@ -50,7 +50,11 @@ CODEBOOKS = (
 )
 # Buffers and frozen copies of the target's tensors that some exporters leave in.
 _IGNORED = re.compile(r".*rotary_emb\..*|verifier_(norm|lm_head)\..*")
+# Tensors whose values decide whether a checkpoint is read: small ones.
+_VALUES = (".weight_shape", ".weight_global_scale", ".weight_scale_2", "d2t", "t2d")
 _RENAMED = (
+    # What wrappers of a module put in front.
+    (re.compile(r"^(module\.|_orig_mod\.)+"), ""),
     (re.compile(r"^model\."), ""),
     (re.compile(r"^encoder\.fc\."), "fc."),
     (re.compile(r"^encoder\.output_norm_enc\."), "hidden_norm."),
@@ -162,7 +166,7 @@ def load_checkpoint(
     Raises:
         DFlashError: names the file, field or tensor that is wrong and the fix; nothing is loaded.
     """
-    with _naming(Path(directory)) as path:
+    with _naming(directory) as path:
         return _load(path, dtype, dialect, pickles)
 
 
@@ -176,20 +180,27 @@ def load_config(directory: str | Path, dialect: Dialect | None = None) -> Drafte
     Raises:
         DFlashError: names the file, field or tensor that is wrong and the fix.
     """
-    with _naming(Path(directory)) as path:
+    with _naming(directory) as path:
         _, tensors, config = _read(path, dialect, headers_only=True)
-        tensors.pop("t2d", None)
+        to_target = tensors.pop("t2d", None)
         _check_names_and_shapes(tensors, config)
+        _check_dtypes(tensors)
+        _check_vocabulary_map(tensors, to_target, config)
         return config
 
 
 @contextmanager
-def _naming(directory: Path) -> Iterator[Path]:
+def _naming(directory: str | Path) -> Iterator[Path]:
     """Put the directory in front of what goes wrong in the block."""
+    path = local_path(directory)
     try:
-        yield directory
+        yield path
     except DFlashError as error:
-        raise DFlashError(f"{directory}: {error}") from error
+        raise DFlashError(f"{path}: {error}") from error
+    except OSError as error:
+        raise DFlashError(
+            f"{path} cannot be read ({reason(error)}): check the directory and who may read it"
+        ) from error
 
 
 def _read(
@@ -243,79 +254,53 @@ def _load(
     raw, tensors, config = _read(directory, dialect, headers_only=False, pickles=pickles)
     to_target = tensors.pop("t2d", None)
     _check_names_and_shapes(tensors, config)
+    _check_dtypes(tensors)
+    _check_vocabulary_map(tensors, to_target, config)
     stored = tensors["fc.weight"].dtype
     for name, tensor in tensors.items():
-        if name != "d2t":
-            tensors[name] = _checked_values(name, tensor).to(dtype or stored)
-    if config.draft_vocab_size is not None:
-        _check_vocabulary_map(tensors, to_target, config)
+        if name == "d2t":
+            tensors[name] = tensor.long()
+            continue
+        if not torch.isfinite(tensor).all():
+            raise DFlashError(
+                f"tensor {name!r} has values that are not finite: train or fetch again"
+            )
+        tensors[name] = tensor.to(dtype or stored)
     config = config.model_copy(update={"dtype": str(stored).removeprefix("torch.")})
     return Checkpoint(config, tensors, directory, raw)
-
-
-def _read_pickles(paths: list[Path], has_shards: bool) -> dict[str, Tensor]:
-    """The tensors of pickled weights, and of a pickled mask embedding, under canonical names.
-
-    Args:
-        paths: the pickle files of the checkpoint.
-        has_shards: its weights are safetensors.
-
-    Raises:
-        DFlashError: a file holds more than tensors.
-    """
-    found: dict[str, Tensor] = {}
-    weights = () if has_shards else ("pytorch_model", "model")
-    # A mask embedding in a file of its own is the one that counts.
-    for path in sorted(paths, key=lambda path: path.name == MASK_PICKLE):
-        if path.name != MASK_PICKLE and not path.stem.startswith(weights):
-            continue
-        try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds here
-            raise DFlashError(
-                f"{path.name} cannot be read as tensors alone ({reason(error)}): save its tensors "
-                "with safetensors"
-            ) from error
-        if isinstance(stored, Tensor):
-            stored = {path.stem: stored}
-        parts = stored.items() if isinstance(stored, dict) else ()
-        tensors = {_canonical(str(n)): t for n, t in parts if isinstance(t, Tensor)}
-        if path.name == MASK_PICKLE and len(tensors) == 1:
-            # By any name: MiMo's is an "embedding" beside the mask token's id.
-            tensors = {MASK_EMBEDDING: next(iter(tensors.values())).flatten()}
-        found |= tensors
-    return {name: tensor for name, tensor in found.items() if not _IGNORED.fullmatch(name)}
 
 
 def _read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[str, Tensor]:
     """Every tensor of every shard, under canonical names; on the meta device if only headers."""
     shards = whole_shards(directory)
-    pickled = sorted(path for path in directory.iterdir() if path.suffix in PICKLES)
-    unpickled = _read_pickles(pickled, bool(shards)) if pickles else {}
-    unread = [] if pickles else [path.name for path in pickled]
-    if MASK_PICKLE in unread or (not shards and unread):
-        name = MASK_PICKLE if MASK_PICKLE in unread else unread[0]
+    pickled = pickle_files(directory, has_shards=bool(shards))
+    unpickled = read_pickles(pickled) if pickles else {}
+    if pickled and not pickles:
         raise DFlashError(
-            f"{name} is a pickle file, which can run code and is refused: `dflash-plugin convert` "
-            "writes its tensors to safetensors and runs none (or do so with "
-            f"safetensors.torch.save_file); {OFF}"
+            f"{pickled[0].name} is a pickle file, which can run code and is refused: "
+            "`dflash-plugin convert` writes its tensors to safetensors and runs none (or do so "
+            f"with safetensors.torch.save_file); {OFF}"
         )
-    if not shards and not unpickled:
+    if not shards and not pickled:
         raise DFlashError("there is no .safetensors file: give a checkpoint with its weights")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as file:
-                for stored in file.keys():  # noqa: SIM118 - not a mapping
+                names = list(file.keys())
+                for stored in names:
                     name = _canonical(stored)
+                    if shard.stem == MASK_EMBEDDING and len(names) == 1:
+                        # By any name, as in a pickle.
+                        tensors[MASK_EMBEDDING] = file.get_tensor(stored).flatten()
+                        continue
                     if _IGNORED.fullmatch(name):
                         continue
                     if name in tensors:
                         raise DFlashError(
                             f"tensor {name!r} stands twice, again in {shard.name}: remove one"
                         )
-                    # The shape of a packed weight is a value.
-                    if headers_only and not name.endswith(".weight_shape"):
+                    if headers_only and not name.endswith(_VALUES):
                         tensors[name] = read_header(file, stored)
                     else:
                         tensors[name] = file.get_tensor(stored)
@@ -323,7 +308,9 @@ def _read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[st
             raise DFlashError(
                 f"{shard.name} is not a whole safetensors file ({error}): fetch it again"
             ) from error
-    return {**tensors, **unpickled}
+    unpickled = {_canonical(name): tensor for name, tensor in unpickled.items()}
+    kept = {name: tensor for name, tensor in unpickled.items() if not _IGNORED.fullmatch(name)}
+    return {**tensors, **kept}
 
 
 def _canonical(name: str) -> str:
@@ -356,6 +343,10 @@ def _advice(name: str) -> str:
         "k_norm": "without norms on q and k, config.json must say qk_norm: false",
         "g_proj": f"check gating in config.json and that architectures is a gated drafter's; {OFF}",
         "aux_hidden_norms": f"norms of target layers belong to a Laguna drafter; {OFF}",
+        "mlp.": "check mlp_bias and intermediate_size in config.json",
+        "_a_proj": "check attention_mode and q_lora_rank in config.json",
+        "_b_proj": "check attention_mode and q_lora_rank in config.json",
+        "_a_layernorm": "check attention_mode and q_lora_rank in config.json",
         ".bias": "check attention_bias in config.json",
         "attention_sink_bias": "check attention_sink_bias in config.json",
         "d2t": "d2t belongs to draft_vocab_size below vocab_size",
@@ -368,25 +359,22 @@ def _advice(name: str) -> str:
     return next(found, "give a complete, unmodified checkpoint")
 
 
-def _checked_values(name: str, tensor: Tensor) -> Tensor:
-    if tensor.dtype not in PLAIN:
+def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
-        raise DFlashError(f"tensor {name!r} is {dtype}: {STORE_PLAIN}")
-    if not torch.isfinite(tensor).all():
-        raise DFlashError(f"tensor {name!r} has values that are not finite: train or fetch again")
-    return tensor
+        if name == "d2t":
+            if tensor.dtype not in (torch.int64, torch.int32):
+                raise DFlashError(f"tensor 'd2t' is {dtype}: store int64 offsets")
+        elif tensor.dtype not in PLAIN:
+            raise DFlashError(f"tensor {name!r} is {dtype}: {STORE_PLAIN}")
 
 
 def _check_vocabulary_map(
-    tensors: dict[str, Tensor], to_target: Tensor | None, config: DrafterConfig
+    tensors: Mapping[str, Tensor], to_target: Tensor | None, config: DrafterConfig
 ) -> None:
-    offsets = tensors["d2t"]
-    if offsets.dtype not in (torch.int64, torch.int32):
-        raise DFlashError(
-            f"tensor 'd2t' is {str(offsets.dtype).removeprefix('torch.')}: store int64 offsets"
-        )
-    offsets = tensors["d2t"] = offsets.long()
-    ids = offsets + torch.arange(len(offsets))
+    if config.draft_vocab_size is None:
+        return
+    ids = tensors["d2t"].long() + torch.arange(config.draft_vocab_size)
     bad = ((ids < 0) | (ids >= config.vocab_size)).nonzero()
     if len(bad):
         row = int(bad[0])
@@ -446,10 +434,15 @@ def save_checkpoint(
         raise DFlashError(
             f"{directory} cannot be made ({reason(error)}): choose another directory"
         ) from error
-    with replacing(directory / WEIGHTS) as path:
-        save_file(stored, path, metadata={"format": "pt"})
-    with replacing(directory / CONFIG) as path:
-        path.write_text(json.dumps(written, indent=2) + "\n")
+    try:
+        with replacing(directory / WEIGHTS) as path:
+            save_file(stored, path, metadata={"format": "pt"})
+        with replacing(directory / CONFIG) as path:
+            path.write_text(json.dumps(written, indent=2) + "\n")
+    except (SafetensorError, OSError) as error:
+        raise DFlashError(
+            f"{directory} cannot be written ({reason(error)}): choose another directory"
+        ) from error
     return directory
 
 

@@ -210,7 +210,7 @@ class _Weight:
         """Values times ``weight_scale``, or ``weight_scale_inv``, which multiplies, too."""
         shape = self.matrix(values, "weight")
         part = "weight_scale_inv" if "weight_scale_inv" in self.parts else "weight_scale"
-        scale = self.take(part, *PLAIN)
+        scale = self.take(part, *PLAIN, torch.float8_e8m0fnu)
         if "weight_zero_point" in self.parts or self.declared.asymmetric:
             dtypes = torch.int8, torch.int32, torch.float8_e4m3fn, *PLAIN
             zero = self.take("weight_zero_point", *dtypes)
@@ -239,7 +239,8 @@ class _Weight:
         (bits,) = fitting
         zero = self.parts.get("weight_zero_point")
         if zero is not None and zero.dtype == torch.int32:
-            groups = self.parts["weight_scale"].shape[-1] if "weight_scale" in self.parts else 0
+            scale = self.parts.get("weight_scale")
+            groups = scale.shape[-1] if scale is not None and scale.dim() == 2 else 0
             if zero.shape != (-(-rows * bits // 32), groups):
                 raise self.misfit(
                     "weight_zero_point", zero, f"{rows} x {groups} numbers of {bits} bits"
@@ -256,6 +257,10 @@ class _Weight:
         if shape[1] % FP4_GROUP or scale.shape != (rows, shape[1] // FP4_GROUP):
             raise self.misfit("weight_scale", scale, f"groups of {FP4_GROUP} of {list(shape)}")
         whole = self.take(global_part, torch.float32)
+        if whole.device.type != "meta":
+            if not bool((torch.isfinite(whole) & (whole > 0)).all()):
+                raise refusal(f"tensor {self.name(global_part)!r} holds {whole.tolist()}, no scale")
+            whole = whole.to(packed.device)
         by_row = self.spread(global_part, whole, shape)
         if by_row.shape[1] != 1:
             raise self.misfit(global_part, whole, f"a weight of {list(shape)}")

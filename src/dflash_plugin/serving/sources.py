@@ -7,11 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dflash_plugin.checkpoints.files import read_json
+from dflash_plugin.checkpoints.files import MASK_EMBEDDING, read_json
 from dflash_plugin.checkpoints.io import CONFIG
 from dflash_plugin.errors import DFlashError, reason
 
-PATTERNS = ("*.json", "*.safetensors")
+# A pickled mask embedding is not read, but must not go unseen.
+PATTERNS = ("*.json", "*.safetensors", f"{MASK_EMBEDDING}.*")
 
 
 class Source(NamedTuple):
@@ -88,9 +89,9 @@ def is_offline() -> bool:
 def _local(model: str) -> Path | None:
     try:
         path = Path(model).expanduser()
-    except RuntimeError:
+        return path.resolve() if path.is_dir() else None
+    except (RuntimeError, OSError):
         return None
-    return path.resolve() if path.is_dir() else None
 
 
 def _fetch(model: str, source: Source, patterns: Sequence[str]) -> Path:

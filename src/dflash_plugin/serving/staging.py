@@ -274,7 +274,7 @@ def _places() -> list[Path]:
     Raises:
         DFlashError: there is no place, as the user has neither a home nor temporary files.
     """
-    if os.environ.get(CACHE):
+    if os.environ.get(CACHE, "").strip():
         return [cache_directory()]
     places = []
     with suppress(DFlashError):

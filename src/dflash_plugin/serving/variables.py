@@ -40,14 +40,14 @@ def require_switch() -> None:
 
 
 def given_options() -> dict[str, str]:
-    """The variables that are meant as options, by the option; those that are empty are unset."""
+    """The variables that are meant as options, by the option; those that are blank are unset."""
     return {
         name.removeprefix(PREFIX).lower(): value
         for name, value in os.environ.items()
         if name.startswith(PREFIX)
         and name not in OTHERS
         and OF_A_SERVICE.fullmatch(name.removeprefix(PREFIX)) is None
-        and value
+        and value.strip()
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dflash_plugin.checkpoints.dialects import is_dflash
+from dflash_plugin.checkpoints.files import whole_shards
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError
@@ -147,7 +148,7 @@ def prepare(server_args: Any) -> None:
     staged = staging.stage(
         ENGINE,
         engine_config(spec, target, length),
-        spec.checkpoint.glob("*.safetensors"),
+        whole_shards(spec.checkpoint),
     )
     set_argument(server_args, "speculative_draft_model_path", str(staged))
     set_argument(server_args, "speculative_draft_model_revision", None)

@@ -6,8 +6,13 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from dflash_plugin.checkpoints.dialects import laguna, muse, open_spec, speculators, zlab
-from dflash_plugin.checkpoints.dialects.common import Shapes
-from dflash_plugin.checkpoints.dialects.fields import section
+from dflash_plugin.checkpoints.dialects.common import CAUSAL, SLIDING, Shapes, read_layer_types
+from dflash_plugin.checkpoints.dialects.fields import Fields, section
+from dflash_plugin.checkpoints.dialects.foreign import (
+    refuse_experts,
+    refuse_foreign,
+    refuse_other_heads,
+)
 from dflash_plugin.drafter.config import Dialect, DrafterConfig, build_config
 from dflash_plugin.errors import DFlashError
 
@@ -70,13 +75,11 @@ def is_ambiguous(raw: Mapping[str, Any]) -> bool:
     """Whether sliding layers leave open which of z-lab and SpecForge wrote them."""
     if muse.is_muse(raw) or laguna.is_laguna(raw):
         return False
-    draft = section(raw, "dflash_config")
-    says = raw.get("is_causal") is not None or draft.get("causal") is not None
-    return (
-        detect(raw) == "z-lab"
-        and "sliding_attention" in (raw.get("layer_types") or [])
-        and (not says)
-    )
+    if detect(raw) != "z-lab":
+        return False
+    fields = _all_fields(raw, "z-lab")
+    says = fields.flag(*CAUSAL, default=None) is not None
+    return not says and SLIDING in read_layer_types(fields)
 
 
 def rules_applied(raw: Mapping[str, Any], dialect: Dialect | None = None) -> dict[str, str]:
@@ -117,14 +120,35 @@ def read_config(
     if dialect is not None and dialect not in DIALECTS:
         raise DFlashError(f"dialect is {dialect!r}: choose one of {', '.join(DIALECTS)}")
     dialect = dialect or detect(raw)
+    fields = _all_fields(raw, dialect)
+    refuse_experts(fields)
+    config = build_config(_read(raw, shapes, dialect))
+    refuse_other_heads(fields, config)
+    refuse_foreign(fields, config)
     if dialect == "speculators":
-        read = open_spec.read if open_spec.MARK in raw else speculators.read
-        return build_config(read(raw, shapes))
+        speculators.refuse_contradictions(fields, config)
+    return config
+
+
+def _read(raw: Mapping[str, Any], shapes: Shapes, dialect: Dialect) -> dict[str, Any]:
+    if dialect == "speculators" and open_spec.MARK in raw:
+        return open_spec.read(raw, shapes)
+    if dialect == "speculators":
+        return speculators.read(raw, shapes)
     if dialect == "z-lab" and muse.is_muse(raw):
-        return build_config(muse.read(raw, shapes))
+        return muse.read(raw, shapes)
     if dialect == "z-lab" and laguna.is_laguna(raw):
-        return build_config(laguna.read(raw, shapes))
-    return build_config(zlab.read(raw, shapes, dialect))
+        return laguna.read(raw, shapes)
+    return zlab.read(raw, shapes, dialect)
+
+
+def _all_fields(raw: Mapping[str, Any], dialect: Dialect) -> Fields:
+    """Every section of a file in which the settings of draft layers may stand."""
+    if dialect != "speculators":
+        return Fields(("dflash_config.", section(raw, "dflash_config")), ("", raw))
+    if open_spec.MARK in raw:
+        return open_spec.fields_of(raw)
+    return Fields(("", raw), (f"{speculators.INNER}.", section(raw, speculators.INNER)))
 
 
 def write_config(config: DrafterConfig, dialect: Dialect) -> dict[str, Any]:

@@ -11,31 +11,16 @@ from dflash_plugin.errors import OFF, DFlashError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 Shapes = Mapping[str, Sequence[int]]
-
-
-# Keys of layers that this project does not have, and what they are of.
-OTHER_LAYERS = {
-    "num_experts": "a mixture of experts",
-    "num_local_experts": "a mixture of experts",
-    "n_routed_experts": "a mixture of experts",
-}
-
-
-def refuse_other_layers(fields: Fields) -> None:
-    """Refuse a drafter whose layers are not plain ones, whatever its tensors are called."""
-    for key, kind in OTHER_LAYERS.items():
-        name, value = fields.find(key)
-        if value:
-            raise DFlashError(
-                f"{name} is {value!r}, of layers with {kind}, which are not supported: {OFF}"
-            )
+# What files call the causality of all layers.
+CAUSAL = ("is_causal", "causal", "dflash_query_causal")
+# Far above any drafter, far below what a list of layers costs.
+MOST_LAYERS = 1000
 
 
 def read_transformer(fields: Fields, shapes: Shapes) -> dict[str, Any]:
     """Sizes and switches of the draft layers."""
-    refuse_other_layers(fields)
     heads = fields.integer("num_attention_heads")
-    query_rows = shapes.get("layers.0.self_attn.q_proj.weight", (0,))[0]
+    query_rows = (*shapes.get("layers.0.self_attn.q_proj.weight", ()), 0)[0]
     hidden = fields.integer("hidden_size")
     bias = fields.flag("attention_bias", default=False)
     return {
@@ -44,32 +29,41 @@ def read_transformer(fields: Fields, shapes: Shapes) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": fields.integer("num_key_value_heads", default=heads),
         "head_dim": fields.integer("head_dim", default=(query_rows or hidden) // heads or 1),
-        "hidden_act": _activation(fields),
+        "hidden_act": fields.text("hidden_act", "hidden_activation", default="silu"),
         "rms_norm_eps": fields.number("rms_norm_eps", default=1e-6),
         "vocab_size": fields.integer("vocab_size"),
         "attention_bias": bias,
         "attention_output_bias": bias,
         "mlp_bias": fields.flag("mlp_bias", default=False),
         "qk_norm": fields.flag("qk_norm", "use_qk_norm", default=True),
-        "dtype": fields.text("dtype", "torch_dtype", default="bfloat16").removeprefix("torch."),
+        "dtype": read_dtype(fields, default="bfloat16"),
     }
 
 
-def _activation(fields: Fields) -> str:
-    """The feed-forward network's activation, by either of its names."""
-    name, given = fields.find("hidden_act")
-    other_name, other = fields.find("hidden_activation")
-    if None not in (given, other) and given != other:
-        raise contradiction(name, given, other_name, other)
-    return str(fields.text("hidden_act", "hidden_activation", default="silu"))
+def read_dtype(fields: Fields, default: str) -> str:
+    """The weights' dtype as the file names it; the tensors decide, so its two names may differ."""
+    named = fields.text("dtype", default=fields.text("torch_dtype", default=default))
+    return str(named).removeprefix("torch.")
 
 
 def read_layer_types(fields: Fields) -> list[str]:
-    """One of "full_attention" and "sliding_attention" for every draft layer."""
+    """One of "full_attention" and "sliding_attention" for every draft layer.
+
+    Without ``layer_types``, layers from ``max_window_layers`` on slide if ``use_sliding_window``
+    is true, as in Transformers' Qwen3.
+    """
     count = fields.integer("num_hidden_layers")
+    if count > MOST_LAYERS:
+        raise DFlashError(
+            f"num_hidden_layers is {count}: a drafter has at most {MOST_LAYERS} layers"
+        )
     name, types = fields.find("layer_types")
     if types is None:
-        return [FULL] * count
+        _refuse_other_patterns(fields)
+        first = count
+        if fields.flag("use_sliding_window", default=False):
+            first = fields.integer("max_window_layers", default=28, minimum=0)
+        return [FULL if layer < first else SLIDING for layer in range(count)]
     if not isinstance(types, list) or len(types) != count:
         raise DFlashError(
             f"{name} is {types!r}: list one type for each of the num_hidden_layers {count} layers"
@@ -78,6 +72,57 @@ def read_layer_types(fields: Fields) -> list[str]:
         if kind not in (FULL, SLIDING):
             raise DFlashError(f"{name} has {kind!r}: a draft layer is {FULL!r} or {SLIDING!r}")
     return types
+
+
+def _refuse_other_patterns(fields: Fields) -> None:
+    """Refuse rules for which layers slide that other models have."""
+    for key in ("sliding_window_pattern", "_sliding_window_pattern", "attention_chunk_size"):
+        name, value = fields.find(key)
+        if value:
+            raise DFlashError(
+                f"{name} is {value!r} and layer_types is missing: list in layer_types which of "
+                f"the draft layers are {FULL!r} and which {SLIDING!r}"
+            )
+
+
+def require_layer_types(fields: Fields) -> None:
+    """Refuse a window in a file that does not say which layers have it."""
+    name, window = fields.find("sliding_window")
+    if window is not None and fields.get("layer_types") is None:
+        raise DFlashError(
+            f"layer_types is missing, but {name} is {window!r}: list the type of each layer, "
+            f"{FULL!r} or {SLIDING!r}"
+        )
+
+
+def read_windows(fields: Fields, sliding: Sequence[bool], *names: str) -> list[int | None]:
+    """The window of every draft layer; None where it sees all.
+
+    Args:
+        fields: of the file.
+        sliding: whether each layer has a window.
+        names: of the key with the window of all.
+
+    Raises:
+        DFlashError: a window is missing, or the windows of the layers contradict that of all.
+    """
+    per_layer_name, per_layer = fields.find("sliding_windows")
+    if per_layer is None:
+        window = fields.integer(*names) if any(sliding) else None
+        return [window if slides else None for slides in sliding]
+    if not isinstance(per_layer, list) or len(per_layer) != len(sliding):
+        raise DFlashError(
+            f"{per_layer_name} is {per_layer!r}: list one window for each of the "
+            f"num_hidden_layers {len(sliding)} layers"
+        )
+    pairs = list(zip(per_layer, sliding, strict=True))
+    used = [window for window, slides in pairs if slides]
+    if any(isinstance(window, bool) or not isinstance(window, int) for window in used):
+        raise DFlashError(f"{per_layer_name} is {per_layer!r}: give an integer for sliding layers")
+    name, window = fields.find(*names)
+    if window is not None and any(other != window for other in used):
+        raise contradiction(name, window, per_layer_name, per_layer)
+    return [window if slides else None for window, slides in pairs]
 
 
 def require_window_in_use(fields: Fields) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,20 +24,24 @@ class Fields:
     def find(self, *names: str) -> tuple[str, Any]:
         """Full name and value of the first of ``names`` that is there and not null.
 
+        Args:
+            names: of one setting.
+
         Raises:
-            DFlashError: another object has the same name with another value.
+            DFlashError: the setting stands elsewhere, or by another of its names, with another
+                value.
         """
         found = [
-            (f"{prefix}{name}", name, section[name])
+            (f"{prefix}{name}", section[name])
             for prefix, section in self._sections
             for name in names
             if section.get(name) is not None
         ]
         if not found:
             return names[0], None
-        full_name, short, value = found[0]
-        for other_name, other_short, other in found[1:]:
-            if other_short == short and other != value:
+        full_name, value = found[0]
+        for other_name, other in found[1:]:
+            if other != value:
                 raise contradiction(full_name, value, other_name, other)
         return full_name, value
 
@@ -59,8 +64,8 @@ class Fields:
         name, value = self.find(*names)
         if value is None:
             return self._default(name, default, "a number")
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-            raise DFlashError(f"{name} is {value!r}: give a number")
+        if not is_number(value):
+            raise DFlashError(f"{name} is {value!r}: give a finite number")
         return float(value)
 
     def flag(self, *names: str, default: Any = _MISSING) -> Any:
@@ -96,6 +101,14 @@ class Fields:
         if default is _MISSING:
             raise DFlashError(f"{name} is missing: add it to config.json ({kind})")
         return default
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, and no true or false."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # Beyond it an integer has no float.
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
 
 
 def contradiction(name: str, value: Any, other_name: str, other: Any) -> DFlashError:

@@ -12,15 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from dflash_plugin.checkpoints.dialects import common, zlab
-from dflash_plugin.checkpoints.dialects.fields import Fields, section
+from dflash_plugin.checkpoints.dialects.fields import Fields, contradiction, section
 from dflash_plugin.errors import OFF, DFlashError
 
 ARCHITECTURE = "DFlashLagunaForCausalLM"
 GATES = {True: "per-head", "per-head": "per-head", "per-element": "per-element"}
 NO_GATE = (False, "disabled")
-DENSE = "dense"
-# What the file keeps of the target's experts, where its own layers have none.
-OF_EXPERTS = {"num_experts", "num_experts_per_tok", "mlp_layer_types"}
 
 
 def is_laguna(raw: Mapping[str, Any]) -> bool:
@@ -37,9 +34,8 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     """
     fields = Fields(("dflash_config.", section(raw, "dflash_config")), ("", raw))
     _refuse_other_layers(fields)
-    dense = fields.get("mlp_layer_types") is not None
-    kept = {name: value for name, value in raw.items() if not (dense and name in OF_EXPERTS)}
-    plain = {**_with_one_rotation(kept), "architectures": [zlab.DFLASH]}
+    common.require_layer_types(fields)
+    plain = {**_with_one_rotation(raw), "architectures": [zlab.DFLASH]}
     return {
         **zlab.read(plain, shapes, "z-lab"),
         "attention_gate": _gate(fields),
@@ -50,15 +46,11 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
 
 
 def _refuse_other_layers(fields: Fields) -> None:
-    """Refuse layers with experts, with heads of their own number, or with sinks."""
-    name, types = fields.find("mlp_layer_types")
-    if types is not None and (not isinstance(types, list) or set(map(str, types)) != {DENSE}):
-        raise DFlashError(
-            f"{name} is {types!r}: draft layers with a mixture of experts are not supported, {OFF}"
-        )
+    """Refuse layers with heads of their own number, or with sinks."""
+    count = fields.integer("num_hidden_layers")
     heads = fields.integer("num_attention_heads")
     name, per_layer = fields.find("num_attention_heads_per_layer")
-    if per_layer is not None and set(map(str, per_layer)) != {str(heads)}:
+    if per_layer is not None and per_layer != [heads] * count:
         raise DFlashError(
             f"{name} is {per_layer!r} and num_attention_heads {heads}: layers with different "
             f"numbers of heads are not supported, {OFF}"
@@ -89,13 +81,20 @@ def _with_one_rotation(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The file with the rotation of its layers in the place where z-lab has it.
 
     A layer type's own settings count before those of the whole file.
+
+    Raises:
+        DFlashError: sliding layers have two rotations, or another one than full layers.
     """
     types = raw.get("layer_types")
     kinds = {str(kind) for kind in types} if isinstance(types, list) else {common.FULL}
-    nested = section(raw, "rope_parameters")
+    nested, of_windows = section(raw, "rope_parameters"), section(raw, "swa_rope_parameters")
     own = nested.get(next(iter(kinds))) if len(kinds) == 1 else None
-    if kinds == {common.SLIDING} and raw.get("swa_rope_parameters"):
-        own = section(raw, "swa_rope_parameters")
+    if common.SLIDING in kinds and of_windows:
+        there = own or nested.get(common.SLIDING)
+        if len(kinds) > 1:
+            there = {**raw, **nested, **section(nested, common.FULL)}
+        _check_same_rotation(of_windows, there if isinstance(there, dict) else {}, len(kinds) > 1)
+        own = of_windows if len(kinds) == 1 else own
     plain = {name: value for name, value in raw.items() if name != "swa_rope_parameters"}
     if not isinstance(own, dict):
         return plain
@@ -104,3 +103,20 @@ def _with_one_rotation(raw: Mapping[str, Any]) -> dict[str, Any]:
         **{name: value for name, value in plain.items() if name not in hidden},
         "rope_parameters": own,
     }
+
+
+def _check_same_rotation(
+    of_windows: Mapping[str, Any], others: Mapping[str, Any], every: bool
+) -> None:
+    """Hold ``swa_rope_parameters`` against what else the file says of rotation.
+
+    Args:
+        of_windows: the former.
+        others: the latter.
+        every: a setting that ``others`` lacks is another one, unless it is the default type.
+    """
+    for name, value in of_windows.items():
+        other = others.get(name)
+        missing = every and (name, value) != ("rope_type", "default")
+        if other != value and (other is not None or missing):
+            raise contradiction(f"swa_rope_parameters.{name}", value, name, other)

@@ -32,7 +32,7 @@ def read_latent_attention(fields: Fields) -> dict[str, Any]:
         DFlashError: names the key that is missing, or contradicts another.
     """
     name, modes = fields.find("attention_modes")
-    if modes is not None and any(mode not in PLAIN for mode in modes):
+    if modes is not None and not (isinstance(modes, list) and all(m in PLAIN for m in modes)):
         raise DFlashError(
             f"{name} is {modes!r}: layers of different attention are not supported, {OFF}"
         )
@@ -73,10 +73,12 @@ def refuse_latent_attention(fields: Fields, fix: str) -> None:
         fields: of the file.
         fix: what to write instead.
     """
-    name, rank = fields.find("kv_lora_rank")
-    if rank:
+    for key in ("kv_lora_rank", "mla", "use_mla"):
+        name, value = fields.find(key)
+        if not value:
+            continue
         raise DFlashError(
-            f"{name} is {rank!r}, of layers with latent attention (MLA), which the file does not "
+            f"{name} is {value!r}, of layers with latent attention (MLA), which the file does not "
             f"call for: {fix}, or leave the key out"
         )
 

@@ -34,7 +34,8 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     """
     plain = {**raw, "architectures": [zlab.DFLASH]}
     fields = Fields(("dflash_config.", section(raw, "dflash_config")), ("", raw))
-    if fields.get("is_causal") is None and fields.get("causal") is None:
+    common.require_layer_types(fields)
+    if fields.get(*common.CAUSAL) is None:
         plain["is_causal"] = False
     if fields.get("vocab_size") is not None:
         return zlab.read(plain, shapes, "z-lab")

@@ -8,16 +8,50 @@ from typing import Any
 from transformers import AutoConfig
 
 from dflash_plugin.checkpoints.dialects import common
-from dflash_plugin.checkpoints.dialects.fields import Fields, contradiction, section
+from dflash_plugin.checkpoints.dialects.fields import Fields, section
 from dflash_plugin.checkpoints.dialects.latent_attention import refuse_latent_attention
-from dflash_plugin.checkpoints.dialects.rope import read_rope, write_rope
+from dflash_plugin.checkpoints.dialects.rope import OF_ROTATION, read_rope, write_rope
 from dflash_plugin.drafter.config import DrafterConfig
-from dflash_plugin.errors import DFlashError, reason
+from dflash_plugin.errors import OFF, DFlashError, reason
 
 KINDS = ("dflash", "dflash2")
 INNER, SECOND = "transformer_layer_config", "dflash2_config"
 # Some files have these beside the section that they belong to.
-OF_WINDOWS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
+OF_LAYERS = (
+    "layer_types",
+    "sliding_window",
+    "sliding_windows",
+    "use_sliding_window",
+    "max_window_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "rms_norm_eps",
+    "vocab_size",
+    "attention_bias",
+    "mlp_bias",
+    "qk_norm",
+    "use_qk_norm",
+    *OF_ROTATION,
+)
+# Settings with two names, of which a model type may have filled in the other.
+TWO_NAMES = ({"hidden_act", "hidden_activation"}, {"qk_norm", "use_qk_norm"})
+# Settings that change what a drafter computes and that these layouts do not have, with the value
+# that leaves it as it is.
+_OF_OTHER_LAYOUTS = {
+    "attention_sink_bias": False,
+    "add_swa_attention_sink_bias": False,
+    "use_gemma_norm": False,
+    "attention_value_scale": 1,
+    "output_multiplier": 1,
+    "logit_scale": 1,
+    "final_logit_softcapping": 0,
+}
 
 
 def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
@@ -26,19 +60,16 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes) -> dict[str, Any]:
     if kind not in KINDS:
         raise DFlashError(
             f"speculators_model_type is {kind!r}: only 'dflash' and 'dflash2' are supported, give "
-            "a DFlash checkpoint"
+            f"a DFlash checkpoint; {OFF}"
         )
     is_second = kind == "dflash2"
-    layer = with_defaults(_with_outer_windows(raw), INNER)
+    layer = with_defaults(_with_outer_settings(raw), INNER)
     fields = Fields(("", raw), (f"{SECOND}.", section(raw, SECOND)))
     if not is_second:
         common.refuse_dflash2(fields, f"speculators_model_type is {kind!r}", "write 'dflash2'")
-    # Their sizes stand beside the layers' configuration.
-    common.refuse_other_layers(fields)
     inner = Fields((f"{INNER}.", layer))
     values = common.read_transformer(inner, shapes)
-    if raw.get("dtype") or raw.get("torch_dtype"):
-        values["dtype"] = fields.text("dtype", "torch_dtype").removeprefix("torch.")
+    values["dtype"] = common.read_dtype(fields, default=values["dtype"])
     draft_vocabulary = fields.integer("draft_vocab_size", default=32000)
     full = draft_vocabulary == values["vocab_size"]
     return {
@@ -77,8 +108,6 @@ def in_both_layouts(
         shapes: of the canonical tensors.
         non_causal: what windows are where the file does not say.
     """
-    for part in (fields, inner):
-        refuse_latent_attention(part, "write the drafter in the z-lab layout")
     return {
         **common.own_tensors(shapes),
         "dialect": "speculators",
@@ -95,21 +124,48 @@ def in_both_layouts(
     }
 
 
-def _with_outer_windows(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The draft layers' configuration, with what the file says of their windows outside of it.
+def refuse_contradictions(fields: Fields, config: DrafterConfig) -> None:
+    """Refuse what these layouts do not read, where it says another thing than was read.
+
+    Args:
+        fields: all that the file says.
+        config: as it was read.
+
+    Raises:
+        DFlashError: names the key, its value and what to do.
+    """
+    refuse_latent_attention(fields, "write the drafter in the z-lab layout")
+    for key, plain in _OF_OTHER_LAYOUTS.items():
+        name, value = fields.find(key)
+        if value is not None and value != plain:
+            raise DFlashError(
+                f"{name} is {value!r}, which speculators' layouts do not have: leave it out, or "
+                "write the drafter in the z-lab layout"
+            )
+    causal = fields.flag(*common.CAUSAL, default=None)
+    if causal is not None and any(layer.causal != causal for layer in config.layers):
+        name = fields.find(*common.CAUSAL)[0]
+        raise DFlashError(
+            f"{name} is {causal}, but speculators' layouts have full layers that are not causal "
+            "and sliding ones that are unless sliding_window_non_causal is true: leave it out, or "
+            "set sliding_window_non_causal"
+        )
+    if any(layer.sliding_window for layer in config.layers):
+        common.require_window_in_use(fields)
+
+
+def _with_outer_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The draft layers' configuration, with what the file says of them outside of it.
 
     Raises:
         DFlashError: inside it says something else.
     """
     layer = section(raw, INNER)
-    for name in OF_WINDOWS:
-        outside, inside = raw.get(name), layer.get(name)
-        if outside is None or not layer:
-            continue
-        if inside not in (None, outside):
-            raise contradiction(name, outside, f"{INNER}.{name}", inside)
-        layer = {**layer, name: outside}
-    return layer
+    if not layer:
+        return layer
+    fields = Fields(("", raw), (f"{INNER}.", layer))
+    outside = {name: fields.get(name) for name in OF_LAYERS if raw.get(name) is not None}
+    return {**layer, **outside}
 
 
 def with_defaults(layer: Mapping[str, Any], place: str) -> Mapping[str, Any]:
@@ -125,25 +181,29 @@ def with_defaults(layer: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     if not layer:
         raise DFlashError(f"{place} is missing: add the draft layers' Transformers configuration")
     kind = layer.get("model_type", "qwen3")
+    # Tensors have dtypes of their own.
+    apart = ("model_type", "dtype", "torch_dtype")
     try:
-        values = {name: value for name, value in layer.items() if name != "model_type"}
+        values = {name: value for name, value in layer.items() if name not in apart}
         filled = AutoConfig.for_model(kind, **values).to_dict()
     except Exception as error:  # Transformers raises many kinds here
         raise DFlashError(
             f"{place} with model_type {kind!r} is not valid ({reason(error)}): correct it"
         ) from error
-    return {**filled, **{name: value for name, value in layer.items() if value is not None}}
+    given = {name: value for name, value in layer.items() if value is not None}
+    for names in TWO_NAMES:
+        if given.keys() & names:
+            filled = {name: value for name, value in filled.items() if name not in names}
+    return {**filled, **given}
 
 
 def _read_layers(fields: Fields, inner: Fields, non_causal: bool) -> list[dict[str, Any]]:
-    types = common.read_layer_types(inner)
+    sliding = [kind == common.SLIDING for kind in common.read_layer_types(inner)]
     causal = not fields.flag("sliding_window_non_causal", default=non_causal)
-    window = inner.integer("sliding_window") if common.SLIDING in types else None
+    windows = common.read_windows(inner, sliding, "sliding_window")
     return [
-        {"sliding_window": window, "causal": causal}
-        if kind == common.SLIDING
-        else {"sliding_window": None, "causal": False}
-        for kind in types
+        {"sliding_window": window, "causal": causal and slides}
+        for window, slides in zip(windows, sliding, strict=True)
     ]
 
 

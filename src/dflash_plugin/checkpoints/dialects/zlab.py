@@ -18,11 +18,12 @@ from dflash_plugin.checkpoints.dialects.latent_attention import (
     read_latent_attention,
     write_latent_attention,
 )
-from dflash_plugin.checkpoints.dialects.rope import read_rope, write_rope
+from dflash_plugin.checkpoints.dialects.rope import OF_ROTATION, read_rope, write_rope
 from dflash_plugin.drafter.config import Dialect, DrafterConfig, spread_layers
 from dflash_plugin.errors import OFF, DFlashError
 
 DFLASH, DFLASH2 = "DFlashDraftModel", "DFlash2DraftModel"
+OPEN_SPEC = "DflashDraftModel"
 # What NeMo Automodel calls the same.
 OTHER_NAMES = {"Qwen3DFlashDraftModel": DFLASH, "Qwen3DFlash2DraftModel": DFLASH2}
 
@@ -35,27 +36,20 @@ def is_named_dflash(raw: Mapping[str, Any]) -> bool:
     return isinstance(names, list) and not {DFLASH, DFLASH2}.isdisjoint(_architectures(raw))
 
 
-def refuse_other_heads(raw: Mapping[str, Any]) -> None:
-    """Refuse drafters that look like DFlash but have another head or other layers."""
+def _refuse_other_architectures(raw: Mapping[str, Any]) -> None:
+    """Refuse drafters that look like DFlash but have other layers or another head."""
     names = _architectures(raw)
-    draft = section(raw, "dflash_config")
-    if DFLASH not in names and DFLASH2 not in names:
+    if DFLASH in names or DFLASH2 in names:
+        return
+    if OPEN_SPEC in names:
         raise DFlashError(
-            f"architectures is {names!r}, not a DFlash drafter: give a checkpoint whose "
-            f"architecture is {DFLASH!r} or {DFLASH2!r}; {OFF}"
+            f"architectures is {names!r}, an Open Spec Config's, but open_spec_config_version is "
+            f"missing: add it, or write [{DFLASH!r}] if the file has z-lab's layout; {OFF}"
         )
-    projector = draft.get("projector_type")
-    if projector not in (None, "dflash"):
-        raise DFlashError(
-            f"dflash_config.projector_type is {projector!r}: only plain DFlash heads are "
-            f"supported, not Domino or DSpark; a DFlash 2 drafter's architecture is {DFLASH2!r}; "
-            f"{OFF}"
-        )
-    if draft.get("shift_label"):
-        raise DFlashError(
-            "dflash_config.shift_label is true: drafters trained on shifted labels are not "
-            f"supported; {OFF}"
-        )
+    raise DFlashError(
+        f"architectures is {names!r}, not a DFlash drafter: give a checkpoint whose "
+        f"architecture is {DFLASH!r} or {DFLASH2!r}; {OFF}"
+    )
 
 
 def _architectures(raw: Mapping[str, Any]) -> list[Any]:
@@ -74,14 +68,13 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
         dialect: "z-lab", "specforge" or "modelopt"; they differ in what a layer's causality is
             when the file does not say.
     """
-    refuse_other_heads(raw)
-    draft = section(raw, "dflash_config")
-    fields = Fields(("dflash_config.", draft), ("", raw))
+    _refuse_other_architectures(raw)
+    fields = Fields(("dflash_config.", section(raw, "dflash_config")), ("", raw))
     latent = read_latent_attention(fields)
     values = {**common.read_transformer(fields, shapes), **latent}
     # TorchSpec writes the target's depth by the first name; its second counts the layers read.
     num_target_layers = fields.integer(
-        "target_num_hidden_layers", "num_target_layers", default=None
+        "target_num_hidden_layers", default=fields.integer("num_target_layers", default=None)
     )
     if fields.flag("has_own_lm_head", default=False) and "lm_head.weight" not in shapes:
         raise DFlashError(
@@ -94,7 +87,7 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
         "dialect": dialect,
         "layers": _read_layers(fields, dialect),
         "rope": {
-            **read_rope({**raw, **_rope_overrides(draft)}, default_theta=None),
+            **read_rope({**raw, **_rope_settings(fields)}, default_theta=None),
             **({"interleaved": read_interleaved(fields)} if latent else {}),
         },
         "norm_style": "gemma" if fields.flag("use_gemma_norm", default=False) else "rms",
@@ -102,7 +95,7 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
             "attention_sink_bias", "add_swa_attention_sink_bias", default=False
         ),
         "attention_value_scale": fields.number("attention_value_scale", default=None),
-        "block_size": fields.integer("block_size", minimum=2),
+        "block_size": _block_size(fields),
         "sample_from_anchor": fields.flag("sample_from_anchor", default=False),
         "mask_token_id": fields.integer("mask_token_id", minimum=0),
         "target_layer_ids": _read_target_layers(fields, num_target_layers),
@@ -116,6 +109,16 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
     }
 
 
+def _block_size(fields: Fields) -> int:
+    if fields.get("block_size") is None:
+        raise DFlashError(
+            "block_size is missing: add the length of the blocks that the drafter was trained on, "
+            f"anchor included, to config.json; {OFF}"
+        )
+    size: int = fields.integer("block_size", minimum=2)
+    return size
+
+
 def _read_dflash2(raw: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
     """Convolution and selector, of a drafter whose architecture has them."""
     names = _architectures(raw)
@@ -125,9 +128,14 @@ def _read_dflash2(raw: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
     return {}
 
 
-def _rope_overrides(draft: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("is_neox_style", "rope_is_neox_style")
-    return {name: draft[name] for name in names if name in draft}
+def _rope_settings(fields: Fields) -> dict[str, Any]:
+    """What a file says of its rotation, in whichever of its sections.
+
+    Raises:
+        DFlashError: two sections say different things.
+    """
+    found = {name: fields.get(name) for name in OF_ROTATION}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _reduced(fields: Fields, vocab_size: int) -> int | None:
@@ -144,17 +152,12 @@ def _read_layers(fields: Fields, dialect: Dialect) -> list[dict[str, Any]]:
         sliding = [kind == common.SLIDING for kind in types]
     if common.SLIDING in types:
         common.require_window_in_use(fields)
-    window = fields.integer("sliding_window", "swa_window_size") if any(sliding) else None
-    causal = fields.flag("is_causal", default=fields.flag("causal", default=None))
+    windows = common.read_windows(fields, sliding, "sliding_window", "swa_window_size")
+    causal = fields.flag(*common.CAUSAL, default=None)
     layers = []
-    for slides, kind in zip(sliding, types, strict=True):
+    for window, kind in zip(windows, types, strict=True):
         by_type = kind == common.SLIDING and dialect != "specforge"
-        layers.append(
-            {
-                "sliding_window": window if slides else None,
-                "causal": by_type if causal is None else causal,
-            }
-        )
+        layers.append({"sliding_window": window, "causal": by_type if causal is None else causal})
     return layers
 
 
