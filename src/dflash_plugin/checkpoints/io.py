@@ -201,7 +201,7 @@ def _read(
         raise DFlashError(f"{what}: give a drafter checkpoint's directory")
     raw = read_json(directory / CONFIG)
     quantization = declared(raw, directory)
-    stored = _read_tensors(directory, headers_only, pickles)
+    stored = read_tensors(directory, headers_only, pickles)
     plain = dequantise(stored, quantization, partial(part_rows, raw=raw))
     if not headers_only:
         _log_quantization(directory, plain.quantization, plain.ignored)
@@ -287,8 +287,17 @@ def _read_pickles(paths: list[Path], has_shards: bool) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if not _IGNORED.fullmatch(name)}
 
 
-def _read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[str, Tensor]:
-    """Every tensor of every shard, under canonical names; on the meta device if only headers."""
+def read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[str, Tensor]:
+    """Every tensor of every shard, as it is stored, under canonical names.
+
+    Args:
+        directory: of the checkpoint.
+        headers_only: give tensors on the meta device, but for ``weight_shape``.
+        pickles: read pickled tensors, too.
+
+    Raises:
+        DFlashError: a file is missing, broken or refused.
+    """
     shards = whole_shards(directory)
     pickled = sorted(path for path in directory.iterdir() if path.suffix in PICKLES)
     unpickled = _read_pickles(pickled, bool(shards)) if pickles else {}
