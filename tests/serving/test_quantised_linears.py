@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from tests.helpers.tiny import write_tiny
 
 KEPT = {"gate_up_proj", "down_proj", "output_proj"}
 CPU = torch.device("cpu")
+LOGGER = logging.getLogger("an_engine")
 
 
 class Plain:
@@ -163,7 +165,7 @@ def test_an_engines_linears_take_what_is_stored(pair, caplog):
     plain, quantised = pair
     spec = quantised("int8")
     with caplog.at_level("INFO"):
-        kept = quantised_linears(spec, torch.bfloat16, CPU, engine_int8)
+        kept = quantised_linears(spec, torch.bfloat16, CPU, engine_int8, LOGGER)
         found = EngineDrafter(spec, kept)
     kept.check()
     stored = load_checkpoint(spec.checkpoint, torch.float32)
@@ -184,7 +186,7 @@ def test_each_rank_takes_its_part(pair, rank):
     """Were it another's, the check would find unrelated numbers."""
     _, quantised = pair
     spec = quantised("int8")
-    kept = quantised_linears(spec, torch.bfloat16, CPU, engine_int8)
+    kept = quantised_linears(spec, torch.bfloat16, CPU, engine_int8, LOGGER)
     found = EngineDrafter(spec, kept, rank, 2)
     kept.check()
     stored = stored_weights(spec.checkpoint).modules
@@ -200,7 +202,7 @@ def test_each_rank_takes_its_part(pair, rank):
 def test_a_linear_that_makes_something_else_ends_the_start(pair, monkeypatch, factor):
     _, quantised = pair
     spec = quantised("int8")
-    kept = quantised_linears(spec, torch.bfloat16, CPU, engine_int8)
+    kept = quantised_linears(spec, torch.bfloat16, CPU, engine_int8, LOGGER)
     EngineDrafter(spec, kept)
     monkeypatch.setattr(Int8, "factor", factor)
     with pytest.raises(DFlashError, match=r"layers\.0\..* \(Int8\) is off .* to 'dequantised'"):
@@ -213,10 +215,6 @@ def no_kernel(prefix: str) -> Any:
 
 def refuses(method: str, section: dict[str, Any]) -> Any:
     raise KeyError("no such method")
-
-
-class Int4(Int8):
-    """A method whose parameters have other names than the checkpoint's."""
 
 
 @pytest.mark.parametrize(
@@ -240,7 +238,7 @@ def test_what_an_engine_lacks_is_dequantised(pair, caplog, kind, dtype, engine, 
     plain, quantised = pair
     spec = quantised(kind)
     with caplog.at_level("INFO"):
-        kept = quantised_linears(spec, dtype, CPU, engine, obstacle)
+        kept = quantised_linears(spec, dtype, CPU, engine, LOGGER, obstacle)
         found = EngineDrafter(spec, kept)
     kept.check()
     assert kinds(found.drafter, Int8) == set()
@@ -253,14 +251,14 @@ def test_what_an_engine_lacks_is_dequantised(pair, caplog, kind, dtype, engine, 
 def test_other_options_ask_for_no_quantised_linears(pair, draft_weights):
     _, quantised = pair
     spec = quantised("int8", draft_weights)
-    assert quantised_linears(spec, torch.bfloat16, CPU, engine_int8) is None
+    assert quantised_linears(spec, torch.bfloat16, CPU, engine_int8, LOGGER) is None
 
 
 def test_a_plain_checkpoint_has_none(pair):
     plain, _ = pair
     config = load_checkpoint(plain).config
     spec = DrafterSpec(checkpoint=plain, config=config, options=Options(draft_weights="checkpoint"))
-    assert quantised_linears(spec, torch.bfloat16, CPU, engine_int8) is None
+    assert quantised_linears(spec, torch.bfloat16, CPU, engine_int8, LOGGER) is None
 
 
 @pytest.mark.parametrize("kind", ["FP8 by tensor", "ModelOpt FP8"])
@@ -269,7 +267,7 @@ def test_a_plain_checkpoint_has_none(pair):
 def test_fp8_rows_are_multiplied_as_they_are_stored(pair, kind, draft_weights, rank, shards):
     _, quantised = pair
     spec = quantised(kind, draft_weights)
-    kept = quantised_linears(spec, torch.float32, CPU, engine_int8)
+    kept = quantised_linears(spec, torch.float32, CPU, engine_int8, LOGGER)
     assert kept is None
     found = EngineDrafter(spec, kept, rank, shards)
     found.prepare_weights()
@@ -318,7 +316,7 @@ def test_a_gpu_without_fp8_leaves_fp8_to_the_engine(pair, monkeypatch):
         asked.append(method)
         return SimpleNamespace()
 
-    kept = quantised_linears(spec, torch.bfloat16, torch.device("cuda"), config)
+    kept = quantised_linears(spec, torch.bfloat16, torch.device("cuda"), config, LOGGER)
     assert kept is not None
     assert asked == ["fp8"]
 
@@ -326,6 +324,6 @@ def test_a_gpu_without_fp8_leaves_fp8_to_the_engine(pair, monkeypatch):
 def test_weights_alone_in_fp8_are_not_multiplied_by_rounded_rows(pair):
     _, quantised = pair
     spec = quantised("FP8 by channel")
-    found = EngineDrafter(spec, quantised_linears(spec, torch.float32, CPU, engine_int8))
+    found = EngineDrafter(spec, quantised_linears(spec, torch.float32, CPU, engine_int8, LOGGER))
     found.prepare_weights()
     assert kinds(found.drafter, Plain) == {"fc", "qkv_proj", *KEPT}

@@ -46,8 +46,6 @@ from dflash_plugin.serving.fp8_weights import (
 from dflash_plugin.serving.layers import QKVShard
 from dflash_plugin.serving.quantised_linears import dequantised_gib
 
-logger = logging.getLogger(__name__)
-
 
 class EngineDrafterMixin:
     """What the engines' draft models do alike.
@@ -55,6 +53,7 @@ class EngineDrafterMixin:
     Attributes:
         plain_linear: the engine's method of linears that are not quantized.
         plain_head: the engine's method of heads that are not quantized.
+        logger: the engine's.
         spec: the drafter's checkpoint, configuration and options.
         drafter: on the engine's layers.
         vocab_size: of the target.
@@ -67,6 +66,7 @@ class EngineDrafterMixin:
 
     plain_linear: ClassVar[type]
     plain_head: ClassVar[type]
+    logger: ClassVar[logging.Logger] = logging.getLogger(__name__)
     spec: DrafterSpec
     drafter: Drafter
     vocab_size: int
@@ -150,7 +150,9 @@ class EngineDrafterMixin:
                 stored = quantize(weight)
         elif keeps and (kept := keep_stored_rows(self.drafter)):
             quantization = self.spec.config.quantization
-            logger.info("draft weights: %d linears keep their FP8 rows (%s)", kept, quantization)
+            self.logger.info(
+                "draft weights: %d linears keep their FP8 rows (%s)", kept, quantization
+            )
         drop_stored_rows(self.drafter)
         self.context_weight = weight if stored is None else stored
 
@@ -175,9 +177,8 @@ class EngineDrafterMixin:
                 device = next(self.drafter.parameters()).device
                 obstacle = fp8_obstacle(self.drafter, self.plain_linear, device)
                 self._rounds = obstacle is None
-                logger.info(
-                    "draft weights: %s", "FP8" if obstacle is None else self._kept(obstacle)
-                )
+                kept = "FP8" if obstacle is None else self._kept(obstacle)
+                self.logger.info("draft weights: %s", kept)
         return self._rounds
 
     def _kept(self, obstacle: str) -> str:

@@ -28,8 +28,6 @@ from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.serving.engine_section import engine_section
 
-logger = logging.getLogger(__name__)
-
 # The checkpoint's linears by the drafter's.
 KEPT = {
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -56,15 +54,21 @@ class QuantisedLinears:
         stored: its headers.
         quant_config: the engine's, for all of these linears; None keeps no linear.
         obstacle: why there is no ``quant_config``.
+        logger: the engine's.
 
     Attributes:
         linears: those that are kept, by the drafter's names.
     """
 
     def __init__(
-        self, spec: DrafterSpec, stored: StoredWeights, quant_config: Any, obstacle: str | None
+        self,
+        spec: DrafterSpec,
+        stored: StoredWeights,
+        quant_config: Any,
+        obstacle: str | None,
+        logger: logging.Logger,
     ) -> None:
-        self.spec, self.quant_config = spec, quant_config
+        self.spec, self.quant_config, self.logger = spec, quant_config, logger
         self.linears: dict[str, Any] = {}
         self._stored = {module: set(parts) for module, parts in stored.modules.items()}
         self._reasons = {} if obstacle is None else {obstacle: 0}
@@ -130,13 +134,13 @@ class QuantisedLinears:
     def _log(self, stored: StoredWeights, kept: set[str], dtype: torch.dtype) -> None:
         if self.linears:
             names = sorted({name.rpartition(".")[2] for name in self.linears})
-            logger.info(
+            self.logger.info(
                 "draft weights: %s stay quantised (%s) on the engine's own linears",
                 ", ".join(names),
                 self.spec.config.quantization,
             )
         reasons = "; ".join(self._reasons) or "this project's kernels read them as plain matrices"
-        logger.info(
+        self.logger.info(
             "draft weights: %d quantised weights are dequantised, %.2f GiB more than they are "
             "stored in: %s",
             len(stored.modules.keys() - kept),
@@ -226,6 +230,7 @@ def quantised_linears(
     dtype: torch.dtype,
     device: torch.device,
     quant_config: Callable[[str, dict[str, Any]], Any],
+    logger: logging.Logger,
     obstacle: str | None = None,
 ) -> QuantisedLinears | None:
     """The linears to keep as a checkpoint stores them; None where none is asked for.
@@ -235,6 +240,7 @@ def quantised_linears(
         dtype: of its activations.
         device: where it runs.
         quant_config: gives the engine's configuration of a method and its section.
+        logger: the engine's.
         obstacle: why this engine can keep none here, or None.
     """
     if spec.options.draft_weights != "checkpoint" or spec.config.quantization is None:
@@ -254,4 +260,4 @@ def quantised_linears(
             config = quant_config(*engine_section(stored))
         except Exception as error:  # Engines raise many kinds for a section that they do not read.
             obstacle = reason(error)
-    return QuantisedLinears(spec, stored, config, obstacle)
+    return QuantisedLinears(spec, stored, config, obstacle, logger)

@@ -76,6 +76,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
             torch.get_default_dtype(),
             device,
             sglang_layers.quant_config,
+            self.logger,
             sglang_layers.quantisation_obstacle(device),
         )
         layers = SglangLayers(quant_config, self.quantised)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -41,6 +42,8 @@ from dflash_plugin.vllm.surface import final_norm, target_modules, verify_worker
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.vocab_topk import HeadChoice
+
+logger = logging.getLogger("vllm.dflash_plugin")
 
 Slots = Tensor | Sequence[Tensor | None] | None
 
@@ -90,7 +93,9 @@ class DraftBlock(nn.Module):
         spec = required_spec(vllm_config)
         config, device = spec.config, vllm_config.device_config.device
         first = vllm_config.model_config.get_total_num_hidden_layers()
-        self.quantised = quantised_linears(spec, torch.get_default_dtype(), device, quant_config)
+        self.quantised = quantised_linears(
+            spec, torch.get_default_dtype(), device, quant_config, logger
+        )
         layers = VllmLayers(get_draft_quant_config(vllm_config), prefix, first, self.quantised)
         self.drafter = Drafter(config, layers)
         self.drafter.rotary.to(device)
@@ -138,6 +143,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
 
     plain_linear = UnquantizedLinearMethod
     plain_head = UnquantizedEmbeddingMethod
+    logger = logger
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         nn.Module.__init__(self)
