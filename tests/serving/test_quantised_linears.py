@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -224,13 +225,13 @@ def refuses(method: str, section: dict[str, Any]) -> Any:
         ("int8", torch.bfloat16, refuses, None, "no such method"),
         ("int8", torch.float32, engine_int8, None, "the drafter runs in float32"),
         ("int8", torch.bfloat16, engine_int8, "it needs a GPU", "it needs a GPU"),
-        ("W4A16", torch.bfloat16, engine_int8, None, "weight, which is not stored"),
+        ("W4A16", torch.bfloat16, engine_int8, None, "linear wants weight, which is not stored"),
         (
             "int8 with zero points",
             torch.bfloat16,
             engine_int8,
             None,
-            "the engine does not read .*weight_zero_point",
+            "linear does not read weight_zero_point",
         ),
     ],
 )
@@ -245,6 +246,25 @@ def test_what_an_engine_lacks_is_dequantised(pair, caplog, kind, dtype, engine, 
     expected = EngineDrafter(spec.model_copy(update={"checkpoint": plain}), None)
     assert torch.equal(block(found.drafter), block(expected.drafter))
     assert re.search(f"GiB more than they are stored in: .*{why}", caplog.text)
+
+
+def test_a_merged_linear_that_is_stored_in_one_tensor_is_dequantised(pair, caplog):
+    _, quantised = pair
+    spec = quantised("int8")
+    path = spec.checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    for layer in range(2):
+        for part in ("weight", "weight_scale"):
+            names = [f"layers.{layer}.mlp.{kind}_proj.{part}" for kind in ("gate", "up")]
+            joined = torch.cat([tensors.pop(name) for name in names])
+            tensors[f"layers.{layer}.mlp.gate_up_proj.{part}"] = joined
+    save_file(tensors, path)
+    with caplog.at_level("INFO"):
+        kept = quantised_linears(spec, torch.bfloat16, CPU, engine_int8, LOGGER)
+        found = EngineDrafter(spec, kept)
+    kept.check()
+    assert kinds(found.drafter, Int8) == KEPT - {"gate_up_proj"}
+    assert caplog.text.count("gate_up_proj is stored in one tensor") == 1
 
 
 @pytest.mark.parametrize("draft_weights", ["auto", "dequantised", "fp8"])

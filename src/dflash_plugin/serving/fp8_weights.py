@@ -62,7 +62,7 @@ def fp8_obstacle(drafter: Drafter, plain: type, device: torch.device) -> str | N
         require_fp8(device)
     except DFlashError as error:
         return str(error).partition(":")[0]
-    for name, module in _rounded_linears(drafter):
+    for name, module in rounded_linears(drafter):
         if not isinstance(module.quant_method, plain):
             return f"the checkpoint quantizes {name}"
         if module.weight.dtype not in (torch.bfloat16, torch.float16):
@@ -97,7 +97,7 @@ def keep_stored_rows(drafter: Drafter) -> int:
     Returns:
         How many linears have such rows.
     """
-    kept = [module for _, module in _rounded_linears(drafter) if _stored_rows(module) is not None]
+    kept = [module for _, module in rounded_linears(drafter) if _stored_rows(module) is not None]
     for module in kept:
         _quantize(module)
     return len(kept)
@@ -113,8 +113,12 @@ def _stored_rows(linear: Any) -> Fp8Rows | None:
     return cast("Fp8Rows | None", getattr(linear, "stored_rows", None))
 
 
-def _rounded_linears(drafter: Drafter) -> Iterator[tuple[str, Any]]:
-    """The linears that FP8 rounds, by name: all but the small ones of other parts."""
+def rounded_linears(drafter: Drafter) -> Iterator[tuple[str, Any]]:
+    """The linears that FP8 rounds, by name: all but the head and the small ones of other parts.
+
+    Args:
+        drafter: on an engine's layers.
+    """
     kept = {id(m) for part in drafter.modules() if isinstance(part, KEPT) for m in part.modules()}
     for name, module in drafter.named_modules():
         method = getattr(module, "quant_method", None)
@@ -136,7 +140,7 @@ def quantize_engine_drafter(drafter: Drafter, plain: type) -> None:
         DFlashError: the checkpoint quantizes a linear, or the GPU has no FP8.
     """
     require_fp8(next(drafter.parameters()).device)
-    for name, module in _rounded_linears(drafter):
+    for name, module in rounded_linears(drafter):
         if not isinstance(module.quant_method, plain):
             raise DFlashError(
                 f"draft_weights is 'fp8', but the checkpoint quantizes {name} with "

@@ -71,7 +71,7 @@ class QuantisedLinears:
         self.spec, self.quant_config, self.logger = spec, quant_config, logger
         self.linears: dict[str, Any] = {}
         self._stored = {module: set(parts) for module, parts in stored.modules.items()}
-        self._reasons = {} if obstacle is None else {obstacle: 0}
+        self._reasons = [] if obstacle is None else [obstacle]
         self._trials: list[_Trial] = []
 
     def build(self, name: str, make: Callable[[Any], nn.Module]) -> nn.Module | None:
@@ -82,17 +82,22 @@ class QuantisedLinears:
             make: gives the linear, of the engine's ``quant_config``.
         """
         modules = _modules(name)
+        if len(modules) > 1 and name in self._stored:
+            self._note(f"{name.rpartition('.')[2]} is stored in one tensor")
         if self.quant_config is None or not any(module in self._stored for module in modules):
             return None
         try:
             linear = make(self.quant_config)
             self._check_names(linear, modules)
         except Exception as error:  # Engines raise many kinds where they have no kernel.
-            why = reason(error)
-            self._reasons[why] = self._reasons.get(why, 0) + 1
+            self._note(reason(error))
             return None
         self.linears[name] = linear
         return linear
+
+    def _note(self, why: str) -> None:
+        if why not in self._reasons:
+            self._reasons.append(why)
 
     def _check_names(self, linear: nn.Module, modules: tuple[str, ...]) -> None:
         """The engine must want what is stored, and all of the weight."""
@@ -100,9 +105,9 @@ class QuantisedLinears:
         for module in modules:
             stored = self._stored.get(module, set())
             for part in sorted(wanted - stored):
-                raise DFlashError(f"the engine wants {module}.{part}, which is not stored")
+                raise DFlashError(f"the engine's linear wants {part}, which is not stored")
             for part in sorted((stored & set(PARTS)) - wanted):
-                raise DFlashError(f"the engine does not read {module}.{part}")
+                raise DFlashError(f"the engine's linear does not read {part}")
 
     def tensors(self, plain: Mapping[str, Tensor], rank: int, shards: int) -> dict[str, Tensor]:
         """What is stored of the linears that are kept, by names of the checkpoint.

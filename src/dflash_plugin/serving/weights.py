@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.fp8_rows import FP8, Fp8Rows
 from dflash_plugin.serving.drafter_spec import DrafterSpec
+from dflash_plugin.serving.fp8_weights import rounded_linears
 from dflash_plugin.serving.quantised_linears import QuantisedLinears, keeps_stored_rows
 
 
@@ -77,11 +78,11 @@ def _attach_stored_rows(drafter: Drafter, spec: DrafterSpec) -> None:
     if "fc.weight" in rows:
         values = sorted_columns(rows["fc.weight"].values, spec.config.target_layer_ids)
         rows["fc.weight"] = rows["fc.weight"]._replace(values=values)
-    for own, names in checkpoint_names(drafter).items():
-        if all(name in rows for name in names):
-            module = cast(Any, drafter.get_submodule(own.rpartition(".")[0]))
-            if module.weight.is_floating_point() and module.weight.dim() == 2:
-                module.stored_rows = _shard([rows[name] for name in names], module.weight)
+    names = checkpoint_names(drafter)
+    for own, module in rounded_linears(drafter):
+        parts = [rows.get(name) for name in names.get(f"{own}.weight", ())]
+        if parts and None not in parts:
+            module.stored_rows = _shard(cast("list[Fp8Rows]", parts), module.weight)
 
 
 def _shard(parts: Sequence[Fp8Rows], weight: Tensor) -> Fp8Rows:
