@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from dflash_plugin.checkpoints.stored_weights import fp8_rows, stored_weights
+from dflash_plugin.checkpoints.tensors import checkpoint_names
+from dflash_plugin.drafter.fp8_linear import Fp8Linear, Fp8QKV
+from dflash_plugin.drafter.layers import TorchQKV
+from dflash_plugin.drafter.model import Drafter
 
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 E4M3 = torch.float8_e4m3fn
@@ -164,6 +170,23 @@ class Layout(NamedTuple):
     named: str
 
 
+TOKEN = {"type": "int", "num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
+W8A8 = Layout(
+    int8,
+    {
+        **COMPRESSED,
+        "format": "int-quantized",
+        "config_groups": {
+            "group_0": {
+                **groups("int", 8, strategy="channel")["group_0"],
+                "input_activations": TOKEN,
+            }
+        },
+    },
+    "compressed-tensors int8",
+)
+"""int8 for int8 activations, with all that a published config.json says."""
+
 LAYOUTS: dict[str, Layout] = {
     "FP8 by tensor": Layout(
         fp8_tensor, {"quant_method": "fp8", "activation_scheme": "static"}, "fp8"
@@ -249,3 +272,24 @@ def quantise(plain: Path, output: Path, layout: Layout) -> Path:
         config["quantization_config"] = layout.config
     (output / "config.json").write_text(json.dumps(config))
     return output
+
+
+def keep_fp8_rows(drafter: Drafter, directory: Path) -> Drafter:
+    """Let the core multiply the FP8 rows that a checkpoint stores, as engines do.
+
+    Args:
+        drafter: has the dequantised weights.
+        directory: of the quantised checkpoint.
+    """
+    rows = fp8_rows(stored_weights(directory))
+    for own, names in checkpoint_names(drafter).items():
+        if not all(name in rows for name in names):
+            continue
+        module, _, child = own.removesuffix(".weight").rpartition(".")
+        parent = drafter.get_submodule(module)
+        linear = cast(Any, getattr(parent, child))
+        made = Fp8QKV(linear) if isinstance(linear, TorchQKV) else Fp8Linear(linear)
+        made.values = torch.cat([rows[name].values for name in names])
+        made.scales = torch.cat([rows[name].scales for name in names])
+        setattr(parent, child, made)
+    return drafter

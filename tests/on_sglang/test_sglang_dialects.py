@@ -17,7 +17,7 @@ from dflash_plugin.drafter.config import LatentAttentionConfig
 from dflash_plugin.transformers.loading import load_drafter
 from tests.helpers.distribution import check_distribution, continuations
 from tests.helpers.layouts import SERVED
-from tests.helpers.quantised import LAYOUTS, quantise
+from tests.helpers.quantised import LAYOUTS, keep_fp8_rows, quantise
 from tests.helpers.tiny import (
     DFLASH2,
     GEMMA4,
@@ -346,6 +346,26 @@ def test_fp8_weights_draft_what_the_core_does_with_them(pair, schedulers, tmp_pa
     drafter = load_drafter(checkpoint, target, weights="fp8")
     made = schedulers.run(
         directory, checkpoint, PROMPTS, environment={"DFLASH_PLUGIN_DRAFT_WEIGHTS": "fp8"},
+        temperature=0.0, max_new_tokens=16, ignore_eos=True,
+    )  # fmt: skip
+    for prompt, texts, blocks in zip(PROMPTS, made["texts"], made["blocks"], strict=True):
+        assert texts == [alone(target, prompt, 16)]
+        expected = answer(drafter, target, prompt)
+        assert min(expected.margins) > 1e-3
+        assert blocks[0] == [expected.anchor, *expected.drafts]
+
+
+@pytest.mark.parametrize("kind", ["FP8 by tensor", "W4A16"])
+def test_a_quantised_drafter_that_keeps_what_it_stores(pair, schedulers, tmp_path, kind):
+    """FP8 rows as they are stored; what SGLang multiplies on a GPU alone is dequantised here."""
+    target, directory = pair
+    plain = write_tiny(tmp_path / "plain", **SIZES, target_hidden_size=64)
+    checkpoint = quantise(plain, tmp_path / "quantised", LAYOUTS[kind])
+    drafter = load_drafter(checkpoint, target)
+    if kind == "FP8 by tensor":
+        drafter = keep_fp8_rows(drafter, checkpoint)
+    made = schedulers.run(
+        directory, checkpoint, PROMPTS, environment={"DFLASH_PLUGIN_DRAFT_WEIGHTS": "checkpoint"},
         temperature=0.0, max_new_tokens=16, ignore_eos=True,
     )  # fmt: skip
     for prompt, texts, blocks in zip(PROMPTS, made["texts"], made["blocks"], strict=True):

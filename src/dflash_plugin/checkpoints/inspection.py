@@ -119,8 +119,8 @@ def _alone(checkpoint: Checkpoint, dialect: Dialect | None) -> list[Finding]:
             Finding(
                 level="note",
                 subject="quantization",
-                message=f"the checkpoint is quantised ({config.quantization}): every engine "
-                "dequantises it at load, and draft_weights says whether it runs in FP8",
+                message=f"the checkpoint is quantised ({config.quantization}): "
+                "dequantised at load; in vLLM and SGLang draft_weights says what becomes of it",
             )
         )
     last = config.num_target_layers

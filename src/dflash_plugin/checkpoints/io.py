@@ -212,7 +212,7 @@ def _read(
         raise DFlashError(f"{what}: give a drafter checkpoint's directory")
     raw = read_json(directory / CONFIG)
     quantization = declared(raw, directory)
-    stored = _read_tensors(directory, headers_only, pickles)
+    stored = read_tensors(directory, headers_only, pickles)
     plain = dequantise(stored, quantization, partial(part_rows, raw=raw))
     if not headers_only:
         _log_quantization(directory, plain.quantization, plain.ignored)
@@ -270,8 +270,17 @@ def _load(
     return Checkpoint(config, tensors, directory, raw)
 
 
-def _read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[str, Tensor]:
-    """Every tensor of every shard, under canonical names; on the meta device if only headers."""
+def read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[str, Tensor]:
+    """Every tensor of every shard, as it is stored, under canonical names.
+
+    Args:
+        directory: of the checkpoint.
+        headers_only: give tensors on the meta device, but for ``weight_shape``.
+        pickles: read pickled tensors, too.
+
+    Raises:
+        DFlashError: a file is missing, broken or refused.
+    """
     shards = whole_shards(directory)
     pickled = pickle_files(directory, has_shards=bool(shards))
     unpickled = read_pickles(pickled) if pickles else {}

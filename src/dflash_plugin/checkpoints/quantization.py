@@ -17,7 +17,8 @@ from dflash_plugin.checkpoints.quantization_config import Declared, refusal
 from dflash_plugin.errors import DFlashError
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
-_PARTS = (
+# Last parts of the names of a weight's tensors.
+PARTS = (
     "weight",
     "weight_packed",
     "weight_shape",
@@ -78,9 +79,48 @@ def dequantise(
     Raises:
         DFlashError: a layout is not read, or a tensor of it is missing or has another shape.
     """
-    kept: dict[str, Tensor] = {}
-    ignored: list[str] = []
+    kept, modules, ignored = _by_module(tensors)
+    dtype = _plain_dtype(modules)
+    layouts: dict[str, str] = {}
+    for module, parts in modules.items():
+        if _is_plain(parts):
+            kept[f"{module}.weight"] = parts["weight"]
+            continue
+        reader = _Weight(module, parts, declared, part_rows)
+        value, layout, method = reader.read()
+        kept[f"{module}.weight"] = value.to(dtype)
+        layouts[layout] = method
+    return Dequantised(kept, _described(layouts, declared.method), ignored)
+
+
+def quantised_modules(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What is stored of each quantised weight, its activations' scales included.
+
+    Args:
+        tensors: canonical names.
+
+    Returns:
+        Tensors by the last parts of their names, by modules.
+
+    Raises:
+        DFlashError: a layout is not read.
+    """
+    _, modules, ignored = _by_module(tensors)
+    found = {module: parts for module, parts in modules.items() if not _is_plain(parts)}
+    for name in ignored:
+        module, _, part = name.rpartition(".")
+        if module in found:
+            found[module][part] = tensors[name]
+    return found
+
+
+def _by_module(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], list[str]]:
+    """Tensors that are no weights, the parts of each weight, and names of scales beside them."""
+    others: dict[str, Tensor] = {}
     modules: dict[str, dict[str, Tensor]] = {}
+    ignored: list[str] = []
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
         for pattern, layout in _FOREIGN:
@@ -88,22 +128,15 @@ def dequantise(
                 raise refusal(f"tensor {name!r} belongs to {layout}, which is not read")
         if _IGNORED.search(name):
             ignored.append(name)
-        elif part in _PARTS:
+        elif part in PARTS:
             modules.setdefault(module, {})[part] = tensor
         else:
-            kept[name] = tensor
-    dtype = _plain_dtype(modules)
-    layouts: dict[str, str] = {}
-    for module, parts in modules.items():
-        weight = parts.get("weight")
-        if len(parts) == 1 and weight is not None and weight.dtype.itemsize > 1:
-            kept[f"{module}.weight"] = weight
-            continue
-        reader = _Weight(module, parts, declared, part_rows)
-        value, layout, method = reader.read()
-        kept[f"{module}.weight"] = value.to(dtype)
-        layouts[layout] = method
-    return Dequantised(kept, _described(layouts, declared.method), ignored)
+            others[name] = tensor
+    return others, modules, ignored
+
+
+def _is_plain(parts: Mapping[str, Tensor]) -> bool:
+    return parts.keys() == {"weight"} and parts["weight"].dtype.itemsize > 1
 
 
 def _plain_dtype(modules: Mapping[str, Mapping[str, Tensor]]) -> torch.dtype:

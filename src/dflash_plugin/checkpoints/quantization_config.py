@@ -66,7 +66,7 @@ def declared(raw: Mapping[str, Any], directory: Path) -> Declared:
         DFlashError: the method, or something about it, is not read.
     """
     found: dict[str, Declared] = {}
-    for place, section in _sections(raw, directory):
+    for place, section in sections(raw, directory):
         if not isinstance(section, dict):
             raise refusal(f"{place} is {section!r}, not a JSON object")
         found[place] = _read(place, section)
@@ -78,7 +78,13 @@ def declared(raw: Mapping[str, Any], directory: Path) -> Declared:
     return next(iter(found.values()), Declared())
 
 
-def _sections(raw: Mapping[str, Any], directory: Path) -> Iterator[tuple[str, Any]]:
+def sections(raw: Mapping[str, Any], directory: Path) -> Iterator[tuple[str, Any]]:
+    """Where a checkpoint declares its quantisation, and what it says there.
+
+    Args:
+        raw: config.json.
+        directory: may hold hf_quant_config.json.
+    """
     inner = raw.get("transformer_layer_config")
     layers = inner if isinstance(inner, dict) else {}
     for prefix, section in (("", raw), ("transformer_layer_config.", layers)):

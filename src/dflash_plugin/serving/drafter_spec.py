@@ -29,6 +29,8 @@ class Options(BaseModel):
         draft_weights: "fp8" rounds the drafter's linears, and a copy of the head that drafts, to
             FP8 with one scale a row. The target, and so the text, stays as it is. "auto" does so
             where the GPU multiplies FP8 and the weights are plain 16-bit matrices that fit it.
+            "checkpoint" keeps what the checkpoint stores, quantised weights where the engine has
+            linears for them. "dequantised" makes plain matrices of those.
         adaptive_verification: verify the number of drafts that commits most tokens per second, by
             their acceptance probabilities and the measured step times; that may be none. None
             leaves the choice to the engine's adapter.
@@ -46,7 +48,7 @@ class Options(BaseModel):
     acceptance_warning: float = Field(default=0.5, ge=0, le=1)
     acceptance_window: int = Field(default=2000, ge=1)
     dialect: Dialect | None = None
-    draft_weights: DraftWeights | Literal["auto"] = "auto"
+    draft_weights: DraftWeights | Literal["auto", "dequantised"] = "auto"
     adaptive_verification: bool | None = None
     min_draft_tokens: int = Field(default=0, ge=0)
     max_draft_tokens: int | None = Field(default=None, ge=0)

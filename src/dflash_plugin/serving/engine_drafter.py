@@ -36,13 +36,15 @@ from dflash_plugin.serving.draft_tokens import (
 )
 from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.serving.fp8_weights import (
+    drop_stored_rows,
     fp8_obstacle,
+    keep_stored_rows,
     quantize_engine_drafter,
     quantized_head,
+    stored_context_rows,
 )
 from dflash_plugin.serving.layers import QKVShard
-
-logger = logging.getLogger(__name__)
+from dflash_plugin.serving.quantised_linears import dequantised_gib
 
 
 class EngineDrafterMixin:
@@ -51,6 +53,7 @@ class EngineDrafterMixin:
     Attributes:
         plain_linear: the engine's method of linears that are not quantized.
         plain_head: the engine's method of heads that are not quantized.
+        logger: the engine's.
         spec: the drafter's checkpoint, configuration and options.
         drafter: on the engine's layers.
         vocab_size: of the target.
@@ -63,6 +66,7 @@ class EngineDrafterMixin:
 
     plain_linear: ClassVar[type]
     plain_head: ClassVar[type]
+    logger: ClassVar[logging.Logger] = logging.getLogger(__name__)
     spec: DrafterSpec
     drafter: Drafter
     vocab_size: int
@@ -136,9 +140,21 @@ class EngineDrafterMixin:
             if self.spec.config.attention_bias:
                 biases = [cast(Tensor, linear.bias)[linear.query_width :] for linear in linears]
                 self.context_bias = torch.cat(biases)
+        stored, keeps = None, self.spec.options.draft_weights == "checkpoint"
+        # A norm's factors would have to be rounded into the rows.
+        if (self._in_fp8 or keeps) and weight is not None and not self.spec.config.norm_context:
+            stored = stored_context_rows(linears)
         if self._in_fp8:
             quantize_engine_drafter(self.drafter, self.plain_linear)
-        self.context_weight = quantize(weight) if self._in_fp8 and weight is not None else weight
+            if stored is None and weight is not None:
+                stored = quantize(weight)
+        elif keeps and (kept := keep_stored_rows(self.drafter)):
+            quantization = self.spec.config.quantization
+            self.logger.info(
+                "draft weights: %d linears keep their FP8 rows (%s)", kept, quantization
+            )
+        drop_stored_rows(self.drafter)
+        self.context_weight = weight if stored is None else stored
 
     def context_rows(self, context: Tensor) -> Tensor:
         """What ``context_weight`` multiplies, of context rows [..., hidden] as ``fuse`` gives them.
@@ -161,10 +177,20 @@ class EngineDrafterMixin:
                 device = next(self.drafter.parameters()).device
                 obstacle = fp8_obstacle(self.drafter, self.plain_linear, device)
                 self._rounds = obstacle is None
-                logger.info(
-                    "draft weights: %s", "FP8" if obstacle is None else f"as they are, {obstacle}"
-                )
+                kept = "FP8" if obstacle is None else self._kept(obstacle)
+                self.logger.info("draft weights: %s", kept)
         return self._rounds
+
+    def _kept(self, obstacle: str) -> str:
+        """What the weights are where ``draft_weights: auto`` does not round them, and why."""
+        if self.spec.config.quantization is None:
+            return f"as they are, {obstacle}"
+        more = dequantised_gib(self.spec.checkpoint, self.drafter.norm.weight.dtype)
+        return (
+            f"dequantised ({self.spec.config.quantization}), {more:.2f} GiB more than they are "
+            f"stored in, {obstacle}; draft_weights 'checkpoint' keeps those quantised that the "
+            "engine has linears for"
+        )
 
     def shard_logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, rows] over this rank's rows of the head, padding left out.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from dflash_plugin.drafter.fp8_linear import KEPT, linear, require_fp8
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.fp8_rows import Fp8Rows, RoundedRows, fits, quantize
+from dflash_plugin.serving.layers import QKVShard
 
 
 def product(x: Tensor | RoundedRows, weight: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
@@ -61,7 +62,7 @@ def fp8_obstacle(drafter: Drafter, plain: type, device: torch.device) -> str | N
         require_fp8(device)
     except DFlashError as error:
         return str(error).partition(":")[0]
-    for name, module in _rounded_linears(drafter):
+    for name, module in rounded_linears(drafter):
         if not isinstance(module.quant_method, plain):
             return f"the checkpoint quantizes {name}"
         if module.weight.dtype not in (torch.bfloat16, torch.float16):
@@ -71,8 +72,53 @@ def fp8_obstacle(drafter: Drafter, plain: type, device: torch.device) -> str | N
     return None
 
 
-def _rounded_linears(drafter: Drafter) -> Iterator[tuple[str, Any]]:
-    """The linears that FP8 rounds, by name: all but the small ones of other parts."""
+def stored_context_rows(linears: Sequence[QKVShard]) -> Fp8Rows | None:
+    """The rows that make keys and values of all layers; None where one stores no FP8 rows.
+
+    Args:
+        linears: of all layers.
+    """
+    kept = []
+    for one in linears:
+        rows = _stored_rows(one)
+        if rows is None:
+            return None
+        kept.append(rows.rows(one.query_width))
+    values, scales = zip(*kept, strict=True)
+    return Fp8Rows(torch.cat(values), torch.cat(scales))
+
+
+def keep_stored_rows(drafter: Drafter) -> int:
+    """Give linears the FP8 rows that the checkpoint stores of them, and leave the others alone.
+
+    Args:
+        drafter: its weights are loaded.
+
+    Returns:
+        How many linears have such rows.
+    """
+    kept = [module for _, module in rounded_linears(drafter) if _stored_rows(module) is not None]
+    for module in kept:
+        _quantize(module)
+    return len(kept)
+
+
+def drop_stored_rows(drafter: Drafter) -> None:
+    """Forget the rows that loading left beside plain weights."""
+    for module in drafter.modules():
+        vars(module).pop("stored_rows", None)
+
+
+def _stored_rows(linear: Any) -> Fp8Rows | None:
+    return cast("Fp8Rows | None", getattr(linear, "stored_rows", None))
+
+
+def rounded_linears(drafter: Drafter) -> Iterator[tuple[str, Any]]:
+    """The linears that FP8 rounds, by name: all but the head and the small ones of other parts.
+
+    Args:
+        drafter: on an engine's layers.
+    """
     kept = {id(m) for part in drafter.modules() if isinstance(part, KEPT) for m in part.modules()}
     for name, module in drafter.named_modules():
         method = getattr(module, "quant_method", None)
@@ -83,7 +129,8 @@ def _rounded_linears(drafter: Drafter) -> Iterator[tuple[str, Any]]:
 def quantize_engine_drafter(drafter: Drafter, plain: type) -> None:
     """Round the weights of the drafter's linears to FP8; each rank rounds its own shard.
 
-    The small projections of convolutions, gates and selector keep their weights.
+    Weights that the checkpoint stores in FP8 rows become those rows. The small projections of
+    convolutions, gates and selector keep their weights.
 
     Args:
         drafter: its weights are loaded.
@@ -93,7 +140,7 @@ def quantize_engine_drafter(drafter: Drafter, plain: type) -> None:
         DFlashError: the checkpoint quantizes a linear, or the GPU has no FP8.
     """
     require_fp8(next(drafter.parameters()).device)
-    for name, module in _rounded_linears(drafter):
+    for name, module in rounded_linears(drafter):
         if not isinstance(module.quant_method, plain):
             raise DFlashError(
                 f"draft_weights is 'fp8', but the checkpoint quantizes {name} with "
@@ -119,7 +166,7 @@ def quantized_head(head: nn.Module, plain: type) -> nn.Module:
 
 
 def _quantize(module: nn.Module) -> None:
-    weight = quantize(cast(Tensor, module.weight).detach())
+    weight = _stored_rows(module) or quantize(cast(Tensor, module.weight).detach())
     module.weight = nn.Parameter(weight.values, requires_grad=False)
     module.register_buffer("fp8_scales", weight.scales, persistent=False)
     cast(Any, module).quant_method = Fp8Method()

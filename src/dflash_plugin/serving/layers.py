@@ -6,7 +6,7 @@ so that this module imports no engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.interfaces import LayerFactory
+from dflash_plugin.serving.quantised_linears import QuantisedLinears
 
 
 class QKVShard:
@@ -78,11 +79,19 @@ class EngineLayers(LayerFactory):
     Args:
         classes: the engine's.
         shards: the tensor-parallel degree.
+        quantised: the linears that stay as a quantised checkpoint stores them, or None.
         common: arguments of every linear, such as ``quant_config``.
     """
 
-    def __init__(self, classes: EngineClasses, shards: int, **common: Any) -> None:
+    def __init__(
+        self,
+        classes: EngineClasses,
+        shards: int,
+        quantised: QuantisedLinears | None = None,
+        **common: Any,
+    ) -> None:
         self.classes, self.shards, self.common = classes, shards, common
+        self.quantised = quantised
 
     def full_name(self, name: str) -> str:
         """The engine's name of a module of the drafter."""
@@ -106,17 +115,28 @@ class EngineLayers(LayerFactory):
         self, in_features: int, out_features: Sequence[int], bias: bool, name: str
     ) -> nn.Module:
         """Sharded by output."""
-        linear: nn.Module = self.classes.column(
-            in_features, list(out_features), **self._arguments(bias, name)
+        return self._made(
+            name,
+            lambda common: self.classes.column(
+                in_features, list(out_features), **self._arguments(bias, name) | common
+            ),
         )
-        return linear
 
     def row_linear(self, in_features: int, out_features: int, bias: bool, name: str) -> nn.Module:
         """Sharded by input, reduced over the shards."""
-        linear: nn.Module = self.classes.row(
-            in_features, out_features, **self._arguments(bias, name)
+        return self._made(
+            name,
+            lambda common: self.classes.row(
+                in_features, out_features, **self._arguments(bias, name) | common
+            ),
         )
-        return linear
+
+    def _made(self, name: str, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+        """A linear, quantised where the checkpoint and the engine allow it."""
+        linear = None
+        if self.quantised is not None:
+            linear = self.quantised.build(name, lambda config: make({"quant_config": config}))
+        return make({}) if linear is None else linear
 
     def replicated_linear(
         self, in_features: int, out_features: int, bias: bool, name: str

@@ -77,7 +77,7 @@ def check_drafter(
     mismatch = find_mismatch(
         record,
         draft,
-        is_float32=dtype == "torch.float32" and spec.options.draft_weights != "fp8",
+        is_float32=dtype == "torch.float32" and not _rounds(spec),
         is_chained=spec.config.selector is not None,
         if_none_compared=if_none_compared,
     )
@@ -88,6 +88,12 @@ def check_drafter(
         logger.warning("%s", mismatch)
         return
     raise DFlashError(f"{mismatch}. To serve all the same, set {how_to_override}")
+
+
+def _rounds(spec: DrafterSpec) -> bool:
+    """Whether draft weights, and what they multiply, may be rounded."""
+    asked = spec.options.draft_weights
+    return asked == "fp8" or (asked == "checkpoint" and spec.config.quantization is not None)
 
 
 def find_mismatch(

@@ -126,7 +126,8 @@ def refuse_layer(
 def check_quantization(config: DrafterConfig, setting: str, asked: str | None) -> None:
     """Check an engine's setting for the quantisation of a draft model.
 
-    The weights are dequantised when they are loaded, so the engine itself is never told of one.
+    The engine itself is never told of one: the option ``draft_weights`` says what becomes of the
+    weights.
 
     Args:
         config: the drafter's.
@@ -145,7 +146,7 @@ def check_quantization(config: DrafterConfig, setting: str, asked: str | None) -
     instead = f" or give {names[0]!r}" if names else ""
     raise DFlashError(
         f"{setting} is {asked!r}, but the drafter's checkpoint is {is_quantised}: leave it "
-        f"out{instead}; the option draft_weights says whether the drafter runs in FP8"
+        f"out{instead}; the option draft_weights says what becomes of its weights"
     )
 
 

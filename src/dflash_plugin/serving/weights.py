@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from dflash_plugin.checkpoints.io import load_checkpoint
+from dflash_plugin.checkpoints.stored_weights import fp8_rows, stored_weights
 from dflash_plugin.checkpoints.tensors import checkpoint_names
 from dflash_plugin.checkpoints.vocabulary import fitted
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.fp8_rows import FP8, Fp8Rows
 from dflash_plugin.serving.drafter_spec import DrafterSpec
+from dflash_plugin.serving.fp8_weights import rounded_linears
+from dflash_plugin.serving.quantised_linears import QuantisedLinears, keeps_stored_rows
 
 
-def fill(drafter: Drafter, spec: DrafterSpec, rank: int) -> None:
+def fill(
+    drafter: Drafter, spec: DrafterSpec, rank: int, quantised: QuantisedLinears | None = None
+) -> None:
     """Read the checkpoint into the drafter's parameters, each by its own loader.
 
     Args:
         drafter: on an engine's layers; a parameter with a ``weight_loader`` takes its shard itself.
         spec: names the checkpoint.
         rank: tensor-parallel rank of this shard.
+        quantised: the linears that take what is stored instead of what it stands for.
 
     Raises:
         DFlashError: the checkpoint is malformed, or drafts tokens that the target lacks.
@@ -34,20 +42,62 @@ def fill(drafter: Drafter, spec: DrafterSpec, rank: int) -> None:
         norms = [tensors[f"aux_hidden_norms.{tap}.weight"] for tap in by_layer(ids)]
         tensors |= {f"aux_hidden_norms.{tap}.weight": norm for tap, norm in enumerate(norms)}
     heads = drafter.attentions()[0].heads
+    if quantised is not None:
+        tensors |= quantised.tensors(tensors, rank, spec.config.num_attention_heads // heads)
     parameters = dict(drafter.named_parameters()) | dict(drafter.named_buffers())
     for own, names in checkpoint_names(drafter).items():
-        parameter = parameters[own]
-        loader = getattr(parameter, "weight_loader", None)
-        for shard, name in enumerate(names):
-            tensor = tensors[name]
-            if own.endswith("sinks"):
-                tensor = tensor[rank * heads : (rank + 1) * heads]
-            if loader is None:
-                parameter.data.copy_(tensor)
-            elif len(names) == 1:
-                loader(parameter, tensor)
-            else:
-                loader(parameter, tensor, "qkv"[shard] if len(names) == 3 else shard)
+        parts = [tensors[name] for name in names]
+        if own.endswith("sinks"):
+            parts = [part[rank * heads : (rank + 1) * heads] for part in parts]
+        _load(parameters[own], parts)
+    if spec.config.quantization is not None:
+        _attach_stored_rows(drafter, spec)
+
+
+def _load(parameter: Tensor, parts: Sequence[Tensor]) -> None:
+    """Fill a parameter from its parts: itself, queries, keys and values, or gate and up."""
+    loader = getattr(parameter, "weight_loader", None)
+    for shard, tensor in enumerate(parts):
+        if loader is None:
+            parameter.data.copy_(tensor)
+        elif len(parts) == 1:
+            loader(parameter, tensor)
+        else:
+            loader(parameter, tensor, "qkv"[shard] if len(parts) == 3 else shard)
+
+
+def _attach_stored_rows(drafter: Drafter, spec: DrafterSpec) -> None:
+    """Give linears the FP8 rows that the checkpoint stores, as ``stored_rows``, where they count.
+
+    Rounding the dequantised weights again would give others.
+    """
+    stored = stored_weights(spec.checkpoint)
+    if not keeps_stored_rows(spec, stored, drafter.norm.weight.device):
+        return
+    rows = fp8_rows(stored)
+    if "fc.weight" in rows:
+        values = sorted_columns(rows["fc.weight"].values, spec.config.target_layer_ids)
+        rows["fc.weight"] = rows["fc.weight"]._replace(values=values)
+    names = checkpoint_names(drafter)
+    for own, module in rounded_linears(drafter):
+        parts = [rows.get(name) for name in names.get(f"{own}.weight", ())]
+        if parts and None not in parts:
+            module.stored_rows = _shard(cast("list[Fp8Rows]", parts), module.weight)
+
+
+def _shard(parts: Sequence[Fp8Rows], weight: Tensor) -> Fp8Rows:
+    """This rank's part of FP8 rows, as the weight's own loader cuts it."""
+    plain, shards = weight.data, parts[0].values.shape[1] // weight.shape[1]
+    try:
+        weight.data = torch.empty(plain.shape, dtype=FP8, device=plain.device)
+        _load(weight, [part.values for part in parts])
+        values = weight.data
+        weight.data = torch.empty(len(plain), 1, device=plain.device, dtype=torch.float32)
+        # Each rank takes its column, so there is one for each.
+        _load(weight, [part.scales[:, None].expand(-1, shards) for part in parts])
+        return Fp8Rows(values, weight.data[:, 0].contiguous())
+    finally:
+        weight.data = plain
 
 
 def draft_columns(drafter: Drafter) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_world_size
 from sglang.srt.layers.linear import (
     MergedColumnParallelLinear,
@@ -11,11 +12,13 @@ from sglang.srt.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from sglang.srt.layers.quantization import get_quantization_config
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from torch import Tensor
 
 from dflash_plugin.serving.layers import EngineClasses, EngineLayers, QKVShard
+from dflash_plugin.serving.quantised_linears import QuantisedLinears
 
 
 class ShardedQKV(QKVShard, QKVParallelLinear):
@@ -64,7 +67,24 @@ class SglangLayers(EngineLayers):
 
     Args:
         quant_config: the draft model's, or None.
+        quantised: the linears that stay as a quantised checkpoint stores them, or None.
     """
 
-    def __init__(self, quant_config: Any) -> None:
-        super().__init__(CLASSES, get_tensor_model_parallel_world_size(), quant_config=quant_config)
+    def __init__(self, quant_config: Any, quantised: QuantisedLinears | None = None) -> None:
+        shards = get_tensor_model_parallel_world_size()
+        super().__init__(CLASSES, shards, quantised, quant_config=quant_config)
+
+
+def quant_config(method: str, section: dict[str, Any]) -> Any:
+    """SGLang's configuration of a quantisation.
+
+    Args:
+        method: SGLang's name.
+        section: what a checkpoint's ``quantization_config`` says.
+    """
+    return get_quantization_config(method).from_config(section)
+
+
+def quantisation_obstacle(device: torch.device) -> str | None:
+    """Why quantised linears cannot be multiplied on a device, or None."""
+    return None if device.type == "cuda" else "SGLang's quantised linears need a GPU"

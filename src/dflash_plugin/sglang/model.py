@@ -37,7 +37,9 @@ from dflash_plugin.serving import KEY
 from dflash_plugin.serving.draft_tokens import choice_of_ranks, first_token
 from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
 from dflash_plugin.serving.fp8_weights import product
+from dflash_plugin.serving.quantised_linears import quantised_linears
 from dflash_plugin.serving.weights import check_features, fill
+from dflash_plugin.sglang import layers as sglang_layers
 from dflash_plugin.sglang import surface
 from dflash_plugin.sglang.block_attention import is_plain
 from dflash_plugin.sglang.last_layer import add_last_layer
@@ -68,11 +70,19 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         self.config = config
         self.spec = DrafterSpec.model_validate(getattr(config, KEY))
         drafter_config = self.spec.config
-        layers = SglangLayers(quant_config)
+        device = torch.empty(0).device
+        self.quantised = quantised_linears(
+            self.spec,
+            torch.get_default_dtype(),
+            device,
+            sglang_layers.quant_config,
+            self.logger,
+            sglang_layers.quantisation_obstacle(device),
+        )
+        layers = SglangLayers(quant_config, self.quantised)
         _check_shards(drafter_config, layers.shards)
         self.drafter = Drafter(drafter_config, layers)
         self.drafter.requires_grad_(False)
-        device = torch.empty(0).device
         self.drafter.rotary.to(device)
         self.attentions = nn.ModuleList(
             RadixAttention(
@@ -103,7 +113,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Fill the parameters from the checkpoint; the stream of a loader's weights is not read."""
-        fill(self.drafter, self.spec, get_tensor_model_parallel_rank())
+        fill(self.drafter, self.spec, get_tensor_model_parallel_rank(), self.quantised)
 
     def set_block_size(self, block_size: int) -> None:
         """Take the rows of a block, anchor included, from the worker."""
@@ -133,6 +143,8 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
             surface.verify_features({surface.LAST_LAYER})
             add_last_layer(target, self.spec.config)
         self.prepare_weights()
+        if self.quantised is not None:
+            self.quantised.check()
         if self.spec.config.qk_norm:
             attentions = self.drafter.plain_attentions()
             norms = [cast(Tensor, attention.key_norm.weight) for attention in attentions]

@@ -381,6 +381,19 @@ _CALLS = (
         signature=("input_size", "output_size", "*", "bias", "quant_config", "prefix"),
     ),
     *_rows(
+        "layers.quantization", "call", DRAFTING, "quantised linears of a drafter",
+        "get_quantization_config", signature=("quantization",),
+    ),
+    *_rows(
+        "layers.quantization.base_config", "call", DRAFTING, "quantised linears of a drafter",
+        "QuantizationConfig.from_config", signature=("config",),
+    ),
+    *_rows(
+        "layers.quantization.base_config", "call", DRAFTING,
+        "checks a drafter's quantised linears",
+        "LinearMethodBase.apply", signature=("layer", "x", "bias"),
+    ),
+    *_rows(
         "layers.vocab_parallel_embedding", "call", DRAFTING, "the drafter's own head",
         "ParallelLMHead", signature=("num_embeddings", "embedding_dim", "*", "prefix"),
     ),

@@ -179,7 +179,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     )
     if spec.config.quantization is not None:
         logger.info(
-            "the drafter's checkpoint is quantised (%s): dequantised at load, draft_weights is %r",
+            "the drafter's checkpoint is quantised (%s), draft_weights is %r",
             spec.config.quantization,
             options.draft_weights,
         )

@@ -12,9 +12,11 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from dflash_plugin.serving.layers import EngineClasses, EngineLayers, QKVShard
+from dflash_plugin.serving.quantised_linears import QuantisedLinears
 
 
 class ShardedQKV(QKVShard, QKVParallelLinear):
@@ -35,12 +37,20 @@ class VllmLayers(EngineLayers):
         quant_config: the draft model's, or None.
         prefix: of the modules' names.
         first_layer: number of the drafter's first layer, behind the target's layers.
+        quantised: the linears that stay as a quantised checkpoint stores them, or None.
     """
 
-    def __init__(self, quant_config: Any, prefix: str, first_layer: int) -> None:
+    def __init__(
+        self,
+        quant_config: Any,
+        prefix: str,
+        first_layer: int,
+        quantised: QuantisedLinears | None = None,
+    ) -> None:
         super().__init__(
             CLASSES,
             get_tensor_model_parallel_world_size(),
+            quantised,
             quant_config=quant_config,
             return_bias=False,
         )
@@ -52,3 +62,13 @@ class VllmLayers(EngineLayers):
         if parts[0] == "layers":
             parts[1] = str(int(parts[1]) + self.first_layer)
         return ".".join([self.prefix, *parts]) if self.prefix else ".".join(parts)
+
+
+def quant_config(method: str, section: dict[str, Any]) -> Any:
+    """vLLM's configuration of a quantisation.
+
+    Args:
+        method: vLLM's name.
+        section: what a checkpoint's ``quantization_config`` says.
+    """
+    return get_quantization_config(method).from_config(section)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -32,14 +33,17 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
 from dflash_plugin.serving.fp8_weights import product
+from dflash_plugin.serving.quantised_linears import quantised_linears
 from dflash_plugin.serving.weights import check_features, draft_columns, fill
-from dflash_plugin.vllm.layers import VllmLayers
+from dflash_plugin.vllm.layers import VllmLayers, quant_config
 from dflash_plugin.vllm.new_weights import REFUSED
 from dflash_plugin.vllm.options import required_spec
 from dflash_plugin.vllm.surface import final_norm, target_modules, verify_worker
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.vocab_topk import HeadChoice
+
+logger = logging.getLogger("vllm.dflash_plugin")
 
 Slots = Tensor | Sequence[Tensor | None] | None
 
@@ -81,16 +85,19 @@ class DraftBlock(nn.Module):
 
     Attributes:
         block_size: rows of a block.
+        quantised: the linears that stay as a quantised checkpoint stores them, or None.
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
-        config = required_spec(vllm_config).config
+        spec = required_spec(vllm_config)
+        config, device = spec.config, vllm_config.device_config.device
         first = vllm_config.model_config.get_total_num_hidden_layers()
-        layers = VllmLayers(get_draft_quant_config(vllm_config), prefix, first)
+        self.quantised = quantised_linears(
+            spec, torch.get_default_dtype(), device, quant_config, logger
+        )
+        layers = VllmLayers(get_draft_quant_config(vllm_config), prefix, first, self.quantised)
         self.drafter = Drafter(config, layers)
-        quant_config = layers.common["quant_config"]
-        device = vllm_config.device_config.device
         self.drafter.rotary.to(device)
         self.drafter.requires_grad_(False)
         drafts = vllm_config.speculative_config.num_speculative_tokens
@@ -102,7 +109,7 @@ class DraftBlock(nn.Module):
                 config.attention_scale,
                 num_kv_heads=attention.kv_heads,
                 cache_config=vllm_config.cache_config,
-                quant_config=quant_config,
+                quant_config=layers.common["quant_config"],
                 per_layer_sliding_window=_window(config.layers[index], config.window_from),
                 prefix=layers.full_name(f"layers.{index}.self_attn.attn"),
                 **({} if attention.sinks is None else {"sinks": attention.sinks}),
@@ -136,6 +143,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
 
     plain_linear = UnquantizedLinearMethod
     plain_head = UnquantizedEmbeddingMethod
+    logger = logger
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         nn.Module.__init__(self)
@@ -178,7 +186,8 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         Raises:
             DFlashError: the checkpoint is malformed or maps tokens that the target lacks.
         """
-        fill(self.drafter, self.spec, get_tensor_model_parallel_rank())
+        rank = get_tensor_model_parallel_rank()
+        fill(self.drafter, self.spec, rank, self.model.quantised)
         self.prepare_weights()
         self._draft_columns = draft_columns(self.drafter)
 
@@ -208,6 +217,8 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         self.model.embed_tokens = cast(nn.Module, embedding)
         # Dummy weights are not announced by a loader, so they are prepared here.
         self.prepare_weights()
+        if self.model.quantised is not None:
+            self.model.quantised.check()
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None

@@ -39,6 +39,7 @@ CPU_KERNELS = "vllm.utils.cpu_triton_utils"
 REJECTION = "vllm.v1.sample.rejection_sampler"
 MODEL = "vllm.model_executor.models.qwen3_dflash"
 LINEAR = "vllm.model_executor.layers.linear"
+QUANTIZATION = "vllm.model_executor.layers.quantization"
 EMBEDDING = "vllm.model_executor.layers.vocab_parallel_embedding"
 ATTENTION = "vllm.model_executor.layers.attention.attention"
 METADATA = "vllm.v1.attention.backend"
@@ -230,6 +231,14 @@ _MODEL = (
         "QKVParallelLinear.output_size_per_partition", "QKVParallelLinear.input_size",
         "QKVParallelLinear.quant_method",
     ),
+    *_seams(
+        f"{QUANTIZATION}.base_config", SERVE, "call", "quantised linears of a drafter",
+        "QuantizationConfig.from_config(config)",
+    ),
+    *_seams(QUANTIZATION, SERVE, "call", "quantised linears of a drafter",
+            "get_quantization_config(quantization)"),
+    *_seams(LINEAR, SERVE, "call", "checks a drafter's quantised linears",
+            "LinearMethodBase.apply(layer, x, bias)"),
     *_seams(
         EMBEDDING, SERVE, "call", "the drafter's own head",
         "ParallelLMHead(num_embeddings, embedding_dim, *, prefix)",
