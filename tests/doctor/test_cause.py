@@ -112,8 +112,8 @@ def test_what_the_texts_cannot_tell_is_said():
     )
     assert found.exit_code == 0
     assert found.checks[0].finding == (
-        "window is fine; cannot be told: windows of 99 positions; long window: the same drafts on "
-        "these texts"
+        "window is fine: 1 other tried, none better; cannot be told: windows of 99 positions; long "
+        "window: the same drafts on these texts"
     )
 
 
