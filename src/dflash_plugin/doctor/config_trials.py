@@ -153,6 +153,7 @@ def search_attention(trials: Trials, directory: Path) -> Search:
     length = int(trials.texts.batch.lengths.max())
     windows = sorted({layer.sliding_window for layer in config.layers}, key=lambda w: w or 0)
     shown = ", ".join(f"window {w}" if w else "full" for w in windows)
+    causality = "causal" if config.layers[0].causal else "not causal"
     path = directory / "config.json"
 
     def layers(**change: Any) -> DrafterConfig:
@@ -199,10 +200,10 @@ def search_attention(trials: Trials, directory: Path) -> Search:
         )
     return Search(
         "window and causality",
-        f"{shown}, {'causal' if config.layers[0].causal else 'not causal'}, against no window, the "
-        "target's window, common ones and the other causality",
+        f"{shown}, {causality}, against no window, the target's window, common ones and the other "
+        "causality",
         settings,
-        shown,
+        f"{shown}, {causality}",
         blind=[f"windows of {length} positions and more, since no text is longer"],
     )
 
