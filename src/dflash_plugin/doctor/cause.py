@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dflash_plugin.doctor.comparison import compare
+from dflash_plugin.doctor.comparison import SURE, compare
 from dflash_plugin.doctor.report import Certainty, Check
 from dflash_plugin.doctor.trials import Search, Setting, Tell, Trials, Tried
 
@@ -213,12 +213,16 @@ def _unmoved(check: Check, tried: Sequence[Tried], *, certain: bool) -> Check:
         tried: its settings.
         certain: whether it needs no more texts, as another check or the known answers tell enough.
     """
-    longer = [each for each in tried if each.compared and each.compared.by_length]
+    longer = [
+        each
+        for each in tried
+        if each.compared and each.compared.by_length and each.compared.chance < SURE
+    ]
     if longer:
         best = max(longer, key=_tau)
         check = check.note(
-            f"{check.finding}; {best.setting.label} takes {best.compared}, by its further drafts "
-            "alone, which does not tell what it was trained with"
+            f"{check.finding}; {best.setting.label} takes {best.compared}, which does not tell "
+            "what it was trained with"
         )
     hidden = [
         each.setting.label

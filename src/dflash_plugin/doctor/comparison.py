@@ -114,8 +114,8 @@ class Comparison(NamedTuple):
 
     @property
     def by_length(self) -> bool:
-        """Whether the other setting accepts more, by further drafts and by less than counts."""
-        return self.leading is not None and self.chance < SURE and self.judged() == "no more"
+        """Whether the other setting drafts more, and is no better in what both draft."""
+        return self.leading is not None and self.leading.judged() == "no more"
 
     def is_loss(self) -> bool:
         """Whether the other setting accepts less, by a standard error."""
@@ -134,9 +134,10 @@ class Comparison(NamedTuple):
         chance = f"p {self.chance:.4f}" if self.chance >= SURE else f"p < {SURE}"
         sharper = min(self._gains(), key=lambda gain: gain.chance)
         drawn = "" if sharper is self.accepted else f"; were drafts drawn, {sharper}"
+        length = ", by its further drafts alone" if self.by_length else ""
         return (
             f"τ from {self.accepted.base_tau:.2f} to {self.accepted.tau:.2f} ({self.accepted}, "
-            f"{self.blocks} blocks{drawn}, {chance})"
+            f"{self.blocks} blocks{drawn}, {chance}){length}"
         )
 
 
