@@ -188,10 +188,37 @@ def test_images_that_a_drafter_does_not_see():
         assert "reads images" in found.finding
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_over_http(kind):
-    """A server whose answers the other tests of its client use too."""
-    with serving(kind) as fake:
-        checks = check_setup(inspect_server(ServerClient(fake.url)), PLAIN)
-    assert [check.name for check in checks] == NAMES
-    assert "unknown" in {check.name: check for check in checks}["attention back end"].finding
+def over_http(kind: str, config: DrafterConfig = PLAIN, **told: Any) -> dict[str, str]:
+    """What doctor finds at a server in this process."""
+    with serving(kind, told=told) as fake:
+        checks = check_setup(inspect_server(ServerClient(fake.url)), config)
+    return {check.name: check.finding for check in checks}
+
+
+def test_all_that_a_vllm_server_tells_over_http():
+    lines = [
+        labels("dflash:engine_info", {"runner": "v1", "selector": "no", "multimodal": "yes"}),
+        labels("dflash:worker_info", FACTS | {"draft_graphs": "no"}),
+        "dflash:kv_cache_groups 5\n",
+        "dflash:kv_cache_tokens_lost 400\n",
+    ]
+    told = dict(line.rstrip().rsplit(" ", 1) for line in lines)
+    found = over_http("vllm", SELECTING, **told)
+    assert list(found) == NAMES
+    assert found["server layout"].startswith("unknown"), "its drafter_info has no dialect"
+    assert found["kv cache"].startswith("5 KV groups")
+    assert found["attention back end"] == "FLASH_ATTN"
+    assert "the V1 runner drafts without the selector" in found["model runner"]
+    assert found["draft pass"].startswith("eager")
+    assert "reads images" in found["images"]
+    assert "unknown" in over_http("vllm")["attention back end"]
+
+
+def test_all_that_an_sglang_server_tells_over_http():
+    facts = {"attention_backend": "TritonAttnBackend", "draft_graphs": "yes"}
+    found = over_http("sglang", dialect="specforge", block_size=6, **facts)
+    assert list(found) == NAMES
+    assert "the server read as specforge, block size 6, and here" in found["server layout"]
+    assert found["attention back end"] == "TritonAttnBackend"
+    assert found["draft pass"].startswith("a CUDA graph")
+    assert "unknown" in over_http("sglang")["draft pass"]
