@@ -77,9 +77,7 @@ def _cache(server: InspectedServer) -> Check:
     if server.engine == "vllm":
         told, lost_there = server.snapshot.cache_groups, server.snapshot.cache_tokens_lost
         if told is None or lost_there is None:
-            return _unknown(
-                name, "in how many groups its cache is, nor what the drafter takes", server
-            )
+            return _unknown(name, "in how many groups its cache is divided", server)
         groups, lost = int(told), int(lost_there)
         tokens = _integer(server.snapshot.cache.get("kv_cache_size_tokens"))
         evidence = {"groups": groups, "tokens": tokens}
