@@ -105,6 +105,43 @@ def test_a_small_gain_beyond_chance_is_neither_healthy_nor_a_fault():
     assert diagnosed(many, one("block", setting("size"))).exit_code == 0
 
 
+def test_of_two_settings_that_are_close_none_is_pointed_at():
+    """Neither is a note because of the other, and the fix is to ask more."""
+    gains = {"size": (EVERY % 40 == 0).long(), "causality": (EVERY % 32 == 0).long()}
+    many = MadeUp(gains)
+    many.base = accepting(BASE.repeat(8))
+
+    def tried(each):
+        accepted = accepting((BASE + gains[each.label]).repeat(8))
+        return Tried(each, compare(accepted, many.base), accepted)
+
+    many.by_acceptance = tried
+    found = diagnosed(many, one("block", setting("size")), one("window", setting("causality")))
+    assert {check.status for check in found.checks} == {"undecided"}
+    assert "block: size takes" in found.verdict
+    assert "; or window: causality takes" in found.verdict
+    assert "more prompts" in str(found.fix)
+    assert "fix " not in str(found.fix)
+
+
+def test_a_setting_of_another_check_that_explains_as_much_is_named():
+    gains = {"size": (EVERY % 2).long(), "causality": (EVERY % 2).long()}
+    found = diagnosed(
+        MadeUp(gains), one("window", setting("causality")), one("block", setting("size", 0))
+    )
+    assert [check.name for check in found.faults] == ["block"]
+    assert "not told from it: causality" in found.verdict
+
+
+def test_a_check_claims_no_more_than_it_tried():
+    gains = {"long": -(EVERY % 2).long(), "short": -(EVERY % 2).long()}
+    some = diagnosed(MadeUp(gains), one("size", setting("long"), setting("short")), one("anchor"))
+    assert [check.finding for check in some.checks] == [
+        "size is fine: 2 others tried, none better",
+        "anchor is fine: no other tried",
+    ]
+
+
 def test_what_the_texts_cannot_tell_is_said():
     gains = {"long window": torch.zeros_like(BASE)}
     found = diagnosed(
@@ -112,8 +149,8 @@ def test_what_the_texts_cannot_tell_is_said():
     )
     assert found.exit_code == 0
     assert found.checks[0].finding == (
-        "window is fine; cannot be told: windows of 99 positions; long window: the same drafts on "
-        "these texts"
+        "window is fine: 1 other tried, none better; cannot be told: windows of 99 positions; long "
+        "window: the same drafts on these texts"
     )
 
 

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dflash_plugin.doctor.acceptance import BlockAcceptance
-from dflash_plugin.doctor.comparison import MATTERS, NEAR, NEARLY, SURE, Comparison, Gain, compare
+from dflash_plugin.doctor.comparison import (
+    COSTLY,
+    MATTERS,
+    NEAR,
+    NEARLY,
+    SURE,
+    Comparison,
+    Gain,
+    compare,
+)
 
 BLOCKS = 160
 
@@ -105,6 +114,56 @@ def test_longer_blocks_are_judged_where_the_text_is_long_enough():
     found = compare(BlockAcceptance(hits, room, base.stretches), short)
     assert found.blocks == BLOCKS - 40
     assert found.accepted[:2] == (8, 16)
+
+
+def longer(further: int, worse: int = 0) -> Comparison:
+    """Blocks of 15 drafts against 7; every ``further``-th accepts 8 more than those of 7 can.
+
+    Args:
+        further: of the blocks.
+        worse: blocks that lose their last draft of 7.
+    """
+    runs = torch.full((BLOCKS,), 3)
+    runs[::further] = 7
+    more = torch.where(runs == 7, 15, runs)
+    more[1 : 1 + 4 * worse : 4] -= 1
+    room, stretches = torch.full((BLOCKS,), 15), torch.arange(BLOCKS) // 4
+    other, base = (
+        BlockAcceptance(torch.arange(drafts)[None] < some[:, None], room, stretches)
+        for drafts, some in ((15, more), (7, runs))
+    )
+    return compare(other, base)
+
+
+def test_further_drafts_alone_have_to_be_worth_a_lot():
+    assert longer(8).judged() == "more"
+    assert longer(8).by_length
+    little = longer(80)
+    assert little.accepted.tokens > MATTERS * (little.accepted.base_tau - 1)
+    assert (little.judged(), little.by_length) == ("no more", True)
+    assert longer(8, worse=40).leading.tokens < 0
+
+
+@given(gain=st.floats(0.02, 1), error=st.floats(0.001, 0.2), base_tau=st.floats(2, 5))
+def test_further_drafts_that_may_be_worth_it_are_undecided(gain, error, base_tau):
+    """No threshold is missed by a little: what may reach it is not decided against."""
+    none = Gain(base_tau, base_tau - 0.01, 0.02, 1.0)
+    accepted = Gain(base_tau, base_tau + gain, error, SURE / 2)
+    judged = Comparison(accepted, None, BLOCKS, False, none).judged()
+    needed = COSTLY * (base_tau - 1)
+    if gain >= needed:
+        assert judged == "more"
+    elif gain + 2 * error >= needed:
+        assert judged == "undecided"
+    else:
+        assert judged == "no more"
+
+
+def test_what_both_draft_decides_where_it_is_better():
+    sure = Gain(3.0, 3.2, 0.02, SURE / 2)
+    assert Comparison(sure, None, BLOCKS, False, sure).judged() == "more"
+    vague = Gain(3.0, 3.1, 0.05, NEAR / 2)
+    assert Comparison(sure, None, BLOCKS, False, vague).judged() == "undecided"
 
 
 def test_few_blocks_may_hide_a_gain():

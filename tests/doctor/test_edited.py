@@ -8,8 +8,13 @@ from __future__ import annotations
 import pytest
 
 from dflash_plugin.doctor import diagnose
+from tests.doctor.test_doctor import DFLASH2
 
 IDS = [5, 13, 21, 28]
+
+
+def statuses(found):
+    return {check.name: check.status for check in found.checks}
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,21 @@ def test_the_edited_setting_is_the_one_cause(pair, planted, name, changes, fix):
     assert fix in str(found.fix)
     assert "±" in found.verdict
     assert found.exit_code == 1
+
+
+def test_causality_is_not_taken_for_a_short_block(pair, planted):
+    """Where no row sees later ones, a longer block loses nothing and commits a little more."""
+    found = diagnose(pair, planted(record=False, is_causal=True))
+    assert statuses(found)["block size"] in ("ok", "note")
+    assert statuses(found)["window and causality"] in ("fault", "undecided")
+    assert "window and causality: the other causality" in found.verdict
+    assert "set is_causal to false in" in str(found.fix)
+
+
+def test_longer_blocks_that_commit_a_little_more_are_no_fault(pair, planted):
+    found = diagnose(pair, planted(record=False, of=DFLASH2))
+    assert found.exit_code == 0, found.verdict
+    assert statuses(found)["block size"] == "note"
 
 
 def test_two_rope_thetas_that_differ_are_named(pair, planted):

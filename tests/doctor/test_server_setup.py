@@ -15,9 +15,10 @@ from dflash_plugin.monitor.client import ServerClient
 from tests.helpers.fake_server import serving
 from tests.helpers.tiny import DFLASH2, tiny_config
 
-V2 = {
-    "runner": "v2", "draft_graphs": "yes", "attention_backend": "FLASH_ATTN", "selector": "none",
-    "multimodal": "no",
+V2 = {"runner": "v2", "selector": "none", "multimodal": "no"}
+FACTS = {
+    "attention_backend": "FLASH_ATTN", "draft_attention_backend": "FLASH_ATTN",
+    "draft_graphs": "yes",
 }  # fmt: skip
 CACHE = {"num_gpu_blocks": "100", "block_size": "16", "kv_cache_size_tokens": "1600"}
 PLAIN = tiny_config()
@@ -32,13 +33,19 @@ def labels(name: str, values: dict[str, str]) -> str:
 
 def vllm(
     setup: dict[str, str] | None = V2,
-    cache: dict[str, str] = CACHE,
+    facts: dict[str, str] | None = FACTS,
     drafter: dict[str, str] | None = None,
+    groups: tuple[int, int] | None = (1, 0),
 ) -> dict[str, Any]:
+    """A server without the plugin, where ``setup`` is None; an idle one, where the next is."""
     told = {"dialect": PLAIN.dialect, "block_size": str(PLAIN.block_size)} | (drafter or {})
-    text = "vllm:spec_decode_num_drafts_total 9\n" + labels("vllm:cache_config_info", cache)
+    text = "vllm:spec_decode_num_drafts_total 9\n" + labels("vllm:cache_config_info", CACHE)
     if setup is not None:
         text += labels("dflash:drafter_info", told) + labels("dflash:engine_info", setup)
+        if facts is not None:
+            text += labels("dflash:worker_info", facts)
+        if groups is not None:
+            text += "dflash:kv_cache_groups {}\ndflash:kv_cache_tokens_lost {}\n".format(*groups)
     return {"/metrics": text}
 
 
@@ -49,6 +56,7 @@ def sglang(
     **arguments: Any,
 ) -> dict[str, Any]:
     plugin = {"dialect": PLAIN.dialect, "block_size": PLAIN.block_size, "draft_pool_bytes": 2**28}
+    plugin |= dict.fromkeys(FACTS, "fa3") | {"draft_graphs": "yes"}
     internal: dict[str, Any] = {"memory_usage": memory or {"token_capacity": 1000, "kvcache": 4.0}}
     internal |= {"dflash_plugin": plugin | (state or {})} if state is not None else {}
     return {
@@ -79,7 +87,7 @@ def test_a_server_that_runs_well_is_ok(answers):
 
 
 def test_what_a_server_does_not_say_is_unknown():
-    for answers in (vllm(None, {}), {"/server_info": {"speculative_algorithm": "DFLASH"}}):
+    for answers in (vllm(None), {"/server_info": {"speculative_algorithm": "DFLASH"}}):
         found = checked(answers)
         unknown = {name for name, check in found.items() if check.finding.startswith("unknown: ")}
         # A drafter without a selector runs as well in SGLang's own worker.
@@ -98,15 +106,24 @@ def test_the_layout_and_block_size_that_were_read():
     assert "block size 16" in size.finding
 
 
+def test_an_idle_server_tells_the_rest_with_its_first_request():
+    found = checked(vllm(facts=None, groups=None))
+    later = {name for name, check in found.items() if "first request" in check.finding}
+    assert later == {"kv cache", "attention back end", "draft pass"}
+    assert all("leave --no-ask out" in str(found[name].fix) for name in later)
+    assert {check.status for name, check in found.items() if name not in later} == {"ok"}
+
+
 def test_kv_groups_and_the_tokens_that_they_cost():
-    split = checked(vllm(cache=CACHE | {"kv_cache_size_tokens": "400"}))["kv cache"]
-    assert split.evidence["groups"] == 4
-    assert split.evidence["tokens_lost"] == 1200
-    assert "400 tokens, which their blocks hold in 4 KV groups" in split.finding
+    """As the gauges say, whatever the cache's blocks and tokens would suggest."""
+    split = checked(vllm(groups=(5, 400)))["kv cache"]
+    assert split.evidence == {"groups": 5, "tokens": 1600, "tokens_lost": 400}
+    assert split.finding.startswith("5 KV groups")
+    assert "the cache would hold 400 more" in split.finding
     assert split.status == "note"
-    whole = checked(vllm())["kv cache"]
-    assert (whole.evidence["groups"], whole.evidence["tokens_lost"]) == (1, 0)
-    assert whole.finding == "1,600 tokens, which their blocks hold in 1 KV group"
+    few = checked(vllm(groups=(1, 100)))["kv cache"]
+    assert few.status == "ok"
+    assert few.finding.startswith("1 KV group, ")
 
 
 def test_the_pool_of_the_drafter_in_sglang():
@@ -121,11 +138,14 @@ def test_the_pool_of_the_drafter_in_sglang():
 
 def test_the_attention_back_end():
     assert checked(vllm())["attention back end"].finding == "FLASH_ATTN"
-    auto = checked(vllm(V2 | {"attention_backend": "auto"}))["attention back end"]
-    assert auto.finding.startswith("unknown: ")
-    assert "its log names it" in auto.finding
-    two = checked(sglang(state={}, speculative_draft_attention_backend="triton"))
-    assert two["attention back end"].finding == "fa3, triton for drafts"
+    hybrid = FACTS | {"attention_backend": "FLASHINFER+GDN_ATTN"}
+    found = checked(vllm(facts=hybrid))["attention back end"]
+    assert found.finding == "FLASHINFER+GDN_ATTN, FLASH_ATTN for drafts"
+    chosen = {"attention_backend": "TritonAttnBackend"}
+    flagged = checked(sglang(state=chosen, attention_backend="fa3"))["attention back end"]
+    assert flagged.finding.startswith("TritonAttnBackend"), "what runs, not what was asked for"
+    native = checked(sglang(speculative_draft_attention_backend="triton"))["attention back end"]
+    assert native.finding == "fa3, triton for drafts"
 
 
 def test_a_runner_without_the_selector():
@@ -142,15 +162,20 @@ def test_a_runner_without_the_selector():
 
 
 def test_an_eager_draft_pass():
-    for answers in (
-        vllm(V2 | {"draft_graphs": "no"}),
-        sglang(state={}, disable_cuda_graph=True),
-        sglang(state={}, device="cpu"),
+    eager = {"draft_graphs": "no"}
+    for answers, fix in (
+        (vllm(facts=FACTS | eager), "without --enforce-eager"),
+        (vllm(V2 | {"runner": "v1"}, FACTS | eager), "VLLM_USE_V2_MODEL_RUNNER=1"),
+        (sglang(state=eager), "without --disable-cuda-graph"),
+        # SGLang's own worker says nothing but its flags.
+        (sglang(disable_cuda_graph=True), "without --disable-cuda-graph"),
+        (sglang(device="cpu"), "serve on a GPU"),
     ):
         found = checked(answers)["draft pass"]
         assert found.status == "note"
         assert found.finding.startswith("eager")
-        assert "serve without" in str(found.fix)
+        assert fix in str(found.fix)
+    assert checked(sglang())["draft pass"].finding.startswith("unknown: ")
 
 
 def test_images_that_a_drafter_does_not_see():
@@ -163,10 +188,37 @@ def test_images_that_a_drafter_does_not_see():
         assert "reads images" in found.finding
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang"])
-def test_over_http(kind):
-    """A server whose answers the other tests of its client use too."""
-    with serving(kind) as fake:
-        checks = check_setup(inspect_server(ServerClient(fake.url)), PLAIN)
-    assert [check.name for check in checks] == NAMES
-    assert "unknown" in {check.name: check for check in checks}["attention back end"].finding
+def over_http(kind: str, config: DrafterConfig = PLAIN, **told: Any) -> dict[str, str]:
+    """What doctor finds at a server in this process."""
+    with serving(kind, told=told) as fake:
+        checks = check_setup(inspect_server(ServerClient(fake.url)), config)
+    return {check.name: check.finding for check in checks}
+
+
+def test_all_that_a_vllm_server_tells_over_http():
+    lines = [
+        labels("dflash:engine_info", {"runner": "v1", "selector": "no", "multimodal": "yes"}),
+        labels("dflash:worker_info", FACTS | {"draft_graphs": "no"}),
+        "dflash:kv_cache_groups 5\n",
+        "dflash:kv_cache_tokens_lost 400\n",
+    ]
+    told = dict(line.rstrip().rsplit(" ", 1) for line in lines)
+    found = over_http("vllm", SELECTING, **told)
+    assert list(found) == NAMES
+    assert found["server layout"].startswith("unknown"), "its drafter_info has no dialect"
+    assert found["kv cache"].startswith("5 KV groups")
+    assert found["attention back end"] == "FLASH_ATTN"
+    assert "the V1 runner drafts without the selector" in found["model runner"]
+    assert found["draft pass"].startswith("eager")
+    assert "reads images" in found["images"]
+    assert "unknown" in over_http("vllm")["attention back end"]
+
+
+def test_all_that_an_sglang_server_tells_over_http():
+    facts = {"attention_backend": "TritonAttnBackend", "draft_graphs": "yes"}
+    found = over_http("sglang", dialect="specforge", block_size=6, **facts)
+    assert list(found) == NAMES
+    assert "the server read as specforge, block size 6, and here" in found["server layout"]
+    assert found["attention back end"] == "TritonAttnBackend"
+    assert found["draft pass"].startswith("a CUDA graph")
+    assert "unknown" in over_http("sglang")["draft pass"]

@@ -32,6 +32,8 @@ class Fake:
         error: status and text of every answer.
         api_key: what requests must bring, but for /metrics, as SGLang requires it.
         dies_at: number of the request at which the server goes away without an answer.
+        told: what it tells of itself besides: vLLM's further lines of metrics, by name and labels,
+            with their values; the plugin's entries in SGLang's /server_info.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Fake:
     error: tuple[int, str] | None = None
     api_key: str | None = None
     dies_at: int | None = None
+    told: dict[str, Any] = field(default_factory=dict)
     url: str = ""
     seen: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
@@ -91,6 +94,7 @@ class Fake:
         lines = ["# HELP a comment", f"vllm:generation_tokens_total{{{label}}} {self.tokens}.0"]
         if self.speculative:
             lines.append('dflash:drafter_info{block_size="6",plugin="9.9"} 1.0')
+            lines += [f"{name} {value}" for name, value in self.told.items()]
             lines.append(f"vllm:spec_decode_num_drafts_total{{{label}}} {float(self.passes)}")
             lines += [
                 f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{label},position="{k}"}} {n}'
@@ -99,7 +103,7 @@ class Fake:
         return "\n".join(lines) + "\n"
 
     def server_info(self) -> dict[str, Any]:
-        state = {"dflash_plugin": {"version": "9.9", "verify_passes": self.passes}}
+        state = {"dflash_plugin": {"version": "9.9", "verify_passes": self.passes, **self.told}}
         return {
             "version": "0.5.20",
             "model_path": "org/fake",

@@ -10,9 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from dflash_plugin.bench.schema import Record, read_record
+from dflash_plugin.checkpoints.hub import resolve_drafter
+from dflash_plugin.checkpoints.io import load_config
 from dflash_plugin.cli.main import app
 from dflash_plugin.doctor.probe import Probe, Question, ServerProber
 from dflash_plugin.doctor.server import check_server, inspect_server
+from dflash_plugin.doctor.server_setup import check_setup
 from dflash_plugin.monitor.client import ServerClient
 from tests.helpers.http_server import HttpServer
 
@@ -57,6 +60,8 @@ def check_doctor_and_top(
 ) -> tuple[Probe, str]:
     """Doctor's part of a server finds it healthy: the same texts, the same passes; top agrees.
 
+    Nothing of how the server runs the drafter is left unknown.
+
     Args:
         server: of the shipped drafter.
         reference: what the core writes, by ``prompts`` and ``results``.
@@ -87,6 +92,13 @@ def check_doctor_and_top(
     assert after[passes] - before[passes] == 2 * len(committed)
     checks = {each.name: each for each in check_server(inspected, reference_tau, 3.31, probe)}
     assert not [each for each in checks.values() if each.status in ("fault", "unchecked")]
+    setup = {
+        each.name: each.finding
+        for each in check_setup(inspected.again(), load_config(resolve_drafter(None, "smollm2")))
+    }
+    assert not [name for name, said in setup.items() if said.startswith("unknown")], setup
+    assert setup["server layout"] == "read as z-lab, block size 8"
+    assert setup["draft pass"].startswith("eager")
     counted = checks["served acceptance"].evidence
     assert counted["passes"] == before[passes]
     stood, more = (

@@ -90,6 +90,8 @@ def test_metrics(server):
     assert found["dflash:expected_acceptance_length"] == pytest.approx(3.31, abs=0.01)
     assert found["dflash:drafter_info"] == 1
     assert found["dflash:engine_info"] == 1
+    assert found["dflash:worker_info"] == 1
+    assert found["dflash:kv_cache_groups"] == 1
     assert found["dflash:acceptance_warnings_total"] == 0
     assert "dflash:proposed_drafts_total" not in found  # only with adaptive verification
 

@@ -10,10 +10,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from torch import Tensor
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
+from dflash_plugin.serving.prometheus import WORKER_FACTS
 from dflash_plugin.sglang import arguments, compat, metrics, penalties, register, sampling
 from dflash_plugin.sglang.names import ARCHITECTURE
 from dflash_plugin.sglang.options import DrafterSpec, Options, drafter_spec, read_options
@@ -456,6 +458,17 @@ def counting(checkpoint: Path) -> metrics.AcceptanceCounts:
         expected_acceptance_length=3.0,
     )
     return metrics.AcceptanceCounts(spec, 3, None)
+
+
+def test_how_the_worker_runs_both_models_is_told(tmp_path):
+    facts = dict(
+        zip(WORKER_FACTS, ("FlashAttentionBackend", "TritonAttnBackend", "no"), strict=True)
+    )
+    spec = counting(tmp_path).info
+    summary = metrics.AcceptanceCounts(spec, 3, "told", facts=facts).summary()
+    assert summary.items() >= facts.items()
+    told = {"model_name": "told", **facts}
+    assert REGISTRY.get_sample_value("dflash:worker_info", told) == 1
 
 
 def test_acceptance_is_counted_by_position(tmp_path, caplog):

@@ -16,6 +16,7 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import after_import as hooks
 from dflash_plugin.serving import engine_surface
 from dflash_plugin.serving.drafter_spec import DrafterSpec
+from dflash_plugin.serving.prometheus import WORKER_FACTS
 from dflash_plugin.serving.sources import Source
 from dflash_plugin.vllm import adaptive, arguments, compat, metrics, options, plugin, surface
 from dflash_plugin.vllm.draft_logits import DraftLogits
@@ -678,7 +679,7 @@ def test_nothing_left_to_verify_needs_no_constraints():
 def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
     """Those of steps whose statistics nobody gets go with the next ones."""
     stats = SimpleNamespace()
-    counted, recorded, gauged = [], [], []
+    counted, recorded, gauged, sampled = [], [], [], []
 
     class Outputs:
         __struct_fields__ = ("scheduler_stats",)
@@ -690,11 +691,17 @@ def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
         def __post_init__(self):
             pass
 
-    class Runner:
-        adaptive_verification = None
+    class Worker:
+        def __init__(self):
+            self.model_runner = SimpleNamespace(adaptive_verification=None)
+            self.inner = SimpleNamespace()
 
         def sample_tokens(self, grammar_output):
-            return SimpleNamespace(model_runner_output=SimpleNamespace())
+            # The V2 runner's output, the V1 runner's with and without asynchronous scheduling.
+            wrapped = {"model_runner_output": self.inner}, {"_model_runner_output": self.inner}
+            number = len(sampled) % 3
+            sampled.append(number)
+            return SimpleNamespace(**wrapped[number]) if number < 2 else self.inner
 
     class Scheduler:
         vllm_config = SimpleNamespace(dflash_counts={"kv_cache_groups": 5})
@@ -710,7 +717,7 @@ def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
         def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0):
             recorded.append((scheduler_stats, engine_idx))
 
-    Runner.sample_tokens = metrics.attach_counts(Runner.sample_tokens)
+    Worker.sample_tokens = metrics.attach_counts(Worker.sample_tokens)
     Scheduler.update_from_output = metrics.send_counts(Scheduler.update_from_output)
     Logger.record = metrics.export_counts(Logger.record)
     monkeypatch.setattr(metrics, "count_budget", lambda *args: counted.append(args))
@@ -718,32 +725,33 @@ def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
     ours.labels, ours.values = ("engine",), {2: ["2"]}
     gauge = SimpleNamespace(labels=lambda *names: SimpleNamespace(set=gauged.append))
     ours.cache = {"kv_cache_groups": gauge}
-    runner, scheduler, logger = Runner(), Scheduler(), Logger(ours)
+    facts = ("FLASH_ATTN", "FLASH_ATTN+GDN_ATTN", "no")
+    told = SimpleNamespace(
+        labels=lambda *values: SimpleNamespace(set=lambda one: gauged.append((*values, one)))
+    )
+    monkeypatch.setattr(metrics, "worker_info", lambda labels: told)
+    worker, scheduler, logger = Worker(), Scheduler(), Logger(ours)
+    metrics.attach(
+        worker, {f"{name}:{value}": 1 for name, value in zip(WORKER_FACTS, facts, strict=True)}
+    )
     for saved, is_sent in ((None, True), (3, True), (4, False), (9, True), (9, True)):
         if saved is not None:
             policy = SimpleNamespace(counts=lambda saved=saved: {"saved": saved})
-            runner.adaptive_verification = object.__new__(adaptive.AdaptiveManager)
-            runner.adaptive_verification.policy = policy
-        scheduler.update_from_output(is_sent, runner.sample_tokens(None).model_runner_output)
+            manager = object.__new__(adaptive.AdaptiveManager)
+            manager.policy = policy
+            worker.model_runner.adaptive_verification = manager
+        worker.inner = SimpleNamespace()
+        worker.sample_tokens(None)
+        scheduler.update_from_output(is_sent, worker.inner)
         logger.record(stats if is_sent else None, None, mm_cache_stats=None, engine_idx=2)
     assert counted == [(("engine",), ["2"], {"saved": n}) for n in (3, 6)]
-    assert gauged == [5], "once, with the first statistics"
+    assert gauged == [5, ("2", *facts, 1)], "once, with the first statistics"
     assert recorded == [(stats, 2), (stats, 2), (None, 2), (stats, 2), (stats, 2)]
     Logger(None).record(stats, None)
 
 
-@pytest.mark.parametrize(
-    ("is_v2", "decodes", "backend", "expected"),
-    [
-        (True, "FULL", None, ("v2", "yes", "auto")),
-        (True, "NONE", "FLASH_ATTN", ("v2", "no", "FLASH_ATTN")),
-        # The V1 runner captures no graph of the draft pass.
-        (False, "FULL", "TRITON_ATTN", ("v1", "no", "TRITON_ATTN")),
-    ],
-)
-def test_the_metrics_tell_how_the_engine_runs_the_drafter(
-    tmp_path, monkeypatch, is_v2, decodes, backend, expected
-):
+@pytest.mark.parametrize(("is_v2", "expected"), [(True, "v2"), (False, "v1")])
+def test_the_metrics_tell_how_the_engine_runs_the_drafter(tmp_path, monkeypatch, is_v2, expected):
     shown = []
 
     class Gauge:
@@ -758,7 +766,7 @@ def test_the_metrics_tell_how_the_engine_runs_the_drafter(
             made = ours if drafter_spec(vllm_config.speculative_config) else None
             self.spec_decoding_prom = SimpleNamespace(dflash=made)
 
-    facts = ("runner", "draft_graphs", "attention_backend", "selector", "multimodal")
+    facts = ("runner", "selector", "multimodal")
     monkeypatch.setattr(
         metrics,
         "engine_info",
@@ -768,16 +776,12 @@ def test_the_metrics_tell_how_the_engine_runs_the_drafter(
     draft = SimpleNamespace(hf_config=SimpleNamespace(**staged))
     config = SimpleNamespace(
         use_v2_model_runner=is_v2,
-        compilation_config=SimpleNamespace(
-            cudagraph_mode=SimpleNamespace(decode_mode=lambda: SimpleNamespace(name=decodes))
-        ),
-        attention_config=SimpleNamespace(backend=backend and SimpleNamespace(name=backend)),
         model_config=SimpleNamespace(is_multimodal_model=True),
         speculative_config=SimpleNamespace(draft_model_config=draft),
     )
     Logger.__init__ = metrics.tell_setup(Logger.__init__)
     Logger(config, [0])
-    assert shown == [("0", *expected, "yes", "yes"), 1]
+    assert shown == [("0", expected, "yes", "yes"), 1]
     config.speculative_config = None
     Logger(config)
     assert len(shown) == 2

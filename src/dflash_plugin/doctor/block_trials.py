@@ -48,7 +48,7 @@ def search_block(trials: Trials, directory: Path) -> Search:
         f"block size {config.block_size} ({config.num_draft_tokens} drafts) against "
         f"{', '.join(str(size) for size in sizes if size != config.block_size)}",
         settings,
-        f"{config.block_size}: no other size is better",
+        str(config.block_size),
         blind=[f"block sizes above {max([*sizes, config.block_size])}"],
     )
 
@@ -70,7 +70,7 @@ def search_anchor(trials: Trials, directory: Path) -> Search:
         "anchor",
         f"sample_from_anchor {text} against {other}",
         [] if config.selector is not None else settings,
-        f"sample_from_anchor {text}: the other is not better",
+        f"sample_from_anchor {text}",
     )
 
 

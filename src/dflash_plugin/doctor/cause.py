@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from dflash_plugin.doctor.comparison import compare
+from dflash_plugin.doctor.comparison import SURE, compare
 from dflash_plugin.doctor.report import Certainty, Check
 from dflash_plugin.doctor.trials import Search, Setting, Tell, Trials, Tried
 
@@ -13,7 +13,19 @@ from dflash_plugin.doctor.trials import Search, Setting, Tell, Trials, Tried
 CANDIDATES = 4
 # Share of τ - 1 whose gain few blocks may hide.
 HIDDEN = 0.15
-Found = Mapping[str, Sequence[Tried]]
+MORE_PROMPTS = "run doctor with more prompts (--data, --prompts)"
+
+
+class Cause(NamedTuple):
+    """The setting on top of which the others gain nothing.
+
+    Attributes:
+        tried: it.
+        rivals: others that accept alike, of any check, and on top of which it gains nothing either.
+    """
+
+    tried: Tried
+    rivals: Sequence[Tried]
 
 
 def search(trials: Trials, searches: Sequence[Search], tell: Tell = lambda _: None) -> list[Check]:
@@ -21,7 +33,8 @@ def search(trials: Trials, searches: Sequence[Search], tell: Tell = lambda _: No
 
     A setting is right if it gives the known answers and the checkpoint's settings do not. Then no
     other is tried. Without such a one, a setting is a fault's cause if it accepts more beyond
-    chance. Of several, the cause is the one on top of which the others gain nothing.
+    chance. Of several, the cause is the one on top of which the others gain nothing. While none is
+    beyond chance, none explains another.
 
     Args:
         trials: of the drafter.
@@ -35,7 +48,7 @@ def search(trials: Trials, searches: Sequence[Search], tell: Tell = lambda _: No
     found = _tried(trials, searches, trials.by_acceptance, tell)
     better = [each for tried in found.values() for each in tried if each.judgement != "no more"]
     cause = _cause(trials, better, tell)
-    return [_judged(trials, one, found[one.name], cause) for one in searches]
+    return [_judged(trials, one, found[one.name], better, cause) for one in searches]
 
 
 def _tried(
@@ -61,18 +74,23 @@ def _tried(
     return found
 
 
-def _cause(trials: Trials, better: Sequence[Tried], tell: Tell) -> Tried | None:
+def _cause(trials: Trials, better: Sequence[Tried], tell: Tell) -> Cause | None:
     """Of the settings that accept more, the one that leaves nothing to the others."""
-    surest = [each for each in better if each.judgement == "more"] or better
+    surest = [each for each in better if each.judgement == "more"]
     if not surest:
         return None
     best = max(surest, key=_tau)
-    alike = sorted(_alike(surest, best), key=lambda each: (each.setting.rank, -_tau(each)))
-    for candidate in alike[:CANDIDATES]:
+    alike = _usual_first(_alike(surest, best))[:CANDIDATES]
+    for candidate in alike:
         tell(f"whether it is {candidate.setting.label} alone")
         if all(explained(trials, candidate, other) for other in better if other is not candidate):
-            return candidate
-    return best
+            rivals = [
+                each
+                for each in alike
+                if each is not candidate and explained(trials, each, candidate)
+            ]
+            return Cause(candidate, rivals)
+    return Cause(best, [])
 
 
 def _tau(tried: Tried) -> float:
@@ -91,13 +109,18 @@ def _alike(several: Sequence[Tried], best: Tried) -> list[Tried]:
     ]  # fmt: skip
 
 
+def _usual_first(several: Sequence[Tried]) -> list[Tried]:
+    return sorted(several, key=lambda each: (each.setting.rank, -_tau(each)))
+
+
 def explained(trials: Trials, cause: Tried, other: Tried) -> bool:
     """Whether a setting accepts no more where the cause is mended already."""
     return trials.on_top(cause.setting, other.setting).judged() == "no more"
 
 
 def _check(one: Search, tried: Sequence[Tried], evidence: dict[str, Any]) -> Check:
-    finding = one.well
+    count = f"{len(tried)} other{'' if len(tried) == 1 else 's'} tried, none better"
+    finding = f"{one.well}: {count if tried else 'no other tried'}"
     same = [each.setting.label for each in tried if each.compared and each.compared.same]
     blind = [*one.blind, *([f"{_some(same)}: the same drafts on these texts"] if same else [])]
     if blind:
@@ -133,7 +156,14 @@ def _restored(trials: Trials, one: Search, tried: Sequence[Tried]) -> Check:
     )
 
 
-def _judged(trials: Trials, one: Search, tried: Sequence[Tried], cause: Tried | None) -> Check:
+def _judged(
+    trials: Trials,
+    one: Search,
+    tried: Sequence[Tried],
+    better: Sequence[Tried],
+    cause: Cause | None,
+) -> Check:
+    """The check of one search; ``better`` are the settings of all that accept more."""
     pairs = [(each.setting.label, each.compared) for each in tried if each.compared]
     evidence: dict[str, Any] = {
         "tau": round(trials.base.tau, 3),
@@ -141,34 +171,66 @@ def _judged(trials: Trials, one: Search, tried: Sequence[Tried], cause: Tried | 
         "standard_error": {label: round(compared.error, 3) for label, compared in pairs},
     }
     check = _check(one, tried, evidence)
-    better = [each for each in tried if each.judgement != "no more"]
+    ours = [each for each in tried if each.judgement != "no more"]
     proven = trials.known is not None and not trials.by_record
-    if not better or cause is None:
-        hidden = [label for label, compared in pairs if compared.may_gain(HIDDEN)]
-        if hidden and not proven and cause is None:
-            check.finding += f"; the texts are too few to rule out {_some(hidden)}"
-            check.status = "note"
-        return check
-    if any(each is cause for each in better):
-        shown, others = cause, [each for each in _alike(better, cause) if each is not cause]
+    if not ours:
+        return _unmoved(check, tried, certain=proven or cause is not None)
+    if cause is not None and any(each is cause.tried for each in ours):
+        shown, alike = cause.tried, _alike(ours, cause.tried)
+        alike += [each for each in cause.rivals if each not in alike]
     else:
-        shown, others = max(better, key=_tau), []
+        surest = [each for each in ours if each.judgement == "more"] or ours
+        alike = _usual_first(_alike(surest, max(surest, key=_tau)))
+        shown = alike[0]
     assert shown.compared is not None
     finding = f"{shown.setting.label} takes {shown.compared}"
+    others = [each.setting.label for each in alike if each is not shown]
     if others:
-        check.evidence["alike"] = [each.setting.label for each in others]
-        finding += f"; not told from it: {_some([each.setting.label for each in others])}"
-    if shown is not cause and explained(trials, cause, shown):
-        return check.note(f"{finding}, and nothing on top of {cause.setting.label}")
+        check.evidence["alike"] = others
+        finding += f"; not told from it: {_some(others)}"
+    if cause is not None and shown is not cause.tried and explained(trials, cause.tried, shown):
+        return check.note(f"{finding}, and nothing on top of {cause.tried.setting.label}")
     if shown.judgement == "more":
         return check.fault(finding, shown.setting.fix, Certainty.MEASURED, shown.compared.gain)
     if proven:
         return check.note(f"{finding}; the known answers speak for the checkpoint's settings")
+    only = all(any(each is own for own in ours) for each in better)
     return check.model_copy(
         update={
             "status": "undecided",
             "finding": f"{finding}: too close to decide",
-            "fix": f"run doctor with more prompts (--data, --prompts); if they say the same, "
-            f"{shown.setting.fix}",
+            # One of several that are close may be the cause of all.
+            "fix": MORE_PROMPTS + (f"; if they say the same, {shown.setting.fix}" if only else ""),
         }
     )
+
+
+def _unmoved(check: Check, tried: Sequence[Tried], *, certain: bool) -> Check:
+    """The check of a search of which no setting accepts more.
+
+    Args:
+        check: of the search.
+        tried: its settings.
+        certain: whether it needs no more texts, as another check or the known answers tell enough.
+    """
+    longer = [
+        each
+        for each in tried
+        if each.compared and each.compared.by_length and each.compared.chance < SURE
+    ]
+    if longer:
+        best = max(longer, key=_tau)
+        check = check.note(
+            f"{check.finding}; {best.setting.label} takes {best.compared}, which does not tell "
+            "what it was trained with"
+        )
+    hidden = [
+        each.setting.label
+        for each in tried
+        if each.compared and each.judgement == "no more" and each.compared.may_gain(HIDDEN)
+    ]
+    if hidden and not certain:
+        return check.note(
+            f"{check.finding}; the texts are too few to rule out {_some(hidden)}", MORE_PROMPTS
+        )
+    return check

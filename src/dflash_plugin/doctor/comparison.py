@@ -12,7 +12,7 @@ from dflash_plugin.doctor.acceptance import BlockAcceptance
 
 # Share of τ - 1, and number of tokens, that a setting has to gain.
 MATTERS, SMALLEST = 0.03, 0.03
-# Share of τ - 1 that rounding or a shorter block may cost.
+# Share of τ - 1 that rounding, or a block that is shorter than it could be, may cost.
 COSTLY = 0.15
 # Chance of such a gain between settings that accept alike. A search tries some hundred settings, of
 # which few are a gain: below SURE one is decided, below NEAR it may be one. NEARLY is the share of
@@ -21,6 +21,7 @@ SURE, NEAR, NEARLY = 2e-4, 2e-3, 2 / 3
 FLIPS = 20_000
 
 Judgement = Literal["more", "undecided", "no more"]
+ORDER: tuple[Judgement, ...] = ("no more", "undecided", "more")
 
 
 class Gain(NamedTuple):
@@ -51,6 +52,13 @@ class Gain(NamedTuple):
             return "undecided"
         return "no more"
 
+    def reaches(self, share: float, smallest: float = SMALLEST) -> bool:
+        """Whether a gain of this share of τ - 1 is within two standard errors."""
+        return self.tokens + 2 * self.error >= max(share * (self.base_tau - 1), smallest)
+
+    def __str__(self) -> str:
+        return f"{self.tokens:+.2f} ± {2 * self.error:.2f}"
+
 
 class Comparison(NamedTuple):
     """Acceptance of two settings over the blocks that both can be judged by.
@@ -61,12 +69,15 @@ class Comparison(NamedTuple):
             less from block to block; None where these are not known.
         blocks: compared.
         same: every block accepts as many drafts with either.
+        leading: gain of the drafts that both have, where the other setting has more of them; else
+            None.
     """
 
     accepted: Gain
     drawn: Gain | None
     blocks: int
     same: bool
+    leading: Gain | None = None
 
     @property
     def gain(self) -> float:
@@ -86,11 +97,25 @@ class Comparison(NamedTuple):
     def judged(self, matters: float = MATTERS) -> Judgement:
         """Whether the other setting accepts more, beyond chance and by a share of τ - 1.
 
+        A longer block may commit more whatever it was trained with, by its further drafts. Where
+        these are all that it gains, they have to be worth ``COSTLY``.
+
         Args:
             matters: the share.
         """
-        found = {gain.judged(matters) for gain in self._gains()}
-        return "more" if "more" in found else "undecided" if "undecided" in found else "no more"
+        found = max((gain.judged(matters) for gain in self._gains()), key=ORDER.index)
+        if self.leading is None or found == "no more":
+            return found
+        further = max((gain.judged(COSTLY) for gain in self._gains()), key=ORDER.index)
+        if further == "undecided" and not self.accepted.reaches(COSTLY):
+            further = "no more"
+        alike = min(found, self.leading.judged(matters), key=ORDER.index)
+        return max(alike, further, key=ORDER.index)
+
+    @property
+    def by_length(self) -> bool:
+        """Whether the other setting drafts more, and is no better in what both draft."""
+        return self.leading is not None and self.leading.judged() == "no more"
 
     def is_loss(self) -> bool:
         """Whether the other setting accepts less, by a standard error."""
@@ -99,8 +124,7 @@ class Comparison(NamedTuple):
 
     def may_gain(self, share: float) -> bool:
         """Whether a gain of this share of τ - 1 is within two standard errors."""
-        needed = max(share * (self.accepted.base_tau - 1), 0.1)
-        return not self.same and self.gain + 2 * self.error >= needed
+        return not self.same and self.accepted.reaches(share, 0.1)
 
     def _gains(self) -> list[Gain]:
         # Probabilities alone are no acceptance.
@@ -108,9 +132,12 @@ class Comparison(NamedTuple):
 
     def __str__(self) -> str:
         chance = f"p {self.chance:.4f}" if self.chance >= SURE else f"p < {SURE}"
+        sharper = min(self._gains(), key=lambda gain: gain.chance)
+        drawn = "" if sharper is self.accepted else f"; were drafts drawn, {sharper}"
+        length = ", by its further drafts alone" if self.by_length else ""
         return (
-            f"τ from {self.accepted.base_tau:.2f} to {self.accepted.tau:.2f} ({self.gain:+.2f} ± "
-            f"{2 * self.error:.2f}, {self.blocks} blocks, {chance})"
+            f"τ from {self.accepted.base_tau:.2f} to {self.accepted.tau:.2f} ({self.accepted}, "
+            f"{self.blocks} blocks{drawn}, {chance}){length}"
         )
 
 
@@ -128,12 +155,14 @@ def compare(other: BlockAcceptance, base: BlockAcceptance) -> Comparison:
         keep = whole if whole.any() else keep
     stretches = torch.arange(len(keep)) if base.stretches is None else base.stretches.cpu()
     stretches = stretches[keep.cpu()]
-    drawn = None
+    drawn = leading = None
     if other.expected is not None and base.expected is not None:
         drawn = _gain(other.expected[keep], base.expected[keep], stretches)
     ours, theirs = other.runs[keep], base.runs[keep]
+    if drafts[0] > drafts[1]:
+        leading = _gain(ours.clamp(max=drafts[1]), theirs, stretches)
     return Comparison(
-        _gain(ours, theirs, stretches), drawn, len(ours), bool((ours == theirs).all())
+        _gain(ours, theirs, stretches), drawn, len(ours), bool((ours == theirs).all()), leading
     )
 
 

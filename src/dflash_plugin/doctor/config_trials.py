@@ -46,7 +46,7 @@ def search_dialect(trials: Trials, checkpoint: Checkpoint) -> Search:
         "dialect",
         f"config.json read as {config.dialect}, against every other dialect that can read it",
         settings,
-        f"read as {config.dialect}: no other reading is better",
+        f"read as {config.dialect}",
     )
 
 
@@ -86,9 +86,7 @@ def search_mask(trials: Trials, tokenizer: Any, directory: Path) -> Search:
         )
         for token, word in mask_tokens(tokenizer, embedding).items()
     ]
-    return Search(
-        "mask token", looked_at, settings, f"{config.mask_token_id}: no other token is better"
-    )
+    return Search("mask token", looked_at, settings, str(config.mask_token_id))
 
 
 def search_rope(trials: Trials, directory: Path) -> Search:
@@ -135,7 +133,7 @@ def search_rope(trials: Trials, directory: Path) -> Search:
         f"theta {own.theta:g}, type {own.type}, {'interleaved' if own.interleaved else 'NeoX'} "
         f"against the target's and common values{shown}",
         settings,
-        "no other rotation is better",
+        f"theta {own.theta:g}, {own.type}",
     )
 
 
@@ -155,6 +153,7 @@ def search_attention(trials: Trials, directory: Path) -> Search:
     length = int(trials.texts.batch.lengths.max())
     windows = sorted({layer.sliding_window for layer in config.layers}, key=lambda w: w or 0)
     shown = ", ".join(f"window {w}" if w else "full" for w in windows)
+    causality = "causal" if config.layers[0].causal else "not causal"
     path = directory / "config.json"
 
     def layers(**change: Any) -> DrafterConfig:
@@ -201,10 +200,10 @@ def search_attention(trials: Trials, directory: Path) -> Search:
         )
     return Search(
         "window and causality",
-        f"{shown}, {'causal' if config.layers[0].causal else 'not causal'}, against no window, the "
-        "target's window, common ones and the other causality",
+        f"{shown}, {causality}, against no window, the target's window, common ones and the other "
+        "causality",
         settings,
-        "no other attention is better",
+        f"{shown}, {causality}",
         blind=[f"windows of {length} positions and more, since no text is longer"],
     )
 
@@ -235,5 +234,5 @@ def search_norms(trials: Trials, directory: Path) -> Search:
         f"{config.norm_style} norms and embeddings times {now:.4g}, against the "
         "other norms, plain embeddings and those times √hidden_size",
         settings,
-        f"{config.norm_style} norms: no others are better",
+        f"{config.norm_style} norms",
     )

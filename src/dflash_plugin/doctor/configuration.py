@@ -33,7 +33,11 @@ def check_configuration(directory: Path, target: Path, dialect: Dialect | None) 
                 f"the checkpoint does not read as {dialect}, and does as it is detected: {error}",
                 "leave --dialect (the plugin's option dialect) out",
             )
-        return fault("configuration", str(error), "mend what the message names")
+        fix = (
+            "mend what the message names; of two values keep either and run doctor again, which "
+            "tries others against it"
+        )
+        return fault("configuration", str(error), fix)
     errors = [f for f in report.findings if f.level == "error"]
     if errors:
         text = "; ".join(f"{f.subject}: {f.message}" for f in errors)

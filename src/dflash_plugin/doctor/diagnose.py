@@ -240,10 +240,10 @@ def _measured(
         tell(name)
         checks.append(check())
     if server is not None:
-        if server.speculates:
-            checks += check_setup(server, config)
         tell("sending the prompts to the server")
         probe = server.probe(questions(texts), lambda: decoded_tau(_cut(drafter, server), texts))
+        if server.speculates:
+            checks += check_setup(server.again(), config)
         checks += check_server(server, trials.base.tau, expected, probe)
     return checks
 

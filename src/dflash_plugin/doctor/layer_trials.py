@@ -94,7 +94,9 @@ def search_layers(trials: Trials, directory: Path) -> Search:
         f"target layers {list(ids)} against every id one lower and one higher, the default spread "
         "and single ids one off"
     )
+    blind = []
     if trials.known is None or trials.by_record:
+        blind = ["several ids that are off by different steps"]
         single += one_moved(ids, coarse_layers(num_layers), num_layers)
         looked_at += f", and single ids at every {step}. layer and around the best of these"
     settings += [_with_layers(config, each, directory) for each in single]
@@ -102,8 +104,9 @@ def search_layers(trials: Trials, directory: Path) -> Search:
         "target layers",
         looked_at,
         settings,
-        f"{list(ids)}: no shift and no other single id is better",
+        str(list(ids)),
         finer,
+        blind,
     )
 
 
@@ -114,7 +117,7 @@ def search_order(trials: Trials, directory: Path) -> Search:
         "feature order",
         f"the order {list(config.target_layer_ids)} in which fc reads features, against others",
         [_with_layers(config, ids, directory) for ids in orders(config.target_layer_ids)],
-        "no other order is better",
+        f"as {list(config.target_layer_ids)}",
     )
 
 

@@ -106,14 +106,14 @@ class Diagnosis(BaseModel):
             return f"{first.name}: {first.finding}"
         close = [check for check in self.checks if check.status == "undecided"]
         if close:
-            return f"undecided: {close[0].name}: {close[0].finding}"
+            return "undecided: " + "; or ".join(f"{check.name}: {check.finding}" for check in close)
         missing = [check.name for check in self.checks if check.status == "unchecked"]
         if missing:
             return f"no fault found, but not everything could be checked: {', '.join(missing)}"
         noted = [check.name for check in self.checks if check.status == "note" and check.fix]
         if noted:
             return f"healthy: no fault found; see the notes on {', '.join(noted)}"
-        return "healthy: nothing lowers acceptance"
+        return "healthy: no fault found"
 
     @property
     def fix(self) -> str | None:

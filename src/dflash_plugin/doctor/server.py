@@ -88,6 +88,13 @@ class InspectedServer:
             return None
         return self.prober.probe(self.engine, questions, reference_tau())
 
+    def again(self) -> InspectedServer:
+        """The same server after its prompts; some facts are told with the first request alone."""
+        try:
+            return inspect_server(self.prober.client) if self.prober is not None else self
+        except ServerError:
+            return self
+
 
 def inspect_server(client: ServerClient, prober: ServerProber | None = None) -> InspectedServer:
     """Read a server's metrics and information.

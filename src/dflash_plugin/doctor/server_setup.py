@@ -1,8 +1,8 @@
 """How a running server runs the drafter, as far as it says so over HTTP.
 
-vLLM tells it in the labels of ``dflash:engine_info``, which the plugin exports, and of its own
-``vllm:cache_config_info``; SGLang in ``/server_info`` and ``/model_info``. What a server does not
-say is reported as unknown.
+vLLM tells it in metrics that the plugin exports; those that its workers know are there from the
+first request on. SGLang tells it in ``/server_info`` and ``/model_info``. What a server does not
+say is reported as unknown, and is not concluded from something else.
 """
 
 from __future__ import annotations
@@ -37,9 +37,16 @@ def check_setup(server: InspectedServer, config: DrafterConfig) -> list[Check]:
     ]
 
 
-def _unknown(name: str, what: str) -> Check:
+def _unknown(name: str, what: str, server: InspectedServer | None = None) -> Check:
+    """A note that something is unknown; ``server`` is given where its workers would know."""
     finding = f"unknown: the server does not say {what}"
-    return Check(name=name, status="note", looked_at=WHERE, finding=finding)
+    check = Check(name=name, status="note", looked_at=WHERE, finding=finding)
+    if server is None or not server.plugin or server.engine != "vllm":
+        return check
+    return check.note(
+        f"{finding}; its workers do with the first request's statistics",
+        "send a request, or leave --no-ask out, to a server without --disable-log-stats",
+    )
 
 
 def _layout(server: InspectedServer, config: DrafterConfig) -> Check:
@@ -68,25 +75,23 @@ def _cache(server: InspectedServer) -> Check:
     """KV groups and the tokens that they, or a pool for the drafter, take from the cache."""
     name = "kv cache"
     if server.engine == "vllm":
-        cache = server.snapshot.cache
-        blocks, size, tokens = (
-            _integer(cache.get(key))
-            for key in ("num_gpu_blocks", "block_size", "kv_cache_size_tokens")
-        )
-        if not (blocks and size and tokens):
-            return _unknown(name, "how many tokens its cache holds, nor in how many groups")
-        whole, groups = blocks * size, max(1, round(blocks * size / tokens))
-        evidence = {"groups": groups, "tokens": tokens, "tokens_in_one_group": whole}
-        lost = max(0, whole - tokens)
-        finding = f"{tokens:,} tokens, which their blocks hold in {groups} KV group"
-        finding += "" if groups == 1 else f"s; one group would hold {whole:,}, so {lost:,} are lost"
+        told, lost_there = server.snapshot.cache_groups, server.snapshot.cache_tokens_lost
+        if told is None or lost_there is None:
+            return _unknown(name, "in how many groups its cache is divided", server)
+        groups, lost = int(told), int(lost_there)
+        tokens = _integer(server.snapshot.cache.get("kv_cache_size_tokens"))
+        evidence = {"groups": groups, "tokens": tokens}
+        finding = f"{groups} KV group{'s' if groups > 1 else ''}, each with a block table"
+        finding += "" if tokens is None else f", that hold {tokens:,} tokens"
+        finding += f"; without the drafter the cache would hold {lost:,} more"
+        whole = None if tokens is None else tokens + lost
     else:
         state, internal = plugin_state(server.info), _internal(server)
         memory = internal.get("memory_usage") or {}
         tokens, kv = _integer(memory.get("token_capacity")), memory.get("kvcache")
         pool = state.get("draft_pool_bytes")
         if not tokens or not kv or pool is None:
-            return _unknown(name, "how many tokens its cache and the drafter's pool hold")
+            return _unknown(name, "how many tokens its cache and the drafter's pool hold", server)
         groups = 2 if memory.get("token_capacity_swa") else 1
         lost = int(tokens * (pool / 2**30) / kv)
         whole = tokens + lost
@@ -100,17 +105,15 @@ def _cache(server: InspectedServer) -> Check:
         finding=finding,
         evidence=evidence | {"tokens_lost": lost},
     )
-    return check if lost < MANY_LOST * whole else check.note(finding)
+    return check if whole is None or lost < MANY_LOST * whole else check.note(finding)
 
 
 def _attention(server: InspectedServer) -> Check:
-    name = "attention back end"
-    setup = server.snapshot.setup
-    target = setup.get("attention_backend") or server.info.get("attention_backend")
-    if not target or target == "auto":
-        log = "; its log names it in a line with 'backend'" if server.engine == "vllm" else ""
-        return _unknown(name, f"which one is in use{log}")
-    draft = server.info.get("speculative_draft_attention_backend")
+    name, setup, info = "attention back end", server.snapshot.setup, server.info
+    target = setup.get("attention_backend") or info.get("attention_backend")
+    if not target:
+        return _unknown(name, "which one is in use", server)
+    draft = setup.get("draft_attention_backend") or info.get("speculative_draft_attention_backend")
     finding = f"{target}{f', {draft} for drafts' if draft and draft != target else ''}"
     return Check(name=name, status="ok", looked_at=WHERE, finding=finding)
 
@@ -159,22 +162,27 @@ def _without_selector(name: str, what: str) -> Check:
 
 def _draft_pass(server: InspectedServer) -> Check:
     """Whether the draft pass replays a CUDA graph."""
-    name = "draft pass"
-    if server.engine == "vllm":
-        told = server.snapshot.setup.get("draft_graphs")
-        eager = None if told is None else told == "no"
-        fix = "serve without --enforce-eager, and with a cudagraph_mode whose decode mode is FULL"
-    else:
-        info = server.info
-        told = info.get("disable_cuda_graph")
-        eager = None if told is None else bool(told) or info.get("device") == "cpu"
-        fix = "serve without --disable-cuda-graph"
-    if eager is None:
-        return _unknown(name, "whether the draft pass replays a CUDA graph")
+    name, told = "draft pass", server.snapshot.setup.get("draft_graphs")
+    if told is None and (
+        server.info.get("disable_cuda_graph") or server.info.get("device") == "cpu"
+    ):
+        told = "no"
+    if told is None:
+        return _unknown(name, "whether the draft pass replays a CUDA graph", server)
     finding = "a CUDA graph where the batch is one of the captured sizes"
     check = Check(name=name, status="ok", looked_at=WHERE, finding=finding)
-    if not eager:
+    if told == "yes":
         return check
+    if server.engine == "sglang":
+        fix = "serve on a GPU, without --disable-cuda-graph"
+    elif server.snapshot.setup.get("runner") == "v1":
+        fix = "serve with VLLM_USE_V2_MODEL_RUNNER=1"
+    else:
+        fix = (
+            "serve on a GPU, without --enforce-eager and with a cudagraph_mode whose decode mode "
+            "is FULL; if the log says that the draft attention does not support full CUDA graphs, "
+            "with another --attention-backend"
+        )
     return check.note("eager: every kernel of the draft pass is launched by the host", fix)
 
 

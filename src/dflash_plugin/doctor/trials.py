@@ -69,7 +69,7 @@ class Search(NamedTuple):
     Attributes:
         name, looked_at: of the check.
         settings: to try; those that equal the checkpoint's are left out.
-        well: the finding where none is better.
+        well: what the checkpoint says, with which the finding begins where none is better.
         finer: settings to try next, by what became of the first ones.
         blind: what cannot be told from these texts.
     """

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dflash_plugin.decoding.acceptance import Acceptance
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.serving import KEY
+from dflash_plugin.serving.prometheus import WORKER_FACTS
 
 EngineName = Literal["vllm", "sglang"]
 
@@ -75,8 +76,8 @@ SGLANG_VERIFY_CALLS = "sglang:spec_verify_calls_total"
 # SGLang releases that count tokens as they are written have this counter, with ``mode="decode"``.
 SGLANG_REALTIME_TOKENS = "sglang:realtime_tokens_total"
 DRAFTER_INFO = "dflash:drafter_info"
-# How the plugin's drafter runs in vLLM, and vLLM's own labels of its cache.
-ENGINE_INFO = "dflash:engine_info"
+# How the plugin's drafter runs; and vLLM's own labels of its cache.
+ENGINE_INFO, WORKER_INFO = "dflash:engine_info", "dflash:worker_info"
 CACHE_INFO = "vllm:cache_config_info"
 
 
@@ -87,7 +88,9 @@ class MetricsSnapshot:
     Attributes:
         engine: whose metrics these are; None for a server of neither.
         drafter: labels of ``dflash:drafter_info``, empty where the plugin does not run.
-        setup, cache: labels of ``dflash:engine_info`` and ``vllm:cache_config_info``.
+        setup: labels of ``dflash:engine_info`` and ``dflash:worker_info``.
+        cache: labels of ``vllm:cache_config_info``.
+        cache_groups, cache_tokens_lost: groups of vLLM's KV cache, and what the drafter takes.
         running, waiting: requests.
         kv_usage: share of the KV cache that is in use, of the fullest engine.
         generated: output tokens so far.
@@ -106,6 +109,8 @@ class MetricsSnapshot:
     drafter: Mapping[str, str] = field(default_factory=dict)
     setup: Mapping[str, str] = field(default_factory=dict)
     cache: Mapping[str, str] = field(default_factory=dict)
+    cache_groups: float | None = None
+    cache_tokens_lost: float | None = None
     running: float | None = None
     waiting: float | None = None
     kv_usage: float | None = None
@@ -306,8 +311,10 @@ def snapshot_of(text: str) -> MetricsSnapshot:
     snapshot = MetricsSnapshot(
         engine=engine,
         drafter=samples.labels(DRAFTER_INFO),
-        setup=samples.labels(ENGINE_INFO),
+        setup={**samples.labels(ENGINE_INFO), **samples.labels(WORKER_INFO)},
         cache=samples.labels(CACHE_INFO),
+        cache_groups=samples.largest("dflash:kv_cache_groups"),
+        cache_tokens_lost=samples.largest("dflash:kv_cache_tokens_lost"),
         expected=samples.largest("dflash:expected_acceptance_length"),
         warnings=samples.total("dflash:acceptance_warnings_total"),
         proposed=samples.total("dflash:proposed_drafts_total"),
@@ -364,6 +371,7 @@ def with_server_info(snapshot: MetricsSnapshot, info: Mapping[str, Any]) -> Metr
         passes=passes,
         accepted={k: rate * passes for k, rate in enumerate(state.get("accept_by_position", []))},
         expected=state.get("expected_acceptance_length"),
+        setup={**snapshot.setup, **{name: state[name] for name in WORKER_FACTS if name in state}},
         verified=adaptive.get("drafts_verified", snapshot.verified),
         saved=adaptive.get("drafts_saved", snapshot.saved),
     )

@@ -9,6 +9,9 @@ from typing import Any
 
 from dflash_plugin.serving.drafter_spec import DrafterSpec
 
+# Labels of ``dflash:worker_info``, which doctor reads.
+WORKER_FACTS = ("attention_backend", "draft_attention_backend", "draft_graphs")
+
 
 @cache
 def collectors(labels: tuple[str, ...]) -> dict[str, Any]:
@@ -68,6 +71,20 @@ def engine_info(labels: tuple[str, ...], facts: tuple[str, ...]) -> Any:
 
     text = "How the engine runs the drafter."
     return Gauge("dflash:engine_info", text, [*labels, *facts], multiprocess_mode="mostrecent")
+
+
+@cache
+def worker_info(labels: tuple[str, ...]) -> Any:
+    """The gauge whose labels, ``WORKER_FACTS``, tell what a worker chose for both models.
+
+    Args:
+        labels: names of the engine's own labels.
+    """
+    from prometheus_client import Gauge
+
+    text = "Attention back ends in use, and whether drafts replay a CUDA graph."
+    names = [*labels, *WORKER_FACTS]
+    return Gauge("dflash:worker_info", text, names, multiprocess_mode="mostrecent")
 
 
 @cache

@@ -7,7 +7,7 @@ in the same place, on the worker whose pass it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -19,6 +19,7 @@ from dflash_plugin.serving.prometheus import (
     count_budget,
     introduce,
     position_counters,
+    worker_info,
 )
 from dflash_plugin.sglang.adaptive import AdaptiveVerifier
 from dflash_plugin.sglang.compat import argument
@@ -42,6 +43,7 @@ class AcceptanceCounts:
         model_name: label of the metrics, or None where SGLang exports none.
         verifier: whose policy's counts are exported too, or None.
         pool_bytes: GPU memory of the drafter's keys and values.
+        facts: how the worker runs both models, by ``WORKER_FACTS``.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class AcceptanceCounts:
         model_name: str | None,
         verifier: AdaptiveVerifier | None = None,
         pool_bytes: int = 0,
+        facts: Mapping[str, str] | None = None,
     ) -> None:
         self.info, self.verifier, self.pool_bytes = info, verifier, pool_bytes
+        self.facts = facts or {}
         self.watch = AcceptanceWatch(info)
         # Index n counts the passes that accepted exactly n drafts: all of them, and those of whole
         # blocks and of less that are not exported yet. Passes of less do not judge the drafter.
@@ -66,6 +70,8 @@ class AcceptanceCounts:
         if model_name is not None:
             self.metrics = {**collectors(LABELS), **position_counters(LABELS)}
             introduce(self.metrics, info, self.labels)
+            if self.facts:
+                worker_info(LABELS).labels(*self.labels, *self.facts.values()).set(1)
 
     def observe(self, accepted: Iterable[int], *, whole: bool = True) -> None:
         """Count one verify pass.
@@ -114,7 +120,7 @@ class AcceptanceCounts:
         self.export()
         config = self.info.config
         passes, by_position = sum(self.histogram), shares(self.histogram)
-        found = {
+        found: dict[str, Any] = {
             "version": version("dflash-plugin"),
             "drafter": str(self.info.checkpoint),
             "dialect": config.dialect,
@@ -125,6 +131,7 @@ class AcceptanceCounts:
             "accept_by_position": by_position,
             "acceptance_warnings": self.watch.warnings,
             "draft_pool_bytes": self.pool_bytes,
+            **self.facts,
         }
         if self.verifier is not None:
             found["adaptive"] = self.verifier.policy.summary()
@@ -146,6 +153,11 @@ class Counted:
     acceptance: AcceptanceCounts | None = None
     verifier: AdaptiveVerifier | None = None
     pool_bytes: int = 0
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Attention back ends in use, and whether drafts replay a CUDA graph."""
+        return {}
 
     @property
     def num_drafts(self) -> int:
@@ -186,6 +198,7 @@ def start(worker: Counted, server_args: Any) -> None:
         name if exported else None,
         worker.verifier,
         worker.pool_bytes,
+        worker.facts,
     )
 
 

@@ -599,12 +599,12 @@ _ATTRIBUTES = (
         ),
     ),
     *_rows(
-        "model_executor.model_runner", "attribute", GRAPHS, "captures injection",
-        "ModelRunner.capture_tail_hooks",
+        "model_executor.model_runner", "attribute", GRAPHS, "captures injection; tells of graphs",
+        *_members("ModelRunner", "capture_tail_hooks", "decode_cuda_graph_runner"),
     ),
     *_rows(
         "model_executor.model_runner", "attribute", ADAPTIVE, "swaps back ends and graphs",
-        *_members("ModelRunner", "decode_cuda_graph_runner", "init_new_workspace"),
+        "ModelRunner.init_new_workspace",
     ),
     *_rows(
         "model_executor.model_runner", "attribute", ADAPTIVE,

@@ -24,6 +24,7 @@ from dflash_plugin.kernels.accept import Sampled, accept
 from dflash_plugin.kernels.accept_greedy import accept_greedy
 from dflash_plugin.kernels.reference import sample
 from dflash_plugin.serving.draft_tokens import noise, select_drafts, selector_noise
+from dflash_plugin.serving.prometheus import WORKER_FACTS
 from dflash_plugin.serving.time_limit import time_limit
 from dflash_plugin.sglang import block_attention, metrics, patches, penalties, sampling
 from dflash_plugin.sglang.adaptive import (
@@ -110,6 +111,14 @@ class Worker(metrics.Counted, DFlashWorkerV2):
     def num_drafts(self) -> int:
         """Drafts of a block, the anchor not counted, whether they are verified or not."""
         return int(self.block_size) - 1
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Attention back ends in use, and whether drafts replay a CUDA graph."""
+        target, drafter = self.target_worker.model_runner, self.draft_model_runner
+        backends = (type(runner.attn_backend).__name__ for runner in (target, drafter))
+        graphs = "no" if drafter.decode_cuda_graph_runner is None else "yes"
+        return dict(zip(WORKER_FACTS, (*backends, graphs), strict=True))
 
     @property
     def skips_draft(self) -> bool:

@@ -4,7 +4,7 @@ vLLM's own counters (``vllm:spec_decode_*``) stay as they are. Both are fed by t
 those of one step go to one API server. Counts of adaptive verification travel with them: from the
 runner's output to the scheduler, and to the API server in a field of their own beside vLLM's
 statistics, which vLLM's other loggers never see. What the drafter takes of the KV cache goes the
-same way, once.
+same way, once, and so do the facts that its workers know.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dflash_plugin.serving.prometheus import (
     count_budget,
     engine_info,
     introduce,
+    worker_info,
 )
 from dflash_plugin.vllm.adaptive import AdaptiveManager
 from dflash_plugin.vllm.options import drafter_spec, required_spec
@@ -34,6 +35,7 @@ from dflash_plugin.vllm.protocols import (
     VllmConfig,
 )
 from dflash_plugin.vllm.surface import attach, attached
+from dflash_plugin.vllm.worker_facts import read_facts
 
 logger = logging.getLogger("vllm.dflash_plugin")
 
@@ -77,20 +79,33 @@ class Metrics:
         attach(stats, {})
         for name in self.cache.keys() & counts:
             self.cache[name].labels(*names).set(counts[name])
-        increases = {name: count for name, count in counts.items() if name not in self.cache}
+        facts = read_facts(counts)
+        if facts:
+            worker_info(self.labels).labels(*names, *facts.values()).set(1)
+        known = {*self.cache, *(f"{name}:{value}" for name, value in facts.items())}
+        increases = {name: count for name, count in counts.items() if name not in known}
         if increases:
             count_budget(self.labels, names, increases)
 
 
 def attach_counts(native: Method) -> Method:
-    """``GPUModelRunner.sample_tokens`` that attaches the policy's counts to a step's output."""
+    """``Worker.sample_tokens`` that attaches the worker's facts and the policy's counts.
+
+    They go with the part of a step's output that reaches the scheduler, which either runner may
+    wrap.
+    """
 
     @wraps(native)
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = native(self, *args, **kwargs)
-        manager = self.adaptive_verification
-        if isinstance(manager, AdaptiveManager) and output is not None:
-            attach(output.model_runner_output, manager.policy.counts())
+        manager = vars(self.model_runner).get("adaptive_verification")
+        counts = attached(self) or {}
+        if isinstance(manager, AdaptiveManager):
+            counts = {**counts, **manager.policy.counts()}
+        if counts and output is not None:
+            parts = vars(output)
+            inner = parts.get("model_runner_output") or parts.get("_model_runner_output")
+            attach(inner or output, counts)
         return output
 
     return sample_tokens
@@ -104,10 +119,11 @@ def send_counts(native: Method) -> Method:
         outputs: dict[int, EngineCoreOutputs] = native(self, scheduler_output, model_runner_output)
         counts, cache = attached(model_runner_output), attached(self.vllm_config)
         told = next((client for client, one in outputs.items() if one.scheduler_stats), None)
-        if (counts or cache) and told is not None:
-            one, increases = outputs[told], growth(counts or {}, attached(self) or {})
+        sent = {**growth(counts or {}, attached(self) or {}), **(cache or {})}
+        if sent and told is not None:
+            one = outputs[told]
             fields = [getattr(one, name) for name in one.__struct_fields__]
-            outputs[told] = carrying_counts(type(one))(*fields, {**increases, **(cache or {})})
+            outputs[told] = carrying_counts(type(one))(*fields, sent)
             attach(self, counts or attached(self) or {})
             attach(self.vllm_config, {})
         return outputs
@@ -169,18 +185,10 @@ def tell_setup(native: Method) -> Method:
 
 
 def engine_facts(vllm_config: VllmConfig) -> dict[str, str]:
-    """How the engine runs the drafter, as labels; doctor reads them.
-
-    The attention back end is "auto" where vLLM chooses one in its workers.
-    """
-    is_v2 = vllm_config.use_v2_model_runner
-    decodes = vllm_config.compilation_config.cudagraph_mode.decode_mode().name
-    backend = vllm_config.attention_config.backend
+    """How the engine runs the drafter, as labels; doctor reads them."""
     selector = required_spec(vllm_config).config.selector
     return {
-        "runner": "v2" if is_v2 else "v1",
-        "draft_graphs": "yes" if is_v2 and decodes == "FULL" else "no",
-        "attention_backend": "auto" if backend is None else backend.name,
+        "runner": "v2" if vllm_config.use_v2_model_runner else "v1",
         "selector": "none" if selector is None else "yes",
         "multimodal": "yes" if vllm_config.model_config.is_multimodal_model else "no",
     }

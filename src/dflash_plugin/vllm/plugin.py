@@ -37,7 +37,7 @@ PATCHES = (
     (vllm.WORKER, "Worker.finish_weight_update", "new_weights:refresh_head"),
     (vllm.WORKER, "Worker.reload_weights", "new_weights:refresh_head"),
     (vllm.RUNNER, "maybe_create_adaptive_verification_manager", "adaptive:create_manager"),
-    (vllm.RUNNER, "GPUModelRunner.sample_tokens", "metrics:attach_counts"),
+    (vllm.WORKER, "Worker.sample_tokens", "metrics:attach_counts"),
     (vllm.CACHE_UTILS, "get_kv_cache_groups", "cache_groups:keep_target_groups"),
     (vllm.CACHE_PLANNING, "get_kv_cache_groups", "cache_groups:keep_target_groups"),
     (vllm.ENGINE_CORE, "update_kv_cache_capacity", "cache_capacity:report_capacity"),

@@ -39,7 +39,6 @@ class VllmConfig(Protocol):
     speculative_config: SpeculativeConfig
     parallel_config: ParallelConfig
     compilation_config: Any
-    attention_config: Any
     use_v2_model_runner: bool
 
 

@@ -16,12 +16,17 @@ from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.serving.reference_check import check_drafter
 from dflash_plugin.vllm.options import drafter_spec
 from dflash_plugin.vllm.protocols import Method
+from dflash_plugin.vllm.surface import attach
+from dflash_plugin.vllm.worker_facts import worker_facts
 
 logger = logging.getLogger("vllm.dflash_plugin")
 
 
 def checked_when_warm(native: Method) -> Method:
-    """``Worker.compile_or_warm_up_model`` that runs the check when the worker has warmed up."""
+    """``Worker.compile_or_warm_up_model`` that runs the check when the worker has warmed up.
+
+    From then on it is known how the worker runs both models, which the metrics tell.
+    """
 
     @wraps(native)
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -29,6 +34,7 @@ def checked_when_warm(native: Method) -> Method:
         spec = drafter_spec(self.vllm_config.speculative_config)
         if spec is not None:
             check(self, spec)
+            attach(self, worker_facts(self))
         return result
 
     return compile_or_warm_up_model
