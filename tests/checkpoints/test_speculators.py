@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_plugin.checkpoints.dialects import suggested_drafts
+from dflash_plugin.checkpoints.inspection import inspect_checkpoint
 from dflash_plugin.checkpoints.io import load_checkpoint, load_config
 from dflash_plugin.errors import DFlashError
 from tests.helpers.tiny import DFLASH2, write_tiny
@@ -44,6 +45,25 @@ def test_windows_that_contradict_each_other_are_refused_by_name(tmp_path, name: 
     path.write_text(json.dumps({**json.loads(path.read_text()), name: other}))
     with pytest.raises(DFlashError, match=rf"{name} is .* and transformer_layer_config\.{name} is"):
         load_config(directory)
+
+
+@pytest.mark.parametrize("windows", [True, False])
+@pytest.mark.parametrize("says", [None, True, False])
+def test_windows_that_leave_causality_open_are_a_warning(tmp_path, caplog, windows, says):
+    directory = write_tiny(tmp_path, "speculators", **(WINDOWS if windows else {}))
+    path = directory / "config.json"
+    raw = json.loads(path.read_text())
+    del raw["sliding_window_non_causal"]
+    if says is not None:
+        raw["sliding_window_non_causal"] = says
+    path.write_text(json.dumps(raw))
+    config = load_config(directory)
+    if windows:
+        assert config.layers[0].causal is (says is not True)
+    found = [f.subject for f in inspect_checkpoint(directory).findings if f.level == "warning"]
+    is_open = windows and says is None
+    assert ("sliding_window_non_causal" in found) == is_open
+    assert ("no sliding_window_non_causal: they are read as causal" in caplog.text) == is_open
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -103,7 +103,7 @@ def inspect_checkpoint(
 def _alone(checkpoint: Checkpoint, dialect: Dialect | None) -> list[Finding]:
     findings = [
         Finding(level="warning", subject=subject, message=rule)
-        for subject, rule in rules_applied(checkpoint.raw, dialect).items()
+        for subject, rule in rules_applied(checkpoint.raw, checkpoint.config, dialect).items()
     ]
     config = checkpoint.config
     if not config.vocab_size:

@@ -219,7 +219,7 @@ def _read(
     tensors = split_fused({_canonical(name): t for name, t in plain.tensors.items()}, raw)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = read_config(raw, shapes, dialect)
-    for rule in rules_applied(raw, dialect).values():
+    for rule in rules_applied(raw, config, dialect).values():
         warn_once(directory, rule)
     config = config.model_copy(update={"quantization": plain.quantization})
     return raw, _without_padding(tensors, config), config

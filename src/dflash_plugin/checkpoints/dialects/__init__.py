@@ -82,19 +82,32 @@ def is_ambiguous(raw: Mapping[str, Any]) -> bool:
     return not says and SLIDING in read_layer_types(fields)
 
 
-def rules_applied(raw: Mapping[str, Any], dialect: Dialect | None = None) -> dict[str, str]:
+def rules_applied(
+    raw: Mapping[str, Any], config: DrafterConfig, dialect: Dialect | None = None
+) -> dict[str, str]:
     """Rules that settle what a config.json leaves open, by the field that they are about.
 
     Every program warns of them once.
 
     Args:
-        raw: the parsed file, which has been read.
+        raw: the parsed file.
+        config: as it was read.
         dialect: as given by the user; detected when None.
     """
     found = {}
     if dialect is None and is_ambiguous(raw):
         found["is_causal"] = AMBIGUOUS
-    layers = None if (dialect or detect(raw)) == "speculators" else zlab.reach(raw)
+    is_speculators = config.dialect == "speculators"
+    windows = [layer for layer in config.layers if layer.sliding_window]
+    says = is_speculators and _all_fields(raw, "speculators").get(speculators.NON_CAUSAL)
+    if is_speculators and windows and says is None:
+        kind = "causal" if windows[0].causal else "not causal"
+        found[speculators.NON_CAUSAL] = (
+            f"config.json has sliding layers and no {speculators.NON_CAUSAL}: they are read as "
+            f"{kind}, speculators' default for this kind of drafter; write the key if they were "
+            "trained otherwise"
+        )
+    layers = None if is_speculators else zlab.reach(raw)
     if layers is not None:
         found["num_target_layers"] = (
             f"target_layer_ids reach num_target_layers {layers}: they are read as boundaries, as "

@@ -15,6 +15,7 @@ from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import OFF, DFlashError, reason
 
 KINDS = ("dflash", "dflash2")
+NON_CAUSAL = "sliding_window_non_causal"
 INNER, SECOND = "transformer_layer_config", "dflash2_config"
 # Some files have these beside the section that they belong to.
 OF_LAYERS = (
@@ -199,7 +200,7 @@ def with_defaults(layer: Mapping[str, Any], place: str) -> Mapping[str, Any]:
 
 def _read_layers(fields: Fields, inner: Fields, non_causal: bool) -> list[dict[str, Any]]:
     sliding = [kind == common.SLIDING for kind in common.read_layer_types(inner)]
-    causal = not fields.flag("sliding_window_non_causal", default=non_causal)
+    causal = not fields.flag(NON_CAUSAL, default=non_causal)
     windows = common.read_windows(inner, sliding, "sliding_window")
     return [
         {"sliding_window": window, "causal": causal and slides}
@@ -266,7 +267,7 @@ def write(config: DrafterConfig) -> dict[str, Any]:
         "aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
         "mask_token_id": config.mask_token_id,
         "sample_from_anchor": config.sample_from_anchor,
-        "sliding_window_non_causal": bool(sliding) and not next(iter(causal)),
+        NON_CAUSAL: bool(sliding) and not next(iter(causal)),
         "dtype": config.dtype,
     }
     if config.target_hidden_size != config.hidden_size:
