@@ -80,9 +80,10 @@ def prepare(
     checkpoint = resolve(model, source)
     config = load_config(checkpoint, options.dialect)
     config.require_target(target.hidden_size, target.num_layers)
-    changed = difference(config, target.vocab_size)
-    if changed is not None:
-        warn_once(checkpoint, changed)
+    depth = config.other_depth(target.num_layers)
+    for doubt in (depth and f"num_target_layers: {depth}", difference(config, target.vocab_size)):
+        if doubt is not None:
+            warn_once(checkpoint, doubt)
     config = fitted_config(config, target.vocab_size)
     if check is not None:
         check(config)

@@ -94,6 +94,9 @@ def rules_applied(raw: Mapping[str, Any], dialect: Dialect | None = None) -> dic
     found = {}
     if dialect is None and is_ambiguous(raw):
         found["is_causal"] = AMBIGUOUS
+    rotation = laguna.own_rotation(raw) if laguna.is_laguna(raw) else None
+    if rotation is not None:
+        found["rope_parameters"] = rotation
     layers = None if (dialect or detect(raw)) == "speculators" else zlab.reach(raw)
     if layers is not None:
         found["num_target_layers"] = (
