@@ -74,7 +74,7 @@ def inspect_checkpoint(
     """
     directory = local_path(directory)
     with reported():
-        checkpoint = load_checkpoint(directory, dialect=dialect)
+        checkpoint = load_checkpoint(directory, dialect=dialect, drafts=num_speculative_tokens)
     findings = _alone(checkpoint, dialect)
     if num_speculative_tokens is not None:
         findings += _speculative_tokens(checkpoint.config, num_speculative_tokens)

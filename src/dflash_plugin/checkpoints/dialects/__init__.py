@@ -107,6 +107,24 @@ def rules_applied(raw: Mapping[str, Any], dialect: Dialect | None = None) -> dic
     return found
 
 
+def with_block(raw: Mapping[str, Any], drafts: int | None) -> Mapping[str, Any]:
+    """A config.json with a block where it names none, as vLLM runs such a drafter.
+
+    Only files in z-lab's layout may leave the block open.
+
+    Args:
+        raw: the parsed file.
+        drafts: tokens that a block drafts; None leaves the file as it is.
+    """
+    if not isinstance(drafts, int) or detect(raw) == "speculators":
+        return raw
+    fields = _all_fields(raw, "z-lab")
+    if fields.get("block_size") is not None:
+        return raw
+    anchor = not fields.flag("sample_from_anchor", default=False)
+    return {**raw, "block_size": drafts + anchor}
+
+
 def read_config(
     raw: Mapping[str, Any], shapes: Shapes, dialect: Dialect | None = None
 ) -> DrafterConfig:
