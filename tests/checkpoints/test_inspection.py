@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dflash_plugin.checkpoints.inspection import inspect_checkpoint
+from dflash_plugin.checkpoints.io import load_config
 from dflash_plugin.checkpoints.reference_drafts import (
     ReferenceDrafts,
     answer,
@@ -113,6 +114,21 @@ def test_speculative_tokens_are_held_against_the_block(tmp_path):
     report, found = findings(directory, num_speculative_tokens=2)
     assert report.fits
     assert "wasted" in found["warning", "num_speculative_tokens"]
+
+
+def test_a_block_that_the_file_leaves_open_is_asked_for(tmp_path):
+    directory = write_tiny(tmp_path / "drafter")
+    path = directory / "config.json"
+    raw = json.loads(path.read_text())
+    block, wanted = raw.pop("block_size"), load_config(directory)
+    path.write_text(json.dumps(raw))
+    report, _ = findings(directory, num_speculative_tokens=block - 1)
+    assert (report.config, load_config(directory, drafts=block - 1)) == (wanted, wanted)
+    raw["dflash_config"]["sample_from_anchor"] = True
+    path.write_text(json.dumps(raw))
+    assert load_config(directory, drafts=block).block_size == block
+    with pytest.raises(DFlashError, match=r"block_size is missing: .*DFLASH_PLUGIN=off"):
+        inspect_checkpoint(directory)
 
 
 def test_what_is_likely_to_hurt_is_a_warning(target, tmp_path, caplog):

@@ -222,3 +222,48 @@ def test_their_files_are_known_for_dflash_drafters(tmp_path, write):
     raw = json.loads((write(tmp_path) / "config.json").read_text())
     assert is_dflash(raw)
     assert not is_dflash({**raw, "architectures": ["LlamaForCausalLM"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({}, None),
+        ({"rope_theta": None, "swa_rope_parameters": {"rope_theta": 7.0}}, None),
+        ({"rope_theta": 7.0, "swa_rope_parameters": {"rope_theta": 7.0}}, None),
+        ({"swa_rope_parameters": {"rope_theta": 7.0}}, "before the file's rope_theta 10000.0"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 7.0}}},
+            "before the file's rope_theta 10000.0",
+        ),
+    ],
+)
+def test_a_rotation_of_the_layers_own_is_told(tmp_path, caplog, changes, rule):
+    directory = write_laguna(tmp_path, **changes)
+    load_config(directory)
+    report = inspect_checkpoint(directory)
+    told = [f.message for f in report.findings if f.subject == "rope_parameters"]
+    if rule is None:
+        assert not told
+        assert "own rotation" not in caplog.text
+    else:
+        assert rule in told[0]
+        assert rule in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("full", "message"),
+    [({"rope_theta": 7.0}, None), ({"rope_theta": 9.0}, "rope_theta is 7.0 and rope_theta is 9.0")],
+)
+def test_windows_with_a_rotation_of_their_own_beside_full_layers(tmp_path, full, message):
+    changes = {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "swa_rope_parameters": {"rope_theta": 7.0, "rope_type": "default"},
+        "rope_theta": None,
+        "rope_parameters": full,
+    }
+    directory = write_laguna(tmp_path, **changes)
+    if message is None:
+        assert load_config(directory).rope.theta == 7.0
+        return
+    with pytest.raises(DFlashError, match=message):
+        load_config(directory)

@@ -252,3 +252,11 @@ def test_a_damaged_staged_configuration_is_written_again(tmp_path, content):
     assert staging.is_staged("engine", directory) is (content[-2:] == "1}")
     assert staging.stage("engine", config) == directory
     assert json.loads((directory / "config.json").read_text())["of_this_engine"] == 7
+
+
+def test_a_target_of_another_depth_is_told_as_inspect_does(tmp_path, caplog):
+    other = TARGET._replace(num_layers=TARGET.num_layers + 2)
+    directory = write_tiny(tmp_path / "drafter")
+    made_for = prepared(directory, target=other).config.num_target_layers
+    said = f"made for a target of {made_for} layers, this one has {other.num_layers}"
+    assert f"num_target_layers: {said}" in caplog.text

@@ -57,6 +57,20 @@ def server_args(drafter: Path | None, **changes: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**values, **changes})
 
 
+@pytest.mark.parametrize("flag", arguments.BLOCK_ARGUMENTS)
+def test_a_drafter_without_a_block_has_the_one_that_is_asked_for(tmp_path, flag):
+    drafter = write_tiny(tmp_path / "drafter")
+    raw = json.loads((drafter / "config.json").read_text())
+    del raw["block_size"]
+    (drafter / "config.json").write_text(json.dumps(raw))
+    args = server_args(drafter, **{flag: 6})
+    arguments.prepare(args)
+    staged = json.loads((Path(args.speculative_draft_model_path) / "config.json").read_text())
+    assert staged["block_size"] == 6
+    with pytest.raises(DFlashError, match="block_size is missing: ask the engine"):
+        arguments.prepare(server_args(drafter))
+
+
 def test_arguments_lead_to_a_staged_draft_model(tmp_path):
     drafter = write_tiny(tmp_path / "drafter", target_layer_ids=(2, 0))
     (drafter / "optimizer.safetensors").write_bytes(b"what SGLang could not read")

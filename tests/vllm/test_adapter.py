@@ -167,6 +167,27 @@ def test_number_of_drafts_is_checked_against_the_block(tmp_path, asked):
         prepared(tmp_path, spec_tokens=asked)
 
 
+def without_block(directory: Path) -> Path:
+    """A checkpoint whose file names no block, as NVIDIA's for Nemotron."""
+    path = directory / "config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({name: v for name, v in raw.items() if name != "block_size"}))
+    return directory
+
+
+def test_a_drafter_without_a_block_has_the_one_that_is_asked_for(tmp_path):
+    directory = without_block(write_tiny(tmp_path / "drafter"))
+    args = engine_args(spec_method="dflash", spec_model=str(directory), spec_tokens=5)
+    arguments.prepare(args, TARGET)
+    staged = json.loads((Path(args.speculative_config["model"]) / "config.json").read_text())
+    assert args.speculative_config["num_speculative_tokens"] == 5
+    assert staged["block_size"] == 6
+    for asked in (None, 0):
+        args = engine_args(spec_method="dflash", spec_model=str(directory), spec_tokens=asked)
+        with pytest.raises(DFlashError, match=r"block_size is (missing: ask the engine|1: give)"):
+            arguments.prepare(args, TARGET)
+
+
 def test_the_last_layers_output_is_asked_for_like_any_other(tmp_path):
     """vLLM gives it before the norm; features have it behind, as ``hidden_states`` does."""
     target = tiny_target()

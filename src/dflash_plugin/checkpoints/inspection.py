@@ -74,7 +74,7 @@ def inspect_checkpoint(
     """
     directory = local_path(directory)
     with reported():
-        checkpoint = load_checkpoint(directory, dialect=dialect)
+        checkpoint = load_checkpoint(directory, dialect=dialect, drafts=num_speculative_tokens)
     findings = _alone(checkpoint, dialect)
     if num_speculative_tokens is not None:
         findings += _speculative_tokens(checkpoint.config, num_speculative_tokens)
@@ -191,12 +191,9 @@ def _against_target(checkpoint: Checkpoint, target: Path) -> list[Finding]:
                 "target_layer_ids",
                 f"layer {layer} is out of range: the target has layers 0 to {layers - 1}",
             )
-    if config.num_target_layers not in (None, layers):
-        found(
-            "error",
-            "num_target_layers",
-            f"made for a target of {config.num_target_layers} layers, this one has {layers}",
-        )
+    depth = config.other_depth(layers)
+    if depth is not None:
+        found("error", "num_target_layers", depth)
     changed = difference(config, text.vocab_size)
     try:
         fitted(checkpoint, text.vocab_size)

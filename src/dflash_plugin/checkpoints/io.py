@@ -22,7 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dflash_plugin.checkpoints.dialects import read_config, rules_applied, write_config
+from dflash_plugin.checkpoints.dialects import (
+    read_config,
+    rules_applied,
+    with_block,
+    write_config,
+)
 from dflash_plugin.checkpoints.files import (
     MASK_EMBEDDING,
     STORE_PLAIN,
@@ -153,6 +158,7 @@ def load_checkpoint(
     dialect: Dialect | None = None,
     *,
     pickles: bool = False,
+    drafts: int | None = None,
 ) -> Checkpoint:
     """Read a drafter of any dialect; quantised weights become the plain ones that they stand for.
 
@@ -162,26 +168,30 @@ def load_checkpoint(
             of the norms where that is quantised, whatever config.json says.
         dialect: overrides detection, for files that do not say enough.
         pickles: read weights that are pickled, too; torch unpickles tensors alone and runs no code.
+        drafts: tokens that a block drafts, for a file that names no block.
 
     Raises:
         DFlashError: names the file, field or tensor that is wrong and the fix; nothing is loaded.
     """
     with _naming(directory) as path:
-        return _load(path, dtype, dialect, pickles)
+        return _load(path, dtype, dialect, pickles, drafts)
 
 
-def load_config(directory: str | Path, dialect: Dialect | None = None) -> DrafterConfig:
+def load_config(
+    directory: str | Path, dialect: Dialect | None = None, *, drafts: int | None = None
+) -> DrafterConfig:
     """What a drafter is, from config.json and the headers of its tensor files.
 
     Args:
         directory: holds config.json and one or more .safetensors files.
         dialect: overrides detection.
+        drafts: tokens that a block drafts, for a file that names no block.
 
     Raises:
         DFlashError: names the file, field or tensor that is wrong and the fix.
     """
     with _naming(directory) as path:
-        _, tensors, config = _read(path, dialect, headers_only=True)
+        _, tensors, config = _read(path, dialect, headers_only=True, drafts=drafts)
         to_target = tensors.pop("t2d", None)
         _check_names_and_shapes(tensors, config)
         _check_dtypes(tensors)
@@ -204,7 +214,11 @@ def _naming(directory: str | Path) -> Iterator[Path]:
 
 
 def _read(
-    directory: Path, dialect: Dialect | None, headers_only: bool, pickles: bool = False
+    directory: Path,
+    dialect: Dialect | None,
+    headers_only: bool,
+    pickles: bool = False,
+    drafts: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor], DrafterConfig]:
     """config.json, the tensors (without values if only their headers are read), and the drafter."""
     if not directory.is_dir():
@@ -218,7 +232,7 @@ def _read(
         _log_quantization(directory, plain.quantization, plain.ignored)
     tensors = split_fused({_canonical(name): t for name, t in plain.tensors.items()}, raw)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    config = read_config(raw, shapes, dialect)
+    config = read_config(with_block(raw, drafts), shapes, dialect)
     for rule in rules_applied(raw, config, dialect).values():
         warn_once(directory, rule)
     config = config.model_copy(update={"quantization": plain.quantization})
@@ -249,9 +263,13 @@ def _without_padding(tensors: dict[str, Tensor], config: DrafterConfig) -> dict[
 
 
 def _load(
-    directory: Path, dtype: torch.dtype | None, dialect: Dialect | None, pickles: bool
+    directory: Path,
+    dtype: torch.dtype | None,
+    dialect: Dialect | None,
+    pickles: bool,
+    drafts: int | None,
 ) -> Checkpoint:
-    raw, tensors, config = _read(directory, dialect, headers_only=False, pickles=pickles)
+    raw, tensors, config = _read(directory, dialect, False, pickles, drafts)
     to_target = tensors.pop("t2d", None)
     _check_names_and_shapes(tensors, config)
     _check_dtypes(tensors)

@@ -288,8 +288,8 @@ class DrafterConfig(BaseModel):
             named = [name for name in by_token if getattr(self, name)]
             _require(
                 not named,
-                f"vocab_size is missing, but {', '.join(named)} have a row a token: add the "
-                "target's vocab_size to config.json",
+                f"vocab_size is missing, but {', '.join(named)} of this drafter has a row a token: "
+                "add the target's vocab_size to config.json",
             )
             return
         _require(
@@ -409,6 +409,12 @@ class DrafterConfig(BaseModel):
                 f"the drafter reads target layer {outside[0]} but the target has {num_layers} "
                 f"layers (0 to {num_layers - 1}): use the drafter made for this target{counts}"
             )
+
+    def other_depth(self, num_layers: int) -> str | None:
+        """What a target's number of layers makes doubtful, or None."""
+        if self.num_target_layers in (None, num_layers):
+            return None
+        return f"made for a target of {self.num_target_layers} layers, this one has {num_layers}"
 
     @property
     def rope_head_dim(self) -> int:

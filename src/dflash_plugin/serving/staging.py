@@ -60,6 +60,7 @@ def prepare(
     options: Options,
     target: TargetShape,
     load_format: Any,
+    drafts: int | None = None,
     check: Callable[[DrafterConfig], None] | None = None,
 ) -> SpecT:
     """Find a drafter's checkpoint and check that it fits the target and the engine.
@@ -71,6 +72,7 @@ def prepare(
         options: of this engine, as the user gave them.
         target: sizes of the target model.
         load_format: the engine's; with "dummy" weights nothing of the drafter's quality is checked.
+        drafts: that the user asks for; a block's where the checkpoint names no block.
         check: raises ``DFlashError`` for a drafter that the engine cannot run.
 
     Raises:
@@ -78,11 +80,12 @@ def prepare(
             change.
     """
     checkpoint = resolve(model, source)
-    config = load_config(checkpoint, options.dialect)
+    config = load_config(checkpoint, options.dialect, drafts=drafts)
     config.require_target(target.hidden_size, target.num_layers)
-    changed = difference(config, target.vocab_size)
-    if changed is not None:
-        warn_once(checkpoint, changed)
+    depth = config.other_depth(target.num_layers)
+    for doubt in (depth and f"num_target_layers: {depth}", difference(config, target.vocab_size)):
+        if doubt is not None:
+            warn_once(checkpoint, doubt)
     config = fitted_config(config, target.vocab_size)
     if check is not None:
         check(config)

@@ -34,7 +34,12 @@ def fill(
     Raises:
         DFlashError: the checkpoint is malformed, or drafts tokens that the target lacks.
     """
-    checkpoint = load_checkpoint(spec.checkpoint, drafter.norm.weight.dtype, spec.options.dialect)
+    checkpoint = load_checkpoint(
+        spec.checkpoint,
+        drafter.norm.weight.dtype,
+        spec.options.dialect,
+        drafts=spec.config.num_draft_tokens,
+    )
     tensors = fitted(checkpoint, spec.config.vocab_size).tensors
     ids = spec.config.target_layer_ids
     tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dflash_plugin.checkpoints.dialects import is_dflash
@@ -138,6 +138,7 @@ def prepare(server_args: Any) -> None:
             target.vocab_size,
             embedding_factor(target),
         ),
+        drafts=asked_drafts(requested),
         check=check,
         load_format=argument(server_args, "load_format"),
     )
@@ -178,6 +179,12 @@ def check_block(config: DrafterConfig, flag: str, block_size: int | None) -> Non
             f"{flag} is {block_size} but the drafter's block is {config.block_size} tokens, anchor "
             f"included: give 2 to {config.block_size}, or leave it out for {config.block_size}"
         )
+
+
+def asked_drafts(requested: Mapping[str, int | None]) -> int | None:
+    """The drafts of the block that the arguments ask for, anchor included; None asks for none."""
+    blocks = [block for block in requested.values() if block is not None and block >= 2]
+    return max(blocks) - 1 if blocks else None
 
 
 def runs_eagerly(server_args: Any) -> bool:

@@ -205,9 +205,11 @@ def bound(checkpoint: Checkpoint, target: PreTrainedModel) -> Drafter:
         DFlashError: it was made for another target.
     """
     tokens = target.get_input_embeddings().weight.shape[0]
+    depth = checkpoint.config.other_depth(target.config.get_text_config().num_hidden_layers)
     changed = difference(checkpoint.config, tokens)
-    if changed is not None:
-        warn_once(checkpoint.directory, changed)
+    for doubt in (depth and f"num_target_layers: {depth}", changed):
+        if doubt is not None:
+            warn_once(checkpoint.directory, doubt)
     drafter = build_drafter(fitted(checkpoint, tokens)).to(target.device)
     bind_drafter(drafter, target)
     return drafter

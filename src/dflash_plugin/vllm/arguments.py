@@ -174,6 +174,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
         source=source,
         options=options,
         target=target,
+        drafts=settings.get(NUMBER),
         check=check,
         load_format=arguments.load_format,
     )

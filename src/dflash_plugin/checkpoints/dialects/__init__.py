@@ -97,6 +97,9 @@ def rules_applied(
     found = {}
     if dialect is None and is_ambiguous(raw):
         found["is_causal"] = AMBIGUOUS
+    rotation = laguna.own_rotation(raw) if laguna.is_laguna(raw) else None
+    if rotation is not None:
+        found["rope_parameters"] = rotation
     is_speculators = config.dialect == "speculators"
     windows = [layer for layer in config.layers if layer.sliding_window]
     says = is_speculators and _all_fields(raw, "speculators").get(speculators.NON_CAUSAL)
@@ -115,6 +118,24 @@ def rules_applied(
             "correct num_target_layers if they count layers from 0"
         )
     return found
+
+
+def with_block(raw: Mapping[str, Any], drafts: int | None) -> Mapping[str, Any]:
+    """A config.json with a block where it names none, as vLLM runs such a drafter.
+
+    Only files in z-lab's layout may leave the block open.
+
+    Args:
+        raw: the parsed file.
+        drafts: tokens that a block drafts; None leaves the file as it is.
+    """
+    if not isinstance(drafts, int) or detect(raw) == "speculators":
+        return raw
+    fields = _all_fields(raw, "z-lab")
+    if fields.get("block_size") is not None:
+        return raw
+    anchor = not fields.flag("sample_from_anchor", default=False)
+    return {**raw, "block_size": drafts + anchor}
 
 
 def read_config(

@@ -17,6 +17,8 @@ from dflash_plugin.errors import OFF, DFlashError
 
 ARCHITECTURE = "DFlashLagunaForCausalLM"
 GATES = {True: "per-head", "per-head": "per-head", "per-element": "per-element"}
+# Settings of rotation of the whole file.
+OF_FILE = ("rope_theta", "partial_rotary_factor", "rope_scaling")
 NO_GATE = (False, "disabled")
 
 
@@ -98,11 +100,23 @@ def _with_one_rotation(raw: Mapping[str, Any]) -> dict[str, Any]:
     plain = {name: value for name, value in raw.items() if name != "swa_rope_parameters"}
     if not isinstance(own, dict):
         return plain
-    hidden = {"rope_scaling", *(set(own) & {"rope_theta", "partial_rotary_factor"})}
+    hidden = {name for name in OF_FILE if name in own or name == "rope_scaling"}
     return {
         **{name: value for name, value in plain.items() if name not in hidden},
         "rope_parameters": own,
     }
+
+
+def own_rotation(raw: Mapping[str, Any]) -> str | None:
+    """By which rule a file is read whose layers have a rotation other than the whole file's."""
+    kept = _with_one_rotation(raw)
+    own = section(kept, "rope_parameters")
+    left = [name for name in OF_FILE if raw.get(name) is not None and name not in kept]
+    other = [name for name in left if own.get(name) != raw[name]]
+    if not other:
+        return None
+    said = ", ".join(f"{name} {raw[name]!r}" for name in other)
+    return f"the draft layers' own rotation {dict(own)} counts before the file's {said}"
 
 
 def _check_same_rotation(

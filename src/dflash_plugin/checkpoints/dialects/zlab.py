@@ -112,8 +112,9 @@ def read(raw: Mapping[str, Any], shapes: common.Shapes, dialect: Dialect) -> dic
 def _block_size(fields: Fields) -> int:
     if fields.get("block_size") is None:
         raise DFlashError(
-            "block_size is missing: add the length of the blocks that the drafter was trained on, "
-            f"anchor included, to config.json; {OFF}"
+            "block_size is missing: ask the engine (inspect: --num-speculative-tokens) for the "
+            "number of tokens that the drafter was trained to draft, or add block_size, which is "
+            f"one more, to config.json; {OFF}"
         )
     size: int = fields.integer("block_size", minimum=2)
     return size
