@@ -536,11 +536,11 @@ def test_a_server_is_asked_twice_past_its_prefix_cache():
 @pytest.mark.parametrize(
     ("plugin", "answering", "traffic", "fault", "finding"),
     [
-        (True, ([WELL, WELL], {"hits": True}), FINE, None, "healthy: nothing"),
+        (True, ([WELL, WELL], {"hits": True}), FINE, None, "healthy: no fault found"),
         # What other requests accept is no fault of the server's, and the cache none of it.
         (True, ([WELL, WELL], {"hits": True}), POOR, "served acceptance", "it is the requests"),
         (True, ([WELL, BADLY], {"hits": True}), FINE, "prefix cache", "lacks the features"),
-        (True, ([WELL, BADLY], {}), FINE, None, "healthy: nothing"),
+        (True, ([WELL, BADLY], {}), FINE, None, "healthy: no fault found"),
         (True, ([BADLY, BADLY], {}), FINE, "asked acceptance", "4.00 here"),
         (False, ([BADLY, BADLY], {}), FINE, "asked acceptance", "the engine's own speculation"),
         (True, ([BADLY, BADLY], {"shift": 1}), FINE, "asked acceptance", "its target answers"),
