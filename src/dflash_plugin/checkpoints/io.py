@@ -49,7 +49,7 @@ CODEBOOKS = (
     "candidate_selector.successor_codebook",
 )
 # Buffers and frozen copies of the target's tensors that some exporters leave in.
-_IGNORED = re.compile(r".*rotary_emb\..*|verifier_(norm|lm_head)\..*")
+IGNORED = re.compile(r".*rotary_emb\..*|verifier_(norm|lm_head)\..*")
 _RENAMED = (
     (re.compile(r"^model\."), ""),
     (re.compile(r"^encoder\.fc\."), "fc."),
@@ -179,7 +179,7 @@ def load_config(directory: str | Path, dialect: Dialect | None = None) -> Drafte
     with _naming(Path(directory)) as path:
         _, tensors, config = _read(path, dialect, headers_only=True)
         tensors.pop("t2d", None)
-        _check_names_and_shapes(tensors, config)
+        check_names_and_shapes(tensors, config)
         return config
 
 
@@ -205,13 +205,13 @@ def _read(
     plain = dequantise(stored, quantization, partial(part_rows, raw=raw))
     if not headers_only:
         _log_quantization(directory, plain.quantization, plain.ignored)
-    tensors = split_fused({_canonical(name): t for name, t in plain.tensors.items()}, raw)
+    tensors = split_fused({canonical(name): t for name, t in plain.tensors.items()}, raw)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = read_config(raw, shapes, dialect)
     for rule in rules_applied(raw, dialect).values():
         warn_once(directory, rule)
     config = config.model_copy(update={"quantization": plain.quantization})
-    return raw, _without_padding(tensors, config), config
+    return raw, without_padding(tensors, config), config
 
 
 def _log_quantization(directory: Path, quantization: str | None, ignored: list[str]) -> None:
@@ -228,7 +228,7 @@ def _log_quantization(directory: Path, quantization: str | None, ignored: list[s
         )
 
 
-def _without_padding(tensors: dict[str, Tensor], config: DrafterConfig) -> dict[str, Tensor]:
+def without_padding(tensors: dict[str, Tensor], config: DrafterConfig) -> dict[str, Tensor]:
     """The tensors, without rows of tables that stand for no token of ``vocab_size``."""
     expected = expected_tensors(config)
     for name in (EMBEDDING, HEAD, *CODEBOOKS):
@@ -242,13 +242,13 @@ def _load(
 ) -> Checkpoint:
     raw, tensors, config = _read(directory, dialect, headers_only=False, pickles=pickles)
     to_target = tensors.pop("t2d", None)
-    _check_names_and_shapes(tensors, config)
+    check_names_and_shapes(tensors, config)
     stored = tensors["fc.weight"].dtype
     for name, tensor in tensors.items():
         if name != "d2t":
-            tensors[name] = _checked_values(name, tensor).to(dtype or stored)
+            tensors[name] = checked_values(name, tensor).to(dtype or stored)
     if config.draft_vocab_size is not None:
-        _check_vocabulary_map(tensors, to_target, config)
+        check_vocabulary_map(tensors, to_target, config)
     config = config.model_copy(update={"dtype": str(stored).removeprefix("torch.")})
     return Checkpoint(config, tensors, directory, raw)
 
@@ -279,12 +279,12 @@ def _read_pickles(paths: list[Path], has_shards: bool) -> dict[str, Tensor]:
         if isinstance(stored, Tensor):
             stored = {path.stem: stored}
         parts = stored.items() if isinstance(stored, dict) else ()
-        tensors = {_canonical(str(n)): t for n, t in parts if isinstance(t, Tensor)}
+        tensors = {canonical(str(n)): t for n, t in parts if isinstance(t, Tensor)}
         if path.name == MASK_PICKLE and len(tensors) == 1:
             # By any name: MiMo's is an "embedding" beside the mask token's id.
             tensors = {MASK_EMBEDDING: next(iter(tensors.values())).flatten()}
         found |= tensors
-    return {name: tensor for name, tensor in found.items() if not _IGNORED.fullmatch(name)}
+    return {name: tensor for name, tensor in found.items() if not IGNORED.fullmatch(name)}
 
 
 def _read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[str, Tensor]:
@@ -307,8 +307,8 @@ def _read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[st
         try:
             with safe_open(shard, framework="pt") as file:
                 for stored in file.keys():  # noqa: SIM118 - not a mapping
-                    name = _canonical(stored)
-                    if _IGNORED.fullmatch(name):
+                    name = canonical(stored)
+                    if IGNORED.fullmatch(name):
                         continue
                     if name in tensors:
                         raise DFlashError(
@@ -326,16 +326,31 @@ def _read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[st
     return {**tensors, **unpickled}
 
 
-def _canonical(name: str) -> str:
+def canonical(name: str) -> str:
+    """A tensor's name as z-lab writes it."""
     for pattern, replacement in _RENAMED:
         name = pattern.sub(replacement, name)
     return name
 
 
-def _check_names_and_shapes(tensors: Mapping[str, Tensor], config: DrafterConfig) -> None:
+def check_names_and_shapes(
+    tensors: Mapping[str, Tensor], config: DrafterConfig, whole: bool = True
+) -> None:
+    """Check that tensors are those of a drafter.
+
+    Args:
+        tensors: canonical names.
+        config: of the drafter.
+        whole: none may be missing.
+
+    Raises:
+        DFlashError: names the tensor that is missing, has another shape or does not belong here.
+    """
     expected = expected_tensors(config)
     for name, shape in expected.items():
         if name not in tensors:
+            if not whole:
+                continue
             raise DFlashError(f"tensor {name!r} {list(shape)} is missing: {_advice(name)}")
         if tuple(tensors[name].shape) != shape:
             raise DFlashError(
@@ -368,7 +383,12 @@ def _advice(name: str) -> str:
     return next(found, "give a complete, unmodified checkpoint")
 
 
-def _checked_values(name: str, tensor: Tensor) -> Tensor:
+def checked_values(name: str, tensor: Tensor) -> Tensor:
+    """The tensor itself.
+
+    Raises:
+        DFlashError: it is not plain, or has values that are not finite.
+    """
     if tensor.dtype not in PLAIN:
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise DFlashError(f"tensor {name!r} is {dtype}: {STORE_PLAIN}")
@@ -377,9 +397,19 @@ def _checked_values(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _check_vocabulary_map(
+def check_vocabulary_map(
     tensors: dict[str, Tensor], to_target: Tensor | None, config: DrafterConfig
 ) -> None:
+    """Check the offsets of a reduced vocabulary and make them int64, in place.
+
+    Args:
+        tensors: ``d2t`` among them, on the CPU.
+        to_target: the marks ``t2d``, if there are any.
+        config: of the drafter.
+
+    Raises:
+        DFlashError: the map names a token that is not there, or one of them twice.
+    """
     offsets = tensors["d2t"]
     if offsets.dtype not in (torch.int64, torch.int32):
         raise DFlashError(
@@ -433,7 +463,7 @@ def save_checkpoint(
         )
     dtype = str(tensors["norm.weight"].dtype).removeprefix("torch.")
     config = config.model_copy(update={"dtype": dtype, "dialect": dialect, "quantization": None})
-    _check_names_and_shapes(tensors, config)
+    check_names_and_shapes(tensors, config)
     written = write_config(config, dialect)
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if dialect == "speculators" and config.draft_vocab_size:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dflash_plugin.checkpoints.io import load_checkpoint
 from dflash_plugin.checkpoints.tensors import checkpoint_names
@@ -13,6 +13,7 @@ from dflash_plugin.checkpoints.vocabulary import fitted
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.drafter_spec import DrafterSpec
+from dflash_plugin.serving.fp8_weights import is_rounded, plain_weight
 
 
 def fill(drafter: Drafter, spec: DrafterSpec, rank: int) -> None:
@@ -27,27 +28,63 @@ def fill(drafter: Drafter, spec: DrafterSpec, rank: int) -> None:
         DFlashError: the checkpoint is malformed, or drafts tokens that the target lacks.
     """
     checkpoint = load_checkpoint(spec.checkpoint, drafter.norm.weight.dtype, spec.options.dialect)
-    tensors = fitted(checkpoint, spec.config.vocab_size).tensors
-    ids = spec.config.target_layer_ids
-    tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], ids)
-    if spec.config.norm_per_tap:
-        norms = [tensors[f"aux_hidden_norms.{tap}.weight"] for tap in by_layer(ids)]
-        tensors |= {f"aux_hidden_norms.{tap}.weight": norm for tap, norm in enumerate(norms)}
+    copy_tensors(drafter, fitted(checkpoint, spec.config.vocab_size).tensors, rank)
+
+
+def copy_tensors(
+    drafter: Drafter, tensors: Mapping[str, Tensor], rank: int
+) -> dict[nn.Module, Tensor]:
+    """Copy a checkpoint's tensors, all or some, into the parameters that hold them.
+
+    Parameters keep their storage, which CUDA graphs read. Weights that were rounded to FP8 are
+    rounded again.
+
+    Args:
+        drafter: on an engine's layers; a parameter with a ``weight_loader`` takes its shard itself.
+        tensors: canonical names, with the target's vocabulary.
+        rank: tensor-parallel rank of this shard.
+
+    Returns:
+        Weights of queries, keys and values before they were rounded, float32 [out, in] by linear.
+    """
+    config = drafter.config
+    ids, tensors = config.target_layer_ids, dict(tensors)
+    if "fc.weight" in tensors:
+        tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], ids)
+    if config.norm_per_tap:
+        taps = [f"aux_hidden_norms.{tap}.weight" for tap in range(len(ids))]
+        read = {taps[place]: tensors.pop(taps[tap], None) for place, tap in enumerate(by_layer(ids))}
+        tensors |= {name: norm for name, norm in read.items() if norm is not None}
     heads = drafter.attentions()[0].heads
     parameters = dict(drafter.named_parameters()) | dict(drafter.named_buffers())
+    unrounded: dict[nn.Module, Tensor] = {}
     for own, names in checkpoint_names(drafter).items():
-        parameter = parameters[own]
-        loader = getattr(parameter, "weight_loader", None)
-        for shard, name in enumerate(names):
-            tensor = tensors[name]
-            if own.endswith("sinks"):
-                tensor = tensor[rank * heads : (rank + 1) * heads]
-            if loader is None:
-                parameter.data.copy_(tensor)
-            elif len(names) == 1:
-                loader(parameter, tensor)
-            else:
-                loader(parameter, tensor, "qkv"[shard] if len(names) == 3 else shard)
+        parts = {part: tensors[name] for part, name in enumerate(names) if name in tensors}
+        if not parts:
+            continue
+        if own.endswith("sinks"):
+            parts = {0: parts[0][rank * heads : (rank + 1) * heads]}
+        module = drafter.get_submodule(own.rpartition(".")[0])
+        if own.endswith(".weight") and is_rounded(module):
+            with plain_weight(module) as weight:
+                _load(weight, parts, len(names))
+                if own.endswith("qkv_proj.weight"):
+                    unrounded[module] = weight.data
+        else:
+            _load(parameters[own], parts, len(names))
+    return unrounded
+
+
+def _load(parameter: Tensor, parts: Mapping[int, Tensor], count: int) -> None:
+    """Load tensors, by their places among the ``count`` that one parameter holds."""
+    loader = getattr(parameter, "weight_loader", None)
+    for part, tensor in parts.items():
+        if loader is None:
+            parameter.data.copy_(tensor)
+        elif count == 1:
+            loader(parameter, tensor)
+        else:
+            loader(parameter, tensor, "qkv"[part] if count == 3 else part)
 
 
 def draft_columns(drafter: Drafter) -> Tensor | None:

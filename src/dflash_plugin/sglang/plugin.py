@@ -72,6 +72,17 @@ def _verify_objects(scheduler: Any, worker: Any) -> None:
     verify_objects(features, *objects)
 
 
+def _of_new_weights(name: str) -> Callable[..., Any]:
+    """A hook of ``new_weights``, which is imported when it is called."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        from dflash_plugin.sglang import new_weights
+
+        return getattr(new_weights, name)(*args, **kwargs)
+
+    return call
+
+
 # By the names in the table of ``surface``.
 AROUND: dict[str, Callable[..., Any]] = {
     "handle_speculative_decoding": _before_arguments,
@@ -81,6 +92,9 @@ AROUND: dict[str, Callable[..., Any]] = {
     "Scheduler.get_internal_state": metrics.describe_internal_state,
     "SchedulerBatchResultProcessor._resolve_spec_v2_tokens": metrics.count_accepted,
     "TokenizerManager._calculate_spec_decoding_metrics": metrics.describe_acceptance,
+    "TokenizerManager._update_model_path_info": _of_new_weights("keep_model_path"),
+    "SchedulerWeightUpdaterManager._select_runners": _of_new_weights("select_runners"),
+    "SchedulerWeightUpdaterManager.resume_memory_occupation": _of_new_weights("resume_memory"),
 }
 
 

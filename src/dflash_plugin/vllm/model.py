@@ -19,7 +19,7 @@ from vllm.distributed import (
 )
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
@@ -31,10 +31,10 @@ from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
-from dflash_plugin.serving.fp8_weights import product
-from dflash_plugin.serving.weights import check_features, draft_columns, fill
+from dflash_plugin.serving.fp8_weights import is_rounded, product
+from dflash_plugin.serving.new_weights import take_weights
+from dflash_plugin.serving.weights import check_features, draft_columns
 from dflash_plugin.vllm.layers import VllmLayers
-from dflash_plugin.vllm.new_weights import REFUSED
 from dflash_plugin.vllm.options import required_spec
 from dflash_plugin.vllm.surface import final_norm, target_modules, verify_worker
 
@@ -93,6 +93,11 @@ class DraftBlock(nn.Module):
         device = vllm_config.device_config.device
         self.drafter.rotary.to(device)
         self.drafter.requires_grad_(False)
+        for module in self.drafter.modules():
+            if isinstance(module, LinearBase):
+                # A CPU would pack a plain weight and drop it, and new ones could not be loaded.
+                plain = isinstance(module.quant_method, UnquantizedLinearMethod)
+                cast(Any, module)._cpu_skip_gemm_dispatch = plain
         drafts = vllm_config.speculative_config.num_speculative_tokens
         self.block_size = int(drafts) + (not config.sample_from_anchor)
         self.attentions = nn.ModuleList(
@@ -163,6 +168,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         self._last_norm: tuple[nn.Module] | None = None
         is_whole = get_tensor_model_parallel_world_size() == 1
         self.gather = None if is_whole else tensor_model_parallel_all_gather
+        self.rank = get_tensor_model_parallel_rank()
         self._finish = self._finish_context
         if vllm_config.compilation_config.mode != CompilationMode.NONE:
             self._finish = torch.compile(
@@ -178,17 +184,33 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         Raises:
             DFlashError: the checkpoint is malformed or maps tokens that the target lacks.
         """
-        fill(self.drafter, self.spec, get_tensor_model_parallel_rank())
+        self.load_whole_checkpoint()
         self.prepare_weights()
         self._draft_columns = draft_columns(self.drafter)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Refuse new weights; this project's own loader calls ``load_checkpoint``.
+        """Replace weights while the engine runs; the start calls ``load_checkpoint``.
 
         Raises:
-            DFlashError: always.
+            DFlashError: a tensor is not the drafter's; nothing has changed then.
         """
-        raise DFlashError(REFUSED)
+        return take_weights(self, weights)
+
+    def derive(self) -> None:
+        """Follow new weights: reduced columns, a head that a CPU packed, sinks that were cast."""
+        head = self.drafter.own_head
+        if head is not None and current_platform.is_cpu() and not is_rounded(head):
+            cast(Any, head).quant_method.process_weights_after_loading(head)
+        columns = draft_columns(self.drafter)
+        if columns is not None and self._draft_columns is not None:
+            self._draft_columns.copy_(columns)
+        for index, layer in enumerate(self.model.attentions):
+            sinks = self.drafter.sinks(index)
+            if sinks is None:
+                continue
+            kept = cast(Any, layer).impl.sinks
+            if kept is not None and kept.data_ptr() != sinks.data_ptr():
+                kept.copy_(sinks)
 
     def bind(self, target_model: nn.Module) -> None:
         """Borrow the target's embedding and head, and prepare the drafter's weights.
