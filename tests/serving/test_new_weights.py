@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dflash_plugin.checkpoints.io import load_config
 from dflash_plugin.checkpoints.updates import layout_of
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.drafter_spec import DrafterSpec, Options
 from dflash_plugin.serving.new_weights import restore, route, take_checkpoint, take_weights
+from tests.helpers.layouts import write_laguna
 from tests.helpers.tiny import DFLASH2, tiny_config, tiny_target, write_tiny
 from tests.serving.test_engine_drafter import EngineDrafter, Head
 
@@ -24,11 +25,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "own everything": {
         "own_embedding": True, "own_mask_embedding": True, "own_head": True, "draft_vocab_size": 24,
     },
-    "norms of context and taps": {
-        "norm_context": True, "norm_per_tap": True, "target_layer_ids": (2, 0),
-    },
     "DFlash 2": DFLASH2,
 }  # fmt: skip
+# Its queries, keys and values are fused, and it norms context and taps.
+LAGUNA = "Laguna"
 FP8 = Options(draft_weights="fp8")
 
 
@@ -39,9 +39,15 @@ def by_rows(parameter: torch.Tensor, tensor: torch.Tensor, shard: Any = None) ->
     parameter.data[start : start + len(tensor)] = tensor
 
 
-def running(checkpoint: Path, options: Options = Options(), **changes: Any) -> Any:  # noqa: B008
+def write(directory: Path, kind: str, seed: int) -> Path:
+    if kind == LAGUNA:
+        return write_laguna(directory, {"target_layer_ids": (2, 0)}, seed)
+    return write_tiny(directory, seed=seed, **KINDS[kind])
+
+
+def running(checkpoint: Path, options: Options = Options()) -> Any:  # noqa: B008
     """A drafter that is loaded, bound and prepared."""
-    config = tiny_config(**changes)
+    config = load_config(checkpoint)
     drafter = EngineDrafter(DrafterSpec(checkpoint=checkpoint, config=config, options=options))
     for parameter in drafter.parameters():
         parameter.weight_loader = by_rows
@@ -81,12 +87,11 @@ def options(request) -> Options:
     return request.param
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, LAGUNA])
 @pytest.mark.parametrize("parts", ["at once", "one by one", "a checkpoint"])
 def test_a_running_drafter_becomes_the_new_one(tmp_path, options, kind, parts):
-    changes = KINDS[kind]
-    old, new = (write_tiny(tmp_path / str(seed), seed=seed, **changes) for seed in (0, 1))
-    drafter, expected = running(old, options, **changes), running(new, options, **changes)
+    old, new = (write(tmp_path / str(seed), kind, seed) for seed in (0, 1))
+    drafter, expected = running(old, options), running(new, options)
     addresses = {name: tensor.data_ptr() for name, tensor in state(drafter).items()}
     if parts == "a checkpoint":
         take_checkpoint(drafter, new)
@@ -97,7 +102,7 @@ def test_a_running_drafter_becomes_the_new_one(tmp_path, options, kind, parts):
         for index in order.tolist():
             name, tensor = tensors(new)[index]
             take_weights(drafter, [(f"draft.model.{name}", tensor)])
-    rounds_twice = parts == "one by one" and options is FP8 and "norm_context" in changes
+    rounds_twice = parts == "one by one" and options is FP8 and kind == LAGUNA
     check_same(drafter, expected, exact=not rounds_twice)
     # Captured graphs read the same memory.
     assert addresses == {name: tensor.data_ptr() for name, tensor in state(drafter).items()}
@@ -134,7 +139,7 @@ def test_another_drafters_checkpoint_is_refused_by_its_difference(tmp_path):
 @pytest.mark.parametrize("came", ["a checkpoint", "tensors"])
 def test_lost_weights_are_those_of_the_last_checkpoint_again(tmp_path, options, caplog, came):
     paths = [write_tiny(tmp_path / str(seed), seed=seed, **BIASES) for seed in (0, 1, 2)]
-    drafter = running(paths[0], options, **BIASES)
+    drafter = running(paths[0], options)
     take_checkpoint(drafter, paths[1])
     if came == "tensors":
         take_weights(drafter, tensors(paths[2])[:3])
@@ -143,7 +148,7 @@ def test_lost_weights_are_those_of_the_last_checkpoint_again(tmp_path, options, 
         tensor.data.zero_()
     restore(drafter)
     drafter.drafter.head().weight.data.copy_(kept.data)
-    expected = running(paths[1], options, **BIASES)
+    expected = running(paths[1], options)
     check_same(drafter, expected)
     assert ("send yours again" in caplog.text) is (came == "tensors")
 
@@ -193,4 +198,4 @@ def test_the_layout_is_read_once(tmp_path):
     (directory / "config.json").unlink()
     take_weights(drafter, given)
     assert layout_of(directory, None).config == tiny_config()
-    assert SimpleNamespace(**vars(drafter)).has_tensors
+    assert drafter.has_tensors
