@@ -53,8 +53,8 @@ def copy_tensors(
         tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], ids)
     if config.norm_per_tap:
         taps = [f"aux_hidden_norms.{tap}.weight" for tap in range(len(ids))]
-        read = {taps[place]: tensors.pop(taps[tap], None) for place, tap in enumerate(by_layer(ids))}
-        tensors |= {name: norm for name, norm in read.items() if norm is not None}
+        norms = [tensors.pop(taps[tap], None) for tap in by_layer(ids)]
+        tensors |= {tap: norm for tap, norm in zip(taps, norms, strict=True) if norm is not None}
     heads = drafter.attentions()[0].heads
     parameters = dict(drafter.named_parameters()) | dict(drafter.named_buffers())
     unrounded: dict[nn.Module, Tensor] = {}

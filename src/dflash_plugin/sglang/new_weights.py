@@ -15,6 +15,7 @@ from dflash_plugin.checkpoints.updates import holds_drafter
 from dflash_plugin.errors import reason
 from dflash_plugin.serving.new_weights import restore, take_checkpoint
 from dflash_plugin.sglang.compat import argument
+from dflash_plugin.sglang.metrics import Counted
 
 logger = logging.getLogger(__name__)
 
@@ -149,19 +150,15 @@ def select_runners(native: Callable[..., Any], manager: Any, selector: str = "al
 
     A drafter would take the target's tensors for its own, by their names.
     """
-    from dflash_plugin.sglang.worker import Worker
-
-    if selector == "all" and isinstance(manager.draft_worker, Worker):
+    if selector == "all" and isinstance(manager.draft_worker, Counted):
         selector = "target"
     return native(manager, selector)
 
 
 def resume_memory(native: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
-    """Give memory back to the models; the drafter's weights are loaded again where they are lost."""
-    from dflash_plugin.sglang.worker import Worker
-
+    """Give memory back to the models, and the drafter its weights where they are lost."""
     answer, worker = native(manager, recv_req), manager.draft_worker
-    if isinstance(worker, Worker) and (not recv_req.tags or WEIGHTS in recv_req.tags):
+    if isinstance(worker, Counted) and (not recv_req.tags or WEIGHTS in recv_req.tags):
         args = worker.server_args
         kept = any(argument(args, backup) for backup in BACKUPS)
         if argument(args, "enable_memory_saver") and not kept:
