@@ -103,6 +103,10 @@ _HOOKS = (
         "TokenizerManager._calculate_spec_decoding_metrics", signature=("meta_info", "..."),
     ),
     *_rows(
+        "managers.tokenizer_manager", "hook", VERIFYING, "gives each answer of a request its seed",
+        "TokenizerManager._send_one_request", signature=("tokenized_obj",),
+    ),
+    *_rows(
         "managers.tokenizer_manager", "hook", WEIGHTS, "does not serve a drafter's path as a model",
         "TokenizerManager._update_model_path_info", signature=("model_path", "..."),
     ),
