@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ from tests.helpers.tiny import ENGINE_SIZES as SIZES
 from tests.helpers.tiny import tiny_target, write_target, write_tiny
 from tests.on_vllm.vllm_helpers import ON_V2, on_worker, running
 
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_while_serving.py"
+spec = spec_from_file_location("train_while_serving", SCRIPT)
+assert spec is not None
+assert spec.loader is not None
+example = module_from_spec(spec)
+spec.loader.exec_module(example)
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53]]
 BIASES = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
 # Weights, and what makes the drafter.
@@ -72,6 +79,22 @@ def test_new_weights_reach_text_and_drafts(tmp_path: Path, kind: str) -> None:
         # The tensors were the last; the checkpoint is what is left of what was discarded.
         on_worker(engine, lose)
         check(second, new)
+        if kind == "plain":
+            trained = load_drafter(new, second)
+            example.run(engine, second, trained, PROMPTS, tmp_path / "example", rounds=2)
+            # Steps this small change few drafts: the weights themselves are compared.
+            found = on_worker(engine, sum_of_weights)
+            assert found == pytest.approx(float(trained.fc.weight.detach().abs().sum()), rel=1e-6)
+            assert found != sum_of(tensors(new))
+            check(second, tmp_path / "example" / "drafter")
+
+
+def sum_of_weights(worker: Any) -> float:
+    return float(worker.get_draft_model().drafter.fc.weight.abs().sum())
+
+
+def sum_of(named: list[tuple[str, torch.Tensor]]) -> float:
+    return float(dict(named)["fc.weight"].abs().sum())
 
 
 def texts(engine: Any) -> list[list[int]]:

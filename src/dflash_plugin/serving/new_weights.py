@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dflash_plugin.checkpoints.io import load_checkpoint
 from dflash_plugin.checkpoints.updates import layout_of, read_update
-from dflash_plugin.checkpoints.vocabulary import fitted
+from dflash_plugin.checkpoints.vocabulary import fitted, fitted_config
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.rope import frequencies
 from dflash_plugin.errors import DFlashError
@@ -71,8 +71,11 @@ def take_checkpoint(model: EngineDrafterMixin, directory: Path) -> None:
     """
     spec = model.spec
     checkpoint = load_checkpoint(directory, model.drafter.norm.weight.dtype, spec.options.dialect)
-    _require_alike(checkpoint.config, layout_of(spec.checkpoint, spec.options.dialect).config)
-    model.take_tensors(fitted(checkpoint, spec.config.vocab_size).tensors)
+    tokens = spec.config.vocab_size
+    new = fitted(checkpoint, tokens)
+    running = layout_of(spec.checkpoint, spec.options.dialect).config
+    _require_alike(new.config, fitted_config(running, tokens))
+    model.take_tensors(new.tensors)
     model.source, model.has_tensors = directory, False
 
 
