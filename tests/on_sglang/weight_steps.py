@@ -52,10 +52,10 @@ def in_session(
     """Hand tensors over; from SGLang 0.5.21 on between the calls that begin and end it."""
     from sglang.srt.utils import MultiprocessingSerializer
 
+    # SGLang makes tensors of a GPU alone ready to be sent.
+    MultiprocessingSerializer.deserialize = staticmethod(lambda data: data)
     fields = {"selector": "all", **fields}
-    request = SimpleNamespace(
-        serialized_named_tensors=[MultiprocessingSerializer.serialize(named)], **fields
-    )
+    request = SimpleNamespace(serialized_named_tensors=[named], **fields)
     sessions = hasattr(manager, "begin_weight_update")
     if sessions:
         assert manager.begin_weight_update(request).success

@@ -157,13 +157,18 @@ def select_runners(native: Callable[..., Any], manager: Any, selector: str = "al
 
 def resume_memory(native: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
     """Give memory back to the models, and the drafter its weights where they are lost."""
-    answer, worker = native(manager, recv_req), manager.draft_worker
-    if isinstance(worker, Counted) and (not recv_req.tags or WEIGHTS in recv_req.tags):
-        args = worker.server_args
-        kept = any(argument(args, backup) for backup in BACKUPS)
-        if argument(args, "enable_memory_saver") and not kept:
-            restore(worker.draft_model)
+    answer = native(manager, recv_req)
+    resumes = not recv_req.tags or WEIGHTS in recv_req.tags
+    if resumes and isinstance(manager.draft_worker, Counted):
+        _restore_lost(manager.draft_worker)
     return answer
+
+
+def _restore_lost(worker: Any) -> None:
+    args = worker.server_args
+    kept = any(argument(args, backup) for backup in BACKUPS)
+    if argument(args, "enable_memory_saver") and not kept:
+        restore(worker.draft_model)
 
 
 def keep_model_path(native: Callable[..., Any], manager: Any, model_path: str, *args: Any) -> Any:
