@@ -78,4 +78,7 @@ def test_hooks_are_those_of_the_table(monkeypatch):
     from dflash_plugin.sglang.plugin import AROUND
 
     monkeypatch.setattr(compat, "installed", lambda: "0.5.20")
+    older = {seam.symbol for seam in surface.hooks()}
+    assert AROUND.keys() - older == {"SchedulerWeightUpdaterManager._select_runners"}
+    monkeypatch.setattr(compat, "installed", lambda: "0.5.23")
     assert sorted(AROUND) == sorted(seam.symbol for seam in surface.hooks())

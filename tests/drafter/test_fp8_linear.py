@@ -111,7 +111,7 @@ def test_an_engines_layers_are_rounded_in_place_and_its_head_in_a_copy():
     assert layer.weight.dtype == torch.float8_e4m3fn
     expected = linear(x, quantize(before[layer]))
     assert torch.equal(layer.quant_method.apply(layer, x), expected)
-    copied = quantized_head(head, Plain)
+    copied = quantized_head(head, Plain, own=False)
     assert isinstance(copied.quant_method, Fp8Method)
     assert torch.equal(head.weight, before[head])
     assert isinstance(head.quant_method, Plain)
@@ -161,4 +161,4 @@ def test_layers_that_are_quantized_already():
     drafter.own_head = None
     with pytest.raises(DFlashError, match="the checkpoint quantizes 0 with SimpleNamespace"):
         quantize_engine_drafter(drafter, Plain)
-    assert quantized_head(layer, Plain) is layer
+    assert quantized_head(layer, Plain, own=False) is layer

@@ -71,8 +71,10 @@ def write_muse(directory: Path, sizes: dict[str, Any] | None = None, **changes: 
     return _write(directory, raw, tensors)
 
 
-def write_laguna(directory: Path, sizes: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A Laguna drafter with fused projections; arguments as ``write_muse``'s."""
+def write_laguna(
+    directory: Path, sizes: dict[str, Any] | None = None, seed: int = 0, **changes: Any
+) -> Path:
+    """A Laguna drafter with fused projections; arguments as ``write_muse``'s, and a seed."""
     config = tiny_config(**{**LAGUNA, **(sizes or {})})
     raw = {
         "architectures": ["DFlashLagunaForCausalLM"],
@@ -89,7 +91,7 @@ def write_laguna(directory: Path, sizes: dict[str, Any] | None = None, **changes
         },
         **changes,
     }
-    tensors = tiny_tensors(config)
+    tensors = tiny_tensors(config, seed)
     for index in range(len(config.layers)):
         name = f"layers.{index}.self_attn"
         parts = [tensors.pop(f"{name}.{part}_proj.weight") for part in "qkv"]

@@ -67,6 +67,7 @@ class Schedulers:
         settings: dict[str, Any] | None = None,
         widths: list[int] | Literal["chosen"] | None = None,
         any_back_end: bool = False,
+        steps: list[dict[str, Any]] | None = None,
         **params: Any,
     ) -> dict[str, Any]:
         """Start a scheduler, run each prompt ``copies`` times and end it.
@@ -81,13 +82,15 @@ class Schedulers:
                 of each rank's own that runs by chance; whole blocks where there are none.
             any_back_end: run the target under the attention of the settings, though SGLang has it
                 for its architecture under others alone, none of which this machine may have.
+            steps: changes of weights, see ``weight_steps``; the prompts run again after each.
             params: of ``SamplingParams``.
 
         Returns:
             Per prompt, "texts" of its copies and the "blocks" of its first; "counts" of what ran
             through kernels; with ``widths``, of each pass that was "cut" to them the width, the
             anchors' positions and the drafts that were verified, and what was "learnt". Other
-            ranks' answers are "others".
+            ranks' answers are "others". With ``steps``, "after" each of them what was "told", the
+            texts and the blocks.
         """
         job = {
             "settings": {
@@ -102,6 +105,7 @@ class Schedulers:
             },
             "widths": widths,
             "any_back_end": any_back_end,
+            "steps": steps or [],
             "prompts": prompts,
             "copies": copies,
             "params": params,
@@ -180,14 +184,25 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
             return compact(*arguments)
 
         verifier.compact = unlike
-    texts, blocks = [], []
-    for prompt in job["prompts"]:
-        requests = [make_request(scheduler, prompt, **job["params"]) for _ in range(job["copies"])]
-        blocks.append(run(scheduler, requests, whole=not job["widths"]))
-        texts.append([list(request.output_ids_through_stop) for request in requests])
+
+    def answers() -> dict[str, Any]:
+        texts, blocks = [], []
+        for prompt in job["prompts"]:
+            requests = [
+                make_request(scheduler, prompt, **job["params"]) for _ in range(job["copies"])
+            ]
+            blocks.append(run(scheduler, requests, whole=not job["widths"]))
+            texts.append([list(request.output_ids_through_stop) for request in requests])
+        return {"texts": texts, "blocks": blocks}
+
+    first, after = answers(), []
+    for step in job["steps"]:
+        import weight_steps
+
+        after.append({"told": weight_steps.take(scheduler, step), **answers()})
     learnt = None if verifier is None else verifier.policy.summary()
     return {
-        "texts": texts, "blocks": blocks, "counts": counts, "cut": cut, "learnt": learnt
+        **first, "after": after, "counts": counts, "cut": cut, "learnt": learnt
     }  # fmt: skip
 
 

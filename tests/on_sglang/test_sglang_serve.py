@@ -21,6 +21,7 @@ from dflash_plugin.checkpoints import reference_drafts
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, save_record
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.sglang import compat
+from dflash_plugin.sglang.new_weights import KEPT, REPLACED
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
 from tests.helpers import live
 from tests.helpers.core_drafts import core_drafts
@@ -393,6 +394,13 @@ def test_a_seed_repeats_its_text_in_any_batch(server, reference):
         assert [one.result()["output_ids"] for one in others]
     assert again == first
     assert server.generate(prompts[0], sampling_seed=12, **params)["output_ids"] != first
+    several, repeated = (
+        tokens(server.samples(prompts[0], 3, sampling_seed=11, **params)) for _ in range(2)
+    )
+    assert several == repeated
+    assert several[0] == first
+    assert several[1] != first
+    assert several[2] not in several[:2]
 
 
 @pytest.mark.versions
@@ -419,13 +427,19 @@ def test_log_probabilities_are_the_targets(server, reference):
 
 
 @pytest.mark.versions
-def test_new_weights_of_the_target_leave_the_drafter_alone(server, reference, alone, smollm2):
+def test_new_weights_come_from_a_targets_or_a_drafters_directory(
+    server, reference, alone, smollm2, shipped
+):
     """The same weights again, so that the text and its acceptance stay."""
-    answer = server.client.post("/update_weights_from_disk", json={"model_path": str(smollm2)})
-    assert answer.json()["success"], answer.text
-    answers = server.batch(reference["prompts"][:4], max_new_tokens=TOKENS)
-    assert tokens(answers) == alone[:4]
-    assert tau(answers) > 1.5
+    for path, message in ((smollm2, KEPT), (shipped, REPLACED)):
+        answer = server.client.post("/update_weights_from_disk", json={"model_path": str(path)})
+        assert answer.json()["success"], answer.text
+        assert message in answer.text
+        answers = server.batch(reference["prompts"][:4], max_new_tokens=TOKENS)
+        assert tokens(answers) == alone[:4]
+        assert tau(answers) > 1.5
+        # A drafter's path is not the served model's.
+        assert server.client.get("/model_info").json()["model_path"] == str(smollm2)
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,10 @@ def test_new_weights_of_the_targets_head_are_rounded_again(tmp_path, rounds):
     address = drafted.weight.data_ptr()
     with torch.no_grad():
         head.weight.mul_(-3)
-    drafter.refresh_head()
+    drafter.follow_target()
+    assert not rounds or not torch.equal(drafted.fp8_scales, quantize(head.weight.detach()).scales)
+    drafter.target_changed = True
+    drafter.follow_target()
     # A captured graph reads the same memory.
     assert drafted.weight.data_ptr() == address
     if rounds:

@@ -75,7 +75,7 @@ def test_objects_are_checked_for_what_features_in_use_read():
     surface.verify_objects({surface.TRITON}, runner)
     with pytest.raises(DFlashError, match=r"ModelRunner\.capture_tail_hooks"):
         surface.verify_objects({surface.GRAPHS}, runner)
-    runner.capture_tail_hooks = []
+    runner.capture_tail_hooks, runner.decode_cuda_graph_runner = [], None
     surface.verify_objects({surface.GRAPHS}, runner)
 
 

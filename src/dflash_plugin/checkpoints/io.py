@@ -54,7 +54,7 @@ CODEBOOKS = (
     "candidate_selector.successor_codebook",
 )
 # Buffers and frozen copies of the target's tensors that some exporters leave in.
-_IGNORED = re.compile(r".*rotary_emb\..*|verifier_(norm|lm_head)\..*")
+IGNORED = re.compile(r".*rotary_emb\..*|verifier_(norm|lm_head)\..*")
 # Tensors whose values decide whether a checkpoint is read: small ones.
 _VALUES = (".weight_shape", ".weight_global_scale", ".weight_scale_2", "d2t", "t2d")
 _RENAMED = (
@@ -193,9 +193,9 @@ def load_config(
     with _naming(directory) as path:
         _, tensors, config = _read(path, dialect, headers_only=True, drafts=drafts)
         to_target = tensors.pop("t2d", None)
-        _check_names_and_shapes(tensors, config)
+        check_names_and_shapes(tensors, config)
         _check_dtypes(tensors)
-        _check_vocabulary_map(tensors, to_target, config)
+        check_vocabulary_map(tensors, to_target, config)
         return config
 
 
@@ -230,13 +230,13 @@ def _read(
     plain = dequantise(stored, quantization, partial(part_rows, raw=raw))
     if not headers_only:
         _log_quantization(directory, plain.quantization, plain.ignored)
-    tensors = split_fused({_canonical(name): t for name, t in plain.tensors.items()}, raw)
+    tensors = split_fused({canonical(name): t for name, t in plain.tensors.items()}, raw)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = read_config(with_block(raw, drafts), shapes, dialect)
     for rule in rules_applied(raw, config, dialect).values():
         warn_once(directory, rule)
     config = config.model_copy(update={"quantization": plain.quantization})
-    return raw, _without_padding(tensors, config), config
+    return raw, without_padding(tensors, config), config
 
 
 def _log_quantization(directory: Path, quantization: str | None, ignored: list[str]) -> None:
@@ -253,7 +253,7 @@ def _log_quantization(directory: Path, quantization: str | None, ignored: list[s
         )
 
 
-def _without_padding(tensors: dict[str, Tensor], config: DrafterConfig) -> dict[str, Tensor]:
+def without_padding(tensors: dict[str, Tensor], config: DrafterConfig) -> dict[str, Tensor]:
     """The tensors, without rows of tables that stand for no token of ``vocab_size``."""
     expected = expected_tensors(config)
     for name in (EMBEDDING, HEAD, *CODEBOOKS):
@@ -271,19 +271,15 @@ def _load(
 ) -> Checkpoint:
     raw, tensors, config = _read(directory, dialect, False, pickles, drafts)
     to_target = tensors.pop("t2d", None)
-    _check_names_and_shapes(tensors, config)
+    check_names_and_shapes(tensors, config)
     _check_dtypes(tensors)
-    _check_vocabulary_map(tensors, to_target, config)
+    check_vocabulary_map(tensors, to_target, config)
     stored = tensors["fc.weight"].dtype
     for name, tensor in tensors.items():
         if name == "d2t":
             tensors[name] = tensor.long()
-            continue
-        if not torch.isfinite(tensor).all():
-            raise DFlashError(
-                f"tensor {name!r} has values that are not finite: train or fetch again"
-            )
-        tensors[name] = tensor.to(dtype or stored)
+        else:
+            tensors[name] = checked_values(name, tensor).to(dtype or stored)
     config = config.model_copy(update={"dtype": str(stored).removeprefix("torch.")})
     return Checkpoint(config, tensors, directory, raw)
 
@@ -316,12 +312,12 @@ def read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[str
             with safe_open(shard, framework="pt") as file:
                 names = list(file.keys())
                 for stored in names:
-                    name = _canonical(stored)
+                    name = canonical(stored)
                     if shard.stem == MASK_EMBEDDING and len(names) == 1:
                         # By any name, as in a pickle.
                         tensors[MASK_EMBEDDING] = file.get_tensor(stored).flatten()
                         continue
-                    if _IGNORED.fullmatch(name):
+                    if IGNORED.fullmatch(name):
                         continue
                     if name in tensors:
                         raise DFlashError(
@@ -335,21 +331,36 @@ def read_tensors(directory: Path, headers_only: bool, pickles: bool) -> dict[str
             raise DFlashError(
                 f"{shard.name} is not a whole safetensors file ({error}): fetch it again"
             ) from error
-    unpickled = {_canonical(name): tensor for name, tensor in unpickled.items()}
-    kept = {name: tensor for name, tensor in unpickled.items() if not _IGNORED.fullmatch(name)}
+    unpickled = {canonical(name): tensor for name, tensor in unpickled.items()}
+    kept = {name: tensor for name, tensor in unpickled.items() if not IGNORED.fullmatch(name)}
     return {**tensors, **kept}
 
 
-def _canonical(name: str) -> str:
+def canonical(name: str) -> str:
+    """A tensor's name as z-lab writes it."""
     for pattern, replacement in _RENAMED:
         name = pattern.sub(replacement, name)
     return name
 
 
-def _check_names_and_shapes(tensors: Mapping[str, Tensor], config: DrafterConfig) -> None:
+def check_names_and_shapes(
+    tensors: Mapping[str, Tensor], config: DrafterConfig, whole: bool = True
+) -> None:
+    """Check that tensors are those of a drafter.
+
+    Args:
+        tensors: canonical names.
+        config: of the drafter.
+        whole: none may be missing.
+
+    Raises:
+        DFlashError: names the tensor that is missing, has another shape or does not belong here.
+    """
     expected = expected_tensors(config)
     for name, shape in expected.items():
         if name not in tensors:
+            if not whole:
+                continue
             raise DFlashError(f"tensor {name!r} {list(shape)} is missing: {_advice(name)}")
         if tuple(tensors[name].shape) != shape:
             raise DFlashError(
@@ -386,6 +397,18 @@ def _advice(name: str) -> str:
     return next(found, "give a complete, unmodified checkpoint")
 
 
+def checked_values(name: str, tensor: Tensor) -> Tensor:
+    """The tensor itself.
+
+    Raises:
+        DFlashError: it is not plain, or has values that are not finite.
+    """
+    _check_dtypes({name: tensor})
+    if not torch.isfinite(tensor).all():
+        raise DFlashError(f"tensor {name!r} has values that are not finite: train or fetch again")
+    return tensor
+
+
 def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -396,9 +419,19 @@ def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:
             raise DFlashError(f"tensor {name!r} is {dtype}: {STORE_PLAIN}")
 
 
-def _check_vocabulary_map(
+def check_vocabulary_map(
     tensors: Mapping[str, Tensor], to_target: Tensor | None, config: DrafterConfig
 ) -> None:
+    """Check the offsets of a reduced vocabulary, if the drafter has one.
+
+    Args:
+        tensors: ``d2t`` among them, on the CPU.
+        to_target: the marks ``t2d``, if there are any.
+        config: of the drafter.
+
+    Raises:
+        DFlashError: the map names a token that is not there, or one of them twice.
+    """
     if config.draft_vocab_size is None:
         return
     ids = tensors["d2t"].long() + torch.arange(config.draft_vocab_size)
@@ -448,7 +481,7 @@ def save_checkpoint(
         )
     dtype = str(tensors["norm.weight"].dtype).removeprefix("torch.")
     config = config.model_copy(update={"dtype": dtype, "dialect": dialect, "quantization": None})
-    _check_names_and_shapes(tensors, config)
+    check_names_and_shapes(tensors, config)
     written = write_config(config, dialect)
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if dialect == "speculators" and config.draft_vocab_size:

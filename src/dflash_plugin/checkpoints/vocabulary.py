@@ -68,28 +68,39 @@ def fitted(checkpoint: Checkpoint, tokens: int) -> Checkpoint:
     config = fitted_config(checkpoint.config, tokens)
     if config is checkpoint.config:
         return checkpoint
-    tensors = _fitted_tensors(checkpoint.tensors, checkpoint.config, config)
+    tensors = fitted_tensors(checkpoint.tensors, checkpoint.config, config)
     return replace(checkpoint, config=config, tensors=tensors)
 
 
-def _fitted_tensors(
+def fitted_tensors(
     tensors: Mapping[str, Tensor], before: DrafterConfig, after: DrafterConfig
 ) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, all or some, with the target's vocabulary.
+
+    Args:
+        tensors: canonical names.
+        before: the drafter, as the checkpoint has it.
+        after: with the target's vocabulary, from ``fitted_config``.
+
+    Raises:
+        DFlashError: ``d2t`` names a token that the target lacks.
+    """
     tokens, fit = after.vocab_size, dict(tensors)
-    if after.own_mask_embedding and not before.own_mask_embedding:
+    adds_mask = after.own_mask_embedding and not before.own_mask_embedding
+    if adds_mask and EMBEDDING in tensors:
         fit[MASK] = tensors[EMBEDDING][after.mask_token_id].clone()
     for name in LOOKED_UP:
         if name in tensors:
             rows = tensors[name][:tokens]
             fit[name] = F.pad(rows, (0, 0, 0, tokens - len(rows)))
-    if before.draft_vocab_size is not None:
+    if before.draft_vocab_size is not None and "d2t" in tensors:
         highest = int((tensors["d2t"] + torch.arange(before.draft_vocab_size)).max())
         if highest >= tokens:
             raise DFlashError(
                 f"d2t maps a draft token to {highest}, outside the target's vocabulary of {tokens} "
                 "tokens: use the drafter made for this target"
             )
-    elif before.own_head:
+    elif before.draft_vocab_size is None and HEAD in tensors:
         fit[HEAD] = tensors[HEAD][:tokens]
         if after.draft_vocab_size is not None:
             fit["d2t"] = torch.zeros(after.draft_vocab_size, dtype=torch.int64)

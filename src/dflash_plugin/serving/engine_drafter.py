@@ -13,7 +13,8 @@ Each adapter has its own ``_window``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -39,12 +40,15 @@ from dflash_plugin.serving.fp8_weights import (
     drop_stored_rows,
     fp8_obstacle,
     keep_stored_rows,
+    plain_values,
     quantize_engine_drafter,
     quantized_head,
+    round_into,
     stored_context_rows,
 )
 from dflash_plugin.serving.layers import QKVShard
-from dflash_plugin.serving.quantised_linears import dequantised_gib
+from dflash_plugin.serving.quantised_linears import QuantisedLinears, dequantised_gib
+from dflash_plugin.serving.weights import copy_tensors, fill
 
 
 class EngineDrafterMixin:
@@ -62,6 +66,11 @@ class EngineDrafterMixin:
             ``context_rows`` of all layers in one product; None where a layer's weight is not plain,
             or its attention is latent.
         context_bias: goes with ``context_weight``, or None.
+        quantised: the linears that the engine multiplies as the checkpoint stores them, or None.
+        rank: tensor-parallel rank of this shard.
+        target_changed: the target's weights may have changed since the last pass.
+        source: the checkpoint whose weights were loaded last; None where none was.
+        has_tensors: weights came as tensors since then.
     """
 
     plain_linear: ClassVar[type]
@@ -73,6 +82,11 @@ class EngineDrafterMixin:
     gather: Callable[[Tensor], Tensor] | None
     context_weight: Tensor | Fp8Rows | None = None
     context_bias: Tensor | None = None
+    quantised: QuantisedLinears | None = None
+    rank = 0
+    target_changed = False
+    source: Path | None = None
+    has_tensors = False
     _rounds: bool | None = None
     _prepared = False
     # The target's head, in a tuple so that it is no module of ours.
@@ -100,23 +114,32 @@ class EngineDrafterMixin:
         if not self._in_fp8:
             return
         self._borrowed = (head,)
-        rounded = quantized_head(drafter.head(), self.plain_head)
-        if drafter.own_head is None:
-            drafter.replace_borrowed_head(rounded)
-        else:
+        is_own = drafter.own_head is not None
+        rounded = quantized_head(drafter.head(), self.plain_head, is_own)
+        if is_own:
             drafter.own_head = rounded
+        else:
+            drafter.replace_borrowed_head(rounded)
 
-    def refresh_head(self) -> None:
-        """Round the target's head again, whose weights have changed in place."""
+    def follow_target(self) -> None:
+        """Round the target's head again where its weights have changed in place."""
+        if not self.target_changed:
+            return
+        self.target_changed = False
         if self._borrowed is None or self.drafter.own_head is not None:
             return
         head, rounded = self._borrowed[0], cast(Any, self.drafter.head())
-        if rounded is head:
-            return
-        weight = quantize(head.weight.detach())
-        with torch.no_grad():
-            rounded.weight.copy_(weight.values)
-            rounded.fp8_scales.copy_(weight.scales)
+        if rounded is not head:
+            round_into(rounded, head.weight.detach())
+
+    def load_whole_checkpoint(self) -> None:
+        """Fill the parameters from the checkpoint, each by its own loader.
+
+        Raises:
+            DFlashError: the checkpoint is malformed or maps tokens that the target lacks.
+        """
+        fill(self.drafter, self.spec, self.rank, self.quantised)
+        self.source = self.spec.checkpoint
 
     def prepare_weights(self) -> None:
         """Stack what makes context keys and values of all layers, and round weights to FP8.
@@ -127,19 +150,11 @@ class EngineDrafterMixin:
         if self._prepared:
             return
         self._prepared = True
-        linears = [cast(QKVShard, layer.qkv_proj) for layer in self.drafter.plain_attentions()]
-        weight = None
+        linears, weight = self._context_linears(), None
         if linears and all(linear.is_plain for linear in linears):
-            parts = [linear.weight[linear.query_width :] for linear in linears]
-            if self.spec.config.norm_context:
-                norms = [cast(DraftLayer, layer).attention_norm for layer in self.drafter.layers]
-                # All layers divide a row by the same root mean square; the rest of each norm is a
-                # factor a column.
-                parts = [part * norm.scale for part, norm in zip(parts, norms, strict=True)]
-            weight = torch.cat(parts)
+            weight = self._stacked({})
             if self.spec.config.attention_bias:
-                biases = [cast(Tensor, linear.bias)[linear.query_width :] for linear in linears]
-                self.context_bias = torch.cat(biases)
+                self.context_bias = self._stacked_bias()
         stored, keeps = None, self.spec.options.draft_weights == "checkpoint"
         # A norm's factors would have to be rounded into the rows.
         if (self._in_fp8 or keeps) and weight is not None and not self.spec.config.norm_context:
@@ -155,6 +170,68 @@ class EngineDrafterMixin:
             )
         drop_stored_rows(self.drafter)
         self.context_weight = weight if stored is None else stored
+
+    @torch.no_grad()
+    def take_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace weights of the running drafter, all or some, in their own storage.
+
+        Args:
+            tensors: canonical names, with the target's vocabulary, checked.
+
+        Raises:
+            DFlashError: the engine's own quantised linears have taken theirs apart.
+        """
+        if self.keeps_quantised_linears:
+            raise DFlashError(
+                "the drafter keeps its weights: draft_weights is 'checkpoint', and the engine's "
+                "quantised linears take new ones at start alone; set it to 'dequantised'"
+            )
+        unrounded = copy_tensors(self.drafter, tensors, self.rank)
+        if self.context_weight is not None:
+            stacked = self._stacked(unrounded)
+            if isinstance(self.context_weight, Fp8Rows):
+                for kept, new in zip(self.context_weight, quantize(stacked), strict=True):
+                    kept.copy_(new)
+            else:
+                self.context_weight.copy_(stacked)
+            if self.context_bias is not None:
+                self.context_bias.copy_(self._stacked_bias())
+        self.derive()
+
+    @property
+    def keeps_quantised_linears(self) -> bool:
+        """Whether the engine multiplies some linears as the checkpoint stores them."""
+        return self.quantised is not None and bool(self.quantised.linears)
+
+    def derive(self) -> None:
+        """Make again what an engine's adapter derives from the weights, in place."""
+
+    def _context_linears(self) -> list[QKVShard]:
+        return [cast(QKVShard, layer.qkv_proj) for layer in self.drafter.plain_attentions()]
+
+    def _stacked(self, unrounded: Mapping[nn.Module, Tensor]) -> Tensor:
+        """``context_weight`` of the linears' weights, before rounding.
+
+        Args:
+            unrounded: weights of linears whose own are rounded by now.
+        """
+        parts = []
+        for module, linear in zip(self.drafter.layers, self._context_linears(), strict=True):
+            weight = unrounded.get(cast(nn.Module, linear))
+            if weight is None:
+                weight = plain_values(linear)
+            part = weight[linear.query_width :]
+            if self.spec.config.norm_context:
+                # All layers divide a row by the same root mean square; the rest of each norm is a
+                # factor a column.
+                norm = cast(DraftLayer, module).attention_norm
+                part = part.to(norm.weight.dtype) * norm.scale
+            parts.append(part)
+        return torch.cat(parts)
+
+    def _stacked_bias(self) -> Tensor:
+        linears = self._context_linears()
+        return torch.cat([cast(Tensor, one.bias)[one.query_width :] for one in linears])
 
     def context_rows(self, context: Tensor) -> Tensor:
         """What ``context_weight`` multiplies, of context rows [..., hidden] as ``fuse`` gives them.

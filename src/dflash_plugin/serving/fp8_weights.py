@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -46,6 +47,46 @@ class Fp8Method:
 def rows_of(layer: Any) -> Fp8Rows:
     """The FP8 weight of a layer whose method is an ``Fp8Method``."""
     return Fp8Rows(layer.weight, layer.fp8_scales)
+
+
+def is_rounded(module: nn.Module) -> bool:
+    """Whether this module has rounded a layer's weight."""
+    return isinstance(getattr(module, "quant_method", None), Fp8Method)
+
+
+def plain_values(module: Any) -> Tensor:
+    """A linear's weight [out, in], in float32 where it is rounded."""
+    if not is_rounded(module):
+        weight: Tensor = module.weight
+        return weight
+    rows = rows_of(module)
+    return rows.values.float() * rows.scales[:, None]
+
+
+@contextmanager
+def plain_weight(module: Any) -> Iterator[nn.Parameter]:
+    """A rounded weight as the plain one that its engine's loader fills, float32 [out, in].
+
+    When the block ends it is rounded again, in place.
+
+    Args:
+        module: its weight is rounded.
+    """
+    (parameter,) = module.unrounded
+    kept, parameter.data = parameter.data, plain_values(module)
+    try:
+        yield parameter
+        round_into(module, parameter.data)
+    finally:
+        parameter.data = kept
+
+
+@torch.no_grad()
+def round_into(module: Any, weight: Tensor) -> None:
+    """Round a weight [out, in] into the storage of a module whose weight is rounded."""
+    rounded = quantize(weight)
+    module.weight.copy_(rounded.values)
+    module.fp8_scales.copy_(rounded.scales)
 
 
 def fp8_obstacle(drafter: Drafter, plain: type, device: torch.device) -> str | None:
@@ -100,6 +141,7 @@ def keep_stored_rows(drafter: Drafter) -> int:
     kept = [module for _, module in rounded_linears(drafter) if _stored_rows(module) is not None]
     for module in kept:
         _quantize(module)
+        _free(module)
     return len(kept)
 
 
@@ -147,14 +189,16 @@ def quantize_engine_drafter(drafter: Drafter, plain: type) -> None:
                 f"{type(module.quant_method).__name__}: leave draft_weights at 'checkpoint'"
             )
         _quantize(module)
+        _free(module)
 
 
-def quantized_head(head: nn.Module, plain: type) -> nn.Module:
+def quantized_head(head: nn.Module, plain: type, own: bool) -> nn.Module:
     """A copy of an engine's head with an FP8 weight; the head itself where it is quantized already.
 
     Args:
         head: the target's or the drafter's own.
         plain: the engine's method of heads that are not quantized.
+        own: it is the drafter's, and nothing else uses it.
     """
     if not isinstance(getattr(head, "quant_method", None), plain):
         return head
@@ -162,10 +206,20 @@ def quantized_head(head: nn.Module, plain: type) -> nn.Module:
     # copy.copy shares the tables of parameters and buffers between both modules.
     copied._parameters, copied._buffers = dict(head._parameters), dict(head._buffers)
     _quantize(copied)
+    if own:
+        _free(copied)
     return copied
 
 
+def _free(module: Any) -> None:
+    """Free the plain weight; its parameter stays, for the loader that new weights go through."""
+    (parameter,) = module.unrounded
+    parameter.data = parameter.data.new_empty(0)
+
+
 def _quantize(module: nn.Module) -> None:
+    # In a tuple, so that it is no parameter of the module.
+    cast(Any, module).unrounded = (module.weight,)
     weight = _stored_rows(module) or quantize(cast(Tensor, module.weight).detach())
     module.weight = nn.Parameter(weight.values, requires_grad=False)
     module.register_buffer("fp8_scales", weight.scales, persistent=False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dflash_plugin.checkpoints.io import load_checkpoint
 from dflash_plugin.checkpoints.stored_weights import fp8_rows, stored_weights
@@ -16,7 +16,7 @@ from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.fp8_rows import FP8, Fp8Rows
 from dflash_plugin.serving.drafter_spec import DrafterSpec
-from dflash_plugin.serving.fp8_weights import rounded_linears
+from dflash_plugin.serving.fp8_weights import is_rounded, plain_weight, rounded_linears
 from dflash_plugin.serving.quantised_linears import QuantisedLinears, keeps_stored_rows
 
 
@@ -40,35 +40,71 @@ def fill(
         spec.options.dialect,
         drafts=spec.config.num_draft_tokens,
     )
-    tensors = fitted(checkpoint, spec.config.vocab_size).tensors
-    ids = spec.config.target_layer_ids
-    tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], ids)
-    if spec.config.norm_per_tap:
-        norms = [tensors[f"aux_hidden_norms.{tap}.weight"] for tap in by_layer(ids)]
-        tensors |= {f"aux_hidden_norms.{tap}.weight": norm for tap, norm in enumerate(norms)}
-    heads = drafter.attentions()[0].heads
-    if quantised is not None:
-        tensors |= quantised.tensors(tensors, rank, spec.config.num_attention_heads // heads)
-    parameters = dict(drafter.named_parameters()) | dict(drafter.named_buffers())
-    for own, names in checkpoint_names(drafter).items():
-        parts = [tensors[name] for name in names]
-        if own.endswith("sinks"):
-            parts = [part[rank * heads : (rank + 1) * heads] for part in parts]
-        _load(parameters[own], parts)
+    copy_tensors(drafter, fitted(checkpoint, spec.config.vocab_size).tensors, rank, quantised)
     if spec.config.quantization is not None:
         _attach_stored_rows(drafter, spec)
 
 
-def _load(parameter: Tensor, parts: Sequence[Tensor]) -> None:
-    """Fill a parameter from its parts: itself, queries, keys and values, or gate and up."""
+def copy_tensors(
+    drafter: Drafter,
+    tensors: Mapping[str, Tensor],
+    rank: int,
+    quantised: QuantisedLinears | None = None,
+) -> dict[nn.Module, Tensor]:
+    """Copy a checkpoint's tensors, all or some, into the parameters that hold them.
+
+    Parameters keep their storage, which CUDA graphs read. Weights that were rounded to FP8 are
+    rounded again.
+
+    Args:
+        drafter: on an engine's layers; a parameter with a ``weight_loader`` takes its shard itself.
+        tensors: canonical names, with the target's vocabulary.
+        rank: tensor-parallel rank of this shard.
+        quantised: the linears that take theirs as the checkpoint stores them, or None.
+
+    Returns:
+        Weights of queries, keys and values before they were rounded, float32 [out, in] by linear.
+    """
+    config = drafter.config
+    ids, tensors = config.target_layer_ids, dict(tensors)
+    if "fc.weight" in tensors:
+        tensors["fc.weight"] = sorted_columns(tensors["fc.weight"], ids)
+    if config.norm_per_tap:
+        taps = [f"aux_hidden_norms.{tap}.weight" for tap in range(len(ids))]
+        norms = [tensors.pop(taps[tap], None) for tap in by_layer(ids)]
+        tensors |= {tap: norm for tap, norm in zip(taps, norms, strict=True) if norm is not None}
+    heads = drafter.attentions()[0].heads
+    if quantised is not None:
+        tensors |= quantised.tensors(tensors, rank, config.num_attention_heads // heads)
+    parameters = dict(drafter.named_parameters()) | dict(drafter.named_buffers())
+    unrounded: dict[nn.Module, Tensor] = {}
+    for own, names in checkpoint_names(drafter).items():
+        parts = {part: tensors[name] for part, name in enumerate(names) if name in tensors}
+        if not parts:
+            continue
+        if own.endswith("sinks"):
+            parts = {0: parts[0][rank * heads : (rank + 1) * heads]}
+        module = drafter.get_submodule(own.rpartition(".")[0])
+        if own.endswith(".weight") and is_rounded(module):
+            with plain_weight(module) as weight:
+                _load(weight, parts, len(names))
+                if own.endswith("qkv_proj.weight"):
+                    unrounded[module] = weight.data
+        else:
+            _load(parameters[own], parts, len(names))
+    return unrounded
+
+
+def _load(parameter: Tensor, parts: Mapping[int, Tensor], count: int) -> None:
+    """Load tensors, by their places among the ``count`` that one parameter holds."""
     loader = getattr(parameter, "weight_loader", None)
-    for shard, tensor in enumerate(parts):
+    for part, tensor in parts.items():
         if loader is None:
             parameter.data.copy_(tensor)
-        elif len(parts) == 1:
+        elif count == 1:
             loader(parameter, tensor)
         else:
-            loader(parameter, tensor, "qkv"[shard] if len(parts) == 3 else shard)
+            loader(parameter, tensor, "qkv"[part] if count == 3 else part)
 
 
 def _attach_stored_rows(drafter: Drafter, spec: DrafterSpec) -> None:
@@ -95,11 +131,12 @@ def _shard(parts: Sequence[Fp8Rows], weight: Tensor) -> Fp8Rows:
     plain, shards = weight.data, parts[0].values.shape[1] // weight.shape[1]
     try:
         weight.data = torch.empty(plain.shape, dtype=FP8, device=plain.device)
-        _load(weight, [part.values for part in parts])
+        _load(weight, dict(enumerate(part.values for part in parts)), len(parts))
         values = weight.data
         weight.data = torch.empty(len(plain), 1, device=plain.device, dtype=torch.float32)
         # Each rank takes its column, so there is one for each.
-        _load(weight, [part.scales[:, None].expand(-1, shards) for part in parts])
+        scales = [part.scales[:, None].expand(-1, shards) for part in parts]
+        _load(weight, dict(enumerate(scales)), len(parts))
         return Fp8Rows(values, weight.data[:, 0].contiguous())
     finally:
         weight.data = plain

@@ -37,8 +37,9 @@ from dflash_plugin.serving import KEY
 from dflash_plugin.serving.draft_tokens import choice_of_ranks, first_token
 from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
 from dflash_plugin.serving.fp8_weights import product
+from dflash_plugin.serving.new_weights import take_weights
 from dflash_plugin.serving.quantised_linears import quantised_linears
-from dflash_plugin.serving.weights import check_features, fill
+from dflash_plugin.serving.weights import check_features
 from dflash_plugin.sglang import layers as sglang_layers
 from dflash_plugin.sglang import surface
 from dflash_plugin.sglang.block_attention import is_plain
@@ -108,12 +109,20 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         self._fused = kernels.available(device) and drafter_config.latent_attention is None
         is_whole = get_tensor_model_parallel_world_size() == 1
         self.gather = None if is_whole else partial(tensor_model_parallel_all_gather, dim=-1)
+        self.rank = get_tensor_model_parallel_rank()
         self._key_weights: Tensor | None = None
         self._pools: Any = None
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Fill the parameters from the checkpoint; the stream of a loader's weights is not read."""
-        fill(self.drafter, self.spec, get_tensor_model_parallel_rank(), self.quantised)
+        """Fill the parameters: at start from the checkpoint, without a look at ``weights``.
+
+        Raises:
+            DFlashError: a tensor is not the drafter's; nothing has changed then.
+        """
+        if self._prepared:
+            take_weights(self, weights)
+        else:
+            self.load_whole_checkpoint()
 
     def set_block_size(self, block_size: int) -> None:
         """Take the rows of a block, anchor included, from the worker."""
@@ -146,9 +155,16 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         if self.quantised is not None:
             self.quantised.check()
         if self.spec.config.qk_norm:
-            attentions = self.drafter.plain_attentions()
-            norms = [cast(Tensor, attention.key_norm.weight) for attention in attentions]
-            self._key_weights = torch.stack(norms)
+            self._key_weights = self._stacked_key_norms()
+
+    def derive(self) -> None:
+        """Follow new weights: the key norms of all layers."""
+        if self._key_weights is not None:
+            self._key_weights.copy_(self._stacked_key_norms())
+
+    def _stacked_key_norms(self) -> Tensor:
+        attentions = self.drafter.plain_attentions()
+        return torch.stack([cast(Tensor, one.key_norm.weight) for one in attentions])
 
     @torch.no_grad()
     def forward(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from dflash_plugin.serving.variables import is_off
@@ -72,6 +73,15 @@ def _verify_objects(scheduler: Any, worker: Any) -> None:
     verify_objects(features, *objects)
 
 
+def _imported_late(module: str, name: str) -> Callable[..., Any]:
+    """A hook of a module of this package that is imported when the hook is called."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(f"dflash_plugin.sglang.{module}"), name)(*args, **kwargs)
+
+    return call
+
+
 # By the names in the table of ``surface``.
 AROUND: dict[str, Callable[..., Any]] = {
     "handle_speculative_decoding": _before_arguments,
@@ -81,6 +91,14 @@ AROUND: dict[str, Callable[..., Any]] = {
     "Scheduler.get_internal_state": metrics.describe_internal_state,
     "SchedulerBatchResultProcessor._resolve_spec_v2_tokens": metrics.count_accepted,
     "TokenizerManager._calculate_spec_decoding_metrics": metrics.describe_acceptance,
+    "TokenizerManager._update_model_path_info": _imported_late("new_weights", "keep_model_path"),
+    "TokenizerManager._send_one_request": _imported_late("answers", "spread_seeds"),
+    "SchedulerWeightUpdaterManager._select_runners": _imported_late(
+        "new_weights", "select_runners"
+    ),
+    "SchedulerWeightUpdaterManager.resume_memory_occupation": _imported_late(
+        "new_weights", "resume_memory"
+    ),
 }
 
 

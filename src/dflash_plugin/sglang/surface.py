@@ -41,9 +41,10 @@ ADAPTIVE = "adaptive verification"
 ADAPTIVE_GRAPHS = "adaptive verification in CUDA graphs"
 LORA = "a target with LoRA"
 LAST_LAYER = "reading the target's last layer"
+WEIGHTS = "new weights"
 
 # In use in every scheduler process with our worker.
-ALWAYS = frozenset({DRAFTING, VERIFYING, METRICS, KNOWN_ANSWERS, GRAPHS})
+ALWAYS = frozenset({DRAFTING, VERIFYING, METRICS, KNOWN_ANSWERS, GRAPHS, WEIGHTS})
 
 
 def _rows(
@@ -101,9 +102,28 @@ _HOOKS = (
         "adds the acceptance by position to meta_info",
         "TokenizerManager._calculate_spec_decoding_metrics", signature=("meta_info", "..."),
     ),
+    *_rows(
+        "managers.tokenizer_manager", "hook", VERIFYING, "gives each answer of a request its seed",
+        "TokenizerManager._send_one_request", signature=("tokenized_obj",),
+    ),
+    *_rows(
+        "managers.tokenizer_manager", "hook", WEIGHTS, "does not serve a drafter's path as a model",
+        "TokenizerManager._update_model_path_info", signature=("model_path", "..."),
+    ),
+    *_rows(
+        "managers.scheduler_components.weight_updater", "hook", WEIGHTS,
+        "keeps the target's tensors from the drafter",
+        "SchedulerWeightUpdaterManager._select_runners", signature=("selector",), since="0.5.21",
+    ),
+    *_rows(
+        "managers.scheduler_components.weight_updater", "hook", WEIGHTS,
+        "loads the drafter again whose memory was released",
+        "SchedulerWeightUpdaterManager.resume_memory_occupation", signature=("recv_req",),
+    ),
 )  # fmt: skip
 
 _WORKER = "speculative.dflash_worker_v2"
+_UPDATER = "model_executor.model_runner_components.weight_updater"
 
 _PATCHES = (
     *_rows(
@@ -195,14 +215,39 @@ _SUBCLASSES = (
         "DFlashWorkerV2._maybe_merge_trained_mask_embedding", signature=(), since="0.5.20",
     ),
     *_rows(
-        "speculative.base_spec_worker", "subclass", DRAFTING,
-        "leaves the drafter alone when the target gets new weights",
+        "speculative.base_spec_worker", "subclass", WEIGHTS,
+        "tells which of both models got new weights",
         "BaseSpecWorker.update_weights_from_disk", "BaseSpecWorker.update_weights_from_ipc",
         signature=("recv_req",), until="0.5.21",
     ),
     *_rows(
-        _WORKER, "subclass", DRAFTING, "leaves the drafter alone when the target gets new weights",
-        "DFlashWorkerV2.weight_update_runners", signature=(), since="0.5.21",
+        _UPDATER, "subclass", WEIGHTS, "tells a drafter's directory from a target's",
+        "WeightUpdater.update_weights_from_disk", signature=("model_path", "..."),
+    ),
+    *_rows(
+        _UPDATER, "subclass", WEIGHTS, "lets the server survive weights that do not fit",
+        "WeightUpdater.update_weights_from_tensor", signature=("named_tensors", "load_format"),
+    ),
+    *_rows(
+        _UPDATER, "subclass", WEIGHTS, "lets the server survive weights that do not fit",
+        "WeightUpdater.update_weights_from_ipc", signature=("recv_req",),
+    ),
+    *_rows(
+        _UPDATER, "subclass", WEIGHTS, "lets the server survive weights that do not fit",
+        "WeightUpdater.update_weights_from_distributed", signature=("...",), until="0.5.21",
+    ),
+    *_rows(
+        _UPDATER, "subclass", WEIGHTS, "lets the server survive weights that do not fit",
+        "WeightUpdater.load_weights_from_distributed", signature=("named_tensors",),
+        since="0.5.21",
+    ),
+    *_rows(
+        _UPDATER, "subclass", WEIGHTS, "leaves the drafter whole",
+        "WeightUpdater.begin_weight_update", signature=(), since="0.5.21",
+    ),
+    *_rows(
+        _UPDATER, "subclass", WEIGHTS, "leaves the drafter whole",
+        "WeightUpdater.end_weight_update", signature=("*", "run_post_load"), since="0.5.21",
     ),
     *_rows(
         "speculative.dflash_info", "subclass", VERIFYING, "cuts the input to the selected rows",
@@ -597,6 +642,26 @@ _ATTRIBUTES = (
             "model", "model_config", "dtype", "attn_backend", "token_to_kv_pool",
             "req_to_token_pool", "server_args",
         ),
+    ),
+    *_rows(
+        "model_executor.model_runner", "attribute", WEIGHTS, "stands in front of its loaders",
+        "ModelRunner.weight_updater",
+    ),
+    *_rows(
+        _UPDATER, "attribute", WEIGHTS, "keeps the path of what is loaded",
+        "WeightUpdater.model_config",
+    ),
+    *_rows(
+        "configs.model_config", "attribute", WEIGHTS, "keeps the path of what is loaded",
+        "ModelConfig.model_path",
+    ),
+    *_rows(
+        "managers.scheduler_components.weight_updater", "attribute", WEIGHTS, "finds our worker",
+        "SchedulerWeightUpdaterManager.draft_worker",
+    ),
+    *_rows(
+        "managers.io_struct", "attribute", WEIGHTS, "which model, and which memory",
+        "UpdateWeightFromDiskReqInput.model_path", "ResumeMemoryOccupationReqInput.tags",
     ),
     *_rows(
         "model_executor.model_runner", "attribute", GRAPHS, "captures injection; tells of graphs",

@@ -20,10 +20,12 @@ from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
 
 from dflash_plugin import kernels
+from dflash_plugin.checkpoints.updates import holds_drafter
 from dflash_plugin.kernels.accept import Sampled, accept
 from dflash_plugin.kernels.accept_greedy import accept_greedy
 from dflash_plugin.kernels.reference import sample
 from dflash_plugin.serving.draft_tokens import noise, select_drafts, selector_noise
+from dflash_plugin.serving.new_weights import route
 from dflash_plugin.serving.prometheus import WORKER_FACTS
 from dflash_plugin.serving.time_limit import time_limit
 from dflash_plugin.sglang import block_attention, metrics, patches, penalties, sampling
@@ -36,6 +38,13 @@ from dflash_plugin.sglang.adaptive import (
 from dflash_plugin.sglang.compat import argument, current
 from dflash_plugin.sglang.draft_step import DraftGraphHead, Drafting, Step
 from dflash_plugin.sglang.model import EngineDrafter
+from dflash_plugin.sglang.new_weights import (
+    KEPT,
+    REPLACED,
+    DraftUpdater,
+    TargetUpdater,
+    check_restorable,
+)
 from dflash_plugin.sglang.options import draft_model_path, required_spec
 from dflash_plugin.sglang.protocols import (
     LogitsOutputLike,
@@ -67,7 +76,6 @@ BACKEND_FEATURES = {
 # Seconds; the capture takes half a minute.
 CAPTURE_LIMIT = 900
 WITHOUT_ADAPTIVE = "DFLASH_PLUGIN_ADAPTIVE_VERIFICATION=0"
-KEPT = "Succeeded to update the target's weights; the drafter keeps its own."
 # The largest batch that is captured, unless the server runs more requests at once.
 MAX_CAPTURED = 1024
 
@@ -100,12 +108,21 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             int(argument(server_args, "random_seed") or 0), torch.device(self.device)
         )
         self.vocab_size = int(self.target_worker.model_runner.model_config.vocab_size)
-        self.graph_injects, self.in_graph, self.target_changed = False, False, False
+        self.graph_injects, self.in_graph = False, False
+        self._take_new_weights()
         patches.watch_target_passes(self)
         patches.skip_unread_embedding(
             self, self.target_worker.model_runner.model, self.draft_model_runner
         )
         patches.seed_first_tokens(self.target_worker.model_runner, self.noise)
+
+    def _take_new_weights(self) -> None:
+        """Stand in front of both runners' loaders of new weights."""
+        target, drafter = self.target_worker.model_runner, self.draft_model_runner
+        check_restorable(self.server_args, self.draft_model)
+        route(target.model, self.draft_model)
+        target.weight_updater = TargetUpdater(target.weight_updater, self.draft_model)
+        drafter.weight_updater = DraftUpdater(drafter.weight_updater, self.draft_model)
 
     @property
     def num_drafts(self) -> int:
@@ -127,6 +144,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
 
     def forward_batch_generation(self, batch: ScheduleBatchLike, *args: Any, **kwargs: Any) -> Any:
         """Run one pass over a batch: a prefill, or draft, verify and inject."""
+        self.draft_model.follow_target()
         decodes = not (batch.forward_mode.is_extend() or batch.is_extend_in_batch)
         if self.verifier is not None and (not decodes or batch.forward_mode.is_idle()):
             self.verifier.policy.interrupt()
@@ -167,9 +185,6 @@ class Worker(metrics.Counted, DFlashWorkerV2):
                 self._target_logits_processor, self._cut_processor = self._cut_processor, None
 
     def _prefill(self, batch: ScheduleBatchLike, *args: Any, **kwargs: Any) -> Any:
-        if self.target_changed:
-            self.target_changed = False
-            self.draft_model.refresh_head()
         info = batch.sampling_info
         if info is None or batch.forward_mode.is_idle():
             return super().forward_batch_generation(batch, *args, **kwargs)
@@ -246,22 +261,15 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             with time_limit(CAPTURE_LIMIT, "adaptive verification's capture", WITHOUT_ADAPTIVE):
                 self.verifier.capture(self.target_worker.model_runner, self.draft_model_runner)
 
-    # New weights of the target. The drafter keeps its own, and borrows the target's again.
+    # Up to SGLang 0.5.20, called once the target's worker has updated whichever of both it was.
 
     def update_weights_from_disk(self, recv_req: Any) -> tuple[bool, str]:
-        """SGLang calls it once the target's worker has loaded its weights."""
-        self.target_changed = True
-        return True, KEPT
+        """What the target's worker has done."""
+        return True, REPLACED if holds_drafter(recv_req.model_path) else KEPT
 
     def update_weights_from_ipc(self, recv_req: Any) -> tuple[bool, str]:
-        """SGLang calls it once the target's worker has loaded its weights."""
-        self.target_changed = True
+        """What the target's worker has done."""
         return True, KEPT
-
-    def weight_update_runners(self) -> list[tuple[str, Any]]:
-        """Runners of ours that load the target's new weights: none."""
-        self.target_changed = True
-        return []
 
     # Drafting.
 

@@ -317,11 +317,6 @@ def of_worker(worker: Any) -> dict[str, object] | None:
     return None if _latest is None else _latest.summary()
 
 
-def extend_worker(worker: Any) -> None:
-    """Add ``dflash_adaptive`` to vLLM's worker class."""
-    worker.dflash_adaptive = of_worker
-
-
 def compile_estimator(estimator: AcceptanceEstimator, device: torch.device) -> None:
     """Compile the estimator's launches before requests wait for them; it learns nothing from this.
 

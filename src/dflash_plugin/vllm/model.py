@@ -20,7 +20,7 @@ from vllm.distributed import (
 )
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
@@ -32,11 +32,11 @@ from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
-from dflash_plugin.serving.fp8_weights import product
+from dflash_plugin.serving.fp8_weights import is_rounded, product
+from dflash_plugin.serving.new_weights import take_weights
 from dflash_plugin.serving.quantised_linears import quantised_linears
-from dflash_plugin.serving.weights import check_features, draft_columns, fill
+from dflash_plugin.serving.weights import check_features, draft_columns
 from dflash_plugin.vllm.layers import VllmLayers, quant_config
-from dflash_plugin.vllm.new_weights import REFUSED
 from dflash_plugin.vllm.options import required_spec
 from dflash_plugin.vllm.surface import final_norm, target_modules, verify_worker
 
@@ -100,6 +100,11 @@ class DraftBlock(nn.Module):
         self.drafter = Drafter(config, layers)
         self.drafter.rotary.to(device)
         self.drafter.requires_grad_(False)
+        for module in self.drafter.modules():
+            if isinstance(module, LinearBase):
+                # A CPU would pack a plain weight and drop it, and new ones could not be loaded.
+                plain = isinstance(module.quant_method, UnquantizedLinearMethod)
+                cast(Any, module)._cpu_skip_gemm_dispatch = plain
         drafts = vllm_config.speculative_config.num_speculative_tokens
         self.block_size = int(drafts) + (not config.sample_from_anchor)
         self.attentions = nn.ModuleList(
@@ -154,6 +159,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         _check_parallel(vllm_config, self.spec)
         self.model = DraftBlock(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.drafter: Drafter = self.model.drafter
+        self.quantised = self.model.quantised
         # The names by which vLLM's loaders decide what to take from the target.
         self.has_own_embed_tokens = self.spec.config.own_embedding
         self.has_own_lm_head = self.spec.config.own_head
@@ -171,6 +177,7 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         self._last_norm: tuple[nn.Module] | None = None
         is_whole = get_tensor_model_parallel_world_size() == 1
         self.gather = None if is_whole else tensor_model_parallel_all_gather
+        self.rank = get_tensor_model_parallel_rank()
         self._finish = self._finish_context
         if vllm_config.compilation_config.mode != CompilationMode.NONE:
             self._finish = torch.compile(
@@ -186,18 +193,33 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         Raises:
             DFlashError: the checkpoint is malformed or maps tokens that the target lacks.
         """
-        rank = get_tensor_model_parallel_rank()
-        fill(self.drafter, self.spec, rank, self.model.quantised)
+        self.load_whole_checkpoint()
         self.prepare_weights()
         self._draft_columns = draft_columns(self.drafter)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Refuse new weights; this project's own loader calls ``load_checkpoint``.
+        """Replace weights while the engine runs; the start calls ``load_checkpoint``.
 
         Raises:
-            DFlashError: always.
+            DFlashError: a tensor is not the drafter's; nothing has changed then.
         """
-        raise DFlashError(REFUSED)
+        return take_weights(self, weights)
+
+    def derive(self) -> None:
+        """Follow new weights: reduced columns, a head that a CPU packed, sinks that were cast."""
+        head = self.drafter.own_head
+        if head is not None and current_platform.is_cpu() and not is_rounded(head):
+            cast(Any, head).quant_method.process_weights_after_loading(head)
+        columns = draft_columns(self.drafter)
+        if columns is not None and self._draft_columns is not None:
+            self._draft_columns.copy_(columns)
+        for index, layer in enumerate(self.model.attentions):
+            sinks = self.drafter.sinks(index)
+            if sinks is None:
+                continue
+            kept = cast(Any, layer).impl.sinks
+            if kept is not None and kept.data_ptr() != sinks.data_ptr():
+                kept.copy_(sinks)
 
     def bind(self, target_model: nn.Module) -> None:
         """Borrow the target's embedding and head, and prepare the drafter's weights.
@@ -217,8 +239,8 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         self.model.embed_tokens = cast(nn.Module, embedding)
         # Dummy weights are not announced by a loader, so they are prepared here.
         self.prepare_weights()
-        if self.model.quantised is not None:
-            self.model.quantised.check()
+        if self.quantised is not None:
+            self.quantised.check()
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor | None = None

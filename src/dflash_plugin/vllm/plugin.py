@@ -29,13 +29,14 @@ PATCHES = (
     (vllm.LOADERS, "register_model_loader", "plugin:register_loader"),
     (vllm.SPECULATOR, "DFlashSpeculator", "plugin:substitute_speculator"),
     (vllm.PROPOSER, "DFlashProposer", "plugin:substitute_proposer"),
-    (vllm.WORKER, "Worker", "adaptive:extend_worker"),
+    (vllm.WORKER, "Worker", "plugin:extend_worker"),
     (vllm.WORKER, "Worker.compile_or_warm_up_model", "selfcheck:checked_when_warm"),
     (vllm.CPU_WORKER, "CPUWorker.compile_or_warm_up_model", "selfcheck:checked_when_warm"),
-    (vllm.WORKER, "Worker.supports_draft_weight_updates", "new_weights:take_no_draft_weights"),
-    (vllm.WORKER, "Worker._set_draft_weight_update_target", "new_weights:refuse_draft_weights"),
-    (vllm.WORKER, "Worker.finish_weight_update", "new_weights:refresh_head"),
-    (vllm.WORKER, "Worker.reload_weights", "new_weights:refresh_head"),
+    (vllm.WORKER, "Worker._set_draft_weight_update_target", "new_weights:receive_draft_weights"),
+    (vllm.WORKER, "Worker.finish_weight_update", "new_weights:note_target_change"),
+    (vllm.WORKER, "Worker.reload_weights", "new_weights:note_target_change"),
+    (vllm.WORKER, "Worker.sleep", "new_weights:note_sleep"),
+    (vllm.WORKER, "Worker.wake_up", "new_weights:restore_when_awake"),
     (vllm.RUNNER, "maybe_create_adaptive_verification_manager", "adaptive:create_manager"),
     (vllm.WORKER, "Worker.sample_tokens", "metrics:attach_counts"),
     (vllm.CACHE_UTILS, "get_kv_cache_groups", "cache_groups:keep_target_groups"),
@@ -71,6 +72,15 @@ def _imported_late(maker: str) -> Callable[[Any], Any]:
         return getattr(import_module(f"dflash_plugin.vllm.{module}"), function)(native)
 
     return make
+
+
+def extend_worker(worker: Any) -> None:
+    """Add what ``collective_rpc`` calls by name, and a mark of ours, to vLLM's worker class."""
+    from dflash_plugin.vllm import adaptive, new_weights
+
+    worker.dflash_adaptive = adaptive.of_worker
+    worker.reload_draft_weights = new_weights.reload_draft_weights
+    worker.dflash_weights_lost = False
 
 
 def register_architecture(registry: Any) -> None:

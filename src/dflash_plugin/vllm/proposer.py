@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from dflash_plugin.serving.draft_tokens import select_drafts, selector_noise
+from dflash_plugin.serving.new_weights import route
 from dflash_plugin.vllm.model import EngineDrafter
 from dflash_plugin.vllm.options import required_spec
 from dflash_plugin.vllm.protocols import SamplingMetadata, VllmConfig
@@ -36,6 +37,7 @@ class Proposer(DFlashProposer):
             DFlashError: vLLM's proposer lacks an attribute that this class uses.
         """
         super().load_model(target_model)
+        route(target_model, self.model)
         surface().verify_object(self)
 
     def _maybe_share_embeddings(self, target_language_model: nn.Module) -> None:
@@ -69,6 +71,7 @@ class Proposer(DFlashProposer):
             The number of block rows, the rows int32 [batch * K] that draft, and metadata of the
             block's pass.
         """
+        self.model.follow_target()
         batch, total = cad.batch_size(), target_token_ids.shape[0]
         anchor_drafts = self.spec.config.sample_from_anchor
         drafts = self.num_speculative_tokens

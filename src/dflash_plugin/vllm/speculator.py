@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.predict_acceptance import predict_acceptance
 from dflash_plugin.serving.draft_tokens import select_drafts, selector_noise
+from dflash_plugin.serving.new_weights import route
 from dflash_plugin.vllm import adaptive, compat
 from dflash_plugin.vllm.draft_logits import DraftLogits
 from dflash_plugin.vllm.model import EngineDrafter
@@ -59,6 +60,7 @@ class Speculator(DFlashSpeculator):
         """The plugin's drafter, bound to the target."""
         model: EngineDrafter = super().load_draft_model(target_model, target_attn_layer_names)
         model.bind(target_model)
+        route(target_model, model)
         return model
 
     def set_attn(
@@ -107,6 +109,7 @@ class Speculator(DFlashSpeculator):
 
     def propose(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> Any:
         """Inject, and draft unless the next step verifies no draft."""
+        self.model.follow_target()
         manager = self.adaptive
         if manager is not None and manager.verify_len == 1 and self.skips_drafts:
             kwargs["num_speculative_tokens"] = 0

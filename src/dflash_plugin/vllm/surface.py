@@ -30,6 +30,7 @@ RUNNER = "vllm.v1.worker.gpu.model_runner"
 MANAGER = "vllm.v1.worker.gpu.spec_decode.adaptive_verification"
 WORKER = "vllm.v1.worker.gpu_worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker"
+TRANSFER = "vllm.distributed.weight_transfer.base"
 SPEC_METRICS = "vllm.v1.spec_decode.metrics"
 ENGINE_CORE = "vllm.v1.engine.core"
 CORE_CLIENT = "vllm.v1.engine.core_client"
@@ -282,13 +283,16 @@ _GROUPS = (
 _WORKER = (
     *_seams(WORKER, SERVE, "patch", "checks the drafter when the worker is warm",
             "Worker.compile_or_warm_up_model()"),
-    *_seams(WORKER, SERVE, "patch", "refuses new weights for the drafter",
-            "Worker.supports_draft_weight_updates()", "Worker._set_draft_weight_update_target()"),
-    *_seams(WORKER, SERVE, "attribute", "refuses new weights for the drafter",
-            "Worker.speculative_config"),
+    *_seams(WORKER, SERVE, "patch", "takes new weights for the drafter",
+            "Worker._set_draft_weight_update_target()"),
+    *_seams(WORKER, SERVE, "attribute", "takes new weights for the drafter",
+            "Worker.speculative_config", "Worker.weight_transfer_engine"),
+    *_seams(TRANSFER, SERVE, "call", "takes new weights for the drafter",
+            "WeightTransferEngine.set_weight_update_target(model, model_config)"),
+    *_seams(TRANSFER, SERVE, "attribute", "takes new weights for the drafter",
+            "WeightTransferEngine.model", "WeightTransferEngine.model_config"),
     *_seams(WORKER, SERVE, "patch", "rounds the target's new head",
             "Worker.finish_weight_update()", "Worker.reload_weights(...)"),
-    *_seams(WORKER, SERVE, "call", "rounds the target's new head", "Worker.get_draft_model()"),
     *_seams(WORKER, SERVE, "patch", "attaches counts to a step's output",
             "Worker.sample_tokens(grammar_output)"),
     *_seams("vllm.v1.worker.gpu.async_utils", V2, "attribute", "carries counts of a step",
@@ -305,7 +309,10 @@ _WORKER = (
             "DFlashSpeculator.query_cudagraph_manager"),
     *_seams("vllm.v1.worker.gpu.cudagraph_utils", V2, "attribute",
             "tells whether drafts use a graph", "CudaGraphManager.cudagraph_mode"),
-    *_seams(WORKER, SERVE, "hook", "adds collective_rpc('dflash_adaptive')", "Worker"),
+    *_seams(WORKER, SERVE, "call", "reaches the drafter", "Worker.get_draft_model()"),
+    *_seams(WORKER, SERVE, "patch", "loads the drafter again after sleep level 2",
+            "Worker.sleep(level)", "Worker.wake_up(tags)"),
+    *_seams(WORKER, SERVE, "hook", "adds methods for collective_rpc", "Worker"),
     *_seams(CPU_WORKER, CPU, "patch", "checks the drafter when the worker is warm",
             "CPUWorker.compile_or_warm_up_model()"),
     *_seams(
