@@ -80,7 +80,7 @@ class StaticCache(Cache):  # type: ignore[misc] # Transformers has no stubs
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write a layer's keys and values [B, heads, T, dim]; those of all slots that it may see."""
+        """Write a layer's keys and values [B, heads, T, dim]; those that it may see."""
         step = self.target_pass
         step.kv.write(
             layer_idx, key_states.transpose(1, 2), value_states.transpose(1, 2), step.slots
