@@ -22,6 +22,7 @@ from dflash_plugin.drafter.static_store import StaticStore
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.transformers.graphs import Graphs
 from dflash_plugin.transformers.loading import bind_drafter
+from dflash_plugin.transformers.positions import check_positions
 from dflash_plugin.transformers.requests import Request, Result
 from dflash_plugin.transformers.rotation import check_rotation
 from dflash_plugin.transformers.rows import MAX_STOP_IDS, RowTensors
@@ -89,6 +90,7 @@ class Engine:
         self.num_drafts = drafter.config.num_draft_tokens if drafter else 0
         rows = self.num_drafts + 1
         check_rotation(model.config.get_text_config(), max_length, rows)
+        check_positions(model.config.get_text_config(), max_length, rows)
         length = max_length + max(rows, drafter.config.block_size if drafter else 0) + 1
         length = -(-length // KEYS_STEP) * KEYS_STEP
         self.layer_ids = drafter.config.target_layer_ids if drafter else ()
@@ -165,6 +167,13 @@ class Engine:
                 f"request {index} needs {len(request.prompt)} prompt + {request.max_new_tokens} "
                 f"new tokens = {total} but max_length is {self.max_length}: raise max_length or "
                 "shorten the request"
+            )
+        limit = self.target.num_positions
+        if limit is not None and total > limit:
+            raise DFlashError(
+                f"request {index} needs {len(request.prompt)} prompt + {request.max_new_tokens} "
+                f"new tokens = {total} but the target has {limit} positions "
+                "(max_position_embeddings): shorten the request"
             )
         stops = self.stop_ids if request.stop_ids is None else request.stop_ids
         if len(stops) > MAX_STOP_IDS:

@@ -57,12 +57,12 @@ class FeatureTap:
         Args:
             model: the target.
             layer_ids: as above.
-            probe: runs the model on some tokens with ``output_hidden_states=True``.
+            probe: runs the model on two tokens with ``output_hidden_states=True``.
             last_normed: as above.
 
         Raises:
-            DFlashError: the last layer is to be taken before the final norm, and only hidden states
-                can be had.
+            DFlashError: a layer's output is not one hidden state a token, or the last layer is to
+                be taken before the final norm, and only hidden states can be had.
         """
         layers = decoder_layers(model)
         last = model.config.get_text_config().num_hidden_layers - 1
@@ -77,6 +77,14 @@ class FeatureTap:
         compared = [i for i in layer_ids if i not in before_norm]
         expected = [out.hidden_states[i + 1] for i in compared]
         found = [recorded.outputs.get(i) for i in compared]
+        hidden = model.config.get_text_config().hidden_size
+        odd = [one for one in expected if one.shape[1:] != (2, hidden)]
+        if odd:
+            raise DFlashError(
+                f"layers of the target {type(model).__name__} give outputs of shape "
+                f"{list(odd[0].shape)} instead of one hidden state of {hidden} a token: it runs "
+                "without a drafter alone"
+            )
         agrees = all(
             one is not None and torch.equal(one, other)
             for one, other in zip(found, expected, strict=True)

@@ -128,7 +128,7 @@ def _static_attention(
         target_pass.windows[int(getattr(module, "layer_idx", -1))] = sliding_window
         mask = target_pass.mask(sliding_window)
     out = masked_attention(query, key, value, mask, scale, s_aux, softcap)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _visible(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from dflash_plugin.drafter.static_kv import KVShape, StaticKV
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.transformers.features import FeatureTap
+from dflash_plugin.transformers.positions import has_alibi, position_limit
 from dflash_plugin.transformers.recurrent import MixerSearch, RecurrentStates, is_recurrent
 from dflash_plugin.transformers.start_check import check_start, own_logits
 from dflash_plugin.transformers.static_cache import ATTENTION, StaticCache, TargetPass
@@ -54,15 +55,12 @@ class Target:
         self.config = model.config.get_text_config()
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        if getattr(self.config, "attention_chunk_size", None):
-            raise DFlashError(
-                f"the target {self.config.model_type!r} has attention_chunk_size "
-                f"{self.config.attention_chunk_size}: the Transformers engine has no chunked "
-                "attention, serve it with vLLM or SGLang"
-            )
+        self.num_positions = position_limit(self.config)
         self._features: FeatureTap | None = None
         self.recurrent: RecurrentStates | None = None
         try:
+            if has_alibi(self.config):
+                raise ValueError("ALiBi biases its scores by distance")
             layers = self._probe_layers()
             expected = own_logits(model)
             model.set_attn_implementation(ATTENTION)
@@ -77,7 +75,9 @@ class Target:
             check_start(self, expected)
         except DFlashError:
             raise
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise DFlashError(
                 f"the target {self.config.model_type!r} does not run over this engine's cache and "
                 f"attention ({reason(error)}): serve it with vLLM or SGLang"
@@ -154,9 +154,13 @@ class Target:
         output_hidden_states: bool = False,
     ) -> Any:
         target_pass = cache.target_pass
+        positions = target_pass.positions
+        if self.num_positions is not None:
+            # Drafts beyond the last position are never committed; a table has no row for them.
+            positions = positions.clamp(max=self.num_positions - 1)
         return self.model(
             input_ids=tokens,
-            position_ids=target_pass.positions,
+            position_ids=positions,
             attention_mask=target_pass.mask(None)[:, None] if self.has_attention else None,
             use_cache=True,
             output_hidden_states=output_hidden_states,
@@ -188,6 +192,12 @@ class Target:
     def _shape(self, index: int, layer: Any) -> KVShape:
         """Of the keys and values that a cache layer holds: no heads where it has none."""
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if hasattr(layer, "update_indexer"):
+            raise DFlashError(
+                f"layer {index} of the target {self.config.model_type!r} chooses its keys by an "
+                "index of its own (sparse attention), which the Transformers engine does not keep: "
+                "serve it with vLLM or SGLang"
+            )
         if keys is not None and values is not None:
             return KVShape(keys.shape[1], keys.shape[-1], values.shape[-1])
         is_stateless = keys is None and getattr(layer, "is_initialized", False)
