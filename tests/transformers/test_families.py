@@ -8,8 +8,8 @@ import pytest
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.transformers import Engine
-from tests.helpers.families import FAMILIES, Family, outcome, target_of
-from tests.helpers.tiny import tiny_drafter
+from tests.helpers.families import FAMILIES, LATENT, Family, outcome, target_of
+from tests.helpers.tiny import tiny_drafter, tiny_target
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "targets.json"
 
@@ -41,3 +41,11 @@ def test_a_target_of_several_streams_is_told_with_a_drafter():
     (family,) = (one for one in FAMILIES if one.name == "Gemma 3n")
     with pytest.raises(DFlashError, match=r"outputs of shape \[2, 1, 2, 32\].*without a drafter"):
         Engine(target_of(family), tiny_drafter())
+
+
+def test_a_layer_whose_output_the_target_does_not_give_is_named():
+    """LongCat counts each of its layers twice."""
+    changes = {**LATENT, "num_layers": 2, "expert_ffn_hidden_size": 24, "zero_expert_num": 0}
+    target = tiny_target("longcat_flash", **changes)
+    with pytest.raises(DFlashError, match=r"reads layer 2 .* outputs of 2 layers"):
+        Engine(target, tiny_drafter())
