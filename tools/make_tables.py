@@ -7,6 +7,7 @@ python tools/make_tables.py --check  exit 1 if one is not up to date
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -537,6 +538,38 @@ REPLAYS = {
     "vllm-replay": lambda: serving("vllm-h200-qwen3-8b-replay"),
     "sglang-replay": lambda: serving("sglang-h200-qwen3-8b-replay"),
 }
+# Engines and runners in the order of the table of targets; every family has an entry for each.
+TARGET_COLUMNS = {"transformers": "Transformers"}
+
+
+def targets() -> str:
+    """What each engine does with each family of targets."""
+    record = load("targets")
+    rows = [
+        [
+            row["family"],
+            f"`{row['model_type']}`",
+            row["trait"],
+            *(row[column]["text"] for column in TARGET_COLUMNS),
+        ]
+        for row in record["families"]
+    ]
+    header = ["family", "model type", "what is special", *TARGET_COLUMNS.values()]
+    versions = "; ".join(record["versions"][column] for column in TARGET_COLUMNS)
+    return f"{table(header, rows)}\n\n{versions}. `python tools/targets.py`"
+
+
+def refusals() -> str:
+    """Why a family is refused, in the engine's words, without numbers that change."""
+    rows = [
+        [row["family"], title, re.sub(r"relative difference [\d.e-]+; ", "", message)]
+        for row in load("targets")["families"]
+        for column, title in TARGET_COLUMNS.items()
+        if (message := row[column].get("message"))
+    ]
+    return table(["family", "engine", "refusal"], rows)
+
+
 # Sections by file.
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
@@ -570,6 +603,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "kernels": lambda: kernels("kernels-h100"),
         "budget": lambda: budget("budget-simulator"),
     },
+    "docs/targets.md": {"targets": targets, "refusals": refusals},
     "docs/adaptive.md": {
         "vllm-adaptive": lambda: serving("vllm-h200-smollm2"),
         "sglang-adaptive": lambda: serving("sglang-h200-smollm2"),

@@ -14,50 +14,18 @@ from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.transformers import Engine, Request, load_drafter, load_target
+from tests.helpers.families import SERVED
 from tests.helpers.tiny import DFLASH2, VOCABULARY, tiny_drafter, tiny_target, write_tiny
 
 DATA = Path(__file__).parents[1] / "data"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
-TARGETS = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {},
-    "mistral": {"sliding_window": 9},
-    "gemma2": {"sliding_window": 9, "query_pre_attn_scalar": 8},
-    "gemma3_text": {
-        "sliding_window": 9,
-        "query_pre_attn_scalar": 8,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-    },
-    "phi3": {},
-    "gpt_oss": {"sliding_window": 9, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-    "glm4": {},
-    "gpt2": {},
-    "cohere2": {"sliding_window": 9},
-    "gemma4_text": {
-        "sliding_window": 9,
-        "vocab_size_per_layer_input": 97,
-        "hidden_size_per_layer_input": 8,
-    },
-    # Latent attention: keys and values differ in width.
-    "deepseek_v3": {
-        "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 12,
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "moe_intermediate_size": 24,
-        "first_k_dense_replace": 2,
-    },
-}
+KINDS = (
+    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_oss", "qwen3_moe",
+    "glm4", "gpt2", "cohere2", "gemma4_text", "deepseek_v3", "qwen3_5_text",
+)  # fmt: skip
+TARGETS = {family.kind: family.changes for family in SERVED if family.kind in KINDS}
 
 
 def prompts_of(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
@@ -249,11 +217,6 @@ def test_requests_that_cannot_run_are_refused_before_anything_runs(request_, nam
 def test_a_drafter_of_another_target_is_refused(changes, named):
     with pytest.raises(DFlashError, match=named):
         Engine(tiny_target(), tiny_drafter(**changes))
-
-
-def test_targets_that_cannot_roll_back_are_refused():
-    with pytest.raises(DFlashError, match=r"mamba|state"):
-        Engine(tiny_target("mamba", num_hidden_layers=2), None)
 
 
 # A pair whose every text of three tokens can be told the probability of.

@@ -8,7 +8,8 @@ import torch
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.transformers import Engine, Request
 from dflash_plugin.transformers.features import FeatureTap
-from dflash_plugin.transformers.target import Target, TargetPass
+from dflash_plugin.transformers.static_cache import TargetPass
+from dflash_plugin.transformers.target import Target
 from tests.helpers.tiny import tiny_drafter, tiny_target
 from tests.transformers.test_engine import TARGETS
 
@@ -19,7 +20,8 @@ LAYER_IDS = (3, -1, 1)
 def features_of(target: Target, tokens: torch.Tensor) -> torch.Tensor:
     """Features [B, T, 3 * hidden] of a first pass over ``tokens`` [B, T]."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    features = target.forward(tokens, TargetPass(target.kv, positions, tokens.shape[1]))[1]
+    step = TargetPass(target.kv, positions, tokens.shape[1], is_start=True)
+    features = target.forward(tokens, step)[1]
     assert features is not None
     return features
 
@@ -79,7 +81,14 @@ def test_no_run_warns_of_what_goes_away_in_later_releases():
         assert len(engine.generate([Request([5, 6, 7], 6, stop_ids=[])])[0].tokens) == 6
 
 
-@pytest.mark.parametrize("kind", ["bloom", "minimax"])
-def test_a_target_with_a_cache_or_positions_of_its_own_is_refused(kind):
-    with pytest.raises(DFlashError, match=f"'{kind}' does not run over this engine's cache"):
-        Target(tiny_target(kind), 1, 16)
+@pytest.mark.parametrize(
+    ("kind", "changes", "named"),
+    [
+        ("bloom", {}, "ALiBi"),
+        ("mpt", {"attn_config": {"alibi": True}}, "ALiBi"),
+        ("minimax", {}, "cache of its own"),
+    ],
+)
+def test_a_target_with_a_cache_or_positions_of_its_own_is_refused(kind, changes, named):
+    with pytest.raises(DFlashError, match=rf"'{kind}' does not run over this engine.*{named}"):
+        Target(tiny_target(kind, **changes), 1, 16)

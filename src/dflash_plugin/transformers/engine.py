@@ -22,10 +22,12 @@ from dflash_plugin.drafter.static_store import StaticStore
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.transformers.graphs import Graphs
 from dflash_plugin.transformers.loading import bind_drafter
+from dflash_plugin.transformers.positions import check_positions
 from dflash_plugin.transformers.requests import Request, Result
 from dflash_plugin.transformers.rotation import check_rotation
 from dflash_plugin.transformers.rows import MAX_STOP_IDS, RowTensors
-from dflash_plugin.transformers.target import Target, TargetPass
+from dflash_plugin.transformers.static_cache import TargetPass
+from dflash_plugin.transformers.target import Target
 
 PREFILL_TOKENS = 8192
 KEYS_STEP = 64
@@ -48,7 +50,7 @@ class Engine:
 
     Args:
         model: any decoder-only causal language model of Transformers whose state is attention
-            keys and values.
+            keys and values, recurrent states, or both.
         drafter: from ``load_drafter``, or None to decode one token a pass.
         max_batch: requests that run at the same time.
         max_length: longest prompt + output.
@@ -88,6 +90,7 @@ class Engine:
         self.num_drafts = drafter.config.num_draft_tokens if drafter else 0
         rows = self.num_drafts + 1
         check_rotation(model.config.get_text_config(), max_length, rows)
+        check_positions(model.config.get_text_config(), max_length, rows)
         length = max_length + max(rows, drafter.config.block_size if drafter else 0) + 1
         length = -(-length // KEYS_STEP) * KEYS_STEP
         self.layer_ids = drafter.config.target_layer_ids if drafter else ()
@@ -165,6 +168,13 @@ class Engine:
                 f"new tokens = {total} but max_length is {self.max_length}: raise max_length or "
                 "shorten the request"
             )
+        limit = self.target.num_positions
+        if limit is not None and total > limit:
+            raise DFlashError(
+                f"request {index} needs {len(request.prompt)} prompt + {request.max_new_tokens} "
+                f"new tokens = {total} but the target has {limit} positions "
+                "(max_position_embeddings): shorten the request"
+            )
         stops = self.stop_ids if request.stop_ids is None else request.stop_ids
         if len(stops) > MAX_STOP_IDS:
             raise DFlashError(
@@ -198,7 +208,7 @@ class Engine:
         joining.sort(key=lambda slot: slot.length)
         while joining:
             size = 1
-            while size < len(joining) and (size + 1) * joining[size].length <= PREFILL_TOKENS:
+            while size < len(joining) and self._may_join(joining[: size + 1]):
                 size += 1
             group, indices = joining[:size], free[:size]
             joining, free = joining[size:], free[size:]
@@ -206,6 +216,13 @@ class Engine:
             self._prefill(group, torch.as_tensor(indices, device=self.device), on_tokens)
             for index, slot in zip(indices, group, strict=True):
                 rows[index] = None if slot.result.finish_reason else slot
+
+    def _may_join(self, group: list[_Running]) -> bool:
+        """Whether prompts, the longest last, run in one pass; recurrent layers take no padding."""
+        lengths = [slot.length for slot in group]
+        is_padded = lengths[0] != lengths[-1]
+        fits = len(group) * lengths[-1] <= PREFILL_TOKENS
+        return fits and not (is_padded and self.target.recurrent is not None)
 
     def _prefill(self, group: list[_Running], rows: Tensor, on_tokens: OnTokens | None) -> None:
         """Run prompts into ``rows`` and commit each request's first token."""
@@ -252,8 +269,11 @@ class Engine:
             ending = sorted({n - 1 - start for n in lengths if start < n <= end}) or [0]
             columns = torch.as_tensor(ending, device=self.device)
             part = positions[:, start:end]
-            target_pass = TargetPass(self.target.kv, part, self._num_keys(end), rows)
+            target_pass = TargetPass(
+                self.target.kv, part, self._num_keys(end), rows, is_start=start == 0
+            )
             logits, features = self.target.forward(tokens[:, start:end], target_pass, columns)
+            self.target.advance([end - start] * len(lengths))
             column = torch.searchsorted(columns, last - start).clamp(max=len(ending) - 1)
             chosen = logits[torch.arange(len(lengths), device=self.device), column]
             here = (last >= start) & (last < end)
@@ -282,11 +302,22 @@ class Engine:
             )
         elif self.drafter is not None:
             self.graphs.run(("inject", batch, num_keys), lambda: self._inject(batch, num_keys))
-        self.graphs.run(
-            ("verify", batch, num_keys, greedy, verify_len),
-            lambda: self._verify(batch, num_keys, greedy, verify_len),
-        )
+        if self.target.recurrent is not None:
+            # A graph would not keep what the recurrent layers need to take tokens back.
+            self._verify(batch, num_keys, greedy, verify_len)
+        else:
+            self.graphs.run(
+                ("verify", batch, num_keys, greedy, verify_len),
+                lambda: self._verify(batch, num_keys, greedy, verify_len),
+            )
         outcomes = self.state.outcome[: len(rows)].tolist()
+        # A row that is idle or has ended has no state to keep.
+        self.target.advance(
+            [
+                accepted + 1 if slot is not None and code == FinishReason.NONE else 0
+                for slot, (_, code, accepted, *_) in zip(rows, outcomes, strict=True)
+            ]
+        )
         if self.policy is not None:
             passed = [row[2] for row, slot in zip(outcomes, rows, strict=True) if slot is not None]
             self.policy.observe(verify_len, passed)
@@ -406,7 +437,7 @@ class Engine:
             rows.pop()
 
     def _move_row(self, source: int, destination: int) -> None:
-        self.target.kv.move_row(source, destination)
+        self.target.move_row(source, destination)
         if self.drafter is not None:
             self.store.kv.move_row(source, destination)
         self.state.move(source, destination)

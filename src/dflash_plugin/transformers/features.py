@@ -7,7 +7,7 @@ three to five of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,22 +57,20 @@ class FeatureTap:
         Args:
             model: the target.
             layer_ids: as above.
-            probe: runs the model on some tokens with ``output_hidden_states=True``.
+            probe: runs the model on two tokens with ``output_hidden_states=True``.
             last_normed: as above.
 
         Raises:
-            DFlashError: the last layer is to be taken before the final norm, and only hidden states
-                can be had.
+            DFlashError: a layer gives no output, or not one hidden state a token, or the last layer
+                is to be taken before the final norm, and only hidden states can be had.
         """
         layers = decoder_layers(model)
         last = model.config.get_text_config().num_hidden_layers - 1
         before_norm = {last} & set(layer_ids) if not last_normed else set()
-        if layers is None:
-            _require_hooks(model, before_norm)
-            return cls(model, layer_ids, None)
         tap = cls(model, layer_ids, layers, last_normed)
         with tap.recording() as recorded:
             out = probe()
+        _require_outputs(model, layer_ids, out.hidden_states)
         # What the last layer gives before the norm is no hidden state to compare it with.
         compared = [i for i in layer_ids if i not in before_norm]
         expected = [out.hidden_states[i + 1] for i in compared]
@@ -81,7 +79,7 @@ class FeatureTap:
             one is not None and torch.equal(one, other)
             for one, other in zip(found, expected, strict=True)
         )
-        if agrees:
+        if layers is not None and agrees:
             return tap
         _require_hooks(model, before_norm)
         return cls(model, layer_ids, None)
@@ -141,6 +139,26 @@ class Recorded:
 def _decoder(model: PreTrainedModel) -> nn.Module:
     decoder: nn.Module = model.get_decoder()
     return decoder
+
+
+def _require_outputs(
+    model: PreTrainedModel, layer_ids: tuple[int, ...], hidden_states: Sequence[Tensor]
+) -> None:
+    """Each layer must give one hidden state a token, over the two tokens of a probe."""
+    name, count = type(model).__name__, len(hidden_states) - 1
+    if max(layer_ids) >= count:
+        raise DFlashError(
+            f"the drafter reads layer {max(layer_ids)} of the target, and {name} gives the outputs "
+            f"of {count} layers: it runs without a drafter alone"
+        )
+    hidden = model.config.get_text_config().hidden_size
+    for layer in layer_ids:
+        shape = list(hidden_states[layer + 1].shape)
+        if shape[1:] != [2, hidden]:
+            raise DFlashError(
+                f"layers of the target {name} give outputs of shape {shape} instead of one hidden "
+                f"state of {hidden} a token: it runs without a drafter alone"
+            )
 
 
 def _require_hooks(model: PreTrainedModel, before_norm: set[int]) -> None:

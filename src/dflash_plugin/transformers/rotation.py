@@ -27,7 +27,7 @@ def check_rotation(config: Any, max_length: int, rows: int) -> None:
         DFlashError: the frequencies depend on the length of a pass, and passes can be longer than
             what the first set is for.
     """
-    for parameters in _rotations(config):
+    for parameters in rotations(config):
         kind = parameters.get(KIND, parameters.get("type"))
         if kind == "longrope":
             limit = parameters.get(NATIVE_LENGTH) or getattr(config, NATIVE_LENGTH, None)
@@ -45,7 +45,7 @@ def check_rotation(config: Any, max_length: int, rows: int) -> None:
             )
 
 
-def _rotations(config: Any) -> Iterator[Mapping[str, Any]]:
+def rotations(config: Any) -> Iterator[Mapping[str, Any]]:
     """The rotation of all layers, or that of each layer type."""
     given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [part for part in given.values() if isinstance(part, Mapping)]

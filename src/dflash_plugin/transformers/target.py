@@ -1,131 +1,22 @@
-"""A Transformers causal language model over static key/value buffers with a position per row.
-
-Two public seams of Transformers carry it: a ``Cache`` whose ``update`` writes into ``StaticKV``,
-and an attention function that takes its mask from the pass at hand. Both work for any decoder-only
-model that hands its keyword arguments down to its attention, as Transformers' models do.
-"""
+"""A Transformers causal language model over static key/value buffers with a position per row."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import DynamicCache, PreTrainedModel
 
-from dflash_plugin.drafter.attention import masked_attention
 from dflash_plugin.drafter.static_kv import KVShape, StaticKV
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.transformers.features import FeatureTap
-
-# Transformers takes any name with "flash" in it for a Flash Attention kernel.
-ATTENTION = "static_kv"
-
-
-class TargetPass:
-    """One forward pass: which rows and positions it writes, and what its queries see.
-
-    Args:
-        kv: the buffers.
-        positions: int64 [B, T]; rows below zero are padding and go to scratch.
-        num_keys: slots that the queries look at; covers every position of the pass.
-        rows: int64 [B], buffer row of each batch row, or None for 0..B-1.
-    """
-
-    def __init__(
-        self, kv: StaticKV, positions: Tensor, num_keys: int, rows: Tensor | None = None
-    ) -> None:
-        self.kv = kv
-        self.rows = rows
-        self.num_keys = num_keys
-        self.batch = positions.shape[0]
-        self.slots = kv.flat_slots(positions, rows)
-        self.positions = positions.clamp(min=0)
-        self.windows: dict[int, int | None] = {}
-        self._masks: dict[int | None, Tensor] = {}
-
-    def mask(self, window: int | None) -> Tensor:
-        """Causal visibility bool [B, T, num_keys], within ``window`` positions if given."""
-        if window not in self._masks:
-            query = self.positions[:, :, None]
-            key = torch.arange(self.num_keys, device=query.device)
-            visible = key <= query
-            if window is not None:
-                visible = visible & (query - key < window)
-            self._masks[window] = visible
-        return self._masks[window]
-
-
-class _StaticCache(Cache):  # type: ignore[misc] # Transformers has no stubs
-    """Cache over ``StaticKV``: stores a pass's keys and values and returns all that it may see."""
-
-    def __init__(self, target_pass: TargetPass) -> None:
-        super().__init__(layers=[])
-        self.target_pass = target_pass
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        step = self.target_pass
-        step.kv.write(
-            layer_idx, key_states.transpose(1, 2), value_states.transpose(1, 2), step.slots
-        )
-        return step.kv.read(layer_idx, step.batch, step.num_keys, step.rows)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-
-def _static_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    target_pass: TargetPass | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if target_pass is None and softcap is None and s_aux is None:
-        out, _ = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scale,
-            sliding_window=sliding_window,
-            **kwargs,
-        )
-        return out, None
-    if target_pass is None:
-        mask = _visible(attention_mask, query, key)
-    else:
-        target_pass.windows[int(getattr(module, "layer_idx", -1))] = sliding_window
-        mask = target_pass.mask(sliding_window)
-    out = masked_attention(query, key, value, mask, scale, s_aux, softcap)
-    return out.transpose(1, 2), None
-
-
-def _visible(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """bool [B, T, L] of a pass outside the engine, where None means a causal mask."""
-    batch, rows, keys = query.shape[0], query.shape[2], key.shape[2]
-    if attention_mask is not None:
-        visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-        return visible[:, 0].expand(batch, -1, -1)
-    slots = torch.arange(keys, device=query.device)
-    return (slots <= slots[keys - rows :, None]).expand(batch, -1, -1)
-
-
-AttentionInterface.register(ATTENTION, _static_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+from dflash_plugin.transformers.positions import has_alibi, position_limit
+from dflash_plugin.transformers.recurrent import MixerSearch, RecurrentStates, is_recurrent
+from dflash_plugin.transformers.start_check import check_start, own_logits
+from dflash_plugin.transformers.static_cache import ATTENTION, StaticCache, TargetPass
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -146,8 +37,8 @@ class Target:
         last_normed: give the last layer's output after the final norm, else before it.
 
     Raises:
-        DFlashError: the model keeps state other than attention keys and values, which cannot roll
-            back, or attends in a way that the static attention does not cover.
+        DFlashError: the model keeps a state that cannot be taken back, or attends in a way that the
+            static attention does not cover.
     """
 
     def __init__(
@@ -164,21 +55,29 @@ class Target:
         self.config = model.config.get_text_config()
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
-        if getattr(self.config, "attention_chunk_size", None):
-            raise DFlashError(
-                f"the target {self.config.model_type!r} has attention_chunk_size "
-                f"{self.config.attention_chunk_size}: the Transformers engine has no chunked "
-                "attention, serve it with vLLM or SGLang"
-            )
+        self.num_positions = position_limit(self.config)
         self._features: FeatureTap | None = None
+        self.recurrent: RecurrentStates | None = None
         try:
-            shapes = self._probe_shapes()
+            if has_alibi(self.config):
+                raise ValueError("ALiBi biases its scores by distance")
+            layers = self._probe_layers()
+            expected = own_logits(model)
             model.set_attn_implementation(ATTENTION)
+            shapes = [self._shape(index, layer) for index, layer in enumerate(layers)]
+            self.has_attention = any(shape.heads for shape in shapes)
             self.kv = StaticKV(shapes, rows, length, self.dtype, self.device)
-            self._check_windows()
+            if any(map(is_recurrent, layers)):
+                self.recurrent = RecurrentStates(model, layers, rows)
+                self.recurrent.mixers = self._find_mixers(self.recurrent)
+            if self.has_attention:
+                self._check_windows()
+            check_start(self, expected)
         except DFlashError:
             raise
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise DFlashError(
                 f"the target {self.config.model_type!r} does not run over this engine's cache and "
                 f"attention ({reason(error)}): serve it with vLLM or SGLang"
@@ -203,7 +102,7 @@ class Target:
 
         Args:
             tokens: int64 [B, T].
-            target_pass: positions and buffers of this pass.
+            target_pass: positions and buffers of this pass; ``advance`` ends it.
             logits_at: Transformers' ``logits_to_keep``: 0 for all positions, or columns int64 [C].
 
         Returns:
@@ -216,6 +115,22 @@ class Target:
             out = self._run(tokens, target_pass, logits_at, recorded.asks_for_all)
         return out.logits, recorded.features(out)
 
+    @torch.inference_mode()
+    def advance(self, counts: Sequence[int]) -> None:
+        """Commit tokens of the last pass; where all state is keys and values, nothing is to do.
+
+        Args:
+            counts: of each batch row, tokens from the first on.
+        """
+        if self.recurrent is not None:
+            self.recurrent.advance(counts)
+
+    def move_row(self, source: int, destination: int) -> None:
+        """Copy one request's state to another row, when a batch is compacted."""
+        self.kv.move_row(source, destination)
+        if self.recurrent is not None:
+            self.recurrent.move_row(source, destination)
+
     def _run(
         self,
         tokens: Tensor,
@@ -223,16 +138,35 @@ class Target:
         logits_at: Tensor | int = 0,
         output_hidden_states: bool = False,
     ) -> Any:
-        cache = {self._cache_name: _StaticCache(target_pass)}
+        def run(cache: StaticCache) -> Any:
+            return self._call(tokens, cache, logits_at, output_hidden_states)
+
+        if self.recurrent is None:
+            return run(StaticCache(target_pass))
+        with self.recurrent.passing(target_pass) as cache:
+            return run(cache)
+
+    def _call(
+        self,
+        tokens: Tensor,
+        cache: StaticCache,
+        logits_at: Tensor | int = 0,
+        output_hidden_states: bool = False,
+    ) -> Any:
+        target_pass = cache.target_pass
+        positions = target_pass.positions
+        if self.num_positions is not None:
+            # Drafts beyond the last position are never committed; a table has no row for them.
+            positions = positions.clamp(max=self.num_positions - 1)
         return self.model(
             input_ids=tokens,
-            position_ids=target_pass.positions,
-            attention_mask=target_pass.mask(None)[:, None],
+            position_ids=positions,
+            attention_mask=target_pass.mask(None)[:, None] if self.has_attention else None,
             use_cache=True,
             output_hidden_states=output_hidden_states,
             logits_to_keep=logits_at,
             target_pass=target_pass,
-            **cache,
+            **{self._cache_name: cache},
         )
 
     @torch.inference_mode()
@@ -244,24 +178,46 @@ class Target:
         )
 
     @torch.inference_mode()
-    def _probe_shapes(self) -> list[KVShape]:
+    def _probe_layers(self) -> Sequence[Any]:
+        """The layers of Transformers' own cache, after a pass over one token."""
         cache = DynamicCache(config=self.config)
         self.model(
             input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device),
             use_cache=True,
             **{self._cache_name: cache},
         )
-        shapes = []
-        for index, layer in enumerate(cache.layers):
-            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if keys is None or values is None or hasattr(layer, "recurrent_states"):
-                raise DFlashError(
-                    f"layer {index} of the target {self.config.model_type!r} keeps a state "
-                    f"({type(layer).__name__}) other than attention keys and values, which cannot "
-                    "roll back rejected tokens: the Transformers engine cannot run this target"
-                )
-            shapes.append(KVShape(keys.shape[1], keys.shape[-1], values.shape[-1]))
-        return shapes
+        layers: Sequence[Any] = cache.layers
+        return layers
+
+    def _shape(self, index: int, layer: Any) -> KVShape:
+        """Of the keys and values that a cache layer holds: no heads where it has none."""
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if hasattr(layer, "update_indexer"):
+            raise DFlashError(
+                f"layer {index} of the target {self.config.model_type!r} chooses its keys by an "
+                "index of its own (sparse attention), which the Transformers engine does not keep: "
+                "serve it with vLLM or SGLang"
+            )
+        if keys is not None and values is not None:
+            return KVShape(keys.shape[1], keys.shape[-1], values.shape[-1])
+        is_stateless = keys is None and getattr(layer, "is_initialized", False)
+        if is_recurrent(layer) or is_stateless:
+            return KVShape(0, 0, 0)
+        raise DFlashError(
+            f"layer {index} of the target {self.config.model_type!r} keeps a state "
+            f"({type(layer).__name__}) other than attention keys and values, which cannot "
+            "roll back rejected tokens: the Transformers engine cannot run this target"
+        )
+
+    @torch.inference_mode()
+    def _find_mixers(self, recurrent: RecurrentStates) -> list[nn.Module]:
+        """The modules that update the recurrent states."""
+        tokens = torch.arange(2, device=self.device)[None]
+        step = TargetPass(self.kv, torch.full_like(tokens, -1), 1, is_start=True)
+        search = MixerSearch(recurrent.cache(step), self.model)
+        with search.watching():
+            self._call(tokens, search)
+        return search.found
 
     def _check_windows(self) -> None:
         """Every layer that the configuration calls sliding must have reported its window."""
