@@ -10,6 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import torch
 
 from tests.helpers.http_server import HttpServer, free_port, started
 
@@ -29,6 +32,28 @@ FLAGS = [
 
 
 @contextmanager
+def forking() -> Iterator[None]:
+    """Fork an engine's processes from this one, where on a CPU vLLM starts them anew.
+
+    Each would import for longer than a tiny model runs. OpenMP's threads do not survive a fork,
+    so with several of them the processes start anew.
+    """
+    from vllm.platforms import current_platform
+
+    configure = current_platform.check_and_update_config
+
+    def configured(config: Any) -> None:
+        configure(config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    if not current_platform.is_cpu() or torch.get_num_threads() > 1:
+        yield
+        return
+    with patch.object(current_platform, "check_and_update_config", configured):
+        yield
+
+
+@contextmanager
 def running(target: Path, drafter: Path | None, **settings: Any) -> Iterator[Any]:
     """A float32 engine; without a drafter, the target alone."""
     from vllm import LLM
@@ -36,23 +61,23 @@ def running(target: Path, drafter: Path | None, **settings: Any) -> Iterator[Any
     speculative = settings.pop("speculative", {})
     if drafter is not None:
         speculative = {"method": "dflash", "model": str(drafter), **speculative}
-    engine = LLM(
-        str(target),
-        **{
-            "dtype": "float32",
-            "enforce_eager": True,
-            "block_size": BLOCK,
-            "max_num_seqs": 8,
-            "max_model_len": 512,
-            "disable_log_stats": False,
-            "speculative_config": speculative or None,
-            **settings,
-        },
-    )
+    settings = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "block_size": BLOCK,
+        "max_num_seqs": 8,
+        "max_model_len": 512,
+        "disable_log_stats": False,
+        "speculative_config": speculative or None,
+        **settings,
+    }
+    with forking():
+        engine = LLM(str(target), **settings)
     try:
         yield engine
     finally:
-        engine.llm_engine.engine_core.shutdown()
+        # At once: nothing is under way, and vLLM would wait for its processes in vain.
+        engine.llm_engine.engine_core.shutdown(timeout=0)
         del engine
         gc.collect()
 
