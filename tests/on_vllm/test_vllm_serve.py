@@ -48,7 +48,7 @@ def alone(smollm2, reference, tmp_path_factory) -> list[str]:
 def server(smollm2, shipped, alone, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log"
     flags = ["--speculative-method=dflash", f"--speculative-model={shipped}"]
-    with serving(log, smollm2, *flags) as running:
+    with serving(log, smollm2, *flags, forks=False) as running:
         yield running
 
 

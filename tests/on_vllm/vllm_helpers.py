@@ -10,11 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
-
-import torch
 
 from tests.helpers.http_server import HttpServer, free_port, started
+from tests.on_vllm.forking import forking
 
 ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 BLOCK = 32
@@ -29,28 +27,6 @@ FLAGS = [
     "--max-num-batched-tokens=96",
     "--enable-prompt-tokens-details",
 ]
-
-
-@contextmanager
-def forking() -> Iterator[None]:
-    """Fork an engine's processes from this one, where on a CPU vLLM starts them anew.
-
-    Each would import for longer than a tiny model runs. OpenMP's threads do not survive a fork,
-    so with several of them the processes start anew.
-    """
-    from vllm.platforms import current_platform
-
-    configure = current_platform.check_and_update_config
-
-    def configured(config: Any) -> None:
-        configure(config)
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
-
-    if not current_platform.is_cpu() or torch.get_num_threads() > 1:
-        yield
-        return
-    with patch.object(current_platform, "check_and_update_config", configured):
-        yield
 
 
 @contextmanager
@@ -110,14 +86,19 @@ class Server(HttpServer):
             return list(pool.map(self.text, prompts))
 
 
-def command(target: Path, *flags: str, port: int = 0) -> list[str]:
-    serve = [str(Path(sys.executable).with_name("vllm")), "serve", str(target)]
-    return [*serve, *FLAGS, f"--port={port}", *flags]
+def command(target: Path, *flags: str, port: int = 0, forks: bool = True) -> list[str]:
+    """``vllm serve``, whose processes fork or, as for a user, start anew."""
+    vllm = [str(Path(sys.executable).with_name("vllm"))]
+    if forks:
+        vllm = [sys.executable, str(Path(__file__).with_name("forking.py"))]
+    return [*vllm, "serve", str(target), *FLAGS, f"--port={port}", *flags]
 
 
 @contextmanager
-def serving(log: Path, target: Path, *flags: str, **environment: str) -> Iterator[Server]:
+def serving(
+    log: Path, target: Path, *flags: str, forks: bool = True, **environment: str
+) -> Iterator[Server]:
     port = free_port()
-    serve = command(target, *flags, port=port)
+    serve = command(target, *flags, port=port, forks=forks)
     with started(Server, serve, port, log, environment) as server:
         yield server
