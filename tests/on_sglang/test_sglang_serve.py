@@ -27,7 +27,15 @@ from tests.helpers.core_drafts import core_drafts
 from tests.helpers.distribution import check_distribution, continuations
 from tests.helpers.tiny import DFLASH2, tiny_target, write_target, write_tiny
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
-from tests.on_sglang.sglang_server import ENVIRONMENT, Server, command, dflash, serving, tokens
+from tests.on_sglang.sglang_server import (
+    AS_FOR_A_USER,
+    ENVIRONMENT,
+    Server,
+    command,
+    dflash,
+    serving,
+    tokens,
+)
 
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
@@ -73,10 +81,14 @@ def drafts_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(smollm2, shipped, alone, drafts_file, tmp_path_factory) -> Iterator[Server]:
-    """Overlapped, chunked, with metrics; every drafted block is recorded."""
+    """Overlapped, chunked, with metrics; every drafted block is recorded.
+
+    Started as for a user.
+    """
     log = tmp_path_factory.mktemp("server") / "log"
     flags = [*dflash(shipped), CHUNKED, "--enable-metrics"]
-    with serving(log, smollm2, *flags, RECORD_DRAFTS=str(drafts_file)) as running:
+    environment = {**AS_FOR_A_USER, "RECORD_DRAFTS": str(drafts_file)}
+    with serving(log, smollm2, *flags, **environment) as running:
         yield running
 
 
