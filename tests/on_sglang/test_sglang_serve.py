@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from transformers import DynamicCache
 
 from dflash_plugin.bench.evaluate import acceptance_by_position
 from dflash_plugin.checkpoints import reference_drafts
@@ -326,8 +327,10 @@ def penalized(
 ) -> list[int]:
     """Greedy text under penalties, step by step from the target's logits."""
     found: list[int] = []
+    cache = DynamicCache()
     while len(found) < length and (not found or found[-1] not in stops):
-        logits = target(input_ids=torch.tensor([prompt + found]), use_cache=False).logits[0, -1]
+        ids = torch.tensor([found[-1:] or prompt])
+        logits = target(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
         counts = torch.bincount(torch.tensor(found, dtype=torch.int64), minlength=len(logits))
         logits -= params.get("frequency_penalty", 0.0) * counts
         logits -= params.get("presence_penalty", 0.0) * (counts > 0)

@@ -16,9 +16,11 @@ from unittest.mock import patch
 def forking() -> Iterator[None]:
     """Fork in this block; threads of OpenMP do not survive that, so with several nothing changes.
 
-    Models are looked at in this process too, in place of another that imports them.
+    Models are looked at in this process, not in another that imports them, and processes that wait
+    for each other sleep, where vLLM has them keep a core busy.
     """
     import torch
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
     from vllm.model_executor.models import registry
     from vllm.platforms import current_platform
 
@@ -37,6 +39,7 @@ def forking() -> Iterator[None]:
                 patch.object(current_platform, "check_and_update_config", configured)
             )
             patches.enter_context(patch.object(registry, "_run_in_subprocess", called))
+            patches.enter_context(patch.object(SpinCondition.__init__, "__defaults__", (0.0,)))
         yield
 
 

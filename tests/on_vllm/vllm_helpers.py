@@ -87,7 +87,7 @@ class Server(HttpServer):
 
 
 def command(target: Path, *flags: str, port: int = 0, forks: bool = True) -> list[str]:
-    """``vllm serve``, whose processes fork or, as for a user, start anew."""
+    """``vllm serve``, whose processes fork; or the command itself."""
     vllm = [str(Path(sys.executable).with_name("vllm"))]
     if forks:
         vllm = [sys.executable, str(Path(__file__).with_name("forking.py"))]
