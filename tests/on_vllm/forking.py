@@ -5,6 +5,7 @@ vLLM has them start anew there, and each imports for longer than a tiny model ru
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,9 @@ def forking() -> Iterator[None]:
             )
             patches.enter_context(patch.object(registry, "_run_in_subprocess", called))
             patches.enter_context(patch.object(SpinCondition.__init__, "__defaults__", (0.0,)))
+            # What is here already need not be looked through each time that vLLM collects garbage.
+            gc.freeze()
+            patches.callback(gc.unfreeze)
         yield
 
 
