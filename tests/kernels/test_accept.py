@@ -101,7 +101,8 @@ def test_repeating_changes_nothing():
     drafts = target[:, :-1].argmax(dim=-1)
     sampled = Sampled(target, None, integers(0, 1 << 62, 64))
     first = accept(drafts, sampled, integers(0, 100, 64))
-    for _ in range(5):
+    # A GPU's programs race, the interpreter's run one after the other.
+    for _ in range(5 if DEVICE.type == "cuda" else 1):
         equal(accept(drafts, sampled, integers(0, 100, 64)), first)
 
 

@@ -240,6 +240,10 @@ def main() -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
+    # With the plugin's patches in place, as in SGLang's own processes.
+    import sglang.srt.managers.scheduler
+    import sglang.srt.models.registry  # noqa: F401
+
     for line in sys.stdin:
         job = json.loads(line)
         print(json.dumps(forked(lambda job=job: serve(job))()), file=pipe, flush=True)

@@ -12,8 +12,11 @@ from typing import Any
 
 from tests.helpers.http_server import HttpServer, free_port, started
 
-# One core a server.
+# One core a server; processes that fork from its first one (``shim/sitecustomize.py``), and nothing
+# compiled by Inductor: imports and compilers take longer than a tiny model runs.
+AS_FOR_A_USER = {"FORK_PROCESSES": "", "TORCHDYNAMO_DISABLE": ""}
 ENVIRONMENT = {
+    **dict.fromkeys(AS_FOR_A_USER, "1"),
     "SGLANG_USE_CPU_ENGINE": "1",
     "OMP_NUM_THREADS": "1",
     "SGLANG_CPU_OMP_THREADS_BIND": os.environ.get("SGLANG_CPU_OMP_THREADS_BIND", "0"),

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from transformers import DynamicCache
 
 from dflash_plugin.bench.evaluate import acceptance_by_position
 from dflash_plugin.checkpoints import reference_drafts
@@ -28,7 +29,15 @@ from tests.helpers.core_drafts import core_drafts
 from tests.helpers.distribution import check_distribution, continuations
 from tests.helpers.tiny import DFLASH2, tiny_target, write_target, write_tiny
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
-from tests.on_sglang.sglang_server import ENVIRONMENT, Server, command, dflash, serving, tokens
+from tests.on_sglang.sglang_server import (
+    AS_FOR_A_USER,
+    ENVIRONMENT,
+    Server,
+    command,
+    dflash,
+    serving,
+    tokens,
+)
 
 DATA = Path(__file__).parents[1] / "data"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
@@ -74,10 +83,14 @@ def drafts_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(smollm2, shipped, alone, drafts_file, tmp_path_factory) -> Iterator[Server]:
-    """Overlapped, chunked, with metrics; every drafted block is recorded."""
+    """Overlapped, chunked, with metrics; every drafted block is recorded.
+
+    Started as for a user.
+    """
     log = tmp_path_factory.mktemp("server") / "log"
     flags = [*dflash(shipped), CHUNKED, "--enable-metrics"]
-    with serving(log, smollm2, *flags, RECORD_DRAFTS=str(drafts_file)) as running:
+    environment = {**AS_FOR_A_USER, "RECORD_DRAFTS": str(drafts_file)}
+    with serving(log, smollm2, *flags, **environment) as running:
         yield running
 
 
@@ -315,8 +328,10 @@ def penalized(
 ) -> list[int]:
     """Greedy text under penalties, step by step from the target's logits."""
     found: list[int] = []
+    cache = DynamicCache()
     while len(found) < length and (not found or found[-1] not in stops):
-        logits = target(input_ids=torch.tensor([prompt + found]), use_cache=False).logits[0, -1]
+        ids = torch.tensor([found[-1:] or prompt])
+        logits = target(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, -1]
         counts = torch.bincount(torch.tensor(found, dtype=torch.int64), minlength=len(logits))
         logits -= params.get("frequency_penalty", 0.0) * counts
         logits -= params.get("presence_penalty", 0.0) * (counts > 0)

@@ -14,6 +14,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 if torch.cuda.is_available():
     # The tests use CUDA before the workers start, which forked processes do not survive.
     os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
+else:
+    # Inductor takes longer to compile than a tiny model runs.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 
 @pytest.fixture(scope="session")

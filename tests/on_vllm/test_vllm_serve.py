@@ -46,9 +46,10 @@ def alone(smollm2, reference, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(smollm2, shipped, alone, tmp_path_factory) -> Iterator[Server]:
+    """Started as for a user."""
     log = tmp_path_factory.mktemp("server") / "log"
     flags = ["--speculative-method=dflash", f"--speculative-model={shipped}"]
-    with serving(log, smollm2, *flags) as running:
+    with serving(log, smollm2, *flags, forks=False, TORCHDYNAMO_DISABLE="") as running:
         yield running
 
 

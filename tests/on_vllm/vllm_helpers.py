@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.http_server import HttpServer, free_port, started
+from tests.on_vllm.forking import forking
 
 ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 BLOCK = 32
@@ -36,23 +37,23 @@ def running(target: Path, drafter: Path | None, **settings: Any) -> Iterator[Any
     speculative = settings.pop("speculative", {})
     if drafter is not None:
         speculative = {"method": "dflash", "model": str(drafter), **speculative}
-    engine = LLM(
-        str(target),
-        **{
-            "dtype": "float32",
-            "enforce_eager": True,
-            "block_size": BLOCK,
-            "max_num_seqs": 8,
-            "max_model_len": 512,
-            "disable_log_stats": False,
-            "speculative_config": speculative or None,
-            **settings,
-        },
-    )
+    settings = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "block_size": BLOCK,
+        "max_num_seqs": 8,
+        "max_model_len": 512,
+        "disable_log_stats": False,
+        "speculative_config": speculative or None,
+        **settings,
+    }
+    with forking():
+        engine = LLM(str(target), **settings)
     try:
         yield engine
     finally:
-        engine.llm_engine.engine_core.shutdown()
+        # At once: nothing is under way, and vLLM would wait for its processes in vain.
+        engine.llm_engine.engine_core.shutdown(timeout=0)
         del engine
         gc.collect()
 
@@ -85,14 +86,19 @@ class Server(HttpServer):
             return list(pool.map(self.text, prompts))
 
 
-def command(target: Path, *flags: str, port: int = 0) -> list[str]:
-    serve = [str(Path(sys.executable).with_name("vllm")), "serve", str(target)]
-    return [*serve, *FLAGS, f"--port={port}", *flags]
+def command(target: Path, *flags: str, port: int = 0, forks: bool = True) -> list[str]:
+    """``vllm serve``, whose processes fork; or the command itself."""
+    vllm = [str(Path(sys.executable).with_name("vllm"))]
+    if forks:
+        vllm = [sys.executable, str(Path(__file__).with_name("forking.py"))]
+    return [*vllm, "serve", str(target), *FLAGS, f"--port={port}", *flags]
 
 
 @contextmanager
-def serving(log: Path, target: Path, *flags: str, **environment: str) -> Iterator[Server]:
+def serving(
+    log: Path, target: Path, *flags: str, forks: bool = True, **environment: str
+) -> Iterator[Server]:
     port = free_port()
-    serve = command(target, *flags, port=port)
+    serve = command(target, *flags, port=port, forks=forks)
     with started(Server, serve, port, log, environment) as server:
         yield server

@@ -33,3 +33,11 @@ if os.environ.get("RECORD_DRAFTS"):
     from dflash_plugin.serving.after_import import after_import
 
     after_import("dflash_plugin.sglang.worker", record_drafts.patch)
+
+if os.environ.get("FORK_PROCESSES"):
+    # A server's processes fork from its first one, where SGLang has it that they start anew: each
+    # would import for longer than a tiny model runs.
+    import multiprocessing
+
+    _native = multiprocessing.set_start_method
+    multiprocessing.set_start_method = lambda method, force=False: _native("fork", force=True)
