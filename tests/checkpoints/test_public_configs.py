@@ -43,6 +43,8 @@ LAYER = {
 }
 DRAFT = {"target_layer_ids": [1], "mask_token_id": 1}
 BYTES = 2
+# dtypes and bytes of the tensors that map vocabularies.
+OF_MAPS = {"d2t": ("I64", 8), "t2d": ("BOOL", 1)}
 
 
 def split(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -160,17 +162,25 @@ def mlp_shapes(layer: dict[str, Any], draft: dict[str, Any]) -> dict[str, tuple[
 
 
 def write(directory: Path, raw: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Path:
-    """A checkpoint with the tensors' headers and a hole in the file for their values."""
+    """A checkpoint with the tensors' headers and a hole in the file for their values.
+
+    A map of the draft vocabulary is whole: it takes the first of the target's tokens.
+    """
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(raw))
-    header, end = {}, 0
+    header: dict[str, Any] = {}
+    end = 0
     for name, shape in shapes.items():
-        start, end = end, end + BYTES * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+        dtype, size = OF_MAPS.get(name, ("BF16", BYTES))
+        start, end = end, end + size * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     with (directory / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
+        if "t2d" in header:
+            file.seek(8 + len(text) + header["t2d"]["data_offsets"][0])
+            file.write(b"\1" * shapes["d2t"][0])
     return directory
 
 
