@@ -140,6 +140,12 @@ def test_a_check_claims_no_more_than_it_tried():
         "size is fine: 2 others tried, none better",
         "anchor is fine: no other tried",
     ]
+    hides = MadeUp({"size": (EVERY % 9 == 0).long() - (EVERY % 8 == 0).long()})
+    finding = diagnosed(hides, one("size", setting("size"))).checks[0].finding
+    compared = hides.by_acceptance(setting("size")).compared
+    limit = compared.gain + 2 * compared.error
+    assert limit > 0
+    assert finding.startswith(f"size is fine: 1 other tried, none better by more than {limit:.2f}")
 
 
 def test_what_the_texts_cannot_tell_is_said():

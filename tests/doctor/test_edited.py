@@ -13,10 +13,6 @@ from tests.doctor.test_doctor import DFLASH2
 IDS = [5, 13, 21, 28]
 
 
-def statuses(found):
-    return {check.name: check.status for check in found.checks}
-
-
 @pytest.mark.parametrize(
     ("name", "changes", "fix"),
     [
@@ -44,18 +40,24 @@ def test_the_edited_setting_is_the_one_cause(pair, planted, name, changes, fix):
 
 
 def test_causality_is_not_taken_for_a_short_block(pair, planted):
-    """Where no row sees later ones, a longer block loses nothing and commits a little more."""
+    """Where no row sees later ones, a longer block loses nothing and commits a little more.
+
+    So few texts hardly tell causality. Doctor names it, or says how much it may hide.
+    """
     found = diagnose(pair, planted(record=False, is_causal=True))
-    assert statuses(found)["block size"] in ("ok", "note")
-    assert statuses(found)["window and causality"] in ("fault", "undecided")
-    assert "window and causality: the other causality" in found.verdict
-    assert "set is_causal to false in" in str(found.fix)
+    assert {check.name for check in found.faults} <= {"window and causality"}
+    assert "block size" not in found.verdict
+    attention = next(check for check in found.checks if check.name == "window and causality")
+    named = "set is_causal to false in" in str(attention.fix)
+    assert named or "none better by more than" in attention.finding
 
 
-def test_longer_blocks_that_commit_a_little_more_are_no_fault(pair, planted):
+def test_longer_blocks_that_commit_more_are_no_fault_of_themselves(pair, planted):
     found = diagnose(pair, planted(record=False, of=DFLASH2))
-    assert found.exit_code == 0, found.verdict
-    assert statuses(found)["block size"] == "note"
+    assert not found.faults, found.verdict
+    size = next(check for check in found.checks if check.name == "block size")
+    assert size.status in ("note", "undecided")
+    assert "by its further drafts alone" in size.finding
 
 
 def test_two_rope_thetas_that_differ_are_named(pair, planted):

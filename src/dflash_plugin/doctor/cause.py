@@ -13,6 +13,8 @@ from dflash_plugin.doctor.trials import Search, Setting, Tell, Trials, Tried
 CANDIDATES = 4
 # Share of τ - 1 whose gain few blocks may hide.
 HIDDEN = 0.15
+# Tokens from which on a gain that may be hidden is told.
+SHOWN = 0.005
 MORE_PROMPTS = "run doctor with more prompts (--data, --prompts)"
 
 
@@ -119,7 +121,10 @@ def explained(trials: Trials, cause: Tried, other: Tried) -> bool:
 
 
 def _check(one: Search, tried: Sequence[Tried], evidence: dict[str, Any]) -> Check:
+    limits = [c.gain + 2 * c.error for each in tried if (c := each.compared) and not c.same]
+    limit = max(limits, default=0.0)
     count = f"{len(tried)} other{'' if len(tried) == 1 else 's'} tried, none better"
+    count += f" by more than {limit:.2f}" if limit >= SHOWN else ""
     finding = f"{one.well}: {count if tried else 'no other tried'}"
     same = [each.setting.label for each in tried if each.compared and each.compared.same]
     blind = [*one.blind, *([f"{_some(same)}: the same drafts on these texts"] if same else [])]

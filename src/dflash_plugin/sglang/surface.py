@@ -665,7 +665,7 @@ _ATTRIBUTES = (
     ),
     *_rows(
         "model_executor.model_runner", "attribute", GRAPHS, "captures injection; tells of graphs",
-        *_members("ModelRunner", "capture_tail_hooks", "decode_cuda_graph_runner"),
+        *_members("ModelRunner", "capture_tail_hooks", "decode_cuda_graph_runner", "eager_runner"),
     ),
     *_rows(
         "model_executor.model_runner", "attribute", ADAPTIVE, "swaps back ends and graphs",

@@ -134,8 +134,11 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         """Attention back ends in use, and whether drafts replay a CUDA graph."""
         target, drafter = self.target_worker.model_runner, self.draft_model_runner
         backends = (type(runner.attn_backend).__name__ for runner in (target, drafter))
-        graphs = "no" if drafter.decode_cuda_graph_runner is None else "yes"
-        return dict(zip(WORKER_FACTS, (*backends, graphs), strict=True))
+        # SGLang may put the runner without graphs in the place of the one with.
+        graphs = drafter.decode_cuda_graph_runner
+        is_eager = graphs is None or graphs is drafter.eager_runner
+        values = (*backends, "no" if is_eager else "yes")
+        return dict(zip(WORKER_FACTS, values, strict=True))
 
     @property
     def skips_draft(self) -> bool:
