@@ -19,10 +19,10 @@ def section(tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "strategy"),
     [
-        ("W4A16", None),
-        ("int8", "channel"),
-        ("NVFP4", "tensor_group"),
-        ("FP8 by channel", "channel"),
+        ("W4A16", {}),
+        ("int8", {"strategy": "channel"}),
+        ("NVFP4", {"strategy": "tensor_group", "group_size": 16}),
+        ("FP8 by channel", {"strategy": "channel"}),
     ],
 )
 def test_compressed_tensors_holds_for_every_linear(tmp_path, kind, strategy):
@@ -34,7 +34,7 @@ def test_compressed_tensors_holds_for_every_linear(tmp_path, kind, strategy):
     (group,) = found["config_groups"].values()
     assert group["targets"] == ["re:.*"]
     expected = said["config_groups"]["group_0"]["weights"]
-    assert group["weights"] == expected | ({"strategy": strategy} if strategy else {})
+    assert group["weights"] == expected | strategy
     assert "strategy" not in expected
 
 

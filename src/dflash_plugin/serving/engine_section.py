@@ -55,7 +55,7 @@ def _compressed_tensors(stored: StoredWeights) -> dict[str, Any]:
     group = deepcopy(groups[0])
     weights = group["weights"]
     if not weights.get("strategy") and not weights.get("group_size"):
-        weights["strategy"] = _strategy(stored)
+        weights |= _strategy(stored)
     name = stored.section.get("format") or group.get("format")
     return {
         "quant_method": COMPRESSED_TENSORS,
@@ -66,9 +66,9 @@ def _compressed_tensors(stored: StoredWeights) -> dict[str, Any]:
     }
 
 
-def _strategy(stored: StoredWeights) -> str:
+def _strategy(stored: StoredWeights) -> dict[str, Any]:
     """What has one scale: compressed-tensors means a whole tensor where nothing is said."""
     parts = next(iter(stored.modules.values()))
     if parts.get("weight_packed", parts["weight_scale"]).dtype == torch.uint8:
-        return "tensor_group"
-    return "tensor" if parts["weight_scale"].numel() == 1 else "channel"
+        return {"strategy": "tensor_group", "group_size": FP4_GROUP}
+    return {"strategy": "tensor" if parts["weight_scale"].numel() == 1 else "channel"}

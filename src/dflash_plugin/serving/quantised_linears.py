@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from dflash_plugin.checkpoints.stored_weights import (
     stored_weights,
 )
 from dflash_plugin.drafter.fp8_linear import require_fp8
-from dflash_plugin.errors import DFlashError, reason
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.serving.engine_section import engine_section
 
@@ -90,7 +91,7 @@ class QuantisedLinears:
             linear = make(self.quant_config)
             self._check_names(linear, modules)
         except Exception as error:  # Engines raise many kinds where they have no kernel.
-            self._note(reason(error))
+            self._note(_in_one_line(error))
             return None
         self.linears[name] = linear
         return linear
@@ -175,6 +176,11 @@ class QuantisedLinears:
                     "what the checkpoint's weights stand for: set draft_weights to 'dequantised'"
                 )
         self._trials.clear()
+
+
+def _in_one_line(error: Exception) -> str:
+    """The beginning of an engine's error, which may list all of its kernels."""
+    return shorten(str(error), 240, placeholder=" …") or type(error).__name__
 
 
 def _modules(name: str) -> tuple[str, ...]:
@@ -264,5 +270,5 @@ def quantised_linears(
         try:
             config = quant_config(*engine_section(stored))
         except Exception as error:  # Engines raise many kinds for a section that they do not read.
-            obstacle = reason(error)
+            obstacle = _in_one_line(error)
     return QuantisedLinears(spec, stored, config, obstacle, logger)
