@@ -41,7 +41,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_a_whole_checkpoint_reads_as_at_start(tmp_path, kind):
     directory = write(tmp_path, kind)
     expected = fitted(load_checkpoint(directory, torch.float32), 97)
-    layout = layout_of(directory, None)
+    layout = layout_of(directory, None, 3)
     found = read_update(tensors(directory).items(), layout, expected.config, torch.float32)
     assert found.keys() == expected.tensors.keys()
     for name, tensor in found.items():
@@ -52,7 +52,7 @@ def test_a_whole_checkpoint_reads_as_at_start(tmp_path, kind):
 def test_tensors_come_one_by_one(tmp_path):
     directory = write(tmp_path, "padded")
     expected = fitted(load_checkpoint(directory, torch.float32), 97)
-    layout, found = layout_of(directory, None), {}
+    layout, found = layout_of(directory, None, 3), {}
     for pair in tensors(directory).items():
         found |= read_update([pair], layout, expected.config, torch.float32)
     assert found.keys() == expected.tensors.keys()
@@ -61,7 +61,7 @@ def test_tensors_come_one_by_one(tmp_path):
 
 def test_half_of_a_quantised_weight_is_refused(tmp_path):
     directory = write(tmp_path, next(iter(LAYOUTS)))
-    layout = layout_of(directory, None)
+    layout = layout_of(directory, None, 3)
     given = [pair for pair in tensors(directory).items() if "scale" not in pair[0]]
     with pytest.raises(DFlashError, match="is missing"):
         read_update(given, layout, layout.config, torch.float32)
@@ -69,7 +69,7 @@ def test_half_of_a_quantised_weight_is_refused(tmp_path):
 
 def test_a_bad_vocabulary_map_is_refused(tmp_path):
     directory = write(tmp_path, "z-lab")
-    layout = layout_of(directory, None)
+    layout = layout_of(directory, None, 3)
     offsets = torch.zeros_like(tensors(directory)["d2t"])
     offsets[0] = 1
     with pytest.raises(DFlashError, match="two draft tokens"):

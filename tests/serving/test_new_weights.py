@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,7 @@ def write(directory: Path, kind: str, seed: int) -> Path:
 
 def running(checkpoint: Path, options: Options = Options()) -> Any:  # noqa: B008
     """A drafter that is loaded, bound and prepared."""
-    config = load_config(checkpoint)
+    config = load_config(checkpoint, drafts=3)
     drafter = EngineDrafter(DrafterSpec(checkpoint=checkpoint, config=config, options=options))
     for parameter in drafter.parameters():
         parameter.weight_loader = by_rows
@@ -113,6 +114,19 @@ def test_a_running_drafter_becomes_the_new_one(tmp_path, options, kind, parts):
     check_same(drafter, expected, exact=not rounds_twice)
     # Captured graphs read the same memory.
     assert addresses == {name: tensor.data_ptr() for name, tensor in state(drafter).items()}
+
+
+def test_a_drafter_that_names_no_block_takes_them_too(tmp_path):
+    old, new, third = (write_tiny(tmp_path / str(seed), seed=seed) for seed in (0, 1, 2))
+    for directory in (old, new, third):
+        raw = json.loads((directory / "config.json").read_text())
+        del raw["block_size"]
+        (directory / "config.json").write_text(json.dumps(raw))
+    drafter = running(old)
+    take_checkpoint(drafter, new)
+    check_same(drafter, running(new))
+    take_weights(drafter, tensors(third))
+    check_same(drafter, running(third))
 
 
 def test_what_does_not_fit_changes_nothing(tmp_path, options):
@@ -224,5 +238,5 @@ def test_the_layout_is_read_once(tmp_path):
     take_weights(drafter, given[:1])
     (directory / "config.json").unlink()
     take_weights(drafter, given)
-    assert layout_of(directory, None).config == tiny_config()
+    assert layout_of(directory, None, 3).config == tiny_config()
     assert drafter.has_tensors

@@ -45,18 +45,19 @@ class Layout(NamedTuple):
 
 
 @cache
-def layout_of(directory: Path, dialect: Dialect | None) -> Layout:
+def layout_of(directory: Path, dialect: Dialect | None, drafts: int) -> Layout:
     """The layout of a checkpoint, which is read once.
 
     Args:
         directory: of the checkpoint.
         dialect: overrides detection.
+        drafts: tokens that a block drafts, for a file that names no block.
 
     Raises:
         DFlashError: the checkpoint is malformed.
     """
     raw = read_json(directory / CONFIG)
-    return Layout(load_config(directory, dialect), raw, declared(raw, directory))
+    return Layout(load_config(directory, dialect, drafts=drafts), raw, declared(raw, directory))
 
 
 def read_update(

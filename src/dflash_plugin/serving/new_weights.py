@@ -48,7 +48,7 @@ def take_weights(model: EngineDrafterMixin, weights: Named) -> set[str]:
             finite; nothing has changed then.
     """
     spec, given = model.spec, [(name.removeprefix(PREFIX), tensor) for name, tensor in weights]
-    layout = layout_of(spec.checkpoint, spec.options.dialect)
+    layout = layout_of(spec.checkpoint, spec.options.dialect, spec.config.num_draft_tokens)
     dtype = model.drafter.norm.weight.dtype
     try:
         tensors = read_update(given, layout, spec.config, dtype)
@@ -69,11 +69,12 @@ def take_checkpoint(model: EngineDrafterMixin, directory: Path) -> None:
     Raises:
         DFlashError: the checkpoint is malformed, or of another drafter; nothing has changed then.
     """
-    spec = model.spec
-    checkpoint = load_checkpoint(directory, model.drafter.norm.weight.dtype, spec.options.dialect)
+    spec, dtype = model.spec, model.drafter.norm.weight.dtype
+    dialect, drafts = spec.options.dialect, spec.config.num_draft_tokens
+    checkpoint = load_checkpoint(directory, dtype, dialect, drafts=drafts)
     tokens = spec.config.vocab_size
     new = fitted(checkpoint, tokens)
-    running = layout_of(spec.checkpoint, spec.options.dialect).config
+    running = layout_of(spec.checkpoint, dialect, drafts).config
     _require_alike(new.config, fitted_config(running, tokens))
     model.take_tensors(new.tensors)
     model.source, model.has_tensors = directory, False
