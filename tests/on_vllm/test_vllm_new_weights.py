@@ -150,7 +150,8 @@ class Transfer(WeightTransferEngine):
 
 def transfer(worker: Any, checkpoint: Path) -> None:
     """A trainer's update of the drafter, in two parts; one that is refused comes before."""
-    named = tensors(checkpoint)
+    # The worker itself; what the engine calls is a wrapper with attributes of its own.
+    worker, named = worker.worker, tensors(checkpoint)
     worker.weight_transfer_engine = Transfer(
         None, worker.vllm_config, torch.device("cpu"), worker.model_runner.get_model()
     )
