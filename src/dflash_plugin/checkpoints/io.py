@@ -242,7 +242,9 @@ def _read(
 def _log_quantization(directory: Path, quantization: str | None, ignored: list[str]) -> None:
     if quantization is not None:
         logger.info(
-            "%s: the checkpoint is quantised (%s): dequantised at load", directory, quantization
+            "%s: the checkpoint is quantised (%s): dequantised at load; in vLLM and SGLang "
+            "draft_weights says what becomes of it",
+            *(directory, quantization),
         )
     if ignored:
         logger.info(
