@@ -42,6 +42,8 @@ def take(scheduler: Any, step: dict[str, Any]) -> list[Any]:
             for name, tensor in load_file(Path(directory) / "model.safetensors").items()
         ]
         return in_session(manager, step["call"], named, fields)
+    # What SGLang's tokenizer fills in for a directory.
+    fields["load_format"] = "auto"
     answer = getattr(manager, step["call"])(SimpleNamespace(**fields))
     return [getattr(answer, "success", True), getattr(answer, "message", "")]
 
