@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dflash_plugin.errors import DFlashError, reason
+from dflash_plugin.errors import DFlashError
 
 Dialect = Literal["z-lab", "speculators", "specforge", "modelopt"]
 DraftWeights = Literal["checkpoint", "fp8"]
@@ -254,7 +254,6 @@ class DrafterConfig(BaseModel):
             self.dtype in DTYPES,
             f"dtype is {self.dtype!r}: the supported ones are {', '.join(DTYPES)}",
         )
-        self._check_rotation()
         self._check_vocabulary()
         self._check_target_layers()
         self._check_dflash2()
@@ -266,21 +265,6 @@ class DrafterConfig(BaseModel):
                 f"{name} is {value!r}: give a positive number or leave it out",
             )
         return self
-
-    def _check_rotation(self) -> None:
-        from dflash_plugin.drafter.rope import frequencies
-
-        try:
-            inverse, factor = frequencies(self)
-            numbers = [*inverse.tolist(), factor, self.attention_scale]
-            wrong = "" if all(map(math.isfinite, numbers)) else "they give no finite frequencies"
-        except Exception as error:  # Transformers raises many kinds here
-            wrong = reason(error)
-        _require(
-            not wrong,
-            f"rope_parameters {self.rope.parameters} do not fit rope type {self.rope.type!r} "
-            f"({wrong}): correct them",
-        )
 
     def _check_vocabulary(self) -> None:
         if self.vocab_size == 0:

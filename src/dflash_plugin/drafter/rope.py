@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dflash_plugin.drafter.config import DrafterConfig
+from dflash_plugin.errors import DFlashError, reason
 
 
 def frequencies(config: DrafterConfig) -> tuple[Tensor, float]:
@@ -39,6 +42,25 @@ def _frequencies(config: DrafterConfig) -> tuple[Tensor, float]:
         return 1.0 / rope.theta**exponents, 1.0
     inverse, factor = ROPE_INIT_FUNCTIONS[rope.type](holder, torch.device("cpu"))
     return inverse.float(), float(factor)
+
+
+def check_rotation(config: DrafterConfig) -> None:
+    """Refuse rotation settings from which no frequencies follow.
+
+    Raises:
+        DFlashError: names them.
+    """
+    try:
+        inverse, factor = frequencies(config)
+        numbers = [*inverse.tolist(), factor, config.attention_scale]
+        wrong = "" if all(map(math.isfinite, numbers)) else "they give no finite frequencies"
+    except Exception as error:  # Transformers raises many kinds here
+        wrong = reason(error)
+    if wrong:
+        raise DFlashError(
+            f"rope_parameters {config.rope.parameters} do not fit rope type {config.rope.type!r} "
+            f"({wrong}): correct them"
+        )
 
 
 class RotaryEmbedding(nn.Module):

@@ -15,6 +15,7 @@ from dflash_plugin.vllm.model import EngineDrafter
 from dflash_plugin.vllm.options import required_spec
 from dflash_plugin.vllm.protocols import SamplingMetadata, VllmConfig
 from dflash_plugin.vllm.surface import surface
+from dflash_plugin.vllm.target import require_hidden_states
 
 NO_SLOT = -1
 # vLLM samples greedily at lower temperatures.
@@ -29,6 +30,7 @@ class Proposer(DFlashProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         self.spec = required_spec(vllm_config)
+        require_hidden_states(vllm_config.model_config)
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the drafter and bind it to the target.

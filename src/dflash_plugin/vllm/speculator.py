@@ -22,6 +22,7 @@ from dflash_plugin.vllm.model import EngineDrafter
 from dflash_plugin.vllm.options import required_spec
 from dflash_plugin.vllm.protocols import AcceptanceEstimator, InputBatch, KVCacheConfig, VllmConfig
 from dflash_plugin.vllm.surface import surface
+from dflash_plugin.vllm.target import require_hidden_states
 
 # Keeps the drafts' noise apart from that of vLLM's rejection sampler, which uses the same generator
 # with the same seeds and positions.
@@ -39,6 +40,7 @@ class Speculator(DFlashSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.spec = required_spec(vllm_config)
+        require_hidden_states(vllm_config.model_config)
         self.adaptive: adaptive.AdaptiveManager | None = None
         self.skips_drafts = compat.current().skips_drafts
         config = self.spec.config

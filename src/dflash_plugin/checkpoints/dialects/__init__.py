@@ -14,6 +14,7 @@ from dflash_plugin.checkpoints.dialects.foreign import (
     refuse_other_heads,
 )
 from dflash_plugin.drafter.config import Dialect, DrafterConfig, build_config
+from dflash_plugin.drafter.rope import check_rotation
 from dflash_plugin.errors import DFlashError
 
 DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
@@ -157,6 +158,7 @@ def read_config(
     fields = _all_fields(raw, dialect)
     refuse_experts(fields)
     config = build_config(_read(raw, shapes, dialect))
+    check_rotation(config)
     refuse_other_heads(fields, config)
     refuse_foreign(fields, config)
     if dialect == "speculators":
