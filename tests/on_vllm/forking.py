@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -17,11 +19,11 @@ from unittest.mock import patch
 def forking() -> Iterator[None]:
     """Fork in this block; threads of OpenMP do not survive that, so with several nothing changes.
 
-    Models are looked at in this process, not in another that imports them, and processes that wait
-    for each other sleep, where vLLM has them keep a core busy.
+    Models are looked at in this process, not in another that imports them, and processes that look
+    for each other's messages sleep in between, where vLLM has them keep a core busy.
     """
     import torch
-    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+    from vllm.distributed.device_communicators import shm_broadcast
     from vllm.model_executor.models import registry
     from vllm.platforms import current_platform
 
@@ -40,7 +42,9 @@ def forking() -> Iterator[None]:
                 patch.object(current_platform, "check_and_update_config", configured)
             )
             patches.enter_context(patch.object(registry, "_run_in_subprocess", called))
-            patches.enter_context(patch.object(SpinCondition.__init__, "__defaults__", (0.0,)))
+            patches.enter_context(
+                patch.object(shm_broadcast, "sched_yield", partial(time.sleep, 0.001))
+            )
             # What is here already need not be looked through each time that vLLM collects garbage.
             gc.freeze()
             patches.callback(gc.unfreeze)
