@@ -123,14 +123,15 @@ def tensor_by_tensor(worker: Any, checkpoint: Path) -> None:
 
 def try_what_does_not_fit(worker: Any, checkpoint: Path) -> None:
     """Calls whose last tensor is wrong."""
-    (name, weight), *others = tensors(checkpoint)
+    others, name = dict(tensors(checkpoint)), "fc.weight"
+    weight = others.pop(name)
     for wrong, message in (
         ((name, weight[:-1]), f"{name}' has shape"),
         (("layers.7.mlp.up_proj.weight", weight), "'layers.7.mlp.up_proj.weight' does not"),
         ((name, torch.full_like(weight, torch.nan)), "not finite"),
     ):
         with pytest.raises(DFlashError, match=f"the drafter keeps its weights: .*{message}"):
-            worker.get_draft_model().load_weights([*others, wrong])
+            worker.get_draft_model().load_weights([*others.items(), wrong])
 
 
 class Transfer(WeightTransferEngine):
