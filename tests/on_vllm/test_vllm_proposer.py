@@ -18,9 +18,10 @@ COUNTS, LENGTHS, REJECTED = (3, 5), (9, 5), (1, 0)
 
 @pytest.fixture
 def proposer():
-    made = Proposer.__new__(Proposer)
+    # Not by the class, whose making the plugin patches.
+    made = object.__new__(Proposer)
     made.spec = SimpleNamespace(config=SimpleNamespace(sample_from_anchor=False))
-    made.model = SimpleNamespace(model=SimpleNamespace())
+    made.model = SimpleNamespace(model=SimpleNamespace(), follow_target=lambda: None)
     made.num_speculative_tokens = DRAFTS
     made.parallel_drafting_token_id = MASK
     made.max_model_len, made.block_size = LIMIT, PAGE

@@ -76,6 +76,7 @@ def test_objects_are_checked_for_what_features_in_use_read():
     with pytest.raises(DFlashError, match=r"ModelRunner\.capture_tail_hooks"):
         surface.verify_objects({surface.GRAPHS}, runner)
     runner.capture_tail_hooks, runner.decode_cuda_graph_runner = [], None
+    runner.eager_runner = None
     surface.verify_objects({surface.GRAPHS}, runner)
 
 

@@ -38,8 +38,7 @@ from dflash_plugin.serving.quantised_linears import quantised_linears
 from dflash_plugin.serving.weights import check_features, draft_columns
 from dflash_plugin.vllm.layers import VllmLayers, quant_config
 from dflash_plugin.vllm.options import required_spec
-from dflash_plugin.vllm.surface import verify_worker
-from dflash_plugin.vllm.target import final_norm, target_modules
+from dflash_plugin.vllm.surface import final_norm, target_modules, verify_worker
 
 if TYPE_CHECKING:
     from dflash_plugin.kernels.vocab_topk import HeadChoice

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.engine_surface import Kind, Seam, Surface
 from dflash_plugin.vllm import compat
 
@@ -542,3 +543,38 @@ def attach(value: Any, counts: dict[str, int]) -> None:
 def attached(value: Any) -> dict[str, int] | None:
     """The counts that ``attach`` put on one of vLLM's objects, or None."""
     return getattr(value, ATTACHED, None)
+
+
+def target_modules(target: Any) -> tuple[Any, Any]:
+    """The embedding and the head of a target model, or None for one that it lacks.
+
+    vLLM's model classes hold them under several names.
+    """
+    language, inner = _language_model(target)
+    embedding = getattr(inner, "embed_tokens", None) or getattr(inner, "embedding", None)
+    head = getattr(language, "lm_head", None) or getattr(target, "lm_head", None)
+    return embedding, head
+
+
+def final_norm(target: Any) -> Any:
+    """The norm behind a target model's last layer.
+
+    vLLM gives that layer's output before the norm.
+
+    Raises:
+        DFlashError: the model has none of that name.
+    """
+    norm = getattr(_language_model(target)[1], "norm", None)
+    if norm is None:
+        raise DFlashError(
+            f"the drafter reads the output of the target's last layer after the final norm, and "
+            f"{type(target).__name__} has no norm: use the Transformers engine, or set "
+            "DFLASH_PLUGIN=off to use vLLM's own DFlash"
+        )
+    return norm
+
+
+def _language_model(target: Any) -> tuple[Any, Any]:
+    """The language model of a target, and its decoder."""
+    language = target.get_language_model() if hasattr(target, "get_language_model") else target
+    return language, getattr(language, "model", language)
