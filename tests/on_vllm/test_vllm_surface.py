@@ -26,7 +26,7 @@ def test_a_worker_or_server_without_the_patches_stops(monkeypatch):
     with pytest.raises(DFlashError, match=r"EngineArgs\.add_cli_args .*no patch was registered"):
         surface.verify_frontend()
     config = SimpleNamespace(use_v2_model_runner=True, speculative_config=speculative)
-    with pytest.raises(DFlashError, match=r"gpu_worker\.Worker .*model_runner\.GPUModelRunner\.sa"):
+    with pytest.raises(DFlashError, match=r"gpu_worker\.Worker .*maybe_create_adaptive"):
         surface.verify_worker(config)
 
 
