@@ -110,7 +110,7 @@ def read(directory: Path, draft: dict[str, Any] | None = None, **changes: Any) -
     ("draft", "changes", "message"),
     [
         ({}, {"kv_lora_rank": None}, "kv_lora_rank is missing"),
-        ({}, {"qk_nope_head_dim": None}, "qk_nope_head_dim is missing"),
+        ({}, {"qk_nope_head_dim": None}, "attention_mode is 'mla', but qk_nope_head_dim is miss"),
         ({}, {"qk_rope_head_dim": None}, "qk_rope_head_dim is missing"),
         ({}, {"v_head_dim": None}, "v_head_dim is missing"),
         ({}, {"q_lora_rank": 0}, "q_lora_rank is 0: give an integer of at least 1"),

@@ -19,6 +19,7 @@ MLA = "mla"
 PLAIN = ("gqa", "mha")
 # What would change the arithmetic of these layers: pull request 758's earlier revisions and NeMo
 # Automodel's Kimi K3 drafters have them, no public drafter does.
+SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 OTHER_SWITCHES = ("mla_use_output_gate", "mla_use_nope")
 
 
@@ -51,6 +52,12 @@ def read_latent_attention(fields: Fields) -> dict[str, Any]:
                 f"{name} is true, which is not supported in layers with latent attention (MLA): "
                 f"{OFF}"
             )
+    missing = next((key for key in SIZES if fields.get(key) is None), None)
+    if missing is not None:
+        raise DFlashError(
+            f"{name} is {mode!r}, but {missing} is missing: add {', '.join(SIZES)} to config.json, "
+            "or write 'gqa' for layers with plain attention"
+        )
     sizes = LatentAttentionConfig(
         q_lora_rank=fields.integer("q_lora_rank", default=None),
         kv_lora_rank=fields.integer("kv_lora_rank"),
