@@ -26,7 +26,7 @@ class HttpServer:
     def __init__(self, url: str, log: Path) -> None:
         # A server closes idle connections when it likes, also while a request is under way to it.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self.client = httpx.Client(base_url=url, timeout=300, limits=limits)
+        self.client = httpx.Client(base_url=url, timeout=900, limits=limits)
         self.log = log
 
     def metrics(self) -> dict[str, float]:
