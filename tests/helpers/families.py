@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.transformers import Engine, Request
+from tests.helpers.greedy import greedy_text
 from tests.helpers.tiny import SIZES, VOCABULARY, tiny_drafter, tiny_target
 
 NEW_TOKENS = 12
@@ -340,19 +341,9 @@ def prompts() -> list[list[int]]:
     ]
 
 
-@torch.inference_mode()
 def own_texts(target: PreTrainedModel, new_tokens: int = NEW_TOKENS) -> list[list[int]]:
-    """What the target's own ``generate`` writes after each prompt, one by one."""
-    return [
-        target.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0, len(prompt) :].tolist()
-        for prompt in prompts()
-    ]
+    """What the target writes after each prompt, one by one."""
+    return [greedy_text(target, prompt, new_tokens) for prompt in prompts()]
 
 
 def knowing_drafter(texts: Sequence[Sequence[int]], wrong: Callable[[int], bool]) -> Drafter:

@@ -164,3 +164,11 @@ def write_target(directory: Path, kind: str = "llama", **changes: Any) -> Path:
     tiny_target(kind, **changes).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def engine_target(directory: Path) -> PreTrainedModel:
+    """A tiny target of the sizes that engines run, on disk too."""
+    write_target(directory)
+    target = tiny_target(**ENGINE_SIZES)
+    target.save_pretrained(directory)
+    return target

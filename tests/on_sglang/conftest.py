@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
+
+from tests.helpers.tiny import engine_target
+from tests.on_sglang.schedulers import Schedulers
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -15,3 +20,25 @@ def pytest_configure(config: pytest.Config) -> None:
 def shipped() -> Path:
     """The drafter that this repository ships for SmolLM2."""
     return Path(__file__).parents[2] / "examples" / "smollm2-135m-dflash"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
+    """A tiny target and its directory."""
+    directory = tmp_path_factory.mktemp("target")
+    return engine_target(directory), directory
+
+
+@pytest.fixture(scope="module")
+def schedulers(tmp_path_factory) -> Iterator[Schedulers]:
+    running = Schedulers(tmp_path_factory.mktemp("schedulers") / "log")
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory) -> Iterator[Schedulers]:
+    """With kernels, under Triton's interpreter."""
+    running = Schedulers(tmp_path_factory.mktemp("interpreted") / "log", interpreted=True)
+    yield running
+    running.close()

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import PreTrainedModel
 
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
 from dflash_plugin.drafter.config import LatentAttentionConfig
 from dflash_plugin.transformers.loading import load_drafter
 from tests.helpers.distribution import check_distribution, continuations
+from tests.helpers.greedy import greedy_text
 from tests.helpers.layouts import SERVED
 from tests.helpers.quantised import LAYOUTS, keep_fp8_rows, quantise
 from tests.helpers.tiny import (
@@ -28,7 +26,7 @@ from tests.helpers.tiny import (
     write_tiny,
 )
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
-from tests.on_sglang.schedulers import Schedulers
+from tests.on_sglang.checks import check_core
 from tests.on_sglang.sglang_server import serving, tokens
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53]]
@@ -88,36 +86,6 @@ FP8: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
-    directory = write_target(tmp_path_factory.mktemp("target"))
-    target = tiny_target(**SIZES)
-    target.save_pretrained(directory)
-    return target, directory
-
-
-@pytest.fixture(scope="module")
-def schedulers(tmp_path_factory) -> Iterator[Schedulers]:
-    running = Schedulers(tmp_path_factory.mktemp("schedulers") / "log")
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory) -> Iterator[Schedulers]:
-    running = Schedulers(tmp_path_factory.mktemp("interpreted") / "log", interpreted=True)
-    yield running
-    running.close()
-
-
-def alone(target: PreTrainedModel, prompt: list[int], length: int) -> list[int]:
-    ids = target.generate(
-        torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=None,
-        pad_token_id=0,
-    )  # fmt: skip
-    return ids[0, len(prompt) :].tolist()
-
-
 @pytest.mark.parametrize("kind", [*KINDS, QUANTISED])
 def test_drafts_and_text_equal_the_core(pair, schedulers, tmp_path, kind):
     target, directory = pair
@@ -131,7 +99,7 @@ def test_drafts_and_text_equal_the_core(pair, schedulers, tmp_path, kind):
         directory, checkpoint, PROMPTS, temperature=0.0, max_new_tokens=16, ignore_eos=True
     )
     for prompt, texts, blocks in zip(PROMPTS, made["texts"], made["blocks"], strict=True):
-        assert texts == [alone(target, prompt, 16)]
+        assert texts == [greedy_text(target, prompt, 16)]
         expected = answer(drafter, target, prompt)
         assert min(expected.margins) > 1e-3
         drafts = expected.drafts[: drafter.config.block_size - 1]
@@ -155,12 +123,7 @@ def test_other_layouts_and_the_last_layer_draft_what_the_core_does(
     made = schedulers.run(
         directory, checkpoint, PROMPTS, temperature=0.0, max_new_tokens=16, ignore_eos=True
     )
-    for prompt, texts, blocks in zip(PROMPTS, made["texts"], made["blocks"], strict=True):
-        text = alone(target, prompt, 16)
-        assert texts == [text]
-        expected = answer(drafter, target, prompt)
-        assert min(expected.margins) > 1e-3
-        assert blocks[0] == [expected.anchor, *expected.drafts]
+    check_core(made, PROMPTS, target, drafter, 16)
 
 
 def test_a_gemma_targets_factor_counts(schedulers, tmp_path):
@@ -184,7 +147,7 @@ def test_a_gemma_targets_factor_counts(schedulers, tmp_path):
         expected = [answer(drafter, target, prompt) for drafter in drafters]
         assert expected[0].drafts != expected[1].drafts
         for found, wanted in zip(made, expected, strict=True):
-            assert found["texts"][index] == [alone(target, prompt, 16)]
+            assert found["texts"][index] == [greedy_text(target, prompt, 16)]
             assert min(wanted.margins) > 1e-3
             assert found["blocks"][index][0] == [wanted.anchor, *wanted.drafts]
 
@@ -201,11 +164,7 @@ def test_a_padded_drafter_drafts_tokens_of_the_target_alone(
         environment={"DFLASH_PLUGIN_DRAFT_SAMPLING": draft_sampling},
     )  # fmt: skip
     made = run(temperature=0.0)
-    for prompt, texts, blocks in zip(PROMPTS, made["texts"], made["blocks"], strict=True):
-        assert texts == [alone(target, prompt, 16)]
-        expected = answer(drafter, target, prompt)
-        assert min(expected.margins) > 1e-3
-        assert blocks[0] == [expected.anchor, *expected.drafts]
+    check_core(made, PROMPTS, target, drafter, 16)
     for texts in run(temperature=1.0, copies=4)["texts"]:
         assert [len(text) for text in texts] == [16] * 4
         assert max(map(max, texts)) < 97
@@ -231,7 +190,7 @@ def test_kernels_draft_and_verify_what_the_core_does(pair, interpreted, tmp_path
         directory, checkpoint, PROMPTS[:1], copies=2, temperature=0.0, max_new_tokens=6,
         ignore_eos=True, environment={"DFLASH_PLUGIN_DRAFT_WEIGHTS": weights},
     )  # fmt: skip
-    assert made["texts"][0] == 2 * [alone(target, PROMPTS[0], 6)]
+    assert made["texts"][0] == 2 * [greedy_text(target, PROMPTS[0], 6)]
     expected = answer(drafter, target, PROMPTS[0])
     assert min(expected.margins) > 1e-3
     assert made["blocks"][0][0] == [expected.anchor, *expected.drafts]
@@ -246,7 +205,7 @@ def test_kernels_run_laguna_layers_as_the_core_does(pair, interpreted, tmp_path)
     made = interpreted.run(
         directory, checkpoint, PROMPTS[:1], temperature=0.0, max_new_tokens=6, ignore_eos=True
     )
-    assert made["texts"][0] == [alone(target, PROMPTS[0], 6)]
+    assert made["texts"][0] == [greedy_text(target, PROMPTS[0], 6)]
     expected = answer(load_drafter(checkpoint, target), target, PROMPTS[0])
     assert made["blocks"][0][0] == [expected.anchor, *expected.drafts]
     assert made["counts"]["heads"] == len(made["blocks"][0])
@@ -264,11 +223,7 @@ def test_a_shorter_block_is_the_cores(pair, schedulers, tmp_path):
         temperature=0.0, max_new_tokens=16, ignore_eos=True,
     )  # fmt: skip
     drafter = load_drafter(short, target)
-    for prompt, texts, blocks in zip(PROMPTS, made["texts"], made["blocks"], strict=True):
-        assert texts == [alone(target, prompt, 16)]
-        expected = answer(drafter, target, prompt)
-        assert min(expected.margins) > 1e-3
-        assert blocks[0] == [expected.anchor, *expected.drafts]
+    check_core(made, PROMPTS, target, drafter, 16)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +244,7 @@ def test_passes_of_fewer_rows_write_and_draft_the_same(pair, schedulers, tmp_pat
         directory, checkpoint, PROMPTS[:1], copies=3, widths=turns, temperature=0.0,
         max_new_tokens=16, ignore_eos=True,
     )  # fmt: skip
-    text = alone(target, PROMPTS[0], 16)
+    text = greedy_text(target, PROMPTS[0], 16)
     assert made["texts"] == [3 * [text]]
     at_place = functools.cache(lambda place: answer(drafter, target, PROMPTS[0] + text[:place]))
     checked, uneven = 0, False
@@ -320,7 +275,7 @@ def test_penalties_do_not_depend_on_what_is_verified(pair, schedulers, tmp_path)
         for widths in (None, [2, 3, 1, 4])
     )  # fmt: skip
     assert whole == cut
-    assert cut[0][0] != alone(target, PROMPTS[0], 16)
+    assert cut[0][0] != greedy_text(target, PROMPTS[0], 16)
 
 
 @pytest.mark.parametrize("changes", [{}, DFLASH2], ids=["DFlash", "DFlash 2"])
@@ -336,7 +291,7 @@ def test_kernels_draw_what_the_core_does(pair, schedulers, interpreted, tmp_path
         for running in (schedulers, interpreted)
     ]  # fmt: skip
     assert texts[0] == texts[1]
-    assert texts[0][0][0] != alone(target, PROMPTS[0], 6)
+    assert texts[0][0][0] != greedy_text(target, PROMPTS[0], 6)
 
 
 @pytest.mark.parametrize("changes", FP8, ids=["borrowed head", "own head", "DFlash 2"])
@@ -348,11 +303,7 @@ def test_fp8_weights_draft_what_the_core_does_with_them(pair, schedulers, tmp_pa
         directory, checkpoint, PROMPTS, environment={"DFLASH_PLUGIN_DRAFT_WEIGHTS": "fp8"},
         temperature=0.0, max_new_tokens=16, ignore_eos=True,
     )  # fmt: skip
-    for prompt, texts, blocks in zip(PROMPTS, made["texts"], made["blocks"], strict=True):
-        assert texts == [alone(target, prompt, 16)]
-        expected = answer(drafter, target, prompt)
-        assert min(expected.margins) > 1e-3
-        assert blocks[0] == [expected.anchor, *expected.drafts]
+    check_core(made, PROMPTS, target, drafter, 16)
 
 
 @pytest.mark.parametrize("kind", ["FP8 by tensor", "W4A16"])
@@ -368,11 +319,7 @@ def test_a_quantised_drafter_that_keeps_what_it_stores(pair, schedulers, tmp_pat
         directory, checkpoint, PROMPTS, environment={"DFLASH_PLUGIN_DRAFT_WEIGHTS": "checkpoint"},
         temperature=0.0, max_new_tokens=16, ignore_eos=True,
     )  # fmt: skip
-    for prompt, texts, blocks in zip(PROMPTS, made["texts"], made["blocks"], strict=True):
-        assert texts == [alone(target, prompt, 16)]
-        expected = answer(drafter, target, prompt)
-        assert min(expected.margins) > 1e-3
-        assert blocks[0] == [expected.anchor, *expected.drafts]
+    check_core(made, PROMPTS, target, drafter, 16)
 
 
 @pytest.mark.parametrize(
@@ -432,7 +379,7 @@ def test_ranks_draft_what_one_does(pair, ranks, tmp_path):
     kind = KINDS["reduced vocabulary"]
     checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **kind})
     made = ranks(checkpoint, temperature=0.0, max_new_tokens=16)
-    assert made["texts"] == [3 * [alone(target, PROMPTS[0], 16)]]
+    assert made["texts"] == [3 * [greedy_text(target, PROMPTS[0], 16)]]
     expected = answer(load_drafter(checkpoint, target), target, PROMPTS[0])
     assert min(expected.margins) > 1e-3
     assert made["blocks"][0][0] == [expected.anchor, *expected.drafts]
@@ -444,14 +391,14 @@ def test_ranks_draw_the_same(pair, ranks, tmp_path):
     made = ranks(checkpoint, temperature=1.3, max_new_tokens=16, sampling_seed=11)
     (texts,) = made["texts"]
     assert texts == 3 * texts[:1]
-    assert texts[0] != alone(target, PROMPTS[0], 16)
+    assert texts[0] != greedy_text(target, PROMPTS[0], 16)
 
 
 def test_ranks_whose_clocks_differ_verify_the_same(pair, ranks, tmp_path):
     target, _ = pair
     checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
     made = ranks(checkpoint, widths="chosen", temperature=0.0, max_new_tokens=100)
-    assert made["texts"] == [3 * [alone(target, PROMPTS[0], 100)]]
+    assert made["texts"] == [3 * [greedy_text(target, PROMPTS[0], 100)]]
     (other,) = made["others"]
     assert made["learnt"]["steps"] == other["learnt"]["steps"]
     assert made["learnt"]["step_milliseconds"] != other["learnt"]["step_milliseconds"]
@@ -481,11 +428,11 @@ def test_two_ranks_serve_with_as_many_drafts_as_pay(pair, tmp_path):
         assert "the drafter's 2 known answers agree" in log.read_text()
         for prompt in PROMPTS:
             made = server.generate(prompt, max_new_tokens=16, ignore_eos=True)
-            assert made["output_ids"] == alone(target, prompt, 16)
+            assert made["output_ids"] == greedy_text(target, prompt, 16)
         params = {"temperature": 1.0, "max_new_tokens": 16, "ignore_eos": True}
         sampled = server.samples(PROMPTS[0], 16, **params)
         together = tokens(server.batch(PROMPTS, max_new_tokens=24, ignore_eos=True))
-        assert together == [alone(target, prompt, 24) for prompt in PROMPTS]
+        assert together == [greedy_text(target, prompt, 24) for prompt in PROMPTS]
         counted, found = server.info(), server.metrics()
         assert sum(steps > 0 for steps in counted["adaptive"]["steps"].values()) > 2
         assert found["dflash:verify_passes_total"] == counted["verify_passes"]

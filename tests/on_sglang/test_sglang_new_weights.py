@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
-from dflash_plugin.checkpoints.reference_drafts import answer
 from dflash_plugin.sglang import surface
 from dflash_plugin.sglang.new_weights import KEPT, REPLACED
 from dflash_plugin.transformers.loading import load_drafter
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
 from tests.helpers.tiny import tiny_target, write_target, write_tiny
-from tests.on_sglang.schedulers import Schedulers
+from tests.on_sglang.checks import check_core
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53]]
 BIASES = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
 # The process, whose kernels run or not, weights, and what makes the drafter.
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "plain": ("plain", "checkpoint", {**BIASES, "target_layer_ids": (2, 0)}),
+    "plain": ("schedulers", "checkpoint", {**BIASES, "target_layer_ids": (2, 0)}),
     "kernels": ("interpreted", "checkpoint", {}),
-    "FP8": ("plain", "fp8", BIASES),
-    "FP8, own head": ("plain", "fp8", {"draft_vocab_size": 24, "own_head": True}),
+    "FP8": ("schedulers", "fp8", BIASES),
+    "FP8, own head": ("schedulers", "fp8", {"draft_vocab_size": 24, "own_head": True}),
 }
 # Whether an update of tensors says which model it is for, between calls that begin and end it.
 HAS_SESSIONS = "SchedulerWeightUpdaterManager._select_runners" in {
     seam.symbol for seam in surface.hooks()
 }
 TENSOR, DISK = "update_weights_from_tensor", "update_weights_from_disk"
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory) -> Iterator[Schedulers]:
-    running = Schedulers(tmp_path_factory.mktemp("schedulers") / "log")
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory) -> Iterator[Schedulers]:
-    running = Schedulers(tmp_path_factory.mktemp("interpreted") / "log", interpreted=True)
-    yield running
-    running.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,30 +80,16 @@ def test_new_weights_reach_text_and_drafts(request, tmp_path, kind):
         steps=[step for step, *_ in steps], temperature=0.0, max_new_tokens=length,
         ignore_eos=True,
     )  # fmt: skip
-    assert {len(text) for texts in made["texts"] for text in texts} == {length}
-    check(made, targets[0], old, weights)
+
+    def check(found: dict[str, Any], target: PreTrainedModel, checkpoint: Path) -> None:
+        drafter = load_drafter(checkpoint, target, weights=weights)
+        check_core(found, PROMPTS, target, drafter, length)
+
+    check(made, targets[0], old)
     for found, (step, succeeds, message, target, checkpoint) in zip(
         made["after"], steps, strict=True
     ):
         assert found["told"][0] is succeeds, (step, found["told"])
         assert message in found["told"][1], step
         if step["call"] != "release_memory_occupation":
-            check(found, targets[target], checkpoint, weights)
-
-
-def check(made: dict[str, Any], target: PreTrainedModel, checkpoint: Path, weights: str) -> None:
-    """Drafts are the core's, and the text is the target's own."""
-    drafter = load_drafter(checkpoint, target, weights=weights)
-    for prompt, texts, blocks in zip(PROMPTS, made["texts"], made["blocks"], strict=True):
-        expected = answer(drafter, target, prompt)
-        assert min(expected.margins) > 1e-3
-        assert blocks[0] == [expected.anchor, *expected.drafts]
-        assert texts == [alone(target, prompt, len(texts[0]))]
-
-
-def alone(target: PreTrainedModel, prompt: list[int], length: int) -> list[int]:
-    ids = target.generate(
-        torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=None,
-        pad_token_id=0,
-    )  # fmt: skip
-    return ids[0, len(prompt) :].tolist()
+            check(found, targets[target], checkpoint)

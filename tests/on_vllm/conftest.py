@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,3 +24,13 @@ else:
 def shipped() -> Path:
     """The drafter that this repository ships for SmolLM2."""
     return Path(__file__).parents[2] / "examples" / "smollm2-135m-dflash"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[Any, Path]:
+    """A tiny target and its directory."""
+    # Torch reads what is set above when it is imported whole.
+    from tests.helpers.tiny import engine_target
+
+    directory = tmp_path_factory.mktemp("target")
+    return engine_target(directory), directory

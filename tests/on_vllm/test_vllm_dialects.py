@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from dflash_plugin.serving import draft_tokens
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
 from tests.helpers.distribution import check_distribution, continuations
+from tests.helpers.greedy import greedy_text
 from tests.helpers.layouts import SERVED
 from tests.helpers.quantised import LAYOUTS, quantise
 from tests.helpers.tiny import (
@@ -87,14 +87,6 @@ FP8: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
-    directory = write_target(tmp_path_factory.mktemp("target"))
-    target = tiny_target(**SIZES)
-    target.save_pretrained(directory)
-    return target, directory
-
-
 def check_drafts(engine: Any, target: PreTrainedModel, drafter: Drafter) -> None:
     """Drafts after every prompt equal the core's."""
     for prompt in PROMPTS:
@@ -110,11 +102,7 @@ def check_text(engine: Any, target: PreTrainedModel) -> None:
         [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
     )
     for prompt, output in zip(PROMPTS, outputs, strict=True):
-        alone = target.generate(
-            torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None,
-            pad_token_id=0,
-        )  # fmt: skip
-        assert list(output.outputs[0].token_ids) == alone[0, len(prompt) :].tolist()
+        assert list(output.outputs[0].token_ids) == greedy_text(target, prompt, 16)
 
 
 QUANTISED = "W4A16 with zero points"

@@ -22,6 +22,7 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import new_weights
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
+from tests.helpers.greedy import greedy_text
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
 from tests.helpers.tiny import tiny_target, write_target, write_tiny
 from tests.on_vllm.vllm_helpers import ON_V2, on_worker, running
@@ -62,7 +63,7 @@ def test_new_weights_reach_text_and_drafts(tmp_path: Path, kind: str) -> None:
                 expected = answer(drafter, target, prompt)
                 assert min(expected.margins) > 1e-3
                 assert on_worker(engine, draft, [*prompt, expected.anchor]) == expected.drafts
-            assert texts(engine) == [alone(target, prompt) for prompt in PROMPTS]
+            assert texts(engine) == [greedy_text(target, prompt, 16) for prompt in PROMPTS]
 
         check(first, old)
         engine.collective_rpc("reload_draft_weights", args=(str(new),))
@@ -102,14 +103,6 @@ def texts(engine: Any) -> list[list[int]]:
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     outputs = engine.generate(prompts, params, use_tqdm=False)
     return [list(one.outputs[0].token_ids) for one in outputs]
-
-
-def alone(target: PreTrainedModel, prompt: list[int]) -> list[int]:
-    made = target.generate(
-        torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None,
-        pad_token_id=0,
-    )  # fmt: skip
-    return made[0, len(prompt) :].tolist()
 
 
 def tensors(checkpoint: Path) -> list[tuple[str, torch.Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
 from tests.helpers.quantised import LAYOUTS, W8A8, Layout, keep_fp8_rows, quantise
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
-from tests.helpers.tiny import tiny_target, write_target, write_tiny
+from tests.helpers.tiny import write_tiny
 from tests.on_vllm.vllm_helpers import ON_V2, on_worker, running
 
 pytestmark = pytest.mark.skipif(
@@ -35,14 +34,6 @@ TIE = 0.2
 # Kernels of the CPU; others are asked for on a GPU.
 KERNELS = {"W4A16": "CPUWNA16LinearKernel", "W8A8": "CPUInt8ScaledMMLinearKernel"}
 ON_OWN_LINEARS: dict[str, Layout] = {"W4A16": LAYOUTS["W4A16"], "W8A8": W8A8}
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
-    directory = write_target(tmp_path_factory.mktemp("target"))
-    target = tiny_target(**SIZES)
-    target.save_pretrained(directory)
-    return target, directory
 
 
 def linears(worker: Any) -> dict[str, str]:

@@ -8,25 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from dflash_plugin.checkpoints.reference_drafts import answer
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
 from tests.checkpoints.test_open_spec import rewritten
-from tests.helpers.tiny import ENGINE_SIZES, tiny_target, write_target, write_tiny
+from tests.helpers.tiny import ENGINE_SIZES, write_tiny
 from tests.on_vllm.vllm_helpers import on_worker, running, serving
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40]
 SIZES: dict[str, Any] = {**ENGINE_SIZES, "target_hidden_size": 64}
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
-    directory = write_target(tmp_path_factory.mktemp("target"))
-    target = tiny_target(**ENGINE_SIZES)
-    target.save_pretrained(directory)
-    return target, directory
 
 
 def cached(home: Path, repository: str, directory: Path) -> None:

@@ -274,14 +274,9 @@ def _load(
     raw, tensors, config = _read(directory, dialect, False, pickles, drafts)
     to_target = tensors.pop("t2d", None)
     check_names_and_shapes(tensors, config)
-    _check_dtypes(tensors)
-    check_vocabulary_map(tensors, to_target, config)
     stored = tensors["fc.weight"].dtype
-    for name, tensor in tensors.items():
-        if name == "d2t":
-            tensors[name] = tensor.long()
-        else:
-            tensors[name] = checked_values(name, tensor).to(dtype or stored)
+    convert_values(tensors, dtype or stored)
+    check_vocabulary_map(tensors, to_target, config)
     config = config.model_copy(update={"dtype": str(stored).removeprefix("torch.")})
     return Checkpoint(config, tensors, directory, raw)
 
@@ -399,16 +394,19 @@ def _advice(name: str) -> str:
     return next(found, "give a complete, unmodified checkpoint")
 
 
-def checked_values(name: str, tensor: Tensor) -> Tensor:
-    """The tensor itself.
+def convert_values(tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Check values, and convert them in place: to ``dtype``, those of ``d2t`` to int64.
 
     Raises:
-        DFlashError: it is not plain, or has values that are not finite.
+        DFlashError: a tensor is not plain, or has values that are not finite.
     """
-    _check_dtypes({name: tensor})
-    if not torch.isfinite(tensor).all():
-        raise DFlashError(f"tensor {name!r} has values that are not finite: train or fetch again")
-    return tensor
+    _check_dtypes(tensors)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise DFlashError(
+                f"tensor {name!r} has values that are not finite: train or fetch again"
+            )
+        tensors[name] = tensor.to(torch.int64 if name == "d2t" else dtype)
 
 
 def _check_dtypes(tensors: Mapping[str, Tensor]) -> None:

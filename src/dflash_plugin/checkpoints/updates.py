@@ -19,7 +19,7 @@ from dflash_plugin.checkpoints.io import (
     canonical,
     check_names_and_shapes,
     check_vocabulary_map,
-    checked_values,
+    convert_values,
     load_config,
     without_padding,
 )
@@ -91,12 +91,9 @@ def read_update(
     tensors = without_padding(split_fused(plain.tensors, layout.raw), layout.config)
     to_target = tensors.pop("t2d", None)
     check_names_and_shapes(tensors, layout.config, whole=False)
-    for name, tensor in tensors.items():
-        if name != "d2t":
-            tensors[name] = checked_values(name, tensor).to(dtype)
+    convert_values(tensors, dtype)
     if "d2t" in tensors:
-        checked_values("d2t", tensors["d2t"])
-        tensors["d2t"] = tensors["d2t"].cpu().long()
+        tensors["d2t"] = tensors["d2t"].cpu()
         to_target = None if to_target is None else to_target.cpu()
         check_vocabulary_map(tensors, to_target, layout.config)
     if layout.config.vocab_size == running.vocab_size:

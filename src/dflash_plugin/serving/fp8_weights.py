@@ -141,7 +141,6 @@ def keep_stored_rows(drafter: Drafter) -> int:
     kept = [module for _, module in rounded_linears(drafter) if _stored_rows(module) is not None]
     for module in kept:
         _quantize(module)
-        _free(module)
     return len(kept)
 
 
@@ -189,7 +188,6 @@ def quantize_engine_drafter(drafter: Drafter, plain: type) -> None:
                 f"{type(module.quant_method).__name__}: leave draft_weights at 'checkpoint'"
             )
         _quantize(module)
-        _free(module)
 
 
 def quantized_head(head: nn.Module, plain: type, own: bool) -> nn.Module:
@@ -205,22 +203,18 @@ def quantized_head(head: nn.Module, plain: type, own: bool) -> nn.Module:
     copied = copy.copy(head)
     # copy.copy shares the tables of parameters and buffers between both modules.
     copied._parameters, copied._buffers = dict(head._parameters), dict(head._buffers)
-    _quantize(copied)
-    if own:
-        _free(copied)
+    _quantize(copied, frees=own)
     return copied
 
 
-def _free(module: Any) -> None:
-    """Free the plain weight; its parameter stays, for the loader that new weights go through."""
-    (parameter,) = module.unrounded
-    parameter.data = parameter.data.new_empty(0)
-
-
-def _quantize(module: nn.Module) -> None:
-    # In a tuple, so that it is no parameter of the module.
-    cast(Any, module).unrounded = (module.weight,)
-    weight = _stored_rows(module) or quantize(cast(Tensor, module.weight).detach())
+def _quantize(module: nn.Module, *, frees: bool = True) -> None:
+    plain = cast(nn.Parameter, module.weight)
+    weight = _stored_rows(module) or quantize(plain.detach())
+    # It stays for the loader that new weights go through; in a tuple, so that it is no parameter of
+    # the module.
+    cast(Any, module).unrounded = (plain,)
+    if frees:
+        plain.data = plain.data.new_empty(0)
     module.weight = nn.Parameter(weight.values, requires_grad=False)
     module.register_buffer("fp8_scales", weight.scales, persistent=False)
     cast(Any, module).quant_method = Fp8Method()

@@ -20,8 +20,8 @@ from dflash_plugin.checkpoints.dialects.common import FULL, SLIDING, sizes
 from dflash_plugin.checkpoints.files import read_json
 from dflash_plugin.checkpoints.hub import CACHE, cache_directory
 from dflash_plugin.checkpoints.io import CONFIG, load_config, replacing
-from dflash_plugin.checkpoints.notices import warn_once
-from dflash_plugin.checkpoints.vocabulary import difference, fitted_config
+from dflash_plugin.checkpoints.target_differences import warn_of_differences
+from dflash_plugin.checkpoints.vocabulary import fitted_config
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError, reason
 from dflash_plugin.serving import KEY
@@ -82,10 +82,7 @@ def prepare(
     checkpoint = resolve(model, source)
     config = load_config(checkpoint, options.dialect, drafts=drafts)
     config.require_target(target.hidden_size, target.num_layers)
-    depth = config.other_depth(target.num_layers)
-    for doubt in (depth and f"num_target_layers: {depth}", difference(config, target.vocab_size)):
-        if doubt is not None:
-            warn_once(checkpoint, doubt)
+    warn_of_differences(checkpoint, config, target.num_layers, target.vocab_size)
     config = fitted_config(config, target.vocab_size)
     if check is not None:
         check(config)

@@ -112,10 +112,10 @@ def _attach_stored_rows(drafter: Drafter, spec: DrafterSpec) -> None:
 
     Rounding the dequantised weights again would give others.
     """
-    stored = stored_weights(spec.checkpoint)
-    if not keeps_stored_rows(spec, stored, drafter.norm.weight.device):
+    headers = stored_weights(spec.checkpoint, headers_only=True)
+    if not keeps_stored_rows(spec, headers, drafter.norm.weight.device) or not fp8_rows(headers):
         return
-    rows = fp8_rows(stored)
+    rows = fp8_rows(stored_weights(spec.checkpoint))
     if "fc.weight" in rows:
         values = sorted_columns(rows["fc.weight"].values, spec.config.target_layer_ids)
         rows["fc.weight"] = rows["fc.weight"]._replace(values=values)

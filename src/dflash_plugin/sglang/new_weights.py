@@ -40,8 +40,8 @@ def answered(update: Callable[..., Any], *args: Any, **kwargs: Any) -> Answer:
     return bool(done), str(message)
 
 
-class TargetUpdater:
-    """In front of the updater of the target's runner; knows a drafter's directory from a target's.
+class Updater:
+    """In front of a runner's updater, which does what is not written here.
 
     Args:
         native: SGLang's.
@@ -53,6 +53,10 @@ class TargetUpdater:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._native, name)
+
+
+class TargetUpdater(Updater):
+    """Of the target's runner; knows a drafter's directory from a target's."""
 
     def _update(self, name: str, *args: Any, **kwargs: Any) -> Answer:
         self._drafter.target_changed = True
@@ -95,21 +99,11 @@ class TargetUpdater:
         return self._native.end_weight_update(*args, **kwargs)
 
 
-class DraftUpdater:
-    """In front of the updater of the drafter's runner, from SGLang 0.5.21 on.
+class DraftUpdater(Updater):
+    """Of the drafter's runner, from SGLang 0.5.21 on.
 
     A session neither takes the drafter's weights apart nor puts them together.
-
-    Args:
-        native: SGLang's.
-        drafter: the draft model.
     """
-
-    def __init__(self, native: Any, drafter: Any) -> None:
-        self._native, self._drafter = native, drafter
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._native, name)
 
     def begin_weight_update(self) -> None:
         """Nothing to do."""

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from dflash_plugin.checkpoints.files import whole_shards
 from dflash_plugin.checkpoints.hub import looks_like_path
 from dflash_plugin.checkpoints.io import Checkpoint, load_checkpoint
-from dflash_plugin.checkpoints.notices import warn_once
+from dflash_plugin.checkpoints.target_differences import warn_of_differences
 from dflash_plugin.checkpoints.tensors import build_drafter
-from dflash_plugin.checkpoints.vocabulary import difference, fitted, fitted_config, has_tables
+from dflash_plugin.checkpoints.vocabulary import fitted, fitted_config, has_tables
 from dflash_plugin.drafter.config import Dialect, DraftWeights
 from dflash_plugin.drafter.fp8_linear import quantize_drafter
 from dflash_plugin.drafter.model import Drafter
@@ -205,11 +205,8 @@ def bound(checkpoint: Checkpoint, target: PreTrainedModel) -> Drafter:
         DFlashError: it was made for another target.
     """
     tokens = target.get_input_embeddings().weight.shape[0]
-    depth = checkpoint.config.other_depth(target.config.get_text_config().num_hidden_layers)
-    changed = difference(checkpoint.config, tokens)
-    for doubt in (depth and f"num_target_layers: {depth}", changed):
-        if doubt is not None:
-            warn_once(checkpoint.directory, doubt)
+    layers = target.config.get_text_config().num_hidden_layers
+    warn_of_differences(checkpoint.directory, checkpoint.config, layers, tokens)
     drafter = build_drafter(fitted(checkpoint, tokens)).to(target.device)
     bind_drafter(drafter, target)
     return drafter

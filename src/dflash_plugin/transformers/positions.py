@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dflash_plugin.errors import DFlashError
-from dflash_plugin.transformers.rotation import NATIVE_LENGTH, rotations
+from dflash_plugin.transformers.rotation import NATIVE_LENGTH, require_length, rotations
 
 
 def position_limit(config: Any) -> int | None:
@@ -54,10 +53,10 @@ def check_positions(config: Any, max_length: int, rows: int) -> None:
     if getattr(config, "attn_temperature_tuning", None):
         limits["floor_scale"] = config.floor_scale - 1
     for field, limit in limits.items():
-        if max_length + rows > limit:
-            raise DFlashError(
-                f"the target {config.model_type!r} has {field} {getattr(config, field)}, and this "
-                f"engine attends alike at all positions, but max_length is {max_length}: lower it "
-                f"to {limit - rows} ({rows} rows of a block may follow), or serve the target with "
-                "vLLM or SGLang"
-            )
+        require_length(
+            limit,
+            max_length,
+            rows,
+            f"the target {config.model_type!r} has {field} {getattr(config, field)}, and this "
+            "engine attends alike at all positions, but",
+        )

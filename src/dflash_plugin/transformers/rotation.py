@@ -36,13 +36,32 @@ def check_rotation(config: Any, max_length: int, rows: int) -> None:
         else:
             continue
         limit = int(limit or config.max_position_embeddings)
-        if max_length + rows > limit:
-            raise DFlashError(
-                f"the target {config.model_type!r} has rope_type {kind!r}, which rotates all "
-                f"requests of a pass otherwise once one is longer than {limit} positions, and "
-                f"max_length is {max_length}: lower it to {limit - rows} ({rows} rows of a block "
-                "may follow), or serve the target with vLLM or SGLang"
-            )
+        require_length(
+            limit,
+            max_length,
+            rows,
+            f"the target {config.model_type!r} has rope_type {kind!r}, which rotates all requests "
+            f"of a pass otherwise once one is longer than {limit} positions, and",
+        )
+
+
+def require_length(limit: int, max_length: int, rows: int, why: str) -> None:
+    """Refuse requests beyond a length.
+
+    Args:
+        limit: positions that passes may have.
+        max_length: longest prompt and output.
+        rows: of a verify pass, the last of which may reach beyond.
+        why: the beginning of the message.
+
+    Raises:
+        DFlashError: passes can be longer.
+    """
+    if max_length + rows > limit:
+        raise DFlashError(
+            f"{why} max_length is {max_length}: lower it to {limit - rows} ({rows} rows of a block "
+            "may follow), or serve the target with vLLM or SGLang"
+        )
 
 
 def rotations(config: Any) -> Iterator[Mapping[str, Any]]:
