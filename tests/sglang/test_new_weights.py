@@ -70,7 +70,8 @@ def test_a_directory_is_the_targets_or_the_drafters(tmp_path, monkeypatch):
     assert taken == [(model, ours)]
     assert (native.calls, model.target_changed) == ([], False)
     target = str(write_target(tmp_path / "target"))
-    assert updater.update_weights_from_disk(target, "auto", recapture_cuda_graph=True)[0]
+    answer = updater.update_weights_from_disk(target, "auto", recapture_cuda_graph=True)
+    assert answer == (True, new_weights.KEPT)
     expected = ("update_weights_from_disk", (target, "auto"), {"recapture_cuda_graph": True})
     assert native.calls == [expected]
     assert (len(taken), model.target_changed) == (1, True)

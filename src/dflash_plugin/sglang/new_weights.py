@@ -69,13 +69,14 @@ class TargetUpdater(Updater):
         name = "update_weights_from_disk"
         config, before = self._native.model_config, self._native.model_config.model_path
         done, message = self._update(name, model_path, *args, **kwargs)
-        if not done:
-            # SGLang rolls back from the new path, which it has set by then.
-            config.model_path = before
-            if not message.startswith(UNTOUCHED):
-                loaded, _ = self._update(name, before, *args, **kwargs)
-                message += f" The target has the weights of {before} again." if loaded else ""
-        return done, message
+        if done:
+            return True, KEPT
+        # SGLang rolls back from the new path, which it has set by then.
+        config.model_path = before
+        if not message.startswith(UNTOUCHED):
+            loaded, _ = self._update(name, before, *args, **kwargs)
+            message += f" The target has the weights of {before} again." if loaded else ""
+        return False, message
 
     def update_weights_from_tensor(self, *args: Any, **kwargs: Any) -> Answer:
         """Load tensors; the drafter's are those that begin with ``draft.``."""
