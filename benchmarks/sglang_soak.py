@@ -8,7 +8,9 @@ Transformers engine:
 
 ``--sampled`` is the share of requests with a temperature, which run in the same batches and are
 checked for their length alone. ``--verified-drafts 1,5`` lets adaptive verification choose between
-1 and 5 drafts of a request, so that no pass verifies whole blocks.
+1 and 5 drafts of a request, so that no pass verifies whole blocks. ``--swaps 2`` gives target and
+drafter new weights twice on the way, at equal distances: first those of a target that writes other
+texts, then the old ones.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import random
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,15 +30,17 @@ from typing import Annotated, Any
 import torch
 import typer
 from serving_common import Load as EngineLoad
-from serving_common import circumstances, first_difference, real_prompts, resident_mb
+from serving_common import circumstances, real_prompts, resident_mb
 from sglang_engine import FLOAT32, acceptance_length, in_float32
 from sglang_serving import arguments
+from target_alone import TIE, TargetAlone, other_weights
 
 from dflash_plugin.checkpoints.hub import resolve_drafter, resolve_model
 from dflash_plugin.sglang.compat import installed
-from dflash_plugin.transformers import Engine, Request, load_target
 
 DRAIN_SECONDS = 180
+# How often new weights are sent until no request runs.
+TRIES = 50
 
 
 class Log:
@@ -56,31 +61,11 @@ class Log:
         return steps
 
 
-class Target:
-    """What the target alone answers, in float32."""
-
-    def __init__(self, directory: Path, prompts: list[list[int]], longest: int) -> None:
-        self.model, _ = load_target(directory, torch.float32)
-        self.prompts = prompts
-        requests = [Request(prompt, longest, stop_ids=()) for prompt in prompts]
-        length = max(map(len, prompts)) + longest
-        results = Engine(self.model, max_batch=8, max_length=length).generate(requests)
-        self.texts = [result.tokens for result in results]
-
-    def margin(self, index: int, place: int) -> float:
-        """By how much the best token's log-probability leads at a place of a text."""
-        tokens = [*self.prompts[index], *self.texts[index][:place]]
-        with torch.inference_mode():
-            ids = torch.tensor([tokens], device=self.model.device)
-            best = self.model(ids).logits[0, -1].float().topk(2).values
-        return float(best[0] - best[1])
-
-
 class Load:
     """Requests in flight and what became of the others."""
 
     def __init__(
-        self, engine: Any, log: Log, target: Target, draw: random.Random, sampled: float
+        self, engine: Any, log: Log, target: TargetAlone, draw: random.Random, sampled: float
     ) -> None:
         self.engine = engine
         self.log = log
@@ -128,12 +113,9 @@ class Load:
         got, meta = answer["output_ids"], answer["meta_info"]
         self.metas.append(meta)
         self.drawn += temperature > 0
-        apart = first_difference(got, self.target.texts[index])
-        if apart is not None and temperature == 0:
-            margin = self.target.margin(index, apart)
-            (self.ties if margin < 1e-4 else self.wrong).append(
-                {**place, "at": apart, "margin": margin}
-            )
+        apart = self.target.compare(index, got) if temperature == 0 else None
+        if apart is not None:
+            (self.ties if apart["margin"] < TIE else self.wrong).append({**place, **apart})
         if meta["finish_reason"]["type"] != "abort":
             self.finished += 1
             if len(got) != length:
@@ -153,10 +135,10 @@ def scheduler() -> int:
 
 
 async def drive(
-    load: Load, steps: int, deadline: float, running: int, longest: int
+    load: Load, steps: int, deadline: float, running: int, longest: int, sample_every: int
 ) -> list[dict[str, float]]:
-    """Keep the engine under load, then let it finish; memory along the way."""
-    process, memory, sampled = scheduler(), [], 0
+    """Keep the engine under load up to a step, then let it finish; memory along the way."""
+    process, memory, sampled = scheduler(), [], load.log.steps
     while load.log.steps < steps and time.monotonic() < deadline:
         for _ in range(load.log.advance()):
             if len(load.live) < 2 * running and load.draw.random() < 0.3:
@@ -165,7 +147,7 @@ async def drive(
                 load.abort()
         if not load.live:
             load.begin(longest)
-        if load.log.steps >= sampled + max(1, steps // 20):
+        if load.log.steps >= sampled + sample_every:
             sampled = load.log.steps
             memory.append(used(sampled, process))
             print(sampled, load.finished, load.aborted, len(load.wrong), memory[-1], flush=True)
@@ -186,6 +168,19 @@ def used(step: int, process: int) -> dict[str, float]:
     return found
 
 
+def swap(engine: Any, target: Path, drafter: Path) -> None:
+    """Give the engine both models' weights; SGLang drops what the old ones have cached."""
+    for path in (target, drafter):
+        for _ in range(TRIES):
+            done, message, *_ = engine.update_weights_from_disk(str(path))
+            if done:
+                break
+            # A request that was taken back may still run for a step.
+            time.sleep(0.2)
+        else:
+            raise RuntimeError(f"SGLang has refused {path}: {message}")
+
+
 def main(
     output: Annotated[Path, typer.Option()],
     steps: int = 5000,
@@ -200,6 +195,7 @@ def main(
     seed: int = 0,
     sampled: float = 0.0,
     verified_drafts: str | None = None,
+    swaps: int = 0,
     settings: str = "{}",
 ) -> None:
     """Run the load and write one JSON file; the exit status is 1 if anything was wrong."""
@@ -210,7 +206,11 @@ def main(
     prompts = [
         draw.choice(prompts) + prompt if draw.random() < 1 / 3 else prompt for prompt in prompts
     ]
-    alone = Target(directory, prompts, longest)
+    scratch = tempfile.TemporaryDirectory()
+    directories = [directory]
+    if swaps:
+        directories.append(other_weights(directory, Path(scratch.name)))
+    targets = [TargetAlone(one, prompts, longest) for one in directories]
     print(f"{pool} texts of the target alone", flush=True)
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -244,13 +244,21 @@ def main(
             **json.loads(settings),
         }
     )
-    load = Load(engine, Log(path), alone, draw, sampled)
+    load = Load(engine, Log(path), targets[0], draw, sampled)
     load.log.advance()
     load.log.steps = load.log.retracted = 0
     begun = time.monotonic()
-    memory = engine.loop.run_until_complete(
-        drive(load, steps, begun + 60 * minutes, running, longest)
-    )
+    memory: list[dict[str, float]] = []
+    for part in range(swaps + 1):
+        place = part % 2
+        load.target = targets[place]
+        if part:
+            swap(engine, directories[place], weights)
+        until = begun + 60 * minutes * (part + 1) / (swaps + 1)
+        last = steps * (part + 1) // (swaps + 1)
+        memory += engine.loop.run_until_complete(
+            drive(load, last, until, running, longest, max(1, steps // 20))
+        )
     # Caches and the allocator fill up at first, so growth is judged over the last third.
     early, late = memory[-len(memory) // 3], memory[-1]
     record = {
@@ -262,6 +270,7 @@ def main(
         "aborted": load.aborted,
         "unfinished": len(load.live),
         "retracted": load.log.retracted,
+        "swaps": swaps,
         "prefix_hits": sum(meta.get("cached_tokens", 0) for meta in load.metas),
         "tau": acceptance_length(load.metas),
         "mismatches": load.wrong,

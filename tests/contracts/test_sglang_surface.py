@@ -77,8 +77,11 @@ def test_what_differs_by_version_agrees_with_the_table(monkeypatch, version):
 def test_hooks_are_those_of_the_table(monkeypatch):
     from dflash_plugin.sglang.plugin import AROUND
 
-    monkeypatch.setattr(compat, "installed", lambda: "0.5.20")
-    older = {seam.symbol for seam in surface.hooks()}
-    assert AROUND.keys() - older == {"SchedulerWeightUpdaterManager._select_runners"}
-    monkeypatch.setattr(compat, "installed", lambda: "0.5.23")
-    assert sorted(AROUND) == sorted(seam.symbol for seam in surface.hooks())
+    hooked = {}
+    for version in ("0.5.20", "0.5.23"):
+        monkeypatch.setattr(compat, "installed", lambda version=version: version)
+        hooked[version] = {seam.symbol for seam in surface.hooks()}
+    assert AROUND.keys() == hooked["0.5.20"] | hooked["0.5.23"]
+    assert hooked["0.5.20"] - hooked["0.5.23"] == set(surface.UPDATES)
+    newer = hooked["0.5.23"] - hooked["0.5.20"]
+    assert newer == {"SchedulerWeightUpdaterManager._select_runners"}

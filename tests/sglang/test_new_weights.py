@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,6 +117,42 @@ def test_tensors_for_both_models_go_to_the_target(ours, asked):
     seen = new_weights.select_runners(lambda _, selector: selector, manager)
     assert seen == asked
     assert new_weights.select_runners(lambda _, selector: selector, manager, "draft") == "draft"
+
+
+@pytest.mark.parametrize(
+    ("ours", "empties", "idle", "loads"),
+    [
+        (True, True, True, True),
+        (True, True, False, False),
+        (True, False, False, True),
+        (False, True, False, True),
+    ],
+)
+def test_weights_are_not_loaded_under_requests_of_the_old_ones(
+    monkeypatch, ours, empties, idle, loads
+):
+    io_struct: Any = ModuleType("sglang.srt.managers.io_struct")
+    io_struct.UpdateWeightFromDiskReqOutput = SimpleNamespace
+    managers: Any = ModuleType("sglang.srt.managers")
+    managers.io_struct = io_struct
+    monkeypatch.setitem(sys.modules, "sglang.srt.managers", managers)
+
+    class UpdateWeightFromDiskReqInput:
+        flush_cache = empties
+
+    manager = SimpleNamespace(
+        draft_worker=Counted() if ours else object(), is_fully_idle=lambda: idle
+    )
+    asked: list[Any] = []
+
+    def native(_: Any, request: Any) -> Any:
+        asked.append(request)
+        return SimpleNamespace(success=True, message="")
+
+    request = UpdateWeightFromDiskReqInput()
+    answer = new_weights.update_when_idle(native, manager, request)
+    assert asked == ([request] if loads else [])
+    assert (answer.success, answer.message) == ((True, "") if loads else (False, new_weights.BUSY))
 
 
 @pytest.mark.parametrize(

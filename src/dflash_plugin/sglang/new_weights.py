@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 Answer = tuple[bool, str]
 KEPT = "Succeeded to update the target's weights; the drafter keeps its own."
 REPLACED = "Succeeded to update the drafter's weights; the target keeps its own."
+BUSY = (
+    "requests are running, or a step of theirs is: both models keep their weights; let the "
+    "requests finish or abort them, then send the weights again"
+)
 # How SGLang's message begins where it has loaded nothing.
 UNTOUCHED = "Failed to get"
 # SGLang's tag of the memory of weights; no tags are all of them.
@@ -149,6 +153,21 @@ def select_runners(native: Callable[..., Any], manager: Any, selector: str = "al
     if selector == "all" and isinstance(manager.draft_worker, Counted):
         selector = "target"
     return native(manager, selector)
+
+
+def update_when_idle(native: Callable[..., Any], manager: Any, recv_req: Any) -> Any:
+    """Update weights, or refuse while requests run whose cache the update would have to empty.
+
+    SGLang up to 0.5.20 ends there, once the new weights are loaded.
+    """
+    is_ours = isinstance(manager.draft_worker, Counted)
+    if not is_ours or not recv_req.flush_cache or manager.is_fully_idle():
+        return native(manager, recv_req)
+    from sglang.srt.managers import io_struct
+
+    name = type(recv_req).__name__.removesuffix("Input") + "Output"
+    logger.error(BUSY)
+    return getattr(io_struct, name)(success=False, message=BUSY)
 
 
 def resume_memory(native: Callable[..., Any], manager: Any, recv_req: Any) -> Any:

@@ -23,6 +23,7 @@ from dflash_plugin.sglang.surface import (
     ADAPTIVE,
     ALWAYS,
     ARGUMENTS,
+    UPDATES,
     hooks,
     surface,
     verify_features,
@@ -96,6 +97,7 @@ AROUND: dict[str, Callable[..., Any]] = {
     "SchedulerWeightUpdaterManager._select_runners": _imported_late(
         "new_weights", "select_runners"
     ),
+    **{update: _imported_late("new_weights", "update_when_idle") for update in UPDATES},
     "SchedulerWeightUpdaterManager.resume_memory_occupation": _imported_late(
         "new_weights", "resume_memory"
     ),

@@ -43,6 +43,13 @@ LORA = "a target with LoRA"
 LAST_LAYER = "reading the target's last layer"
 WEIGHTS = "new weights"
 
+# What the scheduler does with a request for new weights.
+UPDATES = tuple(
+    f"SchedulerWeightUpdaterManager.update_weights_from_{source}"
+    for source in ("disk", "distributed", "tensor", "ipc")
+)
+SOURCES = ("FromDisk", "sFromDistributed", "sFromTensor", "sFromIPC")
+
 # In use in every scheduler process with our worker.
 ALWAYS = frozenset({DRAFTING, VERIFYING, METRICS, KNOWN_ANSWERS, GRAPHS, WEIGHTS})
 
@@ -114,6 +121,11 @@ _HOOKS = (
         "managers.scheduler_components.weight_updater", "hook", WEIGHTS,
         "keeps the target's tensors from the drafter",
         "SchedulerWeightUpdaterManager._select_runners", signature=("selector",), since="0.5.21",
+    ),
+    *_rows(
+        "managers.scheduler_components.weight_updater", "hook", WEIGHTS,
+        "refuses new weights while requests run",
+        *UPDATES, signature=("recv_req",), until="0.5.21",
     ),
     *_rows(
         "managers.scheduler_components.weight_updater", "hook", WEIGHTS,
@@ -662,6 +674,18 @@ _ATTRIBUTES = (
     *_rows(
         "managers.io_struct", "attribute", WEIGHTS, "which model, and which memory",
         "UpdateWeightFromDiskReqInput.model_path", "ResumeMemoryOccupationReqInput.tags",
+    ),
+    *_rows(
+        "managers.io_struct", "attribute", WEIGHTS, "whether new weights empty the cache",
+        *(f"UpdateWeight{source}ReqInput.flush_cache" for source in SOURCES), until="0.5.21",
+    ),
+    *_rows(
+        "managers.io_struct", "call", WEIGHTS, "refuses new weights while requests run",
+        *(f"UpdateWeight{source}ReqOutput" for source in SOURCES), until="0.5.21",
+    ),
+    *_rows(
+        "managers.scheduler_components.weight_updater", "attribute", WEIGHTS,
+        "whether requests run", "SchedulerWeightUpdaterManager.is_fully_idle", until="0.5.21",
     ),
     *_rows(
         "model_executor.model_runner", "attribute", GRAPHS, "captures injection; tells of graphs",
