@@ -44,3 +44,23 @@ def test_serving_with_replayed_acceptance(modes, tmp_path):
     assert second["acceptance_replayed"] == 2.5
     # Without a drafter, acceptance makes no difference: that engine is measured once.
     assert [row["engine"] for row in second["rows"]] == ["plugin", "plugin-adaptive"]
+
+
+def test_random_load_with_new_weights_on_the_way(tmp_path):
+    output = tmp_path / "soak.json"
+    options = (
+        *("--steps", "45", "--minutes", "9", "--swaps", "2"),
+        *("--pool", "3", "--longest", "8", "--running", "3"),
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "sglang_soak.py", "--output", output, *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **ENVIRONMENT},
+    )
+    assert done.returncode == 0, (tmp_path / "soak.log").read_text()[-2000:]
+    record = json.loads(output.read_text())
+    assert record["mismatches"] == []
+    assert record["finished"] > 5
+    assert record["tau"] > 1.5

@@ -38,3 +38,15 @@ def test_serving_with_replayed_acceptance(tmp_path):
     if ON_V2:  # The V1 runner has no seam for replayed acceptance.
         # Random weights accept nothing by themselves.
         assert rows["plugin"]["tau"] > 2
+
+
+def test_random_load_with_new_weights_on_the_way(tmp_path):
+    record = run(
+        "vllm_soak.py",
+        tmp_path / "soak.json",
+        *("--steps", "45", "--pool", "3", "--longest", "8", "--running", "3", "--swaps", "2"),
+        *("--settings", '{"enforce_eager": true}'),
+    )
+    assert record["mismatches"] == []
+    assert record["finished"] > 5
+    assert record["tau"] > 1.5

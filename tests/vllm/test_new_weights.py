@@ -42,6 +42,7 @@ def worker(monkeypatch) -> Any:
         speculative_config="ours",
         weight_transfer_engine=TransferEngine(),
         get_draft_model=lambda: model,
+        get_model=lambda: "target",
         dflash_weights_lost=False,
     )
 
@@ -61,10 +62,13 @@ def test_a_transfer_sees_no_parameter_of_the_drafter(worker):
     assert engine.model is model
 
 
-def test_the_drafter_is_told_of_the_targets_new_weights(worker):
+def test_the_drafter_is_told_of_the_targets_new_weights(monkeypatch, worker):
+    packed: list[Any] = []
+    monkeypatch.setattr(new_weights, "pack_head", packed.append)
     reload = new_weights.note_target_change(lambda self, path: path)
     assert reload(worker, "path") == "path"
     assert worker.get_draft_model().target_changed
+    assert packed == ["target"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.new_weights import refuse_to_lose, restore, take_checkpoint
 from dflash_plugin.vllm.options import drafter_spec
 from dflash_plugin.vllm.protocols import Method
+from dflash_plugin.vllm.workarounds import pack_head
 
 # Sleep level 2 discards all memory of weights.
 DISCARDS = 2
@@ -56,6 +57,7 @@ def note_target_change(native: Method) -> Method:
         result = native(self, *args, **kwargs)
         if drafter_spec(self.speculative_config) is not None:
             self.get_draft_model().target_changed = True
+            pack_head(self.get_model())
         return result
 
     return run

@@ -248,6 +248,7 @@ _MODEL = (
         EMBEDDING, SERVE, "call", "the drafter's own head",
         "ParallelLMHead(num_embeddings, embedding_dim, *, prefix)",
         "UnquantizedEmbeddingMethod.apply(layer, x, bias)",
+        "UnquantizedEmbeddingMethod.process_weights_after_loading(layer)",
     ),
     *_seams(
         EMBEDDING, SERVE, "attribute", "which tokens a head's shard holds",
@@ -313,7 +314,8 @@ _WORKER = (
             "DFlashSpeculator.query_cudagraph_manager"),
     *_seams("vllm.v1.worker.gpu.cudagraph_utils", V2, "attribute",
             "tells whether drafts use a graph", "CudaGraphManager.cudagraph_mode"),
-    *_seams(WORKER, SERVE, "call", "reaches the drafter", "Worker.get_draft_model()"),
+    *_seams(WORKER, SERVE, "call", "reaches the models", "Worker.get_draft_model()",
+            "Worker.get_model()"),
     *_seams(WORKER, SERVE, "patch", "loads the drafter again after sleep level 2",
             "Worker.sleep(level)", "Worker.wake_up(tags)"),
     *_seams(WORKER, SERVE, "hook", "adds methods for collective_rpc", "Worker"),

@@ -1,4 +1,4 @@
-"""Corrections of vLLM's V1 sampling, which serves on a CPU."""
+"""Corrections of what vLLM does on a CPU: V1 sampling, new weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import wraps
 from typing import Any
 
 from torch import Tensor
+
+from dflash_plugin.vllm.surface import target_modules
 
 
 def expand_in_place(native: Callable[..., None]) -> Callable[..., None]:
@@ -54,3 +56,20 @@ def without_empty_rows(constrain: Callable[..., Tensor]) -> Callable[..., Tensor
         return constrain(logits, *args, **kwargs) if logits.shape[0] else logits
 
     return wrapped
+
+
+def pack_head(target: Any) -> None:
+    """Pack a target's head again after new weights.
+
+    vLLM on a CPU multiplies by a packed copy of the head, which stays the old one where the head is
+    the embedding: a checkpoint names no weights for it then.
+
+    Args:
+        target: the target model.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    _, head = target_modules(target)
+    method = getattr(head, "quant_method", None)
+    if isinstance(method, UnquantizedEmbeddingMethod) and head.weight.device.type == "cpu":
+        method.process_weights_after_loading(head)
