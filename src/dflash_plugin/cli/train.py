@@ -13,7 +13,6 @@ from typing import Annotated, Any, get_args
 import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dflash_plugin.cli.common import (
     Device,
@@ -23,6 +22,7 @@ from dflash_plugin.cli.common import (
     print_json,
     quiet,
     reports_errors,
+    stage_bars,
 )
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.train.config import (
@@ -161,36 +161,24 @@ def _command(facts: dict[str, Any]) -> str:
 
 @contextmanager
 def _training_progress(steps: int) -> Iterator[tuple[Any, Any]]:
-    """Progress bars for data and steps; plain lines now and then where there is no terminal."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=errors,
-        disable=not errors.is_terminal,
-    ) as progress:
-        tasks: dict[str, Any] = {}
-
-        def status(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=of, note="")
-            progress.update(tasks[what], completed=done, total=of)
-            if not errors.is_terminal:
-                errors.print(f"{what} {done}/{of}")
+    """What shows data and steps, and what takes the records of steps."""
+    first: int | None = None
+    with stage_bars() as show:
 
         def report(record: dict[str, float]) -> None:
+            nonlocal first
+            step = int(record["step"])
+            first = step - 1 if first is None else first
             note = f"loss {record['loss']:.3f} τ {record['tau']:.2f}"
             if "held_out_tau" in record:
                 note += f" held-out τ {record['held_out_tau']:.2f}"
-            if "training" not in tasks:
-                tasks["training"] = progress.add_task("training", total=steps, note="")
-            progress.update(tasks["training"], completed=record["step"], note=note)
-            if not errors.is_terminal and ("held_out_tau" in record or record["step"] % 100 == 0):
-                errors.print(f"step {record['step']}/{steps} {note} {record['seconds']:.0f} s")
+            if not errors.is_terminal:
+                left = (steps - step) * record["seconds"] / (step - first)
+                note += f" {record['seconds']:.0f} s, {left:.0f} s left"
+            line = "held_out_tau" in record or step % 100 == 0
+            show("training", step, steps, note, line)
 
-        yield status, report
+        yield show, report
 
 
 train = reports_errors(_with_options_of_the_settings(train), flag_names())
