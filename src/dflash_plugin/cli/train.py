@@ -47,6 +47,13 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another drafter in OUTPUT.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Refuse to start anew where there is no snapshot.")
+    ] = False,
+    stop_at: Annotated[
+        int | None,
+        typer.Option(min=1, help="Step after which to leave a snapshot and stop; not exported."),
+    ] = None,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -54,17 +61,26 @@ def train(
     config = _validated(TrainConfig, settings)
     data = _validated(DataConfig, settings)
     quiet()
-    _check_output(output, overwrite)
+    _check_output(output, overwrite, resume)
     from dflash_plugin.checkpoints.hub import resolve_model
     from dflash_plugin.train import pipeline
     from dflash_plugin.train.export import export_drafter, save_facts
 
     directory = resolve_model(target)
     with pipeline.distributed(), _training_progress(config.steps) as (status, report):
-        trainer, facts = pipeline.train(directory, output, config, data, device, status, report)
-        if trainer.rank == 0:
-            save_facts(output / "work" / "training.json", facts, trainer.history)
-            export_drafter(trainer.drafter, directory, output, facts, _command(facts), device)
+        trainer, facts = pipeline.train(
+            directory, output, config, data, device, status, report, stop_at
+        )
+        if trainer.rank == 0 and trainer.step < config.steps:
+            errors.print(
+                f"stopped after step {trainer.step} of {config.steps}: give the same command "
+                "again to go on",
+                soft_wrap=True,
+            )
+        elif trainer.rank == 0:
+            facts["command"] = _command(facts)
+            save_facts(output / "work" / "training.json", facts)
+            export_drafter(trainer.drafter, directory, output, facts, device)
             if as_json:
                 print_json({"output": str(output), **facts})
             else:
@@ -117,6 +133,8 @@ def _validated(model: Any, settings: dict[str, Any]) -> Any:
     }
     if "target_layer_ids" in given:
         given["target_layer_ids"] = _layer_ids(given["target_layer_ids"])
+    if "mix" in given:
+        given["mix"] = given["mix"].split(",")
     if "openings" in given:
         given["openings"] = load_prefixes(given["openings"])
     try:
@@ -136,10 +154,18 @@ def _layer_ids(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
     """Find out before the work whether the drafter can be written, and what it would replace."""
+    from dflash_plugin.train.snapshot import FILE
+
     check_output(output / "work")
-    resumes = (output / "work" / "snapshot.safetensors").is_file()
+    snapshot = output / "work" / FILE
+    resumes = snapshot.is_file()
+    if resume and not resumes:
+        raise DFlashError(
+            f"--resume was given, but {str(snapshot)!r} is not there: give the --output of the "
+            "run to go on with, or leave --resume out"
+        )
     replaced = output / "config.json"
     if replaced.exists() and not resumes and not overwrite:
         raise DFlashError(
