@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dflash_plugin.bench.evaluate import pooled_tau
+from dflash_plugin.drafter import blockwise
 from dflash_plugin.drafter.blockwise import accepted_run, block_hidden, make_blocks
 from dflash_plugin.drafter.config import LayerAttention
 from dflash_plugin.drafter.static_store import StaticStore
@@ -121,6 +122,28 @@ def test_a_packed_block_is_the_block_that_the_engine_drafts(changes):
                 token = batch.tokens[row, place][None]
                 drafted = drafter.draft(token, torch.tensor([place]))
                 torch.testing.assert_close(packed[row, column], drafted[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"layers": (LayerAttention(sliding_window=4),)}, DFLASH2])
+def test_groups_of_blocks_are_what_all_blocks_at_once_are(changes, monkeypatch):
+    target = tiny_target()
+    drafter = tiny_drafter(target, **changes)
+    batch = collate(sequences_of(target), torch.arange(3))
+    anchors, valid = choose_anchors(batch, 7, torch.Generator().manual_seed(1))
+    blocks = make_blocks(batch.tokens, batch.lengths, anchors, valid, drafter.config)
+    features = OnlineFeatures(target, drafter.config.target_layer_ids)(batch)
+    whole = block_hidden(drafter, features, blocks)
+    monkeypatch.setattr(blockwise, "GROUP_ROWS", 3 * drafter.config.block_size)
+    torch.testing.assert_close(block_hidden(drafter, features, blocks), whole)
+
+
+def test_no_block_is_drafted_where_no_response_has_a_place_for_it():
+    batch = collate(SequenceSet.build([([1], [5] * 4), ([1] * 3, [6] * 9)]), torch.arange(2))
+    wide, wide_valid = choose_anchors(batch, 8, torch.Generator().manual_seed(0))
+    anchors, valid = choose_anchors(batch, 30, torch.Generator().manual_seed(0))
+    assert wide.shape == anchors.shape == (2, 8)
+    assert valid.sum(1).tolist() == wide_valid.sum(1).tolist() == [3, 8]
+    assert anchors[0, :3].tolist() == [1, 2, 3]
 
 
 def compare_losses(drafter, loss, expected) -> None:
