@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from dflash_plugin.bench import data, metrics
 from dflash_plugin.bench.http_endpoint import token_texts
 from dflash_plugin.bench.measurements import turns_of
-from dflash_plugin.bench.schema import Record, read_record
+from dflash_plugin.bench.report import page
+from dflash_plugin.bench.schema import Record, Server, read_record
+from dflash_plugin.bench.speculation import pair_of
 from dflash_plugin.bench.sweep import connect
 from dflash_plugin.cli.main import app
 from dflash_plugin.errors import DFlashError
@@ -148,6 +150,87 @@ def test_a_baseline_runs_in_turns_on_the_same_prompts(kind, prompts, output):
     assert baseline.tau.pooled is None
     assert baseline.tau.sources["pooled"]
     assert baseline.acceptance.unconditional is None
+
+
+def test_a_baseline_may_draft_by_another_method_on_vllm(prompts, output):
+    """N-gram search finds no drafts for a's second pass, which vLLM then does not count."""
+    ngram = {"method": "ngram", "finds_nothing": True, "plans": PLANS}
+    started = """vllm serve m --speculative-config '{"method": "ngram", "prompt_lookup_max": 4}'"""
+    with serving("vllm", plans=PLANS) as fake, serving("vllm", **ngram) as other:
+        printed = run(
+            fake.url, "--baseline", other.url, "--baseline-command", started, "--data", prompts,
+            "--concurrency", 1, "--repeats", 1, "-o", output,
+        )  # fmt: skip
+    record = read_record(output)
+    baseline = record.server("baseline")
+    assert (baseline.speculative, baseline.plugin_version) == (True, None)
+    assert pair_of(baseline) == "fake with ngram drafts"
+    cell = record.cell("baseline", "own", 1)
+    assert cell.tau.pooled == pytest.approx(10 / 3)
+    assert "and 1 passes without drafts" in cell.tau.sources["pooled"]
+    assert cell.tau.mean_per_request is None
+    assert "3 chunks were streamed for 2 verify passes" in cell.tau.sources["mean_per_request"]
+    assert cell.acceptance.unconditional == [1, 1, 0.5, 0.5, 0.5]
+    assert "1 passes without drafts are left out" in cell.acceptance.source
+    assert "3.33" in printed.split("baseline's τ")[1]
+    text = page([record])
+    assert "The baseline is fake with ngram drafts." in text
+    assert "line at 1 the baseline is faster" in text
+
+
+def test_a_baseline_may_draft_by_another_method_on_sglang(prompts, output):
+    """A tree of 5 drafts whose branches have 3."""
+    tree = {"speculative_eagle_topk": 2, "speculative_num_steps": 3}
+    plans = {"a": (2, 0), "b": (3, 1)}
+    eagle = {"method": "eagle", "plans": plans, "settings": tree}
+    with serving("sglang", plans=PLANS) as fake, serving("sglang", **eagle) as other:
+        record = measure(fake, prompts, output, "--baseline", other.url)
+    baseline = record.server("baseline")
+    assert (baseline.num_drafts, baseline.plugin_version) == (3, None)
+    assert pair_of(baseline) == "fake with EAGLE drafts"
+    cell = record.cell("baseline", "own", 1)
+    assert cell.tau.pooled == pytest.approx(10 / 4)
+    assert cell.acceptance.unconditional == [0.75, 0.5, 0.25]
+
+
+def test_a_baseline_without_metrics_is_not_called_one_without_a_drafter(prompts, output):
+    with serving("vllm", plans=PLANS) as fake, serving("vllm", exported=False) as other:
+        record = measure(fake, prompts, output, "--baseline", other.url)
+        run(
+            other.url,
+            "--data",
+            prompts,
+            "--concurrency",
+            1,
+            "-o",
+            output.with_name("x.json"),
+            code=1,
+        )
+    baseline = record.server("baseline")
+    assert baseline.speculative is None
+    assert "whether it drafts is not known" in baseline.notes[0]
+    cell = record.cell("baseline", "own", 1)
+    assert cell.tokens_per_second > 0
+    assert cell.tau.pooled is None
+    assert "/metrics has no" in cell.tau.sources["pooled"]
+    assert "fake with or without drafts (untold)" in page([record])
+    baseline.describe_further(None, None, "vllm serve m --speculative-method ngram")
+    assert pair_of(baseline) == "fake with ngram drafts, which it does not count"
+
+
+@pytest.mark.parametrize(
+    ("flags", "pair"),
+    [
+        ({"speculative_config": {"method": "eagle3", "model": "o/e"}}, "m with drafter e (eagle3)"),
+        ({"speculative_config": {"method": "ngram", "model": "org/m"}}, "m with ngram drafts"),
+        ({"speculative_draft_model_path": "d"}, "m with drafter d"),
+        ("sglang --speculative-algorithm=NGRAM", "m with NGRAM drafts"),
+        (None, "m with drafter (name untold)"),
+    ],
+)
+def test_how_a_server_speculates_is_told_by_its_flags(flags, pair):
+    server = Server(role="baseline", engine="vllm", model="org/m", speculative=True, flags=flags)
+    assert pair_of(server) == pair
 
 
 def test_as_many_requests_are_in_flight_as_asked_for(tmp_path, output):

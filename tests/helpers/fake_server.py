@@ -23,7 +23,11 @@ class Fake:
     Attributes:
         kind: vllm or sglang.
         plans: by the last user turn, how many drafts each verify pass accepts.
-        speculative: whether it has a drafter.
+        speculative: whether it drafts.
+        method: what the engine calls it; only dflash has the plugin.
+        exported: whether vLLM's /metrics has counters.
+        finds_nothing: a pass that accepts nothing had no drafts, as n-gram search has it.
+        settings: more entries of SGLang's /server_info.
         merged: a chunk holds two passes.
         miscounted: by how much its counter of tokens is too high a request.
         token: text of a token.
@@ -39,6 +43,10 @@ class Fake:
     kind: str
     plans: dict[str, Sequence[int]] = field(default_factory=dict)
     speculative: bool = True
+    method: str = "dflash"
+    exported: bool = True
+    finds_nothing: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
     merged: bool = False
     miscounted: int = 0
     token: Callable[[int], str] = lambda number: f" t{number}"
@@ -77,7 +85,7 @@ class Fake:
     def _count(self, plan: list[int]) -> None:
         self.tokens += 1 + sum(accepted + 1 for accepted in plan) + self.miscounted
         if self.speculative:
-            self.passes += len(plan)
+            self.passes += sum(accepted > 0 or not self.finds_nothing for accepted in plan)
             for accepted in plan:
                 for position in range(accepted):
                     self.accepted[position] += 1
@@ -91,9 +99,12 @@ class Fake:
 
     def metrics(self) -> str:
         label = 'engine="0",model_name="fake"'
+        if not self.exported:
+            return "python_gc_objects_collected_total 1.0\n"
         lines = ["# HELP a comment", f"vllm:generation_tokens_total{{{label}}} {self.tokens}.0"]
         if self.speculative:
-            lines.append('dflash:drafter_info{block_size="6",plugin="9.9"} 1.0')
+            if self.method == "dflash":
+                lines.append('dflash:drafter_info{block_size="6",plugin="9.9"} 1.0')
             lines += [f"{name} {value}" for name, value in self.told.items()]
             lines.append(f"vllm:spec_decode_num_drafts_total{{{label}}} {float(self.passes)}")
             lines += [
@@ -109,9 +120,10 @@ class Fake:
             "model_path": "org/fake",
             "api_key": "hidden",
             "tp_size": 2,
-            "speculative_algorithm": "DFLASH" if self.speculative else None,
+            "speculative_algorithm": self.method.upper() if self.speculative else None,
             "speculative_num_draft_tokens": DRAFTS + 1 if self.speculative else None,
-            "internal_states": [state if self.speculative else {}],
+            "internal_states": [state if self.speculative and self.method == "dflash" else {}],
+            **self.settings,
         }
 
 

@@ -23,7 +23,8 @@ from dflash_plugin.train.trainer import Trainer
 from dflash_plugin.transformers import load_drafter
 from tests.helpers.core_drafts import core_drafts
 from tests.helpers.tiny import DFLASH2, tiny_drafter, tiny_target, write_tiny
-from tests.train.test_train import CPU, PARTS, compare_losses, sequences_of, trainer_of
+from tests.helpers.training import PARTS, sequences_of, trainer_of
+from tests.train.test_train import CPU, compare_losses
 
 
 def started(target, start: Path, work: Path, **changes) -> Trainer:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dflash_plugin.bench.evaluate import pooled_tau
+from dflash_plugin.drafter import blockwise
 from dflash_plugin.drafter.blockwise import accepted_run, block_hidden, make_blocks
 from dflash_plugin.drafter.config import LayerAttention
 from dflash_plugin.drafter.static_store import StaticStore
@@ -38,52 +39,11 @@ from dflash_plugin.train.losses import (
 from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.sequences import SequenceSet, batches, collate
 from dflash_plugin.train.setup import drafter_config
-from dflash_plugin.train.trainer import Trainer
 from dflash_plugin.transformers import Engine, Request, load_target
-from tests.helpers.tiny import (
-    DFLASH2,
-    VOCABULARY,
-    tiny_config,
-    tiny_drafter,
-    tiny_target,
-    write_target,
-)
+from tests.helpers.tiny import DFLASH2, tiny_config, tiny_drafter, tiny_target, write_target
+from tests.helpers.training import KINDS, sequences_of, trainer_of
 
 CPU = torch.device("cpu")
-# Settings that add DFlash 2's parts in ``tiny.DFLASH2``'s sizes.
-PARTS = {"dflash2": True, "conv_group_size": 8, "selector_rank": 6, "selector_top_k": 5}
-KINDS = pytest.mark.parametrize("parts", [{}, PARTS], ids=["dflash", "dflash2"])
-
-
-def sequences_of(target, count: int = 24, new_tokens: int = 20) -> SequenceSet:
-    """Random prompts with the target's greedy responses."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(2, 9, (count,), generator=generator).tolist()
-    prompts = [torch.randint(4, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
-    engine = Engine(target, max_batch=8, max_length=32)
-    results = engine.generate([Request(p, new_tokens, stop_ids=[]) for p in prompts])
-    return SequenceSet.build([(p, r.tokens) for p, r in zip(prompts, results, strict=True)])
-
-
-def trainer_of(target, directory: Path, **changes) -> Trainer:
-    sequences = sequences_of(target)
-    values = {
-        "block_size": 4,
-        "num_layers": 2,
-        "target_layer_ids": (0, 2),
-        "mask_token_id": 3,
-        "steps": 12,
-        "batch_size": 6,
-        "anchors": 8,
-        "learning_rate": 3e-3,
-        "eval_every": 6,
-        "save_every": 5,
-    }
-    config = TrainConfig(**{**values, **changes})
-    features = OnlineFeatures(target, config.target_layer_ids)
-    held_out = sequences.select(torch.arange(4))
-    training = sequences.select(torch.arange(4, len(sequences)))
-    return Trainer(target, config, training, held_out, features, features, directory)
 
 
 @settings(deadline=None, max_examples=50)
@@ -162,6 +122,28 @@ def test_a_packed_block_is_the_block_that_the_engine_drafts(changes):
                 token = batch.tokens[row, place][None]
                 drafted = drafter.draft(token, torch.tensor([place]))
                 torch.testing.assert_close(packed[row, column], drafted[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"layers": (LayerAttention(sliding_window=4),)}, DFLASH2])
+def test_groups_of_blocks_are_what_all_blocks_at_once_are(changes, monkeypatch):
+    target = tiny_target()
+    drafter = tiny_drafter(target, **changes)
+    batch = collate(sequences_of(target), torch.arange(3))
+    anchors, valid = choose_anchors(batch, 7, torch.Generator().manual_seed(1))
+    blocks = make_blocks(batch.tokens, batch.lengths, anchors, valid, drafter.config)
+    features = OnlineFeatures(target, drafter.config.target_layer_ids)(batch)
+    whole = block_hidden(drafter, features, blocks)
+    monkeypatch.setattr(blockwise, "GROUP_ROWS", 3 * drafter.config.block_size)
+    torch.testing.assert_close(block_hidden(drafter, features, blocks), whole)
+
+
+def test_no_block_is_drafted_where_no_response_has_a_place_for_it():
+    batch = collate(SequenceSet.build([([1], [5] * 4), ([1] * 3, [6] * 9)]), torch.arange(2))
+    wide, wide_valid = choose_anchors(batch, 8, torch.Generator().manual_seed(0))
+    anchors, valid = choose_anchors(batch, 30, torch.Generator().manual_seed(0))
+    assert wide.shape == anchors.shape == (2, 8)
+    assert valid.sum(1).tolist() == wide_valid.sum(1).tolist() == [3, 8]
+    assert anchors[0, :3].tolist() == [1, 2, 3]
 
 
 def compare_losses(drafter, loss, expected) -> None:

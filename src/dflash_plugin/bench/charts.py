@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, colored by the page's style sheet."""
+"""Line charts as SVG: in a page, colored by its style sheet, or as a file of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ WIDTH, HEIGHT = 400, 270
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 44
 # Colors of the style sheet: .s0 to .s7.
 COLORS = 8
+# Colors of a file that no style sheet reaches.
+IMAGE_STYLE = (
+    "text{font:11px sans-serif;fill:#808080}line{stroke:#808080;stroke-opacity:.4}"
+    "polyline{fill:none;stroke:#3b82f6;stroke-width:2}circle{fill:#3b82f6}"
+)
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,35 @@ def line_chart(
         top: upper end of y; found by default.
         level: y of a horizontal line to compare with.
     """
-    points = [point for line in lines for point in line.points]
-    if not points:
+    if not any(line.points for line in lines):
         return '<p class="none">Nothing was measured for this chart.</p>'
+    plot = _plot(lines, x_title, y_title, powers=powers, whole=whole, top=top, level=level)
+    return f'<p class="ytitle">{escape(y_title)}</p>{plot}{_legend(lines)}'
+
+
+def line_image(lines: Sequence[Line], x_title: str, y_title: str) -> str:
+    """A chart as the content of an SVG file, readable on light and dark pages.
+
+    Args:
+        lines: with at least one point in all.
+        x_title, y_title: with units.
+    """
+    plot = _plot(lines, x_title, y_title)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
+    return plot.replace("<svg ", head, 1).replace(">", f"><style>{IMAGE_STYLE}</style>", 1) + "\n"
+
+
+def _plot(
+    lines: Sequence[Line],
+    x_title: str,
+    y_title: str,
+    *,
+    powers: bool = False,
+    whole: bool = False,
+    top: float | None = None,
+    level: float | None = None,
+) -> str:
+    points = [point for line in lines for point in line.points]
     xs = sorted({x for x, _ in points})
     high = top or _round_up(max([y for _, y in points] + [level or 0.0]))
     if powers or whole:
@@ -102,8 +133,7 @@ def line_chart(
             )
         for (x, y), label in zip(pixels, line.labels, strict=False):
             parts.append(_text(x + 5, y - 6, label, "start"))
-    parts.append("</svg>")
-    return f'<p class="ytitle">{escape(y_title)}</p>' + "".join(parts) + _legend(lines)
+    return "".join([*parts, "</svg>"])
 
 
 def _legend(lines: Sequence[Line]) -> str:

@@ -141,13 +141,19 @@ def tau_of(
     sources = dict.fromkeys(AVERAGES, missing)
     if not increase.passes:
         return Tau(sources=sources)
-    # A pass without drafts commits one token, and vLLM does not count it.
-    total, counted = sum(committed), increase.passes + sum(increase.accepted or ())
-    undrafted = max(0, total - counted) if increase.accepted is not None else 0
+    total, undrafted = sum(committed), _undrafted(observations, increase)
     sources["pooled"] = f"tokens of the answers over passes by {increase.sources['passes']}"
     if undrafted:
         sources["pooled"] += f" and {undrafted} passes without drafts"
     return Tau(pooled=total / (increase.passes + undrafted), sources=sources)
+
+
+def _undrafted(observations: Sequence[RequestTrace], increase: Counters) -> int:
+    """Passes without drafts: each commits one token, and vLLM does not count it."""
+    if increase.accepted is None or not increase.passes:
+        return 0
+    counted = increase.passes + sum(increase.accepted)
+    return max(0, sum(o.committed for o in observations) - counted)
 
 
 def acceptance_of(
@@ -164,6 +170,8 @@ def acceptance_of(
             Acceptance(increase.passes, increase.accepted),
             increase.sources["accepted"],
         )
+        if undrafted := _undrafted(observations, increase):
+            source += f"; {undrafted} passes without drafts are left out"
     else:
         return PositionRates(source=increase.sources["accepted"])
     if not counted.rates:

@@ -10,11 +10,9 @@ from statistics import geometric_mean
 
 from dflash_plugin.bench.charts import Line, line_chart
 from dflash_plugin.bench.schema import Cell, KeptText, Record, Role, Server
+from dflash_plugin.bench.speculation import drafter_of, method_of, pair_of
 from dflash_plugin.errors import DFlashError
 
-# The drafter in the command that started a server, as an option or within --speculative-config.
-DRAFTER_OPTION = re.compile(r"--speculative-(?:draft-)?model(?:-path)?[= ]+['\"]?([^\s'\"]+)")
-DRAFTER_IN_CONFIG = re.compile(r"--speculative-config.*?\"model\"\s*:\s*\"([^\"]+)\"")
 COLUMNS = {
     "in flight": "Requests that the client keeps under way; when one ends, the next is sent.",
     "tokens/s": "Output tokens of all requests per second of wall time, prompts included; the "
@@ -84,10 +82,14 @@ def _introduction(label: str, record: Record) -> str:
     engine = f"{server.engine} {server.version or ''}".strip()
     named = "" if label == engine else f"{escape(engine)}, "
     text = (
-        f"<p><strong>{escape(label)}</strong>: {named}{escape(_pair(server))} on "
+        f"<p><strong>{escape(label)}</strong>: {named}{escape(pair_of(server))} on "
         f"{escape(_machine(server))}, {escape(record.created[:10])}, at most "
-        f"{settings.max_tokens} tokens an answer, temperature {settings.temperature:g}.</p>"
+        f"{settings.max_tokens} tokens an answer, temperature {settings.temperature:g}."
     )
+    baseline = record.server("baseline")
+    if baseline is not None:
+        text += f" The baseline is {escape(pair_of(baseline))}."
+    text += "</p>"
     if not record.complete:
         text += (
             f'<p class="warn">{escape(label)} was stopped before its end: cells are missing, or '
@@ -112,34 +114,6 @@ def _introduction(label: str, record: Record) -> str:
             "so it may have been the client that was measured.</p>"
         )
     return text
-
-
-def _pair(server: Server) -> str:
-    """The target and its drafter by name."""
-    name = _last_part(server.model)
-    if not server.speculative:
-        return f"{name} without a drafter"
-    drafter = drafter_of(server)
-    return f"{name} with drafter {_last_part(drafter) if drafter else '(name untold)'}"
-
-
-def drafter_of(server: Server) -> str | None:
-    """The drafter's directory or name, from how the server runs; None where that is not told."""
-    flags = server.flags
-    if isinstance(flags, str):
-        found = DRAFTER_OPTION.search(flags) or DRAFTER_IN_CONFIG.search(flags)
-        return found[1] if found else None
-    if not flags:
-        return None
-    speculative = flags.get("speculative_config")
-    if isinstance(speculative, dict) and speculative.get("model"):
-        return str(speculative["model"])
-    named = flags.get("speculative_draft_model_path") or flags.get("drafter")
-    return str(named) if named else None
-
-
-def _last_part(path: str) -> str:
-    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def device_of(server: Server) -> str:
@@ -317,7 +291,7 @@ def _speed_charts(runs: Sequence[tuple[str, Record]], only: str | None) -> str:
         "Speedup against concurrency",
         line_chart(gains, "requests in flight", "speedup", powers=True, level=1.0),
         f"How many times the baseline's tokens/s the server writes ({where}); below the dotted "
-        "line at 1 drafting costs more than it gains."
+        f"line at 1 {_below_one(runs)}."
         if gains
         else "A speedup needs a baseline: measure with --baseline URL.",
     ) + _figure(
@@ -326,6 +300,14 @@ def _speed_charts(runs: Sequence[tuple[str, Record]], only: str | None) -> str:
         f"What one reader sees against what a {device} writes in all ({where}); the numbers at the "
         "points are requests in flight, and further up and to the right is better.",
     )
+
+
+def _below_one(runs: Sequence[tuple[str, Record]]) -> str:
+    """What a speedup below 1 means, by what the baselines are."""
+    baselines = [record.server("baseline") for _, record in runs]
+    if any(server is not None and server.speculative is not False for server in baselines):
+        return "the baseline is faster"
+    return "drafting costs more than it gains"
 
 
 def _gain_line(label: str, record: Record, only: str | None, color: int) -> Line:
@@ -554,7 +536,9 @@ def _circumstances(runs: Sequence[tuple[str, Record]]) -> str:
                 text += f", dflash-plugin {server.plugin_version}"
             text += f", {server.model}"
             if server.speculative:
-                text += f", drafter {drafter_of(server) or '(untold: give --server-command)'}"
+                option = "baseline" if server.role == "baseline" else "server"
+                drafts = drafter_of(server) or method_of(server)
+                text += f", drafter {drafts or f'(untold: give --{option}-command)'}"
             text += f", {_machine(server)}"
             if server.num_drafts:
                 text += f", {server.num_drafts} drafts a pass"

@@ -56,7 +56,7 @@ class Server(_Model):
         plugin_version: of this project there; None where the server does not tell or has none.
         url: without credentials; None for the Transformers engine.
         model: target.
-        speculative: whether it has a drafter.
+        speculative: whether it drafts, by whatever method; None where it does not tell.
         num_drafts: drafts of a verify pass.
         gpu: name, or None.
         gpus: how many it runs on.
@@ -70,7 +70,7 @@ class Server(_Model):
     plugin_version: str | None = None
     url: str | None = None
     model: str
-    speculative: bool
+    speculative: bool | None
     num_drafts: int | None = None
     gpu: str | None = None
     gpus: int = 1

@@ -35,7 +35,9 @@ class SglangServer(HttpEndpoint):
         info = self._info()
         self.model = str(info.get("served_model_name") or info.get("model_path"))
         self.speculative = bool(info.get("speculative_algorithm"))
-        block = info.get("speculative_num_draft_tokens")
+        # Of a tree of drafts a pass accepts one branch, which has a draft for each step.
+        tree = int(info.get("speculative_eagle_topk") or 1) > 1
+        block, steps = info.get("speculative_num_draft_tokens"), info.get("speculative_num_steps")
         plugin = plugin_states(info)
         samples = self.client.samples()
         version = samples.labels(DRAFTER_INFO).get("plugin")
@@ -47,7 +49,9 @@ class SglangServer(HttpEndpoint):
         gpus = 1
         for size in sizes:
             gpus *= size
-        self.num_drafts = int(block) - 1 if self.speculative and block else 0
+        self.num_drafts = 0
+        if self.speculative:
+            self.num_drafts = int(steps) if tree and steps else max(0, int(block or 1) - 1)
         return Server(
             role=role,
             engine="sglang",

@@ -34,6 +34,13 @@ class VllmServer(HttpEndpoint):
         version = (self.client.get_json("/version") or {}).get("version")
         info = self.client.get_json("/server_info?config_format=json")
         notes, flags, gpu, gpus = [], None, None, 1
+        speculative: bool | None = counters.passes is not None
+        if counters.passes is None and counters.tokens is None:
+            speculative = None
+            notes.append(
+                "drafts: /metrics has no counters, so whether it drafts is not known; start it "
+                "without --disable-log-stats"
+            )
         if info is None:
             notes.append(
                 "flags: vLLM tells them only under VLLM_SERVER_DEV_MODE=1; give --server-command"
@@ -51,7 +58,7 @@ class VllmServer(HttpEndpoint):
             plugin_version=samples.labels(DRAFTER_INFO).get("plugin"),
             url=self.client.display_url,
             model=self.model,
-            speculative=counters.passes is not None,
+            speculative=speculative,
             num_drafts=len(counters.accepted) if counters.accepted is not None else None,
             gpu=gpu,
             gpus=gpus,

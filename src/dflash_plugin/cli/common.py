@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console, ConsoleDimensions
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dflash_plugin.drafter.config import Dialect, DraftWeights
 from dflash_plugin.errors import DFlashError
@@ -121,6 +122,36 @@ def check_output(directory: Path) -> None:
         raise DFlashError(f"{str(there)!r} is a file: give a directory to write into")
     if not os.access(there, os.W_OK | os.X_OK):
         raise DFlashError(f"nothing can be written into {str(there)!r}: give another directory")
+
+
+@contextmanager
+def stage_bars() -> Iterator[Callable[..., None]]:
+    """A bar for each stage of a long command; plain lines where there is no terminal.
+
+    Yields:
+        A function of a stage's name, what is done and of how much; with ``note`` to show beside
+        it, and ``line`` False where the plain line is left out.
+    """
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=errors,
+        disable=not errors.is_terminal,
+    ) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, of: int, note: str = "", line: bool = True) -> None:
+            if what not in tasks:
+                # What an earlier run did says nothing about how fast this one is.
+                tasks[what] = progress.add_task(what, total=of, completed=done, note=note)
+            progress.update(tasks[what], completed=done, total=of, note=note)
+            if not errors.is_terminal and line:
+                errors.print(f"{what} {done}/{of} {note}".rstrip(), markup=False, highlight=False)
+
+        yield show
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dflash_plugin.cli.bench import bench, report
 from dflash_plugin.cli.checkpoints import convert, fetch, inspect
 from dflash_plugin.cli.diagnose import doctor, top
 from dflash_plugin.cli.generate import evaluate, generate
+from dflash_plugin.cli.publish import publish
 from dflash_plugin.cli.train import train
 
 app = typer.Typer(
@@ -38,7 +39,7 @@ def _options(
     pass
 
 
-for command in (train, fetch, inspect, doctor, top, convert, generate):
+for command in (train, publish, fetch, inspect, doctor, top, convert, generate):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command()(bench)

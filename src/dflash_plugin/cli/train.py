@@ -13,7 +13,6 @@ from typing import Annotated, Any, get_args
 import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dflash_plugin.cli.common import (
     Device,
@@ -23,6 +22,7 @@ from dflash_plugin.cli.common import (
     print_json,
     quiet,
     reports_errors,
+    stage_bars,
 )
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.train.config import (
@@ -47,6 +47,13 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another drafter in OUTPUT.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Refuse to start anew where there is no snapshot.")
+    ] = False,
+    stop_at: Annotated[
+        int | None,
+        typer.Option(min=1, help="Step after which to leave a snapshot and stop; not exported."),
+    ] = None,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -54,17 +61,26 @@ def train(
     config = _validated(TrainConfig, settings)
     data = _validated(DataConfig, settings)
     quiet()
-    _check_output(output, overwrite)
+    _check_output(output, overwrite, resume)
     from dflash_plugin.checkpoints.hub import resolve_model
     from dflash_plugin.train import pipeline
     from dflash_plugin.train.export import export_drafter, save_facts
 
     directory = resolve_model(target)
     with pipeline.distributed(), _training_progress(config.steps) as (status, report):
-        trainer, facts = pipeline.train(directory, output, config, data, device, status, report)
-        if trainer.rank == 0:
-            save_facts(output / "work" / "training.json", facts, trainer.history)
-            export_drafter(trainer.drafter, directory, output, facts, _command(facts), device)
+        trainer, facts = pipeline.train(
+            directory, output, config, data, device, status, report, stop_at
+        )
+        if trainer.rank == 0 and trainer.step < config.steps:
+            errors.print(
+                f"stopped after step {trainer.step} of {config.steps}: give the same command "
+                "again to go on",
+                soft_wrap=True,
+            )
+        elif trainer.rank == 0:
+            facts["command"] = _command(facts)
+            save_facts(output / "work" / "training.json", facts)
+            export_drafter(trainer.drafter, directory, output, facts, device)
             if as_json:
                 print_json({"output": str(output), **facts})
             else:
@@ -117,6 +133,8 @@ def _validated(model: Any, settings: dict[str, Any]) -> Any:
     }
     if "target_layer_ids" in given:
         given["target_layer_ids"] = _layer_ids(given["target_layer_ids"])
+    if "mix" in given:
+        given["mix"] = given["mix"].split(",")
     if "openings" in given:
         given["openings"] = load_prefixes(given["openings"])
     try:
@@ -136,10 +154,18 @@ def _layer_ids(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
     """Find out before the work whether the drafter can be written, and what it would replace."""
+    from dflash_plugin.train.snapshot import FILE
+
     check_output(output / "work")
-    resumes = (output / "work" / "snapshot.safetensors").is_file()
+    snapshot = output / "work" / FILE
+    resumes = snapshot.is_file()
+    if resume and not resumes:
+        raise DFlashError(
+            f"--resume was given, but {str(snapshot)!r} is not there: give the --output of the "
+            "run to go on with, or leave --resume out"
+        )
     replaced = output / "config.json"
     if replaced.exists() and not resumes and not overwrite:
         raise DFlashError(
@@ -161,36 +187,24 @@ def _command(facts: dict[str, Any]) -> str:
 
 @contextmanager
 def _training_progress(steps: int) -> Iterator[tuple[Any, Any]]:
-    """Progress bars for data and steps; plain lines now and then where there is no terminal."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=errors,
-        disable=not errors.is_terminal,
-    ) as progress:
-        tasks: dict[str, Any] = {}
-
-        def status(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=of, note="")
-            progress.update(tasks[what], completed=done, total=of)
-            if not errors.is_terminal:
-                errors.print(f"{what} {done}/{of}")
+    """What shows data and steps, and what takes the records of steps."""
+    first: int | None = None
+    with stage_bars() as show:
 
         def report(record: dict[str, float]) -> None:
+            nonlocal first
+            step = int(record["step"])
+            first = step - 1 if first is None else first
             note = f"loss {record['loss']:.3f} τ {record['tau']:.2f}"
             if "held_out_tau" in record:
                 note += f" held-out τ {record['held_out_tau']:.2f}"
-            if "training" not in tasks:
-                tasks["training"] = progress.add_task("training", total=steps, note="")
-            progress.update(tasks["training"], completed=record["step"], note=note)
-            if not errors.is_terminal and ("held_out_tau" in record or record["step"] % 100 == 0):
-                errors.print(f"step {record['step']}/{steps} {note} {record['seconds']:.0f} s")
+            if not errors.is_terminal:
+                left = (steps - step) * record["seconds"] / (step - first)
+                note += f" {record['seconds']:.0f} s, {left:.0f} s left"
+            line = "held_out_tau" in record or step % 100 == 0
+            show("training", step, steps, note, line)
 
-        yield status, report
+        yield show, report
 
 
 train = reports_errors(_with_options_of_the_settings(train), flag_names())

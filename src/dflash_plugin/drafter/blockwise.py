@@ -19,6 +19,9 @@ from dflash_plugin.drafter.model import Drafter
 
 # Blocks of one pass over a single text.
 BLOCKS_PER_PASS = 64
+# Rows that attend together. A block sees no other, so the products between blocks are in vain;
+# smaller groups make fewer of them, and more launches.
+GROUP_ROWS = 256
 
 
 class Blocks(NamedTuple):
@@ -92,19 +95,34 @@ def block_hidden(drafter: Drafter, features: Tensor, blocks: Blocks) -> Tensor:
     count, size = blocks.anchors.shape[1], config.block_size
     context_positions = torch.arange(context, device=features.device).expand(batch, -1)
     stored = list(drafter.context_keys_values(drafter.fuse(features), context_positions))
-    masks: dict[LayerAttention, Tensor] = {
-        layer: packed_blocks_mask(layer, config.window_from, blocks.anchors, size, context)
+    groups = blocks.anchors.split(max(1, GROUP_ROWS // size), dim=1)
+    masks: dict[LayerAttention, list[Tensor]] = {
+        layer: [
+            packed_blocks_mask(layer, config.window_from, anchors, size, context)
+            for anchors in groups
+        ]
         for layer in set(config.layers)
     }
+    rows = [anchors.shape[1] * size for anchors in groups]
 
     def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        parts = zip(
+            query.split(rows, dim=1),
+            key.split(rows, dim=1),
+            value.split(rows, dim=1),
+            masks[config.layers[index]],
+            strict=True,
+        )
+        return torch.cat([attend_group(index, *part) for part in parts], dim=1)
+
+    def attend_group(index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         keys = torch.cat([stored[index][0].to(key.dtype), key], dim=1)
         values = torch.cat([stored[index][1].to(value.dtype), value], dim=1)
         out = masked_attention(
             query.transpose(1, 2),
             keys.transpose(1, 2).to(query.dtype),
             values.transpose(1, 2).to(query.dtype),
-            masks[config.layers[index]],
+            mask,
             config.attention_scale,
             drafter.sinks(index),
         )

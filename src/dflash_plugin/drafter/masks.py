@@ -1,8 +1,8 @@
 """Which keys a draft block's queries may see, as small rules over token positions.
 
 A block of ``block_size`` rows starts at the anchor's position. Its queries see context features
-before the anchor and rows of their own block. The rules take broadcastable integer tensors, so the
-engine evaluates them densely over a cache and the trainer inside a FlexAttention mask.
+before the anchor and rows of their own block. The rules take broadcastable integer tensors, so they
+are evaluated over a cache as well as over the blocks of many anchors of one text.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def choose_anchors(
 
     Args:
         batch: B sequences.
-        count: anchors a sequence, A.
+        count: anchors a sequence, A; fewer where no response of the batch has as many places.
         generator: on the batch's device; None takes every position from the response's start.
 
     Returns:
@@ -30,6 +30,8 @@ def choose_anchors(
         draw = torch.rand(len(lengths), len(offsets), generator=generator, device=lengths.device)
         draw = draw.masked_fill(offsets >= available[:, None], 2.0)
         order = draw.argsort(dim=1)[:, :count]
+    # The places come first in each row, so that what is cut off is no anchor anyway.
+    order = order[:, : max(1, batch.longest_response - 1)]
     valid = order < available[:, None]
     order, index = torch.where(valid, order, len(offsets)).sort(dim=1)
     valid = valid.gather(1, index)

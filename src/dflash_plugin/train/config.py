@@ -118,8 +118,11 @@ class TrainConfig(_Settings):
     steps: int = Field(default=2000, ge=1, description="Optimizer steps.")
     batch_size: int = Field(default=32, ge=1, description="Sequences per step and process.")
     anchors: int = Field(default=128, ge=1, description="Anchors per sequence.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon steps the layers' matrices, AdamW the rest."
+    )
     learning_rate: float = Field(
-        default=1e-3, gt=0, description="AdamW's; decays to a tenth along a cosine."
+        default=1e-3, gt=0, description="Largest; decays to a tenth along a cosine."
     )
     weight_decay: float = Field(default=0.01, ge=0, description="Of matrices.")
     warmup: float = Field(default=0.04, ge=0, lt=1, description="Share of the steps.")
@@ -155,6 +158,11 @@ class DataConfig(_Settings):
     """Where training sequences come from."""
 
     prompts: tuple[Path, ...] = Field(default=(), description="JSONL prompts; repeatable.")
+    mix: tuple[float, ...] | None = Field(
+        default=None,
+        description="Shares of the files of --prompts, with commas between, like 2,1; every "
+        "prompt by default.",
+    )
     self_prompts: int = Field(default=0, ge=0, description="User turns the target writes itself.")
     openings: tuple[PromptPrefix, ...] = Field(
         default=(PromptPrefix(),), description="JSONL of how self-written turns begin."

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from dflash_plugin.checkpoints.io import save_checkpoint
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
 from dflash_plugin.checkpoints.tensors import checkpoint_tensors
-from dflash_plugin.drafter.config import Dialect, DrafterConfig
+from dflash_plugin.drafter.config import Dialect
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.prompts import Prompt, encode
+from dflash_plugin.train.card import CURVE, learning_curve, model_card
 from dflash_plugin.transformers.loading import load_drafter, load_target
 
 KNOWN_PROMPTS = (
@@ -29,19 +30,18 @@ def export_drafter(
     target_directory: Path,
     output: Path,
     facts: dict[str, Any],
-    command: str,
     device: str | None = None,
 ) -> Path:
-    """Write a drafter in the z-lab dialect, bf16, with model card and known answers.
+    """Write a drafter in the z-lab dialect, bf16, with model card, curve and known answers.
 
     The known answers are made from the written file, read back in float32.
 
     Args:
         drafter: trained, any dtype.
         target_directory: the target that it was trained for.
-        output: where config.json, model.safetensors, known_answer.json and README.md go.
-        facts: what ``pipeline.train`` returned.
-        command: the command line that made it.
+        output: where config.json, model.safetensors, known_answer.json, README.md and
+            learning_curve.svg go.
+        facts: what ``pipeline.train`` returned, with "command".
         device: where the known answers are computed.
     """
     tensors = {
@@ -51,7 +51,11 @@ def export_drafter(
     save_checkpoint(output, drafter.config, tensors, dialect="z-lab", overwrite=True)
     target, tokenizer = load_target(target_directory, torch.float32, device)
     record_known_answers(output, target, tokenizer)
-    (output / "README.md").write_text(model_card(drafter, target_directory.name, facts, command))
+    parameters = sum(p.numel() for p in drafter.parameters())
+    card = model_card(drafter.config, parameters, facts, name=output.name)
+    (output / "README.md").write_text(card, encoding="utf-8")
+    if facts.get("history"):
+        (output / CURVE).write_text(learning_curve(facts["history"]), encoding="utf-8")
     return output
 
 
@@ -72,57 +76,6 @@ def record_known_answers(
     )
 
 
-def model_card(drafter: Drafter, target: str, facts: dict[str, Any], command: str) -> str:
-    """The README of an exported drafter."""
-    config = drafter.config
-    parameters = sum(p.numel() for p in drafter.parameters())
-    held_out = facts.get("held_out", {})
-    lines = [
-        "---",
-        "library_name: dflash-plugin",
-        "---",
-        f"# {'DFlash' if config.selector is None else 'DFlash 2'} drafter for {target}",
-        "",
-        f"A block of {config.block_size} (anchor and {config.num_draft_tokens} drafts), "
-        f"{len(config.layers)} layers, {parameters / 1e6:.2f} M parameters; reads the outputs of "
-        f"target layers {', '.join(map(str, config.target_layer_ids))} and borrows the target's "
-        "embedding and head. z-lab dialect.",
-        *_parts(config),
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| started from | {facts.get('start_from') or 'new weights'} |",
-        f"| sequences | {facts.get('sequences')}, written by the target |",
-        f"| response tokens | {facts.get('response_tokens')} |",
-        f"| optimizer steps | {facts.get('steps')} |",
-        f"| anchors seen | {facts.get('anchors')} |",
-        f"| held-out τ | {held_out.get('held_out_tau', float('nan')):.2f} |",
-        f"| machine | {facts.get('processes')} × {facts.get('device')}, torch "
-        f"{facts.get('torch')} |",
-        f"| seconds | {facts.get('seconds_data')} for data, {facts.get('seconds_training')} for "
-        "training |",
-        "",
-        "Made by:",
-        "",
-        "```bash",
-        command,
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _parts(config: DrafterConfig) -> list[str]:
-    """What a DFlash 2 drafter has besides."""
-    if config.convolution is None or config.selector is None:
-        return []
-    taps, group = config.convolution.kernel_size, config.convolution.group_size
-    return [
-        f"Convolutions of {taps} taps in groups of {group} channels; a selector of rank "
-        f"{config.selector.rank} over {config.selector.top_k} candidates.",
-    ]
-
-
-def save_facts(path: Path, facts: dict[str, Any], history: list[dict[str, float]]) -> None:
+def save_facts(path: Path, facts: dict[str, Any]) -> None:
     """Keep what the card was made from, and the curve of held-out acceptance."""
-    path.write_text(json.dumps({**facts, "history": history}, indent=1) + "\n")
+    path.write_text(json.dumps(facts, indent=1) + "\n")

@@ -161,8 +161,9 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 class _FrozenHeadCrossEntropy(torch.autograd.Function):
     """Cross-entropy and candidates behind a head that is not trained.
 
-    Logits are made twice and never kept; the candidates' gradient joins that of the cross-entropy
-    in one product with the head.
+    A row's cross-entropy moves its hidden state along one direction, whatever its weight in the
+    loss turns out to be. The forward pass makes that direction from the logits that it has, so they
+    are neither kept nor made again.
     """
 
     @staticmethod
@@ -172,15 +173,25 @@ class _FrozenHeadCrossEntropy(torch.autograd.Function):
         logits = hidden @ weight.t()
         values, candidates = _likeliest(logits, count)
         log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-        ctx.save_for_backward(hidden, weight, labels, candidates)
+        del logits
+        loss = -log_probs.gather(-1, labels[:, None])[:, 0]
+        if ctx.needs_input_grad[0]:
+            slope = log_probs.exp_()
+            slope.scatter_add_(-1, labels[:, None], -torch.ones_like(slope[:, :1]))
+            ctx.save_for_backward(slope.to(hidden.dtype) @ weight, weight, candidates)
         ctx.mark_non_differentiable(candidates)
-        return -log_probs.gather(-1, labels[:, None])[:, 0], values, candidates
+        ctx.set_materialize_grads(False)
+        return loss, values, candidates
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        hidden, weight, labels, candidates = ctx.saved_tensors
-        slope = torch.softmax(hidden @ weight.t(), dim=-1)
-        slope.scatter_add_(-1, labels[:, None], -torch.ones_like(slope[:, :1]))
-        slope *= grads[0][:, None].to(slope.dtype)
-        slope.scatter_add_(-1, candidates, grads[1].to(slope.dtype))
-        return slope @ weight, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
+        direction, weight, candidates = ctx.saved_tensors
+        of_loss, of_values, _ = grads
+        total = torch.zeros_like(direction)
+        if of_loss is not None:
+            total = direction * of_loss[:, None].to(direction.dtype)
+        if of_values is not None:
+            total += F.embedding_bag(
+                candidates, weight, mode="sum", per_sample_weights=of_values.to(weight.dtype)
+            )
+        return total, None, None, None

@@ -53,10 +53,10 @@ def check_counts(data: DataConfig) -> None:
     """Find out before anything is loaded whether the data can be enough.
 
     Raises:
-        DFlashError: there are no prompts, too few to hold some out, or a file of them is malformed.
+        DFlashError: there are no prompts, too few to hold some out, or a file of them is malformed
+            or has no share in the mix.
     """
-    given = sum(len(load_prompts(file)) for file in data.prompts)
-    count = given + data.self_prompts
+    count = sum(map(len, given_prompts(data).values())) + data.self_prompts
     if not count:
         raise DFlashError(
             "there is nothing to train on: give --prompts FILE.jsonl or --self-prompts N"
@@ -67,6 +67,29 @@ def check_counts(data: DataConfig) -> None:
             f"samples is {data.samples}, which at temperature 0 would all be equal: raise the "
             "temperature"
         )
+
+
+def given_prompts(data: DataConfig) -> dict[Path, list[Prompt]]:
+    """The prompts of each file: all, or as many from the start as keep the shares of the mix.
+
+    Raises:
+        DFlashError: a file is malformed or given twice, or the mix has not a share for each.
+    """
+    found = {file: load_prompts(file) for file in data.prompts}
+    if len(found) < len(data.prompts):
+        raise DFlashError("prompts names a file twice: leave one out")
+    if data.mix is None:
+        return found
+    if len(data.mix) != len(found) or min(data.mix) <= 0:
+        raise DFlashError(
+            f"mix is {','.join(f'{share:g}' for share in data.mix)} for {len(found)} files of "
+            "prompts: give each file a share above 0"
+        )
+    unit = min(len(one) / share for one, share in zip(found.values(), data.mix, strict=True))
+    return {
+        file: prompts[: round(unit * share)]
+        for (file, prompts), share in zip(found.items(), data.mix, strict=True)
+    }
 
 
 def _check_held_out(held_out: int, sequences: int, found: str) -> None:
@@ -108,8 +131,8 @@ def make_sequences(
             return (lambda done, of: status(what, done, of)) if status else None
 
         prompts: list[Prompt] = []
-        for file in data.prompts:
-            prompts += load_prompts(file)[rank::world]
+        for given in given_prompts(data).values():
+            prompts += given[rank::world]
         if data.self_prompts:
             prompts += write_prompts(
                 engine,
@@ -192,8 +215,17 @@ def train(
     device: str | None = None,
     status: Status | None = None,
     report: Report | None = None,
+    stop_at: int | None = None,
 ) -> tuple[Trainer, dict[str, Any]]:
     """Make data, train, and leave snapshots in ``output/work``.
+
+    Args:
+        target_directory: the target.
+        output: of the run.
+        config, data: settings.
+        device: the first GPU by default.
+        status: called with what is done, how much of it, and of how much.
+        report, stop_at: see ``Trainer.run``.
 
     Returns:
         The trainer, and facts for the model card.
@@ -220,19 +252,27 @@ def train(
             dist.barrier()
         features = CachedFeatures(work / "features", training, online.layer_ids)
     trainer = Trainer(target, config, training, held_out, features, online, work)
-    start = time.monotonic()
-    trainer.run(report)
+    trainer.run(report, stop_at)
+    sources = {file.name: len(prompts) for file, prompts in given_prompts(data).items()}
+    if data.self_prompts:
+        sources["written by the target"] = data.self_prompts
     facts = {
+        "target": target_directory.name,
+        "prompts": sources,
         "start_from": None if config.start_from is None else config.start_from.name,
         "processes": world,
         "device": torch.cuda.get_device_name() if target.device.type == "cuda" else "CPU",
         "sequences": len(training),
         "response_tokens": training.num_response_tokens,
         "seconds_data": round(seconds_data, 1),
-        "seconds_training": round(time.monotonic() - start, 1),
+        "seconds_training": round(trainer.seconds, 1),
         "steps": config.steps,
+        "optimizer": config.optimizer,
+        "learning_rate": config.learning_rate,
+        "weighting": config.weighting,
         "anchors": config.steps * config.batch_size * config.anchors * world,
         "held_out": trainer.history[-1] if trainer.history else {},
+        "history": trainer.history,
         "torch": torch.__version__,
     }
     return trainer, facts

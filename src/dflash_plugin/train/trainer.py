@@ -1,37 +1,37 @@
-"""The training loop: AdamW, cosine schedule, bf16, resumable, data-parallel under torchrun."""
+"""The training loop: bf16 on a GPU, resumable, data-parallel under torchrun."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from dflash_plugin.drafter.blockwise import block_starts, make_blocks
-from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.target_embedding import embedding_factor
-from dflash_plugin.errors import DFlashError, reason
+from dflash_plugin.errors import DFlashError
 from dflash_plugin.train.blocks import choose_anchors
 from dflash_plugin.train.config import TrainConfig
 from dflash_plugin.train.features import FeatureSource
 from dflash_plugin.train.losses import gamma_for
 from dflash_plugin.train.objective import Objective
+from dflash_plugin.train.optimizer import learning_rate, make_optimizers, set_rate
 from dflash_plugin.train.sequences import SequenceSet, batches, collate
 from dflash_plugin.train.setup import drafter_config, new_drafter
+from dflash_plugin.train.snapshot import load_snapshot, save_snapshot
 
-Report = Callable[[dict[str, float]], None]
+LOG = "log.jsonl"
+Record = dict[str, Any]
+Report = Callable[[Record], None]
 
 
 class _Pending(NamedTuple):
@@ -80,24 +80,22 @@ class Trainer:
         self.objective = Objective(
             self.drafter, config.weighting, gamma, config.dpace_alpha, config.selector_weight
         )
-        self.optimizer = torch.optim.AdamW(
-            _decay_groups(self.drafter, config.weight_decay),
-            lr=config.learning_rate,
-            betas=config.betas,
-            fused=self.device.type == "cuda",
-        )
+        self.optimizers = make_optimizers(self.drafter, config)
         self.step = 0
-        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.history: list[Record] = []
 
-    def run(self, report: Report | None = None) -> list[dict[str, float]]:
+    def run(self, report: Report | None = None, stop_at: int | None = None) -> list[Record]:
         """Train to the end, from the last snapshot if there is one.
 
         Args:
-            report: called after every step with step, loss, tau (of the training blocks) and
-                learning_rate, and after every evaluation with held_out_tau besides.
+            report: called after every step with step, loss, tau (of the training blocks),
+                learning_rate and seconds (of all starts of the run), and after every evaluation
+                with held_out_tau and held_out_acceptance besides.
+            stop_at: step after which the run leaves a snapshot and stops; the end when None.
 
         Returns:
-            One record per evaluation.
+            One record per evaluation. ``LOG`` in the directory holds the same, a line each.
         """
         self.resume()
         module = self._parallel()
@@ -109,15 +107,16 @@ class Trainer:
         )
         generator = torch.Generator(device=self.device)
         waiting: _Pending | None = None
-        start = time.monotonic()
+        start = time.monotonic() - self.seconds
+        end = self.config.steps if stop_at is None else min(stop_at, self.config.steps)
 
-        def tell(record: dict[str, float]) -> None:
+        def tell(record: Record) -> None:
             record.setdefault("seconds", time.monotonic() - start)
             if report is not None and self.rank == 0:
                 report(record)
 
         for batch in source:
-            if self.step >= self.config.steps:
+            if self.step >= end:
                 break
             generator.manual_seed(self._anchor_seed())
             pending = self._train_step(module, batch.to(self.device), generator)
@@ -130,17 +129,28 @@ class Trainer:
             waiting = pending
             last = self.step == self.config.steps
             evaluating = last or self.step % self.config.eval_every == 0
-            saving = last or self.step % self.config.save_every == 0
+            saving = self.step == end or self.step % self.config.save_every == 0
             if evaluating or saving:
                 record, waiting = self._read(pending), None
-                record["seconds"] = time.monotonic() - start
                 if evaluating:
-                    record["held_out_tau"] = self.evaluate()["tau"]
+                    found = self.evaluate()
+                    record["held_out_tau"] = found["tau"]
+                    record["held_out_acceptance"] = found["acceptance"]
+                self.seconds = record["seconds"] = time.monotonic() - start
+                if evaluating:
                     self.history.append(record)
+                    self._write_log()
                 if saving:
                     self.save()
                 tell(record)
         return self.history
+
+    def _write_log(self) -> None:
+        """Write the whole log, so that it holds no record of steps that a kill undid."""
+        if self.rank == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(record) + "\n" for record in self.history]
+            (self.directory / LOG).write_text("".join(lines))
 
     def _anchor_seed(self) -> int:
         return (self.config.seed * 1_000_003 + self.step) * self.world + self.rank
@@ -157,22 +167,23 @@ class Trainer:
         return nullcontext()
 
     def _train_step(self, module: nn.Module, batch: Any, generator: torch.Generator) -> _Pending:
-        rate = self._learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = learning_rate(self.config, self.step)
+        set_rate(self.optimizers, rate)
         anchors, valid = choose_anchors(batch, self.config.anchors, generator)
         blocks = make_blocks(batch.tokens, batch.lengths, anchors, valid, self.drafter.config)
         features = self.features(batch)
         with self._autocast():
             outcome = module(features, blocks)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         outcome.loss.backward()
         nn.utils.clip_grad_norm_(self.drafter.parameters(), self.config.clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         mean_run = (outcome.runs * valid).sum() / valid.sum()
         return _Pending(self.step + 1, rate, torch.stack([outcome.loss.detach(), mean_run + 1]))
 
-    def _read(self, pending: _Pending) -> dict[str, float]:
+    def _read(self, pending: _Pending) -> Record:
         """Wait for a step and turn it into a record."""
         loss, tau = pending.values.tolist()
         if not math.isfinite(loss):
@@ -182,14 +193,6 @@ class Trainer:
             )
         rate = pending.learning_rate
         return {"step": pending.step, "loss": loss, "tau": tau, "learning_rate": rate}
-
-    def _learning_rate(self) -> float:
-        config = self.config
-        warm = max(1, round(config.steps * config.warmup))
-        if self.step < warm:
-            return config.learning_rate * (self.step + 1) / warm
-        progress = (self.step - warm) / max(1, config.steps - warm)
-        return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
@@ -229,86 +232,24 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Write a snapshot from which a killed run goes on; rank 0 only."""
-        if self.rank != 0:
-            return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        tensors = {f"drafter.{k}": v for k, v in self.drafter.state_dict().items()}
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for index, parameter in enumerate(parameters):
-            for name, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{index}.{name}"] = value
-        temporary = self.directory / "snapshot.tmp"
-        meta = {"step": self.step, "history": self.history, **self._identity()}
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-            temporary,
-            metadata={"state": json.dumps(meta)},
-        )
-        os.replace(temporary, self.directory / "snapshot.safetensors")
+        """Write a snapshot from which a stopped run goes on; rank 0 only."""
+        if self.rank == 0:
+            state = {"step": self.step, "history": self.history, "seconds": self.seconds}
+            meta = {**state, **self._identity()}
+            save_snapshot(self.directory, self.drafter, self.optimizers, meta)
 
     def resume(self) -> bool:
         """Continue from the snapshot, if one of this run is there.
 
+        Order and anchors follow from seed and step, so weights, optimizer state and the number of
+        steps are all that a run consists of.
+
         Raises:
             DFlashError: the snapshot belongs to another configuration, data set or process count.
         """
-        path = self.directory / "snapshot.safetensors"
-        if not path.is_file():
+        meta = load_snapshot(self.directory, self.drafter, self.optimizers, self._identity())
+        if meta is None:
             return False
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = json.loads(file.metadata()["state"])
-            tensors = load_file(path)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise DFlashError(
-                f"{str(path)!r} is not a whole snapshot ({reason(error)}): remove it to train from "
-                "the start, or give another --output"
-            ) from error
-        differing = _differences(meta, self._identity())
-        if differing:
-            raise DFlashError(
-                f"{str(path)!r} was made with {differing}: give another --output, or remove the "
-                "snapshot to train from the start"
-            )
-        prefix = "drafter."
-        self.drafter.load_state_dict(
-            {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        )
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for index, parameter in enumerate(parameters):
-            state: dict[str, Tensor] = {}
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors[f"optimizer.{index}.{name}"]
-                on_device = name != "step" or self.device.type == "cuda"
-                state[name] = value.to(self.device) if on_device else value
-            self.optimizer.state[parameter] = state
-        self.step = cast(int, meta["step"])
-        self.history = meta["history"]
+        self.step, self.history = meta["step"], meta["history"]
+        self.seconds = meta.get("seconds", 0.0)
         return True
-
-
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """What a snapshot's run did otherwise, setting by setting; empty where nothing."""
-    before, now = found.get("config", {}), wanted["config"]
-    parts = [
-        f"{name} {before.get(name)!r} instead of {value!r}"
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-    if found.get("world") != wanted["world"]:
-        parts.append(f"{found.get('world')} processes instead of {wanted['world']}")
-    if found.get("data") != wanted["data"]:
-        parts.append("other sequences")
-    return ", ".join(parts)
-
-
-def _decay_groups(drafter: Drafter, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices, none on norms, biases, vectors and a convolution's channels."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for name, parameter in drafter.named_parameters():
-        is_matrix = parameter.dim() >= 2 and not name.endswith("base_kernel")
-        (matrices if is_matrix else vectors).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": weight_decay}]
-    return [*groups, {"params": vectors, "weight_decay": 0.0}]

@@ -1,0 +1,31 @@
+"""The benchmark of a training step, small, so that its command keeps running."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_step.py"
+
+
+def test_the_command_writes_times_of_every_part(tmp_path, monkeypatch):
+    output = tmp_path / "step.json"
+    options = "--batch 2 --anchors 8 --prompt 4 --response 24 --layers 1 --repeats 1 --block-size 4"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options.split(), "--output", str(output)])
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 64,
+    }
+    script = runpy.run_path(str(SCRIPT))
+    script["SIZES"].update(sizes)
+    script["main"]()
+    found = json.loads(output.read_text())
+    assert found["anchors"] == 16
+    assert found["step"] > 0
+    parts = {"features", "drafter alone, forward", "forward", "backward", "optimizer"}
+    assert set(found["milliseconds"]) == parts
