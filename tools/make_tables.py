@@ -539,7 +539,11 @@ REPLAYS = {
     "sglang-replay": lambda: serving("sglang-h200-qwen3-8b-replay"),
 }
 # Engines and runners in the order of the table of targets; every family has an entry for each.
-TARGET_COLUMNS = {"transformers": "Transformers"}
+TARGET_COLUMNS = {
+    "transformers": "Transformers",
+    "vllm_v1": "vLLM V1",
+    "vllm_v2": "vLLM V2",
+}
 
 
 def targets() -> str:
@@ -555,8 +559,8 @@ def targets() -> str:
         for row in record["families"]
     ]
     header = ["family", "model type", "what is special", *TARGET_COLUMNS.values()]
-    versions = "; ".join(record["versions"][column] for column in TARGET_COLUMNS)
-    return f"{table(header, rows)}\n\n{versions}. `python tools/targets.py`"
+    versions = dict.fromkeys(record["versions"][column] for column in TARGET_COLUMNS)
+    return f"{table(header, rows)}\n\n{'; '.join(versions)}."
 
 
 def refusals() -> str:

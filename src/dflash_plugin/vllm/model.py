@@ -65,6 +65,14 @@ class DraftAttention(Attention):
     # Set by ``DraftBlock``; layers of one group run alike, causal or not.
     joins_full_layers = False
 
+    def __init__(self, *args: Any, cache_config: Any, **kwargs: Any) -> None:
+        # A layer without a window would take the one that Mistral gives all of the target's layers.
+        of_target, cache_config.sliding_window = cache_config.sliding_window, None
+        try:
+            super().__init__(*args, cache_config=cache_config, **kwargs)
+        finally:
+            cache_config.sliding_window = of_target
+
     def get_kv_cache_spec(self, vllm_config: Any) -> Any:
         """The kind of cache of this layer."""
         window, joins = self.sliding_window, self.joins_full_layers

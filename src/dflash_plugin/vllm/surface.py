@@ -146,6 +146,8 @@ _CONFIG = (
     ),
     *_seams("vllm.config.cache", SERVE, "attribute", "an FP8 cache shifts drafts",
             "CacheConfig.cache_dtype"),
+    *_seams("vllm.config.cache", SERVE, "attribute", "a draft layer's window is its own",
+            "CacheConfig.sliding_window"),
     *_seams("vllm.config.device", SERVE, "attribute", "rotary tables are made there",
             "DeviceConfig.device"),
 )  # fmt: skip

@@ -1,0 +1,29 @@
+"""Some of the families of docs/targets.md, which has them all: what is recorded still holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.families import FAMILIES, Family
+from tests.on_vllm.target_families import COLUMN, outcome
+from tests.on_vllm.vllm_helpers import ON_V2
+
+RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "targets.json"
+# Recurrent states and experts, sinks, positions on several axes, one window for all; and a refusal.
+TESTED = ["Llama"] if ON_V2 else ["Qwen3.5-MoE", "gpt-oss", "Qwen3-VL", "Mistral", "Gemma 3"]
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, dict]:
+    """The recorded table, by family."""
+    return {row["family"]: row for row in json.loads(RECORD.read_text())["families"]}
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family.name in TESTED], ids=lambda one: one.name
+)
+def test_vllm_does_with_a_family_what_is_recorded(family: Family, recorded):
+    assert outcome(family) == recorded[family.name][COLUMN]
