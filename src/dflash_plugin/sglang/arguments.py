@@ -13,7 +13,7 @@ from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import staging
 from dflash_plugin.serving.sources import Source, config_of
-from dflash_plugin.sglang import compat, last_layer, surface
+from dflash_plugin.sglang import compat, last_layer, scale_out, surface
 from dflash_plugin.sglang.compat import argument, set_argument
 from dflash_plugin.sglang.names import ALGORITHM, ARCHITECTURE, ENGINE
 from dflash_plugin.sglang.options import DrafterSpec, read_options
@@ -102,18 +102,7 @@ def prepare(server_args: Any) -> None:
     set_argument(server_args, QUANTIZATION, None)
     if staging.is_staged(ENGINE, model):
         return
-    if compat.has_dp_attention(server_args):
-        raise DFlashError(
-            "--enable-dp-attention or --attn-dp-size is set, which dflash-plugin does not run "
-            "with: leave it out, or set DFLASH_PLUGIN=off to use SGLang's own DFlash"
-        )
-    mode = argument(server_args, "disaggregation_mode")
-    if mode not in (None, "null"):
-        raise DFlashError(
-            f"--disaggregation-mode is {mode!r}, and dflash-plugin does not send the drafter's "
-            "cache between servers: leave it out, or set DFLASH_PLUGIN=off to use SGLang's own "
-            "DFlash"
-        )
+    scale_out.check(server_args)
     options = read_options()
     target = target_config(server_args)
     requested = {name: argument(server_args, name) for name in BLOCK_ARGUMENTS}

@@ -33,6 +33,7 @@ from dflash_plugin.sglang.adaptive import (
     AdaptiveVerifier,
     CutPass,
     agree_across_ranks,
+    any_across_ranks,
     build_verifier,
 )
 from dflash_plugin.sglang.compat import argument, current
@@ -242,6 +243,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             device,
             attention,
             agree=agree_across_ranks(get_tp_group()),
+            on_any_rank=any_across_ranks(get_tp_group()),
             keeps_state=self._need_mamba_verify_commit,
         )
         features = set()
