@@ -68,6 +68,7 @@ class Schedulers:
         widths: list[int] | Literal["chosen"] | None = None,
         any_back_end: bool = False,
         steps: list[dict[str, Any]] | None = None,
+        adapters: list[Path | None] | None = None,
         **params: Any,
     ) -> dict[str, Any]:
         """Start a scheduler, run each prompt ``copies`` times and end it.
@@ -83,6 +84,7 @@ class Schedulers:
             any_back_end: run the target under the attention of the settings, though SGLang has it
                 for its architecture under others alone, none of which this machine may have.
             steps: changes of weights, see ``weight_steps``; the prompts run again after each.
+            adapters: directory of each copy's LoRA adapter, None for the target alone.
             params: of ``SamplingParams``.
 
         Returns:
@@ -92,13 +94,17 @@ class Schedulers:
             ranks' answers are "others". With ``steps``, "after" each of them what was "told", the
             texts and the blocks.
         """
+        paths = sorted({str(path) for path in adapters or [] if path is not None})
+        lora = {"lora_paths": paths, "lora_backend": "torch_native"} if paths else {}
         job = {
             "settings": {
                 **SETTINGS,
                 "model_path": str(target),
                 "speculative_draft_model_path": str(drafter),
+                **lora,
                 **(settings or {}),
             },
+            "adapters": [None if path is None else str(path) for path in adapters or []],
             "environment": {
                 **({"DFLASH_PLUGIN_ADAPTIVE_VERIFICATION": "1"} if widths else {}),
                 **(environment or {}),
@@ -133,6 +139,11 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         model_hook.attention_backends_of = lambda *_: ("triton", "triton")
     args = ServerArgs(**job["settings"])
     args.resolve_once()
+    if job["adapters"]:
+        import unpinned
+
+        args.check_server_args()
+        unpinned.turn_on()
     ports = PortArgs.init_new(args)
     publish(args, role="scheduler")
     others = [
@@ -191,6 +202,8 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
             requests = [
                 make_request(scheduler, prompt, **job["params"]) for _ in range(job["copies"])
             ]
+            for request, path in zip(requests, job["adapters"], strict=False):
+                adapt(request, path)
             blocks.append(run(scheduler, requests, whole=not job["widths"]))
             texts.append([list(request.output_ids_through_stop) for request in requests])
         return {"texts": texts, "blocks": blocks}
@@ -204,6 +217,15 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
     return {
         **first, "after": after, "counts": counts, "cut": cut, "learnt": learnt
     }  # fmt: skip
+
+
+def adapt(request: Any, path: str | None) -> None:
+    """Let a request use the adapter at ``path``, as a client's ``lora_path`` does."""
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    if path is not None:
+        request.lora_id = LoRARef.deterministic_id(path, path)
+        request.extra_key = request.lora_id
 
 
 def forked(work: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:

@@ -149,5 +149,7 @@ def test_two_ranks_verify_the_same_bit_by_bit(tmp_path):
     assert one["wanted"] != two["wanted"]
     assert one["counts"] == two["counts"]
     # Small batches are bypassed alike, and memory that one lacks turns it off on both.
-    assert one["started"] == two["started"] == [(2, True, False), (2, True, False), (2, False, True)]
+    assert (
+        one["started"] == two["started"] == [(2, True, False), (2, True, False), (2, False, True)]
+    )
     assert sum(n > 0 for name, n in one["counts"].items() if name.startswith("steps:")) > 2

@@ -175,8 +175,8 @@ class AdaptiveVerifier:
         free = free_memory(self.device)
         if self.is_optional and self.on_any_rank(free < MIN_FREE):
             logger.warning(
-                "adaptive verification is off: %.1f GiB of GPU memory are free here, and its graphs "
-                "need %.1f GiB on every rank: lower --mem-fraction-static",
+                "adaptive verification is off: %.1f GiB of GPU memory are free here, and its "
+                "graphs need %.1f GiB on every rank: lower --mem-fraction-static",
                 free / 2**30,
                 MIN_FREE / 2**30,
             )

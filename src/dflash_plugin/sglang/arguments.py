@@ -137,7 +137,7 @@ def prepare(server_args: Any) -> None:
     length = max(context, surface.max_positions(target))
     staged = staging.stage(
         ENGINE,
-        engine_config(spec, target, length),
+        engine_config(spec, target, length, argument(server_args, "tp_size")),
         whole_shards(spec.checkpoint),
     )
     set_argument(server_args, "speculative_draft_model_path", str(staged))
@@ -213,13 +213,14 @@ def check_layers(config: DrafterConfig, num_target_layers: int) -> None:
         )
 
 
-def engine_config(spec: DrafterSpec, target: Any, length: int) -> dict[str, Any]:
+def engine_config(spec: DrafterSpec, target: Any, length: int, ranks: int) -> dict[str, Any]:
     """config.json of the draft model, with what SGLang reads beside the shared keys.
 
     Args:
         spec: the drafter.
         target: the target's text configuration.
         length: positions that requests may reach.
+        ranks: the tensor-parallel degree.
     """
     mask_token_id, vocab_size = spec.config.mask_token_id, target.vocab_size
     staged = staging.engine_config(
@@ -232,5 +233,6 @@ def engine_config(spec: DrafterSpec, target: Any, length: int) -> dict[str, Any]
         max_window_layers=len(spec.config.layers),
         num_target_layers=target.num_hidden_layers,
     )
+    staged |= scale_out.heads_for_ranks(spec.config, ranks)
     staged["dflash_config"]["target_layer_ids"] = last_layer.captured_layers(spec.config, target)
     return staged

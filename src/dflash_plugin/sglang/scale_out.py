@@ -37,38 +37,38 @@ def check(server_args: Any) -> None:
             version of SGLang serves DFlash with it.
     """
     version = current()
-    stages = _value(server_args, "pp_size", 1)
+    stages = argument(server_args, "pp_size")
     if stages > 1:
         raise DFlashError(
-            f"--pp-size is {stages}, and DFlash in SGLang reads hidden states of the whole target in "
-            "one process, SGLang's own too: split the target with --tp-size instead"
+            f"--pp-size is {stages}, and DFlash in SGLang, its own too, needs the whole target in "
+            "one process group: split the target with --tp-size instead"
         )
     if has_dp_attention(server_args):
         raise DFlashError(
-            "--enable-dp-attention or --attn-dp-size is set, which dflash-plugin does not run with: "
+            "--enable-dp-attention or --attn-dp-size is set, and dflash-plugin does not run so: "
             + _fix(version.native_dp_attention, "0.5.23", "--dp-size alone replicates the server")
         )
-    mode = _value(server_args, "disaggregation_mode", "null")
+    mode = argument(server_args, "disaggregation_mode")
     if mode not in (None, "null"):
         raise DFlashError(
-            f"--disaggregation-mode is {mode!r}, and dflash-plugin does not send the drafter's cache "
-            f"between servers: {_fix(version.native_disaggregation, '0.5.18')}"
+            f"--disaggregation-mode is {mode!r}, and dflash-plugin does not send the drafter's "
+            f"cache between servers: {_fix(version.native_disaggregation, '0.5.18')}"
         )
     for name, plain, flag, why in PLAIN:
-        value = _value(server_args, name, plain)
+        value = argument(server_args, name)
         if value not in (None, plain):
             raise DFlashError(
-                f"{flag} is {value}, and {why}: {LEAVE_OUT}; DFLASH_PLUGIN=off leaves the drafter to "
-                "the engine"
+                f"{flag} is {value}, and {why}: {LEAVE_OUT}; DFLASH_PLUGIN=off leaves the drafter "
+                "to the engine"
             )
-    if _value(server_args, "enable_two_batch_overlap", False):
+    if argument(server_args, "enable_two_batch_overlap"):
         raise DFlashError(
             "--enable-two-batch-overlap is set, and SGLang does not split verify passes of DFlash, "
             f"its own neither: {LEAVE_OUT}"
         )
-    has_lora = _value(server_args, "enable_lora", None)
+    has_lora = argument(server_args, "enable_lora")
     if has_lora is None:
-        has_lora = bool(_value(server_args, "lora_paths", None))
+        has_lora = bool(argument(server_args, "lora_paths"))
     if has_lora and not version.lora:
         raise DFlashError(
             "--enable-lora or --lora-paths is set, and this SGLang takes no adapters under DFlash: "
@@ -86,9 +86,25 @@ def splits(config: DrafterConfig, ranks: int) -> bool:
     return by_heads and config.intermediate_size % ranks == 0
 
 
-def _value(server_args: Any, name: str, plain: Any) -> Any:
-    """An argument; ``plain`` in a version without it."""
-    return argument(server_args, name) if hasattr(server_args, name) else plain
+def why_whole(config: DrafterConfig, ranks: int) -> str:
+    """Why a drafter cannot be shared out over tensor-parallel ranks."""
+    return (
+        f"its {config.num_attention_heads} heads, {config.num_key_value_heads} key/value heads and "
+        f"intermediate size {config.intermediate_size} do not divide by {ranks} ranks"
+    )
+
+
+def heads_for_ranks(config: DrafterConfig, ranks: int) -> dict[str, int]:
+    """Heads of the staged draft model, of which SGLang counts those of one rank.
+
+    Where every rank holds the whole drafter, as many times its heads: its cache and attention on
+    one rank then have all of them.
+    """
+    copies = 1 if splits(config, ranks) else ranks
+    return {
+        "num_attention_heads": copies * config.num_attention_heads,
+        "num_key_value_heads": copies * config.num_key_value_heads,
+    }
 
 
 def _fix(is_native: bool, since: str, instead: str = "") -> str:
