@@ -144,6 +144,10 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
 
         args.check_server_args()
         unpinned.turn_on()
+    if args.quantization == "w8a8_int8":
+        import int8_products
+
+        int8_products.turn_on()
     ports = PortArgs.init_new(args)
     publish(args, role="scheduler")
     others = [
