@@ -451,32 +451,3 @@ def test_two_ranks_serve_with_as_many_drafts_as_pay(pair, tmp_path):
         assert sum(steps > 0 for steps in counted["adaptive"]["steps"].values()) > 2
         assert found["dflash:verify_passes_total"] == counted["verify_passes"]
     assert len({json.dumps(one["output_ids"]) for one in sampled}) > 8
-
-
-def test_two_replicas_serve_with_as_many_drafts_as_pay(pair, tmp_path):
-    """Data parallel: each replica has a scheduler, a drafter and a policy of its own."""
-    target, directory = pair
-    checkpoint = write_tiny(tmp_path / "drafter", **SIZES, target_hidden_size=64)
-    prompts = [*PROMPTS, [7, 8, 9], [60, 61, 62, 63, 64]]
-    flags = [
-        "--speculative-algorithm=DFLASH",
-        f"--speculative-draft-model-path={checkpoint}",
-        "--dp-size=2",
-        "--enable-metrics",
-    ]
-    environment = {
-        "DFLASH_PLUGIN_ADAPTIVE_VERIFICATION": "1",
-        "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
-    }
-    with serving(tmp_path / "log", directory, *flags, **environment) as server:
-        together = tokens(server.batch(prompts, max_new_tokens=60, ignore_eos=True))
-        assert together == [greedy_text(target, prompt, 60) for prompt in prompts]
-        states = server.client.get("/server_info").json()["internal_states"]
-        found = server.metrics()
-    passes = [state["dflash_plugin"]["verify_passes"] for state in states]
-    assert len(passes) == 2
-    assert min(passes) > 0
-    assert found["dflash:verify_passes_total"] == sum(passes)
-    for state in states:
-        steps = state["dflash_plugin"]["adaptive"]["steps"]
-        assert sum(number > 0 for number in steps.values()) > 1

@@ -6,7 +6,6 @@ The linears multiply on a GPU alone; here one is said to be there while they are
 from __future__ import annotations
 
 import logging
-import shutil
 from typing import Any
 
 import pytest
@@ -26,16 +25,10 @@ from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
 from dflash_plugin.serving.quantised_linears import quantised_linears
 from dflash_plugin.serving.weights import fill
 from dflash_plugin.sglang.layers import SglangLayers, quant_config
-from dflash_plugin.transformers.loading import load_drafter
-from tests.helpers.greedy import greedy_text
 from tests.helpers.http_server import free_port
-from tests.helpers.int8 import write_int8_target
 from tests.helpers.quantised import LAYOUTS, W8A8, Layout, quantise
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
 from tests.helpers.tiny import tiny_target, write_target, write_tiny
-from tests.on_sglang.checks import check_core
-
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40], [50, 51, 52, 53]]
 
 KEPT: dict[str, Layout] = {
     "W8A8": W8A8,
@@ -123,18 +116,3 @@ def test_fp8_rows_are_the_stored_ones(tmp_path):
         assert torch.equal(linear.weight.float(), values)
         assert torch.equal(linear.fp8_scales, torch.cat([part.scales for part in parts]))
     assert isinstance(drafter.context_weight, Fp8Rows)
-
-
-def test_a_quantised_target_leaves_the_drafter_as_it_is(pair, schedulers, tmp_path):
-    """Its int8 linears are SGLang's; one such in the drafter would find no scales."""
-    target, directory = pair
-    shutil.copytree(directory, tmp_path / "target")
-    rounded = write_int8_target(tmp_path / "target", target)
-    checkpoint = write_tiny(tmp_path / "drafter", **SIZES, target_hidden_size=64)
-    drafter = load_drafter(checkpoint, rounded)
-    made = schedulers.run(
-        tmp_path / "target", checkpoint, PROMPTS, settings={"quantization": "w8a8_int8"},
-        temperature=0.0, max_new_tokens=16, ignore_eos=True,
-    )  # fmt: skip
-    check_core(made, PROMPTS, rounded, drafter, 16)
-    assert greedy_text(rounded, PROMPTS[0], 16) != greedy_text(target, PROMPTS[0], 16)
