@@ -9,20 +9,12 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.sglang.compat import argument, current, has_dp_attention
 
 LEAVE_OUT = "leave it out"
-# Argument, the value that is plain, its flag, and why no other is taken.
-PLAIN = (
-    (
-        *("attn_cp_size", 1, "--attn-cp-size"),
-        "dflash-plugin injects whole prompts, of which each rank would have a part",
-    ),
-    (
-        *("dcp_size", 1, "--dcp-size"),
-        "the drafter's cache is not shared out over the ranks by position",
-    ),
-    (
-        *("enable_prefill_cp", False, "--enable-prefill-cp"),
-        "dflash-plugin injects whole prompts, of which each rank would have a part",
-    ),
+IN_PARTS = "dflash-plugin injects whole prompts, of which each rank would have a part"
+# Argument, its flag, the value that is plain, and why no other is taken.
+REQUIRED_ARGUMENTS = (
+    ("attn_cp_size", "--attn-cp-size", 1, IN_PARTS),
+    ("enable_prefill_cp", "--enable-prefill-cp", False, IN_PARTS),
+    ("dcp_size", "--dcp-size", 1, "the drafter's cache is whole on every rank"),
 )
 
 
@@ -40,8 +32,8 @@ def check(server_args: Any) -> None:
     stages = argument(server_args, "pp_size")
     if stages > 1:
         raise DFlashError(
-            f"--pp-size is {stages}, and DFlash in SGLang, its own too, needs the whole target in "
-            "one process group: split the target with --tp-size instead"
+            f"--pp-size is {stages}, and DFlash in SGLang, its own too, reads hidden states of the "
+            "whole target on each rank: split the target with --tp-size instead"
         )
     if has_dp_attention(server_args):
         raise DFlashError(
@@ -54,7 +46,7 @@ def check(server_args: Any) -> None:
             f"--disaggregation-mode is {mode!r}, and dflash-plugin does not send the drafter's "
             f"cache between servers: {_fix(version.native_disaggregation, '0.5.18')}"
         )
-    for name, plain, flag, why in PLAIN:
+    for name, flag, plain, why in REQUIRED_ARGUMENTS:
         value = argument(server_args, name)
         if value not in (None, plain):
             raise DFlashError(
