@@ -7,9 +7,9 @@ from typing import Any
 
 def turn_on() -> None:
     """Leave out what other ranks compute."""
-    from sglang.srt.layers.quantization import unquant
+    from sglang.srt.layers.moe import fused_moe_native
 
-    native = unquant.moe_forward_native
+    native = fused_moe_native.moe_forward_native
 
     def of_this_rank(layer: Any, x: Any, topk_output: Any, config: Any) -> Any:
         # SGLang marks the experts of other ranks with -1.
@@ -18,4 +18,4 @@ def turn_on() -> None:
         mine = topk_output._replace(topk_ids=ids.clamp(min=0), topk_weights=weights)
         return native(layer, x, mine, config)
 
-    unquant.moe_forward_native = of_this_rank
+    fused_moe_native.moe_forward_native = of_this_rank
