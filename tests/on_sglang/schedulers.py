@@ -169,10 +169,6 @@ def stand_in(args: Any) -> None:
         import int8_products
 
         int8_products.turn_on()
-    if args.ep_size > 1:
-        import expert_ranks
-
-        expert_ranks.turn_on()
 
 
 def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[str, Any]:

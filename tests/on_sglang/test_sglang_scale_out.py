@@ -15,7 +15,7 @@ from tests.helpers.adapters import write_adapter
 from tests.helpers.greedy import greedy_text
 from tests.helpers.int8 import write_int8_target
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
-from tests.helpers.tiny import tiny_target, write_target, write_tiny
+from tests.helpers.tiny import write_tiny
 from tests.on_sglang.checks import check_core
 from tests.on_sglang.sglang_server import serving, tokens
 
@@ -108,23 +108,6 @@ def test_a_prompt_comes_back_from_the_hosts_cache(pair, schedulers, tmp_path):
     again = made["blocks"][passes:]
     assert len(again) > 4
     assert again == made["blocks"][: len(again)]
-
-
-def test_ranks_that_share_out_the_experts(schedulers, tmp_path):
-    """Expert parallel: each rank has two of the target's four experts, and half of the drafter."""
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    target = tiny_target("qwen3_moe", **SIZES, **experts, norm_topk_prob=True)
-    directory = write_target(tmp_path / "target")
-    target.save_pretrained(directory)
-    checkpoint = write_tiny(tmp_path / "drafter", **SIZES, target_hidden_size=64)
-    made = schedulers.run(
-        directory, checkpoint, PROMPTS, settings={"tp_size": 2, "ep_size": 2},
-        environment={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"},
-        temperature=0.0, max_new_tokens=16, ignore_eos=True,
-    )  # fmt: skip
-    check_core(made, PROMPTS, target, load_drafter(checkpoint, target), 16)
-    (other,) = made["others"]
-    assert made["texts"] == other["texts"]
 
 
 @pytest.mark.parametrize("refusal", REFUSED)
