@@ -83,6 +83,10 @@ def truncated(directory):
 
 MALFORMED = {
     "config-missing": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+    "adapter": (
+        lambda d: (d / "config.json").rename(d / "adapter_config.json"),
+        "a LoRA adapter, and a drafter takes none, so merge it",
+    ),
     "config-not-json": (writer("config.json", b"{"), "config.json is not readable JSON"),
     "config-not-text": (writer("config.json", b"\xff\xfe"), "config.json is not readable JSON"),
     "config-a-list": (writer("config.json", b"[]"), "holds a list"),

@@ -68,6 +68,8 @@ class Schedulers:
         widths: list[int] | Literal["chosen"] | None = None,
         any_back_end: bool = False,
         steps: list[dict[str, Any]] | None = None,
+        adapters: list[Path | None] | None = None,
+        together: bool = False,
         **params: Any,
     ) -> dict[str, Any]:
         """Start a scheduler, run each prompt ``copies`` times and end it.
@@ -83,6 +85,9 @@ class Schedulers:
             any_back_end: run the target under the attention of the settings, though SGLang has it
                 for its architecture under others alone, none of which this machine may have.
             steps: changes of weights, see ``weight_steps``; the prompts run again after each.
+            together: hand all prompts over at once, one copy of each; "texts" and "blocks" are then
+                one list of all, and "from_host" the tokens of each that the host's cache had.
+            adapters: directory of each copy's LoRA adapter, None for the target alone.
             params: of ``SamplingParams``.
 
         Returns:
@@ -92,13 +97,17 @@ class Schedulers:
             ranks' answers are "others". With ``steps``, "after" each of them what was "told", the
             texts and the blocks.
         """
+        paths = sorted({str(path) for path in adapters or [] if path is not None})
+        lora = {"lora_paths": paths, "lora_backend": "torch_native"} if paths else {}
         job = {
             "settings": {
                 **SETTINGS,
                 "model_path": str(target),
                 "speculative_draft_model_path": str(drafter),
+                **lora,
                 **(settings or {}),
             },
+            "adapters": [None if path is None else str(path) for path in adapters or []],
             "environment": {
                 **({"DFLASH_PLUGIN_ADAPTIVE_VERIFICATION": "1"} if widths else {}),
                 **(environment or {}),
@@ -106,6 +115,7 @@ class Schedulers:
             "widths": widths,
             "any_back_end": any_back_end,
             "steps": steps or [],
+            "together": together,
             "prompts": prompts,
             "copies": copies,
             "params": params,
@@ -133,6 +143,7 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         model_hook.attention_backends_of = lambda *_: ("triton", "triton")
     args = ServerArgs(**job["settings"])
     args.resolve_once()
+    stand_in(args)
     ports = PortArgs.init_new(args)
     publish(args, role="scheduler")
     others = [
@@ -141,6 +152,23 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     ]
     answer = serve_rank(job, args, ports, 0)
     return {**answer, "others": [other() for other in others]}
+
+
+def stand_in(args: Any) -> None:
+    """Put torch in the place of what SGLang has for GPUs alone, where the settings need it."""
+    if args.lora_paths:
+        import unpinned
+
+        args.check_server_args()
+        unpinned.turn_on()
+    if args.enable_hierarchical_cache:
+        import host_copies
+
+        host_copies.turn_on()
+    if args.quantization == "w8a8_int8":
+        import int8_products
+
+        int8_products.turn_on()
 
 
 def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[str, Any]:
@@ -187,10 +215,20 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
 
     def answers() -> dict[str, Any]:
         texts, blocks = [], []
+        if job["together"]:
+            requests = [
+                make_request(scheduler, prompt, **job["params"]) for prompt in job["prompts"]
+            ]
+            blocks = run(scheduler, requests, whole=not job["widths"])
+            texts = [list(request.output_ids_through_stop) for request in requests]
+            from_host = [request.cached_tokens_host for request in requests]
+            return {"texts": texts, "blocks": blocks, "from_host": from_host}
         for prompt in job["prompts"]:
             requests = [
                 make_request(scheduler, prompt, **job["params"]) for _ in range(job["copies"])
             ]
+            for request, path in zip(requests, job["adapters"], strict=False):
+                adapt(request, path)
             blocks.append(run(scheduler, requests, whole=not job["widths"]))
             texts.append([list(request.output_ids_through_stop) for request in requests])
         return {"texts": texts, "blocks": blocks}
@@ -204,6 +242,15 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
     return {
         **first, "after": after, "counts": counts, "cut": cut, "learnt": learnt
     }  # fmt: skip
+
+
+def adapt(request: Any, path: str | None) -> None:
+    """Let a request use the adapter at ``path``, as a client's ``lora_path`` does."""
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    if path is not None:
+        request.lora_id = LoRARef.deterministic_id(path, path)
+        request.extra_key = request.lora_id
 
 
 def forked(work: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:

@@ -82,7 +82,10 @@ def command(target: Path, *flags: str, port: int = 0) -> list[str]:
 def serving(log: Path, target: Path, *flags: str, **environment: str) -> Iterator[Server]:
     """A server until the block is left."""
     port = free_port()
-    # By itself SGLang before 0.5.23 chooses one that may be taken before it listens.
-    serve = command(target, f"--nccl-port={free_port()}", *flags, port=port)
+    # By itself SGLang before 0.5.23 chooses one that may be taken before it listens. Data-parallel
+    # replicas would all take the same.
+    replicas = any(flag.startswith("--dp-size") for flag in flags)
+    ports = [] if replicas else [f"--nccl-port={free_port()}"]
+    serve = command(target, *ports, *flags, port=port)
     with started(Server, serve, port, log, {**ENVIRONMENT, **environment}) as server:
         yield server

@@ -385,6 +385,20 @@ def test_ranks_draft_what_one_does(pair, ranks, tmp_path):
     assert made["blocks"][0][0] == [expected.anchor, *expected.drafts]
 
 
+def test_ranks_that_hold_the_whole_drafter(pair, ranks, tmp_path):
+    """Its three heads do not divide by two ranks; its own head is shared out all the same."""
+    target, _ = pair
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "attention_sinks": True}
+    checkpoint = write_tiny(
+        tmp_path, **{**SIZES, "target_hidden_size": 64, **heads, "own_head": True}
+    )
+    made = ranks(checkpoint, temperature=0.0, max_new_tokens=16)
+    assert made["texts"] == [3 * [greedy_text(target, PROMPTS[0], 16)]]
+    expected = answer(load_drafter(checkpoint, target), target, PROMPTS[0])
+    assert min(expected.margins) > 1e-3
+    assert made["blocks"][0][0] == [expected.anchor, *expected.drafts]
+
+
 def test_ranks_draw_the_same(pair, ranks, tmp_path):
     target, _ = pair
     checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)

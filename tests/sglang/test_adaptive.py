@@ -265,6 +265,15 @@ def test_a_server_without_memory_for_more_graphs_verifies_whole_blocks(
     assert ("1.5 GiB of GPU memory are free" in caplog.text) is is_optional
 
 
+def test_memory_that_another_rank_lacks_leaves_all_blocks_whole():
+    verifier = verifier_with(is_optional=True)
+    verifier.on_any_rank = lambda here: True
+    verifier.attention = attention_of()
+    verifier.capture(Runner(), Runner())
+    assert verifier.graphs.runner is None
+    assert verifier.whole_blocks
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_pass_is_cut_and_whole_again_afterwards(fails):
     """Two rows each on average: the drafts that stand most probably, of whatever request."""
@@ -494,13 +503,7 @@ def info_of(**options: Any) -> Any:
 
 
 def runner_of(mrope: bool = False, size: int = SIZE, **changes: Any) -> SimpleNamespace:
-    sizes = {"tp_size": 2, "pp_size": 1, "dp_size": 1, "attn_cp_size": 1, "dcp_size": 1}
-    values = {
-        **sizes,
-        "enable_two_batch_overlap": False,
-        "enable_lora": False,
-        "disable_cuda_graph_padding": False,
-    }
+    values = {"enable_lora": False, "disable_cuda_graph_padding": False}
     return SimpleNamespace(
         server_args=SimpleNamespace(**{**values, **changes}),
         model_config=SimpleNamespace(model_is_mrope=mrope),
@@ -520,7 +523,9 @@ def test_widths_follow_the_options():
 
 
 def test_one_rank_asks_nobody():
-    assert adaptive.agree_across_ranks(SimpleNamespace(world_size=1)) is None
+    alone = SimpleNamespace(world_size=1)
+    assert adaptive.agree_across_ranks(alone) is None
+    assert [adaptive.any_across_ranks(alone)(here) for here in (False, True)] == [False, True]
 
 
 @pytest.mark.parametrize("changes", [{"enable_lora": True}, {"mrope": True}])
@@ -528,14 +533,6 @@ def test_targets_that_lay_out_rows_by_themselves_have_as_many_of_each_request(ch
     found = build_verifier(info_of(), runner_of(**changes), 16, CPU, None)
     assert found is not None
     assert not found.by_request
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("pp_size", 2), ("dcp_size", 2), ("enable_two_batch_overlap", True)]
-)
-def test_servers_whose_batches_are_split_up_are_refused(name, value):
-    with pytest.raises(DFlashError, match=f"{name} is {value}: set it to .*, or turn"):
-        build_verifier(info_of(), runner_of(**{name: value}), 16, CPU, None)
 
 
 def test_what_recurrent_layers_keep_is_not_cut():
@@ -550,10 +547,10 @@ def test_what_recurrent_layers_keep_is_not_cut():
         ({}, "cpu", False, "not measured on this device"),
         ({"mrope": True}, "cuda", False, "several position axes"),
         ({"enable_lora": True}, "cuda", False, "LoRA"),
-        ({"pp_size": 2}, "cuda", False, "pp_size is 2"),
         ({"disable_cuda_graph_padding": True}, "cuda", False, "disable_cuda_graph_padding is on"),
         ({}, "cuda", True, "keeps state"),
-        ({"agree": int}, "cuda", False, "several ranks"),
+        ({"agree": int}, "cuda", False, None),
+        ({"dp_size": 2}, "cuda", False, None),
     ],
 )
 def test_where_verification_adapts_unasked(monkeypatch, caplog, changes, device, keeps_state, why):

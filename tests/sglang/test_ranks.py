@@ -17,7 +17,12 @@ from dflash_plugin.serving.adaptive_setup import VerifyBudget
 from dflash_plugin.serving.draft_tokens import choice_of_ranks
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.sglang import adaptive
-from dflash_plugin.sglang.adaptive import AdaptiveVerifier, agree_across_ranks
+from dflash_plugin.sglang.adaptive import (
+    MIN_FREE,
+    AdaptiveVerifier,
+    agree_across_ranks,
+    any_across_ranks,
+)
 
 RANKS, STEPS, BATCH, BLOCK = 2, 240, 3, 5
 HIDDEN, VOCABULARY = 16, 50
@@ -89,8 +94,40 @@ def serve(rank: int, folder: Path) -> None:
         made["same"].append([part.clone() for part in same])
         made["alone"].append(best_logits_naive(seen @ weight.T, 1))
         made["whole"].append(best_logits_naive(hidden @ weight.T, 1))
-    torch.save({**made, "wanted": wanted, "counts": budget.policy.counts()}, folder / f"{rank}.pt")
+    started = [start(rank, short, group) for short in (0, 1, None)]
+    torch.save(
+        {**made, "wanted": wanted, "counts": budget.policy.counts(), "started": started},
+        folder / f"{rank}.pt",
+    )
     distributed.destroy_process_group()
+
+
+def start(rank: int, short: int | None, group: Any) -> tuple[int, bool, bool]:
+    """What one rank decides at start, unasked, where one of both is ``short`` of memory."""
+    # By this rank's clock alone batches of two, or of four, would be verified whole.
+    limit = (2, 4)[rank]
+    adaptive.graph_seconds = lambda graphs, device: {
+        size: 1.0 if size <= limit else 2.0 for size in (1, 2, 4, 8)
+    }
+    adaptive.free_memory = lambda device: MIN_FREE / 2 if rank == short else 2.0 * MIN_FREE
+    device = torch.device("cpu")
+    budget = VerifyBudget(Options(), BLOCK - 1, BATCH, device, agree=agree_across_ranks(group))
+    verifier = AdaptiveVerifier(
+        budget, BLOCK, BATCH, device, is_optional=True, on_any_rank=any_across_ranks(group)
+    )
+    captured: list[Any] = []
+
+    def capture(*asked: Any) -> list[int]:
+        captured.append(asked)
+        return []
+
+    verifier.graphs.capture = capture
+    runner: Any = SimpleNamespace(
+        attn_backend=None, decode_cuda_graph_runner=SimpleNamespace(capture_bs=[1, 2, 4, 8])
+    )
+    verifier.measure(runner)
+    verifier.capture(runner, runner)
+    return verifier.bypass, verifier.whole_blocks, bool(captured)
 
 
 def test_two_ranks_verify_the_same_bit_by_bit(tmp_path):
@@ -111,4 +148,8 @@ def test_two_ranks_verify_the_same_bit_by_bit(tmp_path):
     assert len(one["wanted"]) == len(two["wanted"])
     assert one["wanted"] != two["wanted"]
     assert one["counts"] == two["counts"]
+    # Small batches are bypassed alike, and memory that one lacks turns it off on both.
+    assert (
+        one["started"] == two["started"] == [(2, True, False), (2, True, False), (2, False, True)]
+    )
     assert sum(n > 0 for name, n in one["counts"].items() if name.startswith("steps:")) > 2

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dflash_plugin.errors import DFlashError, reason
 
+# Of PEFT.
+ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 STORE_PLAIN = "store it as float32, bfloat16 or float16"
 # What safetensors calls the dtypes of torch.
@@ -57,6 +59,11 @@ def read_json(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
         raw = json.loads(text, object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
+        if path.with_name(ADAPTER).exists():
+            raise DFlashError(
+                f"{ADAPTER} is there but {path.name} is missing: this is a LoRA adapter, and a "
+                "drafter takes none, so merge it into the drafter's weights"
+            ) from None
         raise DFlashError(f"{path.name} is missing: give a checkpoint that has it") from None
     except DFlashError as error:
         raise DFlashError(f"{path.name}: {error}") from None

@@ -66,11 +66,11 @@ class EngineClasses(NamedTuple):
         head: ``ParallelLMHead``.
     """
 
-    qkv: type[Any]
-    column: type[Any]
-    row: type[Any]
-    replicated: type[Any]
-    head: type[Any]
+    qkv: Callable[..., Any]
+    column: Callable[..., Any]
+    row: Callable[..., Any]
+    replicated: Callable[..., Any]
+    head: Callable[..., Any]
 
 
 class EngineLayers(LayerFactory):

@@ -30,14 +30,6 @@ from dflash_plugin.sglang.options import DrafterSpec
 from dflash_plugin.sglang.protocols import ModelRunnerLike, ScheduleBatchLike
 from dflash_plugin.sglang.verify_graphs import VerifyGraphs, free_memory, graph_seconds
 
-# Other values run parts of a batch in other processes than its rest, or add rows to it.
-REQUIRED_ARGUMENTS = (
-    ("pp_size", 1),
-    ("dp_size", 1),
-    ("attn_cp_size", 1),
-    ("dcp_size", 1),
-    ("enable_two_batch_overlap", False),
-)
 # Bytes of GPU memory that have to be free where verification adapts unasked; its graphs take half.
 MIN_FREE = 2 << 30
 
@@ -72,6 +64,7 @@ class AdaptiveVerifier:
         device: of the target.
         by_request: requests may have different numbers of rows.
         is_optional: the options leave it open whether passes are cut.
+        on_any_rank: whether something holds on one of the ranks of a step at least.
 
     Attributes:
         verify_len: rows of a request, on average, in the pass that runs.
@@ -94,10 +87,12 @@ class AdaptiveVerifier:
         *,
         by_request: bool = True,
         is_optional: bool = False,
+        on_any_rank: Callable[[bool], bool] = bool,
     ) -> None:
         self.budget, self.policy, self.selection = budget, budget.policy, budget.selection
         self.block, self.device = block, device
         self.by_request, self.is_optional = by_request, is_optional
+        self.on_any_rank = on_any_rank
         self.verify_len, self.whole_blocks, self.bypass = block, False, 0
         self.num_rows: int | None = None
         self.graphs = VerifyGraphs(block, size, device)
@@ -178,14 +173,12 @@ class AdaptiveVerifier:
         if whole is None or self.whole_blocks:
             return
         free = free_memory(self.device)
-        short = self.is_optional and free < MIN_FREE
-        if self.policy.agree is not None:
-            short = bool(self.policy.agree(short))
-        if short:
+        if self.is_optional and self.on_any_rank(free < MIN_FREE):
             logger.warning(
-                "adaptive verification is off: %.1f GiB of GPU memory are free for its graphs: "
-                "lower --mem-fraction-static",
+                "adaptive verification is off: %.1f GiB of GPU memory are free here, and its "
+                "graphs need %.1f GiB on every rank: lower --mem-fraction-static",
                 free / 2**30,
+                MIN_FREE / 2**30,
             )
             self.whole_blocks = True
             return
@@ -332,6 +325,23 @@ def agree_across_ranks(group: Any) -> Callable[[int], int] | None:
     return agree
 
 
+def any_across_ranks(group: Any) -> Callable[[bool], bool]:
+    """Whether something holds on one of the tensor-parallel ranks at least.
+
+    Args:
+        group: SGLang's ``GroupCoordinator`` of the ranks.
+    """
+    if group.world_size == 1:
+        return bool
+
+    def holds(here: bool) -> bool:
+        found = torch.tensor([int(here)], device="cpu")
+        dist.all_reduce(found, dist.ReduceOp.MAX, group.cpu_group)
+        return bool(found)
+
+    return holds
+
+
 def build_verifier(
     info: DrafterSpec,
     runner: ModelRunnerLike,
@@ -340,6 +350,7 @@ def build_verifier(
     attention: block_attention.BlockAttention | None,
     *,
     agree: Callable[[int], int] | None = None,
+    on_any_rank: Callable[[bool], bool] = bool,
     keeps_state: bool = False,
 ) -> AdaptiveVerifier | None:
     """The verifier that the options ask for, or None where every pass verifies whole blocks.
@@ -354,6 +365,7 @@ def build_verifier(
         device: of the target.
         attention: which attention the target's passes use, None where that is its back end's own.
         agree: ``agree_across_ranks`` of the ranks.
+        on_any_rank: ``any_across_ranks`` of the ranks.
         keeps_state: the target keeps state that a shorter pass would leave behind.
 
     Raises:
@@ -373,8 +385,6 @@ def build_verifier(
             "a target with LoRA or several position axes takes whole blocks only: serve it without"
         )
     if is_optional:
-        if agree is not None:
-            obstacle = obstacle or "it was not measured on several ranks"
         if device.type != "cuda" and attention is None:
             obstacle = obstacle or "it was not measured on this device"
         if obstacle is not None:
@@ -386,7 +396,13 @@ def build_verifier(
         )
     budget = VerifyBudget(options, block - 1, size, device, agree=agree)
     verifier = AdaptiveVerifier(
-        budget, block, size, device, by_request=not same_rows, is_optional=is_optional
+        budget,
+        block,
+        size,
+        device,
+        by_request=not same_rows,
+        is_optional=is_optional,
+        on_any_rank=on_any_rank,
     )
     verifier.attention = attention
     return verifier
@@ -394,10 +410,6 @@ def build_verifier(
 
 def _obstacle(server_args: Any, keeps_state: bool) -> str | None:
     """What keeps passes from being cut, and what to do about it."""
-    for name, needed in REQUIRED_ARGUMENTS:
-        given = argument(server_args, name)
-        if given not in (None, needed):
-            return f"{name} is {given!r}: set it to {needed!r}"
     if argument(server_args, "disable_cuda_graph_padding"):
         return "disable_cuda_graph_padding is on: leave it out"
     if keeps_state:

@@ -13,7 +13,7 @@ from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import staging
 from dflash_plugin.serving.sources import Source, config_of
-from dflash_plugin.sglang import compat, last_layer, surface
+from dflash_plugin.sglang import compat, last_layer, scale_out, surface
 from dflash_plugin.sglang.compat import argument, set_argument
 from dflash_plugin.sglang.names import ALGORITHM, ARCHITECTURE, ENGINE
 from dflash_plugin.sglang.options import DrafterSpec, read_options
@@ -102,18 +102,7 @@ def prepare(server_args: Any) -> None:
     set_argument(server_args, QUANTIZATION, None)
     if staging.is_staged(ENGINE, model):
         return
-    if compat.has_dp_attention(server_args):
-        raise DFlashError(
-            "--enable-dp-attention or --attn-dp-size is set, which dflash-plugin does not run "
-            "with: leave it out, or set DFLASH_PLUGIN=off to use SGLang's own DFlash"
-        )
-    mode = argument(server_args, "disaggregation_mode")
-    if mode not in (None, "null"):
-        raise DFlashError(
-            f"--disaggregation-mode is {mode!r}, and dflash-plugin does not send the drafter's "
-            "cache between servers: leave it out, or set DFLASH_PLUGIN=off to use SGLang's own "
-            "DFlash"
-        )
+    scale_out.check(server_args)
     options = read_options()
     target = target_config(server_args)
     requested = {name: argument(server_args, name) for name in BLOCK_ARGUMENTS}
@@ -148,7 +137,7 @@ def prepare(server_args: Any) -> None:
     length = max(context, surface.max_positions(target))
     staged = staging.stage(
         ENGINE,
-        engine_config(spec, target, length),
+        engine_config(spec, target, length, argument(server_args, "tp_size")),
         whole_shards(spec.checkpoint),
     )
     set_argument(server_args, "speculative_draft_model_path", str(staged))
@@ -224,13 +213,14 @@ def check_layers(config: DrafterConfig, num_target_layers: int) -> None:
         )
 
 
-def engine_config(spec: DrafterSpec, target: Any, length: int) -> dict[str, Any]:
+def engine_config(spec: DrafterSpec, target: Any, length: int, ranks: int) -> dict[str, Any]:
     """config.json of the draft model, with what SGLang reads beside the shared keys.
 
     Args:
         spec: the drafter.
         target: the target's text configuration.
         length: positions that requests may reach.
+        ranks: the tensor-parallel degree.
     """
     mask_token_id, vocab_size = spec.config.mask_token_id, target.vocab_size
     staged = staging.engine_config(
@@ -243,5 +233,6 @@ def engine_config(spec: DrafterSpec, target: Any, length: int) -> dict[str, Any]
         max_window_layers=len(spec.config.layers),
         num_target_layers=target.num_hidden_layers,
     )
+    staged |= scale_out.heads_for_ranks(spec.config, ranks)
     staged["dflash_config"]["target_layer_ids"] = last_layer.captured_layers(spec.config, target)
     return staged

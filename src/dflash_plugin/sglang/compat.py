@@ -27,6 +27,9 @@ class Version:
             (``kv_loc_plan``).
         has_sampling_masks: requests can ask for the tokens that sampling left over.
         defers_gather: the target's verify passes leave logits on the ranks that made them.
+        lora: SGLang serves adapters of the target under DFLASH.
+        native_dp_attention: SGLang's own DFLASH runs with data-parallel attention.
+        native_disaggregation: SGLang's own DFLASH runs with prefill-decode disaggregation.
     """
 
     declares_arguments: bool = False
@@ -36,6 +39,9 @@ class Version:
     plans_kv_writes: bool = False
     has_sampling_masks: bool = False
     defers_gather: bool = False
+    lora: bool = False
+    native_dp_attention: bool = False
+    native_disaggregation: bool = False
 
     def supports_ragged_verify(self, backend: Any) -> bool:
         """Whether a back end's own attention takes requests with different numbers of rows."""
@@ -47,13 +53,13 @@ class Version:
 
 
 _0_5_17 = Version()
-_0_5_18 = replace(_0_5_17, log_probabilities=True)
-_0_5_19 = replace(_0_5_18, declares_arguments=True, has_kv_index_translator=True)
+_0_5_18 = replace(_0_5_17, log_probabilities=True, native_disaggregation=True)
+_0_5_19 = replace(_0_5_18, declares_arguments=True, has_kv_index_translator=True, lora=True)
 _0_5_20 = replace(_0_5_19, has_sampling_masks=True)
 _0_5_22 = replace(
     _0_5_20, draft_backend="resolve_draft_worker_attention_backend", plans_kv_writes=True
 )
-_0_5_23 = replace(_0_5_22, defers_gather=True)
+_0_5_23 = replace(_0_5_22, defers_gather=True, native_dp_attention=True)
 SUPPORTED: dict[str, Version] = {
     "0.5.17": _0_5_17,
     "0.5.18": _0_5_18,

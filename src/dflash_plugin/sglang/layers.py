@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +61,12 @@ class ReplicatedLayer(ReplicatedLinear):
 
 
 CLASSES = EngineClasses(ShardedQKV, ShardedColumn, ShardedRow, ReplicatedLayer, ParallelLMHead)
+# Whole on every rank; the head stays shared out, as every rank has the same rows for it.
+WHOLE = CLASSES._replace(
+    qkv=partial(ShardedQKV, tp_rank=0, tp_size=1),
+    column=partial(ShardedColumn, tp_rank=0, tp_size=1),
+    row=partial(ShardedRow, tp_rank=0, tp_size=1),
+)
 
 
 class SglangLayers(EngineLayers):
@@ -68,11 +75,18 @@ class SglangLayers(EngineLayers):
     Args:
         quant_config: the draft model's, or None.
         quantised: the linears that stay as a quantised checkpoint stores them, or None.
+        whole: every rank holds all of the drafter.
     """
 
-    def __init__(self, quant_config: Any, quantised: QuantisedLinears | None = None) -> None:
-        shards = get_tensor_model_parallel_world_size()
-        super().__init__(CLASSES, shards, quantised, quant_config=quant_config)
+    def __init__(
+        self,
+        quant_config: Any,
+        quantised: QuantisedLinears | None = None,
+        *,
+        whole: bool = False,
+    ) -> None:
+        shards = 1 if whole else get_tensor_model_parallel_world_size()
+        super().__init__(WHOLE if whole else CLASSES, shards, quantised, quant_config=quant_config)
 
 
 def quant_config(method: str, section: dict[str, Any]) -> Any:

@@ -43,6 +43,7 @@ class AcceptanceCounts:
         model_name: label of the metrics, or None where SGLang exports none.
         verifier: whose policy's counts are exported too, or None.
         pool_bytes: GPU memory of the drafter's keys and values.
+        verify_state_bytes: GPU memory of a recurrent target's state for verify passes.
         facts: how the worker runs both models, by ``WORKER_FACTS``.
     """
 
@@ -53,9 +54,11 @@ class AcceptanceCounts:
         model_name: str | None,
         verifier: AdaptiveVerifier | None = None,
         pool_bytes: int = 0,
+        verify_state_bytes: int = 0,
         facts: Mapping[str, str] | None = None,
     ) -> None:
         self.info, self.verifier, self.pool_bytes = info, verifier, pool_bytes
+        self.verify_state_bytes = verify_state_bytes
         self.facts = facts or {}
         self.watch = AcceptanceWatch(info)
         # Index n counts the passes that accepted exactly n drafts: all of them, and those of whole
@@ -131,6 +134,7 @@ class AcceptanceCounts:
             "accept_by_position": by_position,
             "acceptance_warnings": self.watch.warnings,
             "draft_pool_bytes": self.pool_bytes,
+            "verify_state_bytes": self.verify_state_bytes,
             **self.facts,
         }
         if self.verifier is not None:
@@ -147,12 +151,14 @@ class Counted:
             warm yet.
         verifier: chooses which rows are verified, or None where every pass verifies whole blocks.
         pool_bytes: GPU memory of the drafter's keys and values.
+        verify_state_bytes: GPU memory of a recurrent target's state for verify passes.
     """
 
     info: DrafterSpec
     acceptance: AcceptanceCounts | None = None
     verifier: AdaptiveVerifier | None = None
     pool_bytes: int = 0
+    verify_state_bytes: int = 0
 
     @property
     def facts(self) -> dict[str, str]:
@@ -198,6 +204,7 @@ def start(worker: Counted, server_args: Any) -> None:
         name if exported else None,
         worker.verifier,
         worker.pool_bytes,
+        worker.verify_state_bytes,
         worker.facts,
     )
 

@@ -28,7 +28,6 @@ from dflash_plugin.drafter.config import DrafterConfig, LayerAttention
 from dflash_plugin.drafter.interfaces import Attend
 from dflash_plugin.drafter.layers import DraftLayer
 from dflash_plugin.drafter.model import Drafter
-from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.best_logits import best_logits
 from dflash_plugin.kernels.fp8_rows import Fp8Rows, RoundedRows, fits
 from dflash_plugin.kernels.inject_kv import KVPools, inject_kv
@@ -46,6 +45,7 @@ from dflash_plugin.sglang.block_attention import is_plain
 from dflash_plugin.sglang.last_layer import add_last_layer
 from dflash_plugin.sglang.layers import SglangLayers, ShardedQKV
 from dflash_plugin.sglang.options import DrafterSpec
+from dflash_plugin.sglang.scale_out import splits, why_whole
 
 
 class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
@@ -57,9 +57,6 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         config: the configuration that the plugin staged.
         quant_config: the draft model's, or None.
         prefix: unused, the drafter's modules have their own names.
-
-    Raises:
-        DFlashError: the heads cannot be shared out over the tensor-parallel ranks.
     """
 
     plain_linear = UnquantizedLinearMethod
@@ -80,8 +77,13 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
             self.logger,
             sglang_layers.quantisation_obstacle(device),
         )
-        layers = SglangLayers(quant_config, self.quantised)
-        _check_shards(drafter_config, layers.shards)
+        ranks = get_tensor_model_parallel_world_size()
+        whole = not splits(drafter_config, ranks)
+        if whole:
+            self.logger.info(
+                "every rank holds the whole drafter: %s", why_whole(drafter_config, ranks)
+            )
+        layers = SglangLayers(quant_config, self.quantised, whole=whole)
         self.drafter = Drafter(drafter_config, layers)
         self.drafter.requires_grad_(False)
         self.drafter.rotary.to(device)
@@ -107,9 +109,8 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         self.lilicorr = None
         self.is_nemotron_35_draft = False
         self._fused = kernels.available(device) and drafter_config.latent_attention is None
-        is_whole = get_tensor_model_parallel_world_size() == 1
-        self.gather = None if is_whole else partial(tensor_model_parallel_all_gather, dim=-1)
-        self.rank = get_tensor_model_parallel_rank()
+        self.gather = None if ranks == 1 else partial(tensor_model_parallel_all_gather, dim=-1)
+        self.rank = 0 if whole else get_tensor_model_parallel_rank()
         self._key_weights: Tensor | None = None
         self._pools: Any = None
 
@@ -367,14 +368,3 @@ def _window(layer: LayerAttention, config: DrafterConfig) -> int:
     if layer.sliding_window is None:
         return -1
     return layer.sliding_window - (config.window_from == "query")
-
-
-def _check_shards(config: DrafterConfig, shards: int) -> None:
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    heads_divide = heads % shards == 0 and (kv_heads % shards == 0 or shards % kv_heads == 0)
-    if not heads_divide or config.intermediate_size % shards:
-        raise DFlashError(
-            f"the drafter's {heads} heads, {kv_heads} key/value heads and intermediate size "
-            f"{config.intermediate_size} cannot be shared out over {shards} ranks: choose another "
-            "--tp-size"
-        )

@@ -42,6 +42,7 @@ ADAPTIVE_GRAPHS = "adaptive verification in CUDA graphs"
 LORA = "a target with LoRA"
 LAST_LAYER = "reading the target's last layer"
 WEIGHTS = "new weights"
+VERIFY_STATE = "state of a recurrent target"
 
 # What the scheduler does with a request for new weights.
 UPDATES = tuple(
@@ -715,6 +716,11 @@ _ATTRIBUTES = (
     *_rows(
         "mem_cache.memory_pool", "attribute", DRAFTING, "the largest batch",
         *_members("ReqToTokenPool", "size"),
+    ),
+    *_rows(
+        "mem_cache.memory_pool", "attribute", VERIFY_STATE, "the size of a verify pass's state",
+        "HybridReqToTokenPool.mamba_pool",
+        *_members("MambaPool", "mamba_cache", "SpeculativeState"),
     ),
     *_rows(
         "mem_cache.memory_pool", "attribute", DRAFTING, "whether a pool is plain",

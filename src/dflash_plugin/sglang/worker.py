@@ -33,6 +33,7 @@ from dflash_plugin.sglang.adaptive import (
     AdaptiveVerifier,
     CutPass,
     agree_across_ranks,
+    any_across_ranks,
     build_verifier,
 )
 from dflash_plugin.sglang.compat import argument, current
@@ -62,6 +63,7 @@ from dflash_plugin.sglang.surface import (
     TRITON,
     verify_features,
 )
+from dflash_plugin.sglang.verify_state import verify_state
 
 if TYPE_CHECKING:
     from dflash_plugin.drafter.selector import Proposal
@@ -233,6 +235,10 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         drafter = self.draft_model_runner
         self.pool_bytes = int(sum(drafter.token_to_kv_pool.get_kv_size_bytes()))
         logger.info("the drafter's KV pool takes %.2f GiB", self.pool_bytes / 2**30)
+        state = verify_state(target.req_to_token_pool)
+        if state is not None:
+            self.verify_state_bytes = state.total
+            logger.info("%s", state.describe())
         attention = block_attention.install(target, device)
         block_attention.install(drafter, device)
         self.verifier = build_verifier(
@@ -242,6 +248,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             device,
             attention,
             agree=agree_across_ranks(get_tp_group()),
+            on_any_rank=any_across_ranks(get_tp_group()),
             keeps_state=self._need_mamba_verify_commit,
         )
         features = set()
