@@ -85,6 +85,12 @@ _CONFIG = (
         "EngineArgs.load_format", "EngineArgs.hf_token",
     ),
     *_seams(
+        ARG_UTILS, ARGUMENTS, "attribute", "refuses what a drafter does not go along with",
+        "EngineArgs.pipeline_parallel_size", "EngineArgs.prefill_context_parallel_size",
+        "EngineArgs.decode_context_parallel_size", "EngineArgs.enable_dbo",
+        "EngineArgs.ubatch_size", "EngineArgs.tensor_parallel_size",
+    ),
+    *_seams(
         ARG_UTILS, ARGUMENTS, "patch", "the flag's number of drafts is that of a main model's too",
         "EngineArgs.create_engine_config",
     ),
@@ -124,6 +130,7 @@ _CONFIG = (
         "SpeculativeConfig.num_speculative_tokens", "SpeculativeConfig.draft_model_config",
         "SpeculativeConfig.draft_load_config", "SpeculativeConfig.draft_sample_method",
         "SpeculativeConfig.enable_adaptive_verification",
+        "SpeculativeConfig.draft_parallel_config",
     ),
     *_seams(
         "vllm.config.speculative", SERVE, "attribute", "keeps the last cached block of a prefix",
@@ -137,7 +144,7 @@ _CONFIG = (
         "VllmConfig.use_v2_model_runner",
     ),
     *_seams(
-        "vllm.config.parallel", SERVE, "attribute", "refuses what cannot be sharded",
+        "vllm.config.parallel", SERVE, "attribute", "ranks that share the models",
         "ParallelConfig.tensor_parallel_size", "ParallelConfig.data_parallel_size",
     ),
     *_seams(
@@ -183,11 +190,8 @@ _MODEL = (
             "get_draft_quant_config(vllm_config)", "maybe_prefix(prefix, name)"),
     *_seams(
         "vllm.distributed.parallel_state", SERVE, "call", "shards the drafter",
-        "get_pp_group()", "get_tensor_model_parallel_rank()",
-        "get_tensor_model_parallel_world_size()",
+        "get_tensor_model_parallel_rank()", "get_tensor_model_parallel_world_size()",
     ),
-    *_seams("vllm.distributed.parallel_state", SERVE, "attribute", "refuses pipeline stages",
-            "GroupCoordinator.world_size"),
     *_seams("vllm.distributed.communication_op", SERVE, "call", "joins the shards' best tokens",
             "tensor_model_parallel_all_gather(input_)"),
     *_seams("vllm.model_executor.layers.layernorm", SERVE, "call", "norms the last layer's output",
@@ -220,14 +224,16 @@ _MODEL = (
     *_seams(
         LINEAR, SERVE, "subclass", "keys and values alone",
         "QKVParallelLinear.__init__(hidden_size, head_size, total_num_heads, total_num_kv_heads, "
-        "*, bias, quant_config, prefix, return_bias, ...)",
+        "*, bias, quant_config, prefix, return_bias, disable_tp, ...)",
     ),
     *_seams(
         LINEAR, SERVE, "call", "the drafter's linears",
         "MergedColumnParallelLinear(input_size, output_sizes, *, bias, quant_config, prefix, "
-        "return_bias)",
-        "RowParallelLinear(input_size, output_size, *, bias, quant_config, prefix, return_bias)",
-        "ReplicatedLinear(input_size, output_size, *, bias, quant_config, prefix, return_bias)",
+        "return_bias, disable_tp)",
+        "RowParallelLinear(input_size, output_size, *, bias, quant_config, prefix, return_bias, "
+        "disable_tp)",
+        "ReplicatedLinear(input_size, output_size, *, bias, quant_config, prefix, return_bias, "
+        "disable_tp)",
         "UnquantizedLinearMethod.apply(layer, x, bias)",
     ),
     *_seams(
