@@ -83,6 +83,6 @@ def test_what_is_asked_for_stays_or_is_refused(asked):
         assert settings == {"draft_tensor_parallel_size": 1}
         return
     with pytest.raises(
-        DFlashError, match="size is 4, which does not divide .* 6 key/value heads: leave it out"
+        DFlashError, match=r"size is 4, which does not divide .* 6 key/value heads: leave it out"
     ):
         choose_draft_ranks(odd, 4, settings)

@@ -41,6 +41,11 @@ PATCHES = (
     (vllm.WORKER, "Worker.sample_tokens", "metrics:attach_counts"),
     (vllm.CACHE_UTILS, "get_kv_cache_groups", "cache_groups:keep_target_groups"),
     (vllm.CACHE_PLANNING, "get_kv_cache_groups", "cache_groups:keep_target_groups"),
+    (
+        vllm.NIXL_METADATA,
+        "_get_speculative_compatibility_factors",
+        "kv_transfer:compare_drafters",
+    ),
     (vllm.ENGINE_CORE, "update_kv_cache_capacity", "cache_capacity:report_capacity"),
     (vllm.SCHEDULER, "Scheduler.update_from_output", "metrics:send_counts"),
     (vllm.CORE_CLIENT, "EngineCoreOutputs", "metrics:carrying_counts"),

@@ -20,6 +20,8 @@ ARGUMENTS, SERVE, V1, V2 = "arguments", "serve", "v1 runner", "v2 runner"
 CPU, V1_ON_CPU = "cpu", "v1 runner on a cpu"
 ADAPTIVE, METRICS = "adaptive", "metrics"
 CACHE_GROUPS = "cache groups"
+# Not checked at start: without it vLLM compares paths, and says so where they differ.
+NIXL = "transfer over nixl"
 
 ARG_UTILS = "vllm.engine.arg_utils"
 REGISTRY = "vllm.model_executor.models.registry"
@@ -49,6 +51,7 @@ OUTPUT = "vllm.v1.core.sched.output"
 CACHE = "vllm.v1.kv_cache_interface"
 CACHE_UTILS = "vllm.v1.core.kv_cache_utils"
 CACHE_PLANNING = "vllm.v1.core.kv_cache_planning"
+NIXL_METADATA = "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata"
 
 
 def _seams(
@@ -150,6 +153,10 @@ _CONFIG = (
     *_seams(
         "vllm.config.compilation", SERVE, "attribute", "compiles where the target is compiled",
         "CompilationConfig.mode", "CompilationMode.NONE",
+    ),
+    *_seams(
+        NIXL_METADATA, NIXL, "patch", "compares drafters instead of where they are staged",
+        "_get_speculative_compatibility_factors(vllm_config)",
     ),
     *_seams("vllm.config.cache", SERVE, "attribute", "an FP8 cache shifts drafts",
             "CacheConfig.cache_dtype"),
