@@ -250,7 +250,7 @@ def write_adapter(directory: Path, target: Any) -> Path:
     return directory
 
 
-@pytest.mark.skipif(ON_V2, reason="the interpreter does not run vLLM's LoRA kernels")
+@pytest.mark.skipif(ON_V2, reason="too slow interpreted; test_vllm_lora runs there")
 @torch.inference_mode()
 def test_lora_on_the_target(smollm2, shipped, reference, tmp_path):
     """Requests with an adapter and without in one batch; the drafter has none."""

@@ -37,6 +37,8 @@ PATCHES = (
     (vllm.WORKER, "Worker.reload_weights", "new_weights:note_target_change"),
     (vllm.WORKER, "Worker.sleep", "new_weights:note_sleep"),
     (vllm.WORKER, "Worker.wake_up", "new_weights:restore_when_awake"),
+    (vllm.RUNNER, "GPUModelRunner.prepare_inputs", "lora:note_logit_rows"),
+    (vllm.LORA, "LoraState.make_lora_inputs", "lora:repeat_for_rows"),
     (vllm.RUNNER, "maybe_create_adaptive_verification_manager", "adaptive:create_manager"),
     (vllm.WORKER, "Worker.sample_tokens", "metrics:attach_counts"),
     (vllm.CACHE_UTILS, "get_kv_cache_groups", "cache_groups:keep_target_groups"),

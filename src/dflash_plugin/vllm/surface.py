@@ -29,6 +29,7 @@ LOADERS = "vllm.model_executor.model_loader"
 SPECULATOR = "vllm.v1.worker.gpu.spec_decode.dflash.speculator"
 PROPOSER = "vllm.v1.spec_decode.dflash"
 RUNNER = "vllm.v1.worker.gpu.model_runner"
+LORA = "vllm.v1.worker.gpu.lora_utils"
 MANAGER = "vllm.v1.worker.gpu.spec_decode.adaptive_verification"
 WORKER = "vllm.v1.worker.gpu_worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker"
@@ -340,6 +341,14 @@ _WORKER = (
             "Worker.model_runner", "Worker.vllm_config", "Worker.model_config"),
     *_seams("vllm.v1.worker.gpu_model_runner", V1, "attribute", "reads the drafts at start",
             "GPUModelRunner._draft_token_ids", "GPUModelRunner.kv_cache_config"),
+    *_seams(RUNNER, V2, "patch", "adapters of the target follow rows of logits",
+            "GPUModelRunner.prepare_inputs(...)"),
+    *_seams(RUNNER, V2, "attribute", "adapters of the target follow rows of logits",
+            "GPUModelRunner.lora_config", "GPUModelRunner.lora_state"),
+    *_seams(LORA, V2, "patch", "adapters of the target follow rows of logits",
+            "LoraState.make_lora_inputs(...)"),
+    *_seams("vllm.v1.worker.gpu.input_batch", V2, "attribute", "counts rows of logits",
+            "InputBatch.cu_num_logits_np"),
     *_seams(RUNNER, V2, "attribute", "reads the drafts at start",
             "GPUModelRunner.speculator", "GPUModelRunner.kv_cache_config"),
     *_seams(OUTPUT, SERVE, "call", "drafts the recorded prompts at start",
