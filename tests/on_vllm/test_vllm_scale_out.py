@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
+from dflash_plugin.checkpoints.reference_drafts import FILE_NAME, ReferenceDrafts, answer
 from dflash_plugin.prompts import encode, load_prompts
 from dflash_plugin.transformers.loading import load_drafter, load_target
 from tests.helpers.greedy import greedy_text
@@ -78,6 +79,8 @@ def test_two_engines_behind_one_server_answer_alike(pair, tmp_path):
     """Data parallel: the server shares out the requests."""
     target, directory = pair
     drafter = write_tiny(tmp_path / "drafter", **ENGINE_SIZES, target_hidden_size=64)
+    record = ReferenceDrafts(answers=[answer(load_drafter(drafter, target), target, PROMPTS[0])])
+    (drafter / FILE_NAME).write_text(record.model_dump_json())
     flags = ["--speculative-method=dflash", f"--speculative-model={drafter}"]
     with serving(tmp_path / "log", directory, *flags, "--data-parallel-size=2") as server:
 
@@ -90,6 +93,7 @@ def test_two_engines_behind_one_server_answer_alike(pair, tmp_path):
         metrics = server.client.get("/metrics").text.splitlines()
     expected = [greedy_text(target, prompt, LENGTH) for prompt in PROMPTS]
     assert texts == expected * 2
+    assert (tmp_path / "log").read_text().count("the drafter's 1 known answers agree") == 2
     counts = [line for line in metrics if line.startswith("vllm:spec_decode_num_drafts_total{")]
     assert len(counts) == 2
     assert all(float(line.rpartition(" ")[2]) > 0 for line in counts)

@@ -30,10 +30,9 @@ CLASSES = EngineClasses(
 
 
 class VllmLayers(EngineLayers):
-    """vLLM's parallel linears, quantized where the draft model is.
+    """vLLM's parallel linears, plain but where the drafter's own checkpoint is quantised.
 
     Args:
-        quant_config: the draft model's, or None.
         prefix: of the modules' names.
         first_layer: number of the drafter's first layer, behind the target's layers.
         shards: ranks that share the linears; 1 where each of several ranks has them whole. The
@@ -43,7 +42,6 @@ class VllmLayers(EngineLayers):
 
     def __init__(
         self,
-        quant_config: Any,
         prefix: str,
         first_layer: int,
         shards: int,
@@ -53,7 +51,7 @@ class VllmLayers(EngineLayers):
             CLASSES,
             shards,
             quantised,
-            quant_config=quant_config,
+            quant_config=None,
             return_bias=False,
             disable_tp=shards == 1,
         )

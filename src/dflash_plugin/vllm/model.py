@@ -23,7 +23,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
-from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
+from vllm.model_executor.models.utils import maybe_prefix
 from vllm.platforms import current_platform
 
 from dflash_plugin.drafter.config import LayerAttention
@@ -94,13 +94,7 @@ class DraftBlock(nn.Module):
         self.quantised = quantised_linears(
             spec, torch.get_default_dtype(), device, quant_config, logger
         )
-        layers = VllmLayers(
-            get_draft_quant_config(vllm_config),
-            prefix,
-            first,
-            draft_shards(vllm_config),
-            self.quantised,
-        )
+        layers = VllmLayers(prefix, first, draft_shards(vllm_config), self.quantised)
         self.drafter = Drafter(config, layers)
         self.drafter.rotary.to(device)
         self.drafter.requires_grad_(False)
@@ -118,7 +112,8 @@ class DraftBlock(nn.Module):
                 config.attention_scale,
                 num_kv_heads=attention.kv_heads,
                 cache_config=vllm_config.cache_config,
-                quant_config=layers.common["quant_config"],
+                # Not the target's: a drafter stays as its own checkpoint says.
+                quant_config=None,
                 per_layer_sliding_window=_window(config.layers[index], config.window_from),
                 prefix=layers.full_name(f"layers.{index}.self_attn.attn"),
                 **({} if attention.sinks is None else {"sinks": attention.sinks}),

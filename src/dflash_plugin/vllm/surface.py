@@ -194,8 +194,8 @@ _MODEL = (
     ),
     *_seams("vllm.compilation.decorators", SERVE, "call", "compiles the block's layers",
             "support_torch_compile(*, dynamic_arg_dims)"),
-    *_seams("vllm.model_executor.models.utils", SERVE, "call", "names and quantizes layers",
-            "get_draft_quant_config(vllm_config)", "maybe_prefix(prefix, name)"),
+    *_seams("vllm.model_executor.models.utils", SERVE, "call", "names layers",
+            "maybe_prefix(prefix, name)"),
     *_seams(
         "vllm.distributed.parallel_state", SERVE, "call", "shards the drafter",
         "get_tensor_model_parallel_rank()", "get_tensor_model_parallel_world_size()",
