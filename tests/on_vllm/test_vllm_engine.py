@@ -242,8 +242,8 @@ def write_adapter(directory: Path, target: Any) -> Path:
     for index, layer in enumerate(target.model.layers):
         name = f"base_model.model.model.layers.{index}.self_attn.q_proj"
         rows, columns = layer.self_attn.q_proj.weight.shape
-        tensors[f"{name}.lora_A.weight"] = 0.05 * torch.randn(4, columns)
-        tensors[f"{name}.lora_B.weight"] = 0.05 * torch.randn(rows, 4)
+        tensors[f"{name}.lora_A.weight"] = 0.1 * torch.randn(4, columns)
+        tensors[f"{name}.lora_B.weight"] = 0.1 * torch.randn(rows, 4)
     save_file(tensors, directory / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     (directory / "adapter_config.json").write_text(json.dumps({**config, "bias": "none"}))

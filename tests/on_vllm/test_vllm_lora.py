@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 
 from tests.helpers.greedy import greedy_text
 from tests.helpers.tiny import ENGINE_SIZES, write_tiny
-from tests.on_vllm.test_vllm_dialects import PROMPTS
+from tests.on_vllm.test_vllm_quantised import PROMPTS
 from tests.on_vllm.vllm_helpers import running
 
 RANK, ALPHA = 4, 8
