@@ -1,6 +1,5 @@
 """Adapters of the target beside drafts: which adapter each row of logits gets."""
 
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,19 +20,14 @@ class OfRequests:
 def test_each_row_of_logits_gets_its_requests_adapter(monkeypatch, ours, has_adapters):
     """Three, one and two rows; without this project's drafter or adapters all stays vLLM's."""
 
-    class Speculator:
-        pass
-
-    monkeypatch.setitem(
-        sys.modules, "dflash_plugin.vllm.speculator", SimpleNamespace(Speculator=Speculator)
-    )
+    monkeypatch.setattr(lora, "drafter_spec", lambda config: config)
     batch = SimpleNamespace(cu_num_logits_np=np.array([0, 3, 4, 6]))
     prepare = lora.note_logit_rows(lambda self, output: batch)
     make = lora.repeat_for_rows(OfRequests.make_lora_inputs)
     runner = SimpleNamespace(
         lora_config=object() if has_adapters else None,
         lora_state=OfRequests(),
-        speculator=Speculator() if ours else object(),
+        vllm_config=SimpleNamespace(speculative_config=object() if ours else None),
     )
     assert prepare(runner, None) is batch
     rows, tokens, active = make(runner.lora_state, [7, 0, 8], [3, 9, 2])
