@@ -49,6 +49,7 @@ KEYS = {
     "enable_adaptive_verification",
     "quantization",
     "disable_eagle_block_drop",
+    "draft_tensor_parallel_size",
 }
 
 
@@ -78,6 +79,12 @@ def engine_args(**values):
         "download_dir": None,
         "load_format": "auto",
         "hf_token": None,
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "enable_dbo": False,
+        "ubatch_size": 0,
     }
     return SimpleNamespace(**{**given, **values})
 
@@ -268,6 +275,13 @@ def test_steps_without_drafts_are_refused_beside_recurrent_layers(tmp_path, is_h
         return
     arguments.prepare(args, target)
     assert args.speculative_config["num_speculative_tokens_per_batch_size"] == table
+
+
+def test_what_spreads_a_server_is_checked_with_the_drafters_sizes(tmp_path):
+    args, _ = prepared(tmp_path, tensor_parallel_size=3)
+    assert args.speculative_config["draft_tensor_parallel_size"] == 1
+    with pytest.raises(DFlashError, match="pipeline_parallel_size is 2"):
+        prepared(tmp_path / "other", pipeline_parallel_size=2)
 
 
 def test_setting_given_twice_is_refused():

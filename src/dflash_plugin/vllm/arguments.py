@@ -28,6 +28,7 @@ from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.names import ARCHITECTURE, LOAD_FORMAT
 from dflash_plugin.vllm.options import drafter_spec, read_options, refuse_misplaced
 from dflash_plugin.vllm.protocols import Method
+from dflash_plugin.vllm.scale_out import choose_draft_ranks, refuse_unsupported
 from dflash_plugin.vllm.surface import verify_frontend
 
 logger = logging.getLogger("vllm.dflash_plugin")
@@ -148,6 +149,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     if staging.is_staged(ENGINE, model):
         return
     refuse_misplaced(settings)
+    refuse_unsupported(arguments)
     if target_model_config.is_hybrid:
         refuse_steps_without_drafts(settings.get(NUMBER_BY_BATCH) or ())
     options = read_options(arguments.additional_config)
@@ -184,6 +186,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
             spec.config.quantization,
             options.draft_weights,
         )
+    choose_draft_ranks(spec.config, arguments.tensor_parallel_size, settings)
     suggested = suggested_drafts(read_json(spec.checkpoint / CONFIG))
     settings[NUMBER] = number_of_drafts(spec.config, settings.get(NUMBER), suggested)
     if options.adaptive_verification:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -31,28 +30,30 @@ CLASSES = EngineClasses(
 
 
 class VllmLayers(EngineLayers):
-    """vLLM's parallel linears, quantized where the draft model is.
+    """vLLM's parallel linears, plain but where the drafter's own checkpoint is quantised.
 
     Args:
-        quant_config: the draft model's, or None.
         prefix: of the modules' names.
         first_layer: number of the drafter's first layer, behind the target's layers.
+        shards: ranks that share the linears; 1 where each of several ranks has them whole. The
+            head is always shared, as the target's is.
         quantised: the linears that stay as a quantised checkpoint stores them, or None.
     """
 
     def __init__(
         self,
-        quant_config: Any,
         prefix: str,
         first_layer: int,
+        shards: int,
         quantised: QuantisedLinears | None = None,
     ) -> None:
         super().__init__(
             CLASSES,
-            get_tensor_model_parallel_world_size(),
+            shards,
             quantised,
-            quant_config=quant_config,
+            quant_config=None,
             return_bias=False,
+            disable_tp=shards == 1,
         )
         self.prefix, self.first_layer = prefix, first_layer
 

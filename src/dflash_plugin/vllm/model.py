@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import CompilationMode
 from vllm.distributed import (
-    get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
@@ -24,13 +23,11 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.qwen3_dflash import DFlashQwen3ForCausalLM
-from vllm.model_executor.models.utils import get_draft_quant_config, maybe_prefix
+from vllm.model_executor.models.utils import maybe_prefix
 from vllm.platforms import current_platform
 
 from dflash_plugin.drafter.config import LayerAttention
 from dflash_plugin.drafter.model import Drafter
-from dflash_plugin.errors import DFlashError
-from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.serving.engine_drafter import EngineDrafterMixin
 from dflash_plugin.serving.fp8_weights import is_rounded, product
 from dflash_plugin.serving.new_weights import take_weights
@@ -38,6 +35,7 @@ from dflash_plugin.serving.quantised_linears import quantised_linears
 from dflash_plugin.serving.weights import check_features, draft_columns
 from dflash_plugin.vllm.layers import VllmLayers, quant_config
 from dflash_plugin.vllm.options import required_spec
+from dflash_plugin.vllm.scale_out import draft_shards
 from dflash_plugin.vllm.surface import final_norm, target_modules, verify_worker
 
 if TYPE_CHECKING:
@@ -104,7 +102,7 @@ class DraftBlock(nn.Module):
         self.quantised = quantised_linears(
             spec, torch.get_default_dtype(), device, quant_config, logger
         )
-        layers = VllmLayers(get_draft_quant_config(vllm_config), prefix, first, self.quantised)
+        layers = VllmLayers(prefix, first, draft_shards(vllm_config), self.quantised)
         self.drafter = Drafter(config, layers)
         self.drafter.rotary.to(device)
         self.drafter.requires_grad_(False)
@@ -122,7 +120,8 @@ class DraftBlock(nn.Module):
                 config.attention_scale,
                 num_kv_heads=attention.kv_heads,
                 cache_config=vllm_config.cache_config,
-                quant_config=layers.common["quant_config"],
+                # Not the target's: a drafter stays as its own checkpoint says.
+                quant_config=None,
                 per_layer_sliding_window=_window(config.layers[index], config.window_from),
                 prefix=layers.full_name(f"layers.{index}.self_attn.attn"),
                 **({} if attention.sinks is None else {"sinks": attention.sinks}),
@@ -164,7 +163,6 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         self.spec = required_spec(vllm_config)
         self.config = speculative.draft_model_config.hf_config
         verify_worker(vllm_config)
-        _check_parallel(vllm_config, self.spec)
         self.model = DraftBlock(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.drafter: Drafter = self.model.drafter
         self.quantised = self.model.quantised
@@ -185,7 +183,8 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         self._last_norm: tuple[nn.Module] | None = None
         is_whole = get_tensor_model_parallel_world_size() == 1
         self.gather = None if is_whole else tensor_model_parallel_all_gather
-        self.rank = get_tensor_model_parallel_rank()
+        # Of this rank's shard of the layers.
+        self.rank = get_tensor_model_parallel_rank() if draft_shards(vllm_config) > 1 else 0
         self._finish = self._finish_context
         if vllm_config.compilation_config.mode != CompilationMode.NONE:
             self._finish = torch.compile(
@@ -367,19 +366,3 @@ def _window(layer: LayerAttention, window_from: str) -> int | None:
     if layer.sliding_window is None:
         return None
     return layer.sliding_window + (window_from == "anchor")
-
-
-def _check_parallel(vllm_config: Any, spec: DrafterSpec) -> None:
-    config = spec.config
-    stages = get_pp_group().world_size
-    if stages > 1:
-        raise DFlashError(
-            f"pipeline_parallel_size is {stages}: the drafter needs the target's embedding "
-            "and all its features on one rank; use tensor parallelism"
-        )
-    shards = vllm_config.parallel_config.tensor_parallel_size
-    if config.num_attention_heads % shards:
-        raise DFlashError(
-            f"tensor_parallel_size is {shards}, which does not divide the drafter's "
-            f"{config.num_attention_heads} attention heads: choose one that does"
-        )

@@ -20,6 +20,8 @@ ARGUMENTS, SERVE, V1, V2 = "arguments", "serve", "v1 runner", "v2 runner"
 CPU, V1_ON_CPU = "cpu", "v1 runner on a cpu"
 ADAPTIVE, METRICS = "adaptive", "metrics"
 CACHE_GROUPS = "cache groups"
+# Not checked at start: without it vLLM compares paths, and says so where they differ.
+NIXL = "transfer over nixl"
 
 ARG_UTILS = "vllm.engine.arg_utils"
 REGISTRY = "vllm.model_executor.models.registry"
@@ -27,6 +29,7 @@ LOADERS = "vllm.model_executor.model_loader"
 SPECULATOR = "vllm.v1.worker.gpu.spec_decode.dflash.speculator"
 PROPOSER = "vllm.v1.spec_decode.dflash"
 RUNNER = "vllm.v1.worker.gpu.model_runner"
+LORA = "vllm.v1.worker.gpu.lora_utils"
 MANAGER = "vllm.v1.worker.gpu.spec_decode.adaptive_verification"
 WORKER = "vllm.v1.worker.gpu_worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker"
@@ -49,6 +52,7 @@ OUTPUT = "vllm.v1.core.sched.output"
 CACHE = "vllm.v1.kv_cache_interface"
 CACHE_UTILS = "vllm.v1.core.kv_cache_utils"
 CACHE_PLANNING = "vllm.v1.core.kv_cache_planning"
+NIXL_METADATA = "vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata"
 
 
 def _seams(
@@ -83,6 +87,12 @@ _CONFIG = (
         "EngineArgs.speculative_config", "EngineArgs.spec_method", "EngineArgs.spec_model",
         "EngineArgs.spec_tokens", "EngineArgs.additional_config", "EngineArgs.download_dir",
         "EngineArgs.load_format", "EngineArgs.hf_token",
+    ),
+    *_seams(
+        ARG_UTILS, ARGUMENTS, "attribute", "refuses what a drafter does not go along with",
+        "EngineArgs.pipeline_parallel_size", "EngineArgs.prefill_context_parallel_size",
+        "EngineArgs.decode_context_parallel_size", "EngineArgs.enable_dbo",
+        "EngineArgs.ubatch_size", "EngineArgs.tensor_parallel_size",
     ),
     *_seams(
         ARG_UTILS, ARGUMENTS, "patch", "the flag's number of drafts is that of a main model's too",
@@ -124,6 +134,7 @@ _CONFIG = (
         "SpeculativeConfig.num_speculative_tokens", "SpeculativeConfig.draft_model_config",
         "SpeculativeConfig.draft_load_config", "SpeculativeConfig.draft_sample_method",
         "SpeculativeConfig.enable_adaptive_verification",
+        "SpeculativeConfig.draft_parallel_config",
     ),
     *_seams(
         "vllm.config.speculative", SERVE, "attribute", "keeps the last cached block of a prefix",
@@ -137,12 +148,16 @@ _CONFIG = (
         "VllmConfig.use_v2_model_runner",
     ),
     *_seams(
-        "vllm.config.parallel", SERVE, "attribute", "refuses what cannot be sharded",
+        "vllm.config.parallel", SERVE, "attribute", "ranks that share the models",
         "ParallelConfig.tensor_parallel_size", "ParallelConfig.data_parallel_size",
     ),
     *_seams(
         "vllm.config.compilation", SERVE, "attribute", "compiles where the target is compiled",
         "CompilationConfig.mode", "CompilationMode.NONE",
+    ),
+    *_seams(
+        NIXL_METADATA, NIXL, "patch", "compares drafters instead of where they are staged",
+        "_get_speculative_compatibility_factors(vllm_config)",
     ),
     *_seams("vllm.config.cache", SERVE, "attribute", "an FP8 cache shifts drafts",
             "CacheConfig.cache_dtype"),
@@ -181,15 +196,12 @@ _MODEL = (
     ),
     *_seams("vllm.compilation.decorators", SERVE, "call", "compiles the block's layers",
             "support_torch_compile(*, dynamic_arg_dims)"),
-    *_seams("vllm.model_executor.models.utils", SERVE, "call", "names and quantizes layers",
-            "get_draft_quant_config(vllm_config)", "maybe_prefix(prefix, name)"),
+    *_seams("vllm.model_executor.models.utils", SERVE, "call", "names layers",
+            "maybe_prefix(prefix, name)"),
     *_seams(
         "vllm.distributed.parallel_state", SERVE, "call", "shards the drafter",
-        "get_pp_group()", "get_tensor_model_parallel_rank()",
-        "get_tensor_model_parallel_world_size()",
+        "get_tensor_model_parallel_rank()", "get_tensor_model_parallel_world_size()",
     ),
-    *_seams("vllm.distributed.parallel_state", SERVE, "attribute", "refuses pipeline stages",
-            "GroupCoordinator.world_size"),
     *_seams("vllm.distributed.communication_op", SERVE, "call", "joins the shards' best tokens",
             "tensor_model_parallel_all_gather(input_)"),
     *_seams("vllm.model_executor.layers.layernorm", SERVE, "call", "norms the last layer's output",
@@ -222,14 +234,16 @@ _MODEL = (
     *_seams(
         LINEAR, SERVE, "subclass", "keys and values alone",
         "QKVParallelLinear.__init__(hidden_size, head_size, total_num_heads, total_num_kv_heads, "
-        "*, bias, quant_config, prefix, return_bias, ...)",
+        "*, bias, quant_config, prefix, return_bias, disable_tp, ...)",
     ),
     *_seams(
         LINEAR, SERVE, "call", "the drafter's linears",
         "MergedColumnParallelLinear(input_size, output_sizes, *, bias, quant_config, prefix, "
-        "return_bias)",
-        "RowParallelLinear(input_size, output_size, *, bias, quant_config, prefix, return_bias)",
-        "ReplicatedLinear(input_size, output_size, *, bias, quant_config, prefix, return_bias)",
+        "return_bias, disable_tp)",
+        "RowParallelLinear(input_size, output_size, *, bias, quant_config, prefix, return_bias, "
+        "disable_tp)",
+        "ReplicatedLinear(input_size, output_size, *, bias, quant_config, prefix, return_bias, "
+        "disable_tp)",
         "UnquantizedLinearMethod.apply(layer, x, bias)",
     ),
     *_seams(
@@ -331,6 +345,15 @@ _WORKER = (
             "Worker.model_runner", "Worker.vllm_config", "Worker.model_config"),
     *_seams("vllm.v1.worker.gpu_model_runner", V1, "attribute", "reads the drafts at start",
             "GPUModelRunner._draft_token_ids", "GPUModelRunner.kv_cache_config"),
+    *_seams(RUNNER, V2, "patch", "adapters of the target follow rows of logits",
+            "GPUModelRunner.prepare_inputs(...)"),
+    *_seams(RUNNER, V2, "attribute", "adapters of the target follow rows of logits",
+            "GPUModelRunner.lora_config", "GPUModelRunner.lora_state",
+            "GPUModelRunner.vllm_config"),
+    *_seams(LORA, V2, "patch", "adapters of the target follow rows of logits",
+            "LoraState.make_lora_inputs(...)"),
+    *_seams("vllm.v1.worker.gpu.input_batch", V2, "attribute", "counts rows of logits",
+            "InputBatch.cu_num_logits_np"),
     *_seams(RUNNER, V2, "attribute", "reads the drafts at start",
             "GPUModelRunner.speculator", "GPUModelRunner.kv_cache_config"),
     *_seams(OUTPUT, SERVE, "call", "drafts the recorded prompts at start",
