@@ -60,6 +60,12 @@ VISION: dict[str, Any] = {
     "num_heads": 2,
     "out_hidden_size": 32,
 }
+AXES: dict[str, Any] = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
 YARN_WITH_QUERY_SCALE: dict[str, Any] = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -169,6 +175,15 @@ FAMILIES = (
         "gpt_oss",
         "sinks, sliding window, experts",
         {"sliding_window": 9, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    Family(
+        "Qwen3-VL",
+        "qwen3_vl",
+        "positions on several axes",
+        {
+            "text_config": {**SIZES, "rope_parameters": AXES},
+            "vision_config": {**VISION, "deepstack_visual_indexes": [0]},
+        },
     ),
     Family("Mistral", "mistral", "sliding window", {"sliding_window": 9}),
     Family("Mixtral", "mixtral", "experts", {"num_local_experts": 4, "num_experts_per_tok": 2}),

@@ -10,9 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dflash_plugin.checkpoints.io import expected_tensors, save_checkpoint
 from dflash_plugin.checkpoints.tensors import load_tensors
@@ -88,7 +90,13 @@ def tiny_target(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTraine
     """A random float32 model whose greedy output wanders instead of repeating one token."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **{**SIZES, **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    of_text = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    made_by = AutoModelForCausalLM if of_text else AutoModelForImageTextToText
+    return random_weights(made_by.from_config(config, dtype=torch.float32))
+
+
+def random_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model weights that set its tokens apart."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
