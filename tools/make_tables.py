@@ -539,7 +539,7 @@ REPLAYS = {
     "sglang-replay": lambda: serving("sglang-h200-qwen3-8b-replay"),
 }
 # Engines and runners in the order of the table of targets; every family has an entry for each.
-TARGET_COLUMNS = {"transformers": "Transformers"}
+TARGET_COLUMNS = {"transformers": "Transformers", "sglang": "SGLang"}
 
 
 def targets() -> str:

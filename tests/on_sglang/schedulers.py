@@ -151,8 +151,12 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
 
     if job["any_back_end"]:
         from sglang.srt.arg_groups import model_hook
+        from sglang.srt.models.deepseek_common import attention_backend_handler as latent
 
         model_hook.attention_backends_of = lambda *_: ("triton", "triton")
+        latent.AttentionBackendRegistry.register(
+            "torch_native", lambda *_: latent.AttnForwardMethod.MLA
+        )
     args = ServerArgs(**job["settings"])
     args.resolve_once()
     ports = PortArgs.init_new(args)

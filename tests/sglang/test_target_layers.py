@@ -45,7 +45,9 @@ class OfText(KeepsInputs):
         self.model.set_dflash_layers_to_capture([layer + 1 for layer in layer_ids])
 
 
-@pytest.mark.parametrize(("kind", "lacked"), [(KeepsInputs, True), (ForEagle, True), (OfText, False)])
+@pytest.mark.parametrize(
+    ("kind", "lacked"), [(KeepsInputs, True), (ForEagle, True), (OfText, False)]
+)
 def test_a_target_keeps_what_goes_into_the_layer_behind(kind, lacked):
     target = kind()
     assert enable(target) == lacked
