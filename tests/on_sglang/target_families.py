@@ -92,15 +92,15 @@ def outcome(schedulers: Schedulers, family: Family, directory: Path) -> dict[str
         and out of the prefix cache, with the drafter's drafts and with right ones, in whole blocks
         and in verify passes of fewer rows; and where every draft is the core's. "refused": the
         plugin's error. "needs a GPU", "SGLang does not have it" and "fails without a drafter": of
-        SGLang alone. ``message``: an error's text.
+        SGLang alone. "not run": there is no tiny model. ``message``: an error's text.
     """
     try:
         target = write_family(family, directory / "target")
     except (ValueError, AttributeError) as error:
         if "Unrecognized model" not in str(error):
             raise
-        known_to = f"transformers {version('transformers')} has no {family.kind}"
-        return {"text": "SGLang does not have it", "message": known_to}
+        message = f"no tiny model: transformers {version('transformers')} has no {family.kind}"
+        return {"text": "not run", "message": message}
     checkpoint = write_tiny(directory / "drafter")
     job = {
         "any_back_end": family.name in ON_ANY_BACK_END,
