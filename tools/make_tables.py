@@ -543,6 +543,7 @@ TARGET_COLUMNS = {
     "transformers": "Transformers",
     "vllm_v1": "vLLM V1",
     "vllm_v2": "vLLM V2",
+    "sglang": "SGLang",
 }
 
 

@@ -2,6 +2,7 @@
 
 python tools/targets.py && python tools/make_tables.py
 .venv-vllm/bin/python tools/targets.py --engine vllm
+.venv-sglang/bin/python tools/targets.py --engine sglang
 
 The families are tiny random models on a CPU, in float32 where the engine can. Each engine's entries
 are made in its own environment; those of the others stay as they are.
@@ -34,7 +35,9 @@ def of_transformers() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
+    parser.add_argument(
+        "--engine", choices=["transformers", "vllm", "sglang"], default="transformers"
+    )
     engine = parser.parse_args().engine
     if engine == "transformers":
         columns = of_transformers()

@@ -32,6 +32,29 @@ SETTINGS = {
 }
 
 
+# What a job asks for where it does not say.
+JOB: dict[str, Any] = {
+    "environment": {},
+    "widths": None,
+    "any_back_end": False,
+    "steps": [],
+    "adapters": [],
+    "together": False,
+    "batches": None,
+}
+
+
+def settings_of(
+    target: Path, drafter: Path | None, changes: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Arguments of ``ServerArgs`` for directories of a target and a drafter, or for none."""
+    settings = {**SETTINGS, "model_path": str(target), **(changes or {})}
+    if drafter is None:
+        settings.pop("speculative_algorithm")
+        return settings
+    return {**settings, "speculative_draft_model_path": str(drafter)}
+
+
 class Schedulers:
     """The warm process.
 
@@ -99,31 +122,31 @@ class Schedulers:
         """
         paths = sorted({str(path) for path in adapters or [] if path is not None})
         lora = {"lora_paths": paths, "lora_backend": "torch_native"} if paths else {}
-        job = {
-            "settings": {
-                **SETTINGS,
-                "model_path": str(target),
-                "speculative_draft_model_path": str(drafter),
-                **lora,
-                **(settings or {}),
-            },
-            "adapters": [None if path is None else str(path) for path in adapters or []],
-            "environment": {
-                **({"DFLASH_PLUGIN_ADAPTIVE_VERIFICATION": "1"} if widths else {}),
-                **(environment or {}),
-            },
-            "widths": widths,
-            "any_back_end": any_back_end,
-            "steps": steps or [],
-            "together": together,
-            "prompts": prompts,
-            "copies": copies,
-            "params": params,
-        }
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": "the process ended"}
+        answer = self.ask(
+            {
+                "settings": settings_of(target, drafter, {**lora, **(settings or {})}),
+                "adapters": [None if path is None else str(path) for path in adapters or []],
+                "environment": {
+                    **({"DFLASH_PLUGIN_ADAPTIVE_VERIFICATION": "1"} if widths else {}),
+                    **(environment or {}),
+                },
+                "widths": widths,
+                "any_back_end": any_back_end,
+                "steps": steps or [],
+                "together": together,
+                "prompts": prompts,
+                "copies": copies,
+                "params": params,
+            }
+        )
         assert "error" not in answer, f"{answer['error']}\n{self.log.read_text()[-4000:]}"
+        return answer
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Run a job; what ended it is the answer's "error"."""
+        print(json.dumps({**JOB, **job}), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "the process ended"}
         return answer
 
     def close(self) -> None:
@@ -139,8 +162,12 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
 
     if job["any_back_end"]:
         from sglang.srt.arg_groups import model_hook
+        from sglang.srt.models.deepseek_common import attention_backend_handler as latent
 
         model_hook.attention_backends_of = lambda *_: ("triton", "triton")
+        latent.AttentionBackendRegistry.register(
+            "torch_native", lambda *_: latent.AttnForwardMethod.MLA
+        )
     args = ServerArgs(**job["settings"])
     args.resolve_once()
     stand_in(args)
@@ -185,8 +212,12 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
 
         interpreted.turn_on()
         counts = interpreted.COUNTS
+    if job["batches"] is not None and args.speculative_algorithm:
+        import batches
+
+        batches.record_drafts(Path(job["drafts_file"]))
     scheduler = Scheduler(args, ports, rank, rank, 0, 0, 0, 0, None)
-    verifier, cut = scheduler.draft_worker.verifier, []
+    verifier, cut = getattr(scheduler.draft_worker, "verifier", None), []
     if job["widths"]:
         learn, worker = verifier.learn, scheduler.draft_worker
 
@@ -212,6 +243,12 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
             return compact(*arguments)
 
         verifier.compact = unlike
+
+    if job["batches"] is not None:
+        import batches
+
+        made = batches.run(scheduler, **job["batches"])
+        return {"batches": made, "cut": cut, "adapts": verifier is not None}
 
     def answers() -> dict[str, Any]:
         texts, blocks = [], []

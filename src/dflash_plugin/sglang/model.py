@@ -40,7 +40,7 @@ from dflash_plugin.serving.new_weights import take_weights
 from dflash_plugin.serving.quantised_linears import quantised_linears
 from dflash_plugin.serving.weights import check_features
 from dflash_plugin.sglang import layers as sglang_layers
-from dflash_plugin.sglang import surface
+from dflash_plugin.sglang import surface, target_layers
 from dflash_plugin.sglang.block_attention import is_plain
 from dflash_plugin.sglang.last_layer import add_last_layer
 from dflash_plugin.sglang.layers import SglangLayers, ShardedQKV
@@ -144,6 +144,8 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         Raises:
             DFlashError: it has no such modules or does not fit.
         """
+        if target_layers.enable(target):
+            surface.verify_features({surface.OTHER_TARGETS})
         model = cast(Any, target)
         embedding = surface.without_lora(model.get_input_embeddings())
         head = surface.without_lora(surface.head_of(model))

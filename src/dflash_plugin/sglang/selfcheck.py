@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
@@ -103,45 +104,67 @@ def run(scheduler: Any, requests: list[Any], *, whole: bool = True) -> list[list
     Raises:
         DFlashError: the scheduler does not run the requests.
     """
-    worker, streamer = scheduler.draft_worker, type(scheduler.output_streamer)
+    worker = scheduler.draft_worker
     blocks: list[list[int]] = []
-    # SGLang's overlapping loop makes this queue when it starts, which is later.
-    scheduler.result_queue = deque()
-    native = streamer.stream_output
-    streamer.stream_output = lambda *_, **__: None
     verifier = worker.verifier
     kept = verifier is not None and verifier.whole_blocks
     if verifier is not None:
         verifier.whole_blocks = kept or whole
     try:
-        for request in requests:
-            scheduler._add_request_to_queue(request)
-        idle = 0
-        while not all(request.finished() for request in requests):
-            batch = _next_batch(scheduler)
-            # A turn without a batch may have removed finished requests.
-            idle = idle + 1 if batch is None else 0
-            if batch is None and idle < IDLE_TURNS:
-                continue
-            if batch is None:
-                raise DFlashError(
-                    f"the scheduler does not run a prompt of {len(requests[0].origin_input_ids)} "
-                    "tokens at start: give the KV cache more memory, or set "
-                    "DFLASH_PLUGIN_KNOWN_ANSWERS=off"
-                )
-            is_prefill = batch.forward_mode.is_extend()
-            result = scheduler.run_batch(batch)
-            if not is_prefill:
-                blocks.append(worker._draft_block_tokens_buf[0].tolist())
-            scheduler.process_batch_result(batch.copy(), result)
-        while _next_batch(scheduler) is not None:
-            pass
+        serve(
+            scheduler, requests, lambda: blocks.append(worker._draft_block_tokens_buf[0].tolist())
+        )
     finally:
-        streamer.stream_output = native
         if verifier is not None:
             verifier.whole_blocks = kept
     scheduler.flush_cache()
     return blocks
+
+
+def serve(scheduler: Any, requests: list[Any], after_decode: Callable[[], None]) -> None:
+    """Run requests through a scheduler that is not serving yet, in the mode in which it serves.
+
+    Args:
+        scheduler: SGLang's.
+        requests: made by ``make_request``.
+        after_decode: called after each pass that is not a prefill.
+
+    Raises:
+        DFlashError: the scheduler does not run the requests.
+    """
+    from sglang.srt.utils.common import DynamicGradMode
+
+    streamer = type(scheduler.output_streamer)
+    # SGLang's overlapping loop makes this queue when it starts, which is later.
+    scheduler.result_queue = deque()
+    native = streamer.stream_output
+    streamer.stream_output = lambda *_, **__: None
+    try:
+        with DynamicGradMode():
+            for request in requests:
+                scheduler._add_request_to_queue(request)
+            idle = 0
+            while not all(request.finished() for request in requests):
+                batch = _next_batch(scheduler)
+                # A turn without a batch may have removed finished requests.
+                idle = idle + 1 if batch is None else 0
+                if batch is None and idle < IDLE_TURNS:
+                    continue
+                if batch is None:
+                    raise DFlashError(
+                        f"the scheduler does not run a prompt of "
+                        f"{len(requests[0].origin_input_ids)} tokens at start: give the KV cache "
+                        "more memory, or set DFLASH_PLUGIN_KNOWN_ANSWERS=off"
+                    )
+                is_prefill = batch.forward_mode.is_extend()
+                result = scheduler.run_batch(batch)
+                if not is_prefill:
+                    after_decode()
+                scheduler.process_batch_result(batch.copy(), result)
+            while _next_batch(scheduler) is not None:
+                pass
+    finally:
+        streamer.stream_output = native
 
 
 def _next_batch(scheduler: Any) -> Any:

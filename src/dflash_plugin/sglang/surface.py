@@ -41,6 +41,7 @@ ADAPTIVE = "adaptive verification"
 ADAPTIVE_GRAPHS = "adaptive verification in CUDA graphs"
 LORA = "a target with LoRA"
 LAST_LAYER = "reading the target's last layer"
+OTHER_TARGETS = "a target that SGLang itself does not serve with DFlash"
 WEIGHTS = "new weights"
 VERIFY_STATE = "state of a recurrent target"
 
@@ -401,6 +402,10 @@ _CALLS = (
         signature=("logits", "sampling_batch_info", "*", "num_tokens_in_batch"),
     ),
     *_rows(
+        "models.qwen2", "call", OTHER_TARGETS, "tells the target its layers",
+        "Qwen2ForCausalLM.set_eagle3_layers_to_capture", signature=("layer_ids",),
+    ),
+    *_rows(
         "layers.logits_processor", "call", LAST_LAYER, "adds the last layer to what it is given",
         "LogitsProcessor.forward",
         signature=(
@@ -510,6 +515,10 @@ _CALLS = (
         "Scheduler.flush_cache", signature=(),
     ),
     *_rows(
+        "utils.common", "call", KNOWN_ANSWERS, "the mode of gradients in which the scheduler runs",
+        "DynamicGradMode",
+    ),
+    *_rows(
         "managers.schedule_batch", "call", KNOWN_ANSWERS, "makes requests of recorded prompts",
         "Req",
         signature=(
@@ -538,6 +547,10 @@ _ATTRIBUTES = (
     *_rows(
         "plugins.hook_registry", "attribute", ARGUMENTS, "registers our hooks",
         "HookType.AROUND", "HookType.BEFORE",
+    ),
+    *_rows(
+        "models.glm4", "attribute", OTHER_TARGETS, "tells the target its layers",
+        "Glm4Model.layers_to_capture", "Glm4ForCausalLM.capture_aux_hidden_states",
     ),
     *_rows(
         "models.registry", "attribute", DRAFTING, "registers the draft model",
@@ -1004,3 +1017,19 @@ def final_norm(model: Any) -> Any:
     """The norm behind a target model's last layer, or None where it has none of that name."""
     language = getattr(model, "language_model", model)
     return getattr(getattr(language, "model", language), "norm", None)
+
+
+def method_of(model: Any, name: str) -> Any:
+    """A method that only some target models have, or None."""
+    return getattr(model, name, None)
+
+
+def layer_stack(model: Any) -> Any:
+    """The part of a target model that keeps the inputs of layers, or None."""
+    inner = getattr(model, "model", None)
+    return inner if hasattr(inner, "layers_to_capture") else None
+
+
+def can_return_layers(model: Any) -> bool:
+    """Whether a target model hands on the inputs of layers once it is told to."""
+    return hasattr(model, "capture_aux_hidden_states")

@@ -29,7 +29,7 @@ class CpuAttention(TorchNativeAttnBackend):
         sinks: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Attention [T, heads * head_dim] of the rows of a prefill or a verify pass.
+        """Attention [T, heads * value_dim] of the rows of a prefill or a verify pass.
 
         Args:
             q: [T, heads * head_dim].
@@ -53,7 +53,7 @@ class CpuAttention(TorchNativeAttnBackend):
         keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         table = self.req_to_token_pool.req_to_token
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out = torch.empty_like(query)
+        out = query.new_empty(*query.shape[:2], layer.v_head_dim)
         start = 0
         for request, length, count in zip(
             forward_batch.req_pool_indices.tolist(), prefix, rows, strict=True
@@ -68,7 +68,7 @@ class CpuAttention(TorchNativeAttnBackend):
                 sinks,
             )
             start += count
-        return out.view(q.shape[0], -1)
+        return out.flatten(1)
 
 
 def attend(
@@ -79,7 +79,10 @@ def attend(
     scale: float,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention [T, heads, dim] of queries [T, heads, dim] over [S, kv_heads, dim], mask [T, S]."""
+    """Attention [T, heads, value_dim] of queries [T, heads, dim] over keys [S, kv_heads, dim].
+
+    Values are [S, kv_heads, value_dim], the mask [T, S].
+    """
     query, keys, values = (x.transpose(0, 1)[None] for x in (query, keys, values))
     if sinks is None:
         out = F.scaled_dot_product_attention(
