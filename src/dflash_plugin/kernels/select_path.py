@@ -40,6 +40,22 @@ class Path(NamedTuple):
     confidence: Tensor
 
 
+class Limits(NamedTuple):
+    """What of a position's distribution tokens are drawn from.
+
+    Attributes:
+        top_k: int64 [B], the k likeliest candidates; 0 for all.
+        top_p: float32 [B], candidates until their probability reaches it; 1 for all.
+        min_p: float32 [B], candidates at least this share as likely as the likeliest.
+        factors: float32 [B, K] from 0 to 1, of the temperature, applied last; 0 takes the best.
+    """
+
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    factors: Tensor
+
+
 @triton.jit
 def _best(scores, AXIS: tl.constexpr):
     """The first of the largest; what is no number is none of them."""
@@ -284,6 +300,7 @@ def select_path_naive(
     successors: Tensor,
     temperature: Tensor | None = None,
     u: Tensor | None = None,
+    limits: Limits | None = None,
 ) -> Path:
     """``select_path`` in plain torch."""
     _check(candidates, logits, gates, anchors, predecessors, successors, temperature, u)
@@ -299,7 +316,7 @@ def select_path_naive(
         if temperature is None or u is None:
             chosen = scores[-1].argmax(dim=-1)
         else:
-            probs.append(_distribution(scores[-1], temperature))
+            probs.append(_distribution(scores[-1], temperature, limits, step))
             chosen = sample(probs[-1], u[:, step])
         previous = candidates[:, step].gather(-1, chosen[:, None])[:, 0]
         tokens.append(previous)
@@ -321,9 +338,26 @@ def candidate_scores(logits: Tensor, gates: Tensor, before: Tensor, rows: Tensor
     return logits.float() + torch.einsum("...r,...cr->...c", context, rows.float())
 
 
-def _distribution(scores: Tensor, temperature: Tensor) -> Tensor:
+def _distribution(scores: Tensor, temperature: Tensor, limits: Limits | None, step: int) -> Tensor:
     """Probabilities [B, C] of scores [B, C]; all on the best where the temperature [B] is 0."""
-    is_greedy = (temperature == 0)[:, None]
+    factor = torch.ones_like(temperature) if limits is None else limits.factors[:, step]
+    is_greedy = ((temperature == 0) | (factor == 0))[:, None]
     best = torch.zeros_like(scores).scatter(-1, scores.argmax(dim=-1, keepdim=True), 1.0)
-    drawn = torch.softmax(scores / torch.where(is_greedy, 1.0, temperature[:, None]), dim=-1)
-    return torch.where(is_greedy, best, drawn)
+    scaled = scores / torch.where(temperature == 0, 1.0, temperature)[:, None]
+    if limits is not None:
+        scaled = scaled.masked_fill(~_kept(scaled, limits), float("-inf"))
+    sharper = scaled / torch.where(factor == 0, 1.0, factor)[:, None]
+    return torch.where(is_greedy, best, torch.softmax(sharper, dim=-1))
+
+
+def _kept(scores: Tensor, limits: Limits) -> Tensor:
+    """Candidates bool [B, C] of scores [B, C] within the limits."""
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    top_k = torch.where(limits.top_k == 0, scores.shape[-1], limits.top_k)
+    kept = rank < top_k[:, None]
+    probs = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    kept = kept & ((before < limits.top_p[:, None]) | (limits.top_p == 1)[:, None])
+    kept = kept & (probs >= limits.min_p[:, None] * probs[:, :1])
+    return torch.zeros_like(kept).scatter(-1, order, kept | (rank == 0))
