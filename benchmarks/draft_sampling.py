@@ -115,8 +115,15 @@ def reached(block: Replay, factors: Tensor) -> dict[str, Tensor]:
     Returns:
         float64 [A, K] by way of verification.
     """
-    proposal = sharpen(block.drafter, factors.expand(len(block.drafter), -1))
-    drawn = proposal.gather(-1, block.columns.clamp(min=0)[..., None])[..., 0]
+    drawn = torch.stack(
+        [
+            sharpen(block.drafter[:, place], factors[place].expand(len(block.drafter)))
+            .gather(-1, block.columns[:, place, None].clamp(min=0))
+            .squeeze(-1)
+            for place in range(len(factors))
+        ],
+        dim=1,
+    )
     drawn = torch.where(block.columns >= 0, drawn, 0.0).double()
     ratio = drawn / block.wanted.double().clamp(min=1e-30)
     joint, covered = torch.ones_like(ratio[:, 0]), []
@@ -246,14 +253,14 @@ def main(
                 if name == "DFlash":
                     rows[-1]["engine_tau_probabilistic"] = round(engine_tau, 4)
                 print(rows[-1], flush=True)
-    record = {
-        "command": shlex.join(["python", *sys.argv]),
-        **machine(model),
-        "prompts": len(chosen),
-        "max_new_tokens": new_tokens,
-        "rows": rows,
-    }
-    output.write_text(json.dumps(record, indent=1) + "\n")
+                record = {
+                    "command": shlex.join(["python", *sys.argv]),
+                    **machine(model),
+                    "prompts": len(chosen),
+                    "max_new_tokens": new_tokens,
+                    "rows": rows,
+                }
+                output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -285,10 +285,8 @@ class Drafter(nn.Module):
             best = logits.topk(self.candidate_selector.top_k, dim=-1)
             temperature = limits = None
             if sampling is not None:
-                temperature, part = sampling.temperature, factors
-                if part is None:
-                    part = temperature.new_ones(hidden.shape[:2])
-                limits = Limits(sampling.top_k, sampling.top_p, sampling.min_p, part)
+                temperature = sampling.temperature
+                limits = Limits(sampling.top_k, sampling.top_p, sampling.min_p, factors)
             path: Proposal = self.candidate_selector(
                 best.indices, best.values, hidden, anchors, temperature, u, limits
             )
