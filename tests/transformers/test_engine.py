@@ -226,6 +226,11 @@ REDUCED = {"draft_vocab_size": 4, "own_head": True}
 FEW = {"vocab_size": 8, "hidden_size": 16, "head_dim": 4, "intermediate_size": 24}
 
 
+def test_an_unknown_way_to_draft_is_named():
+    with pytest.raises(DFlashError, match="draft_sampling is 'best': give one of 'auto', 'greedy'"):
+        Engine(tiny_target(), None, draft_sampling="best")
+
+
 def check_sampled_pairs(
     target, engine: Engine, count: int, seeded: bool = True, **limits: float
 ) -> None:

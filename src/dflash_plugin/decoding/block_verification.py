@@ -52,10 +52,10 @@ def block_acceptance(
     for ratio in ratios.unbind(dim=1):
         covered.append((covered[-1] * ratio).clamp(max=1.0))
     joint = torch.stack(covered, dim=1)
-    left = residual(target_probs[:, :-1], draft_probs, joint[:, :-1]).sum(-1, dtype=torch.float64)
-    shares = left / (left + 1 - joint[:, :-1])
+    left = residual(target_probs[:, 1:-1], draft_probs[:, 1:], joint[:, 1:-1]).sum(dim=-1).double()
+    shares = left / (left + 1 - joint[:, 1:-1])
     # Nothing is left and all is covered where p equals q: then a later draft is accepted too.
-    inner = torch.where(shares.isnan(), 1.0, shares)[:, 1:]
+    inner = torch.where(shares.isnan(), 1.0, shares)
     last = torch.cat([~counted[:, 1:], counted.new_ones(len(drafts), 1)], dim=1)[:, :count]
     inner = torch.cat([inner, inner.new_zeros(len(drafts), 1)], dim=1)[:, :count]
     decisions = torch.where(last, joint[:, 1:], inner)
@@ -73,7 +73,7 @@ def residual(target_probs: Tensor, draft_probs: Tensor, joint: Tensor) -> Tensor
     Returns:
         [..., V], ``max(joint * p - q, 0)``, not normalized.
     """
-    return (joint[..., None].to(target_probs.dtype) * target_probs - draft_probs).clamp(min=0)
+    return (joint[..., None].to(target_probs.dtype) * target_probs - draft_probs).clamp_(min=0)
 
 
 def verify_block(

@@ -44,9 +44,9 @@ def sharpen(probs: Tensor, factors: Tensor) -> Tensor:
         float32 [..., C]; what has no probability gets none.
     """
     share = factors[..., None]
-    powers = probs ** (1 / torch.where(share == 0, 1.0, share))
-    best = torch.zeros_like(probs).scatter(-1, probs.argmax(dim=-1, keepdim=True), 1.0)
-    return torch.where(share == 0, best, powers / powers.sum(dim=-1, keepdim=True))
+    sharper = torch.softmax(probs.log() / torch.where(share == 0, 1.0, share), dim=-1)
+    best = torch.zeros_like(probs).scatter_(-1, probs.argmax(dim=-1, keepdim=True), 1.0)
+    return torch.where(share == 0, best, sharper)
 
 
 def expected_acceptance(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
@@ -59,14 +59,13 @@ def expected_acceptance(target_probs: Tensor, draft_probs: Tensor) -> Tensor:
     Returns:
         float32 [..., F].
     """
-    best = draft_probs.argmax(dim=-1, keepdim=True)
+    best, logs = draft_probs.argmax(dim=-1, keepdim=True), draft_probs.log()
     found = []
     for factor in FACTORS:
         if factor == 0:
             found.append(target_probs.gather(-1, best)[..., 0])
             continue
-        powers = draft_probs if factor == 1 else draft_probs ** (1 / factor)
-        proposal = powers / powers.sum(dim=-1, keepdim=True)
+        proposal = draft_probs if factor == 1 else torch.softmax(logs / factor, dim=-1)
         found.append(torch.minimum(target_probs, proposal).sum(dim=-1))
     return torch.stack(found, dim=-1)
 

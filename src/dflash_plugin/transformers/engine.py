@@ -34,6 +34,8 @@ from dflash_plugin.transformers.target import Target
 
 PREFILL_TOKENS = 8192
 KEYS_STEP = 64
+# Reading a pass's distributions takes a few percent of it.
+LEARN_EVERY = 4
 OnTokens = Callable[[int, list[int]], None]
 
 
@@ -51,10 +53,12 @@ class _Sampling(NamedTuple):
     Attributes:
         greedy: none does.
         limited: one is limited by top-k, top-p or min-p.
+        learns: the pass adds to the estimate of which drafts are accepted.
     """
 
     greedy: bool
     limited: bool
+    learns: bool
 
 
 class Engine:
@@ -131,6 +135,7 @@ class Engine:
         self.graphs = Graphs(self.device, cuda_graphs)
         self.vocabulary = self.target.embedding.shape[0]
         self.acceptance = AcceptanceEstimate(self.num_drafts, self.device)
+        self.steps = 0
         self.stop_ids = _default_stop_ids(model)
         self.policy: VerifyLenPolicy | None = None
         if adaptive and drafter is not None:
@@ -314,13 +319,14 @@ class Engine:
         batch = self._batch_bucket(len(rows))
         longest = max(slot.length for slot in running)
         num_keys = self._num_keys(longest + self.num_drafts + 2)
-        way = _sampling_of(running)
+        self.steps += 1
+        way = _sampling_of(running, learns=self.steps % LEARN_EVERY == 0)
         verify_len = self.num_drafts + 1
         if self.policy is not None:
             verify_len = self.policy.choose(len(running), time.monotonic())
         if self.drafter is not None and verify_len > 1:
             self.graphs.run(
-                ("draft", batch, num_keys, way), lambda: self._draft(batch, num_keys, way)
+                ("draft", batch, num_keys, way[:2]), lambda: self._draft(batch, num_keys, way)
             )
         elif self.drafter is not None:
             self.graphs.run(("inject", batch, num_keys), lambda: self._inject(batch, num_keys))
@@ -422,7 +428,7 @@ class Engine:
             if draft_probs is not None:
                 draft_probs = draft_probs[:batch, : rows - 1]
             verdict = verify(drafts, probs, draft_probs, sampling.seed, positions_before)
-            if self.state.own_probs is not None:
+            if way.learns and self.state.own_probs is not None:
                 self.acceptance.observe(
                     sampling,
                     probs[:, :-1],
@@ -493,9 +499,10 @@ class Engine:
         return min(-(-needed // step) * step, self.target.kv.length)
 
 
-def _sampling_of(slots: list[_Running]) -> _Sampling:
+def _sampling_of(slots: list[_Running], learns: bool = False) -> _Sampling:
     params = [slot.request.sampling for slot in slots]
-    return _Sampling(all(one.temperature == 0 for one in params), is_limited(params))
+    greedy = all(one.temperature == 0 for one in params)
+    return _Sampling(greedy, is_limited(params), learns and not greedy)
 
 
 def _default_stop_ids(model: PreTrainedModel) -> list[int]:
