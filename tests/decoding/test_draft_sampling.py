@@ -6,6 +6,7 @@ import torch
 from dflash_plugin.decoding.draft_sampling import (
     ENOUGH,
     FACTORS,
+    MARGIN,
     WINDOW,
     AcceptanceEstimate,
     expected_acceptance,
@@ -87,6 +88,14 @@ def test_each_position_takes_what_is_accepted_most_there():
     observed(estimate, params, p, q, accepted=1)
     # Nothing is known of the last position: no pass accepted the two drafts before it.
     assert chosen(estimate, params) == [1.0, 0.0, float(start(tensors(params))[0])]
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(MARGIN / 2, 1.0), (2 * MARGIN, 0.0)])
+def test_draws_stay_until_another_way_gains_more_than_chance(gain, expected):
+    params, estimate = SamplingParams(1.0), AcceptanceEstimate(1, CPU)
+    q = torch.tensor([[1 - gain, gain, 0.0, 0.0, 0.0, 0.0]])
+    observed(estimate, params, one_hot(0)[None], q, accepted=0)
+    assert chosen(estimate, params) == [expected]
 
 
 def test_requests_learn_from_their_kind_alone_and_those_with_a_seed_from_none():

@@ -30,7 +30,10 @@ FACTORS = (0.0, 0.5, 0.75, 1.0)
 # Requests are alike if their temperature is and if both or neither are limited to some tokens.
 BUCKET_WIDTH, BUCKETS = 0.2, 8
 # Rows that an estimate goes back, and those that it needs.
-WINDOW, ENOUGH = 2000.0, 8.0
+WINDOW, ENOUGH = 2000.0, 32.0
+# Acceptance that another factor must gain over the first one: means of few rows differ by chance,
+# and of drawn drafts block verification accepts a little more than these say.
+MARGIN = 0.02
 
 
 def sharpen(probs: Tensor, factors: Tensor) -> Tensor:
@@ -94,14 +97,18 @@ class AcceptanceEstimate:
     def factors(self, sampling: SamplingTensors, seeded: Tensor) -> Tensor:
         """The factor of each draft, float32 [B, K]: the one that is accepted most, by the estimate.
 
+        That of ``start`` stays until another one gains ``MARGIN``.
+
         Args:
             sampling: of the B requests.
             seeded: bool [B], requests that gave a seed; they take ``start``.
         """
         kind = _kind(sampling)
-        best = self._factors[self.rates[kind].argmax(dim=-1)]
+        first = start(sampling)[:, None]
+        favoured = MARGIN * (self._factors == first[..., None])
+        best = self._factors[(self.rates[kind] + favoured).argmax(dim=-1)]
         known = (self.rows[kind] >= ENOUGH) & ~seeded[:, None]
-        return torch.where(known, best, start(sampling)[:, None])
+        return torch.where(known, best, first)
 
     def observe(
         self,
