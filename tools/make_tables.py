@@ -125,8 +125,9 @@ def draft_sampling() -> str:
         rows.append([row["drafter"], str(row["temperature"]), row["limits"], *cells])
     header = ["drafter", "T", "limits", "drawn, token by token", "argmax", "0.5", "0.75", "drawn"]
     least = min(row["positions"] for row in record["rows"])
+    commands = "; ".join(f"`{command}`" for command in record["commands"])
     facts = f"{record['prompts']} prompts, {least} or more positions a row; {where(record)}."
-    return f"{table([*header, 'auto'], rows)}\n\n{facts} `{record['command']}`"
+    return f"{table([*header, 'auto'], rows)}\n\n{facts} {commands}"
 
 
 def beside(one: float, two: float) -> list[str]:
