@@ -109,6 +109,27 @@ def dflash2_greedy() -> str:
     return f"{table(header, [*rows, mean])}\n\n{where(one)}, batch {one['batch']}."
 
 
+def draft_sampling() -> str:
+    """Expected τ by temperature and limits, with the best of each row in bold."""
+    record = load("draft-sampling-cpu")
+    ways = ["greedy", "factor 0.5", "factor 0.75", "probabilistic", "auto"]
+    shown = ["probabilistic, token by token", *ways]
+    rows = []
+    for row in record["rows"]:
+        best = max(row["tau"][way] for way in ways)
+        cells = [f"{row['tau'][way]:.3f}" for way in shown]
+        cells = [
+            f"**{cell}**" if row["tau"][way] == best else cell
+            for way, cell in zip(shown, cells, strict=True)
+        ]
+        rows.append([row["drafter"], str(row["temperature"]), row["limits"], *cells])
+    header = ["drafter", "T", "limits", "drawn, token by token", "argmax", "0.5", "0.75", "drawn"]
+    least = min(row["positions"] for row in record["rows"])
+    commands = "; ".join(f"`{command}`" for command in record["commands"])
+    facts = f"{record['prompts']} prompts, {least} or more positions a row; {where(record)}."
+    return f"{table([*header, 'auto'], rows)}\n\n{facts} {commands}"
+
+
 def beside(one: float, two: float) -> list[str]:
     return [f"{one:.2f}", f"**{two:.2f}**", f"{two / one - 1:+.1%}"]
 
@@ -609,6 +630,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "budget": lambda: budget("budget-simulator"),
     },
     "docs/targets.md": {"targets": targets, "refusals": refusals},
+    "docs/tuning.md": {"draft-sampling": draft_sampling},
     "docs/adaptive.md": {
         "vllm-adaptive": lambda: serving("vllm-h200-smollm2"),
         "sglang-adaptive": lambda: serving("sglang-h200-smollm2"),

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors
+from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors, probabilities
 from dflash_plugin.decoding.verify import (
     FinishReason,
     Verdict,
@@ -175,13 +175,8 @@ def test_greedy_and_sampled_requests_share_a_batch():
     params = SamplingTensors.build(
         [SamplingParams(), SamplingParams(temperature=1.0, seed=4)], torch.device("cpu")
     )
-    verdict = verify(drafts, logits, None, params, torch.tensor([10, 20]))
+    probs = probabilities(logits, params)
+    verdict = verify(drafts, probs, None, params.seed, torch.tensor([10, 20]))
     assert verdict.tokens[0].tolist() == logits[0].argmax(-1).tolist()
-    alone = verify(
-        drafts[1:],
-        logits[1:],
-        None,
-        SamplingTensors(*(tensor[1:] for tensor in params)),
-        torch.tensor([20]),
-    )
+    alone = verify(drafts[1:], probs[1:], None, params.seed[1:], torch.tensor([20]))
     assert torch.equal(verdict.tokens[1:], alone.tokens)

@@ -163,7 +163,7 @@ def adaptive(batch: int, drafts: int) -> None:
 
 
 def selector(batch: int, drafts: int) -> None:
-    from dflash_plugin.kernels.select_path import select_path
+    from dflash_plugin.kernels.select_path import Limits, select_path
     from dflash_plugin.kernels.uniforms import Stream, uniforms
 
     logits = of(batch, drafts, CANDIDATES, dtype=torch.float32)
@@ -174,6 +174,11 @@ def selector(batch: int, drafts: int) -> None:
         arguments = (whole(*logits.shape), logits, gates, whole(batch), codebook, codebook)
         select_path(*arguments)
         select_path(*arguments, *noise)
+        limits = Limits(
+            whole(batch), of(batch, dtype=torch.float32), of(batch, dtype=torch.float32)
+        )
+        select_path(*arguments, *noise, limits)
+        select_path(*arguments, *noise, limits._replace(factors=noise[1].float()))
     uniforms(whole(batch), whole(batch, drafts), Stream.DRAFT)
 
 

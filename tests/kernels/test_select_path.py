@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
 
-from dflash_plugin.kernels.select_path import Path, select_path, select_path_naive
+from dflash_plugin.decoding.draft_sampling import sharpen
+from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
+from dflash_plugin.kernels.select_path import Limits, Path, select_path, select_path_naive
 from tests.helpers.kernel_helpers import DTYPES, error, integers, random
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
@@ -60,6 +62,47 @@ def test_select_path(batch, count, choices, rank, dtype, noise):
         u = random(batch, count, seed=3).abs() % 1.0
         arguments += [temperature_of(batch), u.to(noise)]
     same(select_path(*arguments), select_path_naive(*arguments))
+
+
+def limits_of(batch: int, count: int) -> Limits:
+    """Different limits of each request, some of them off, and factors of each draft."""
+    request = torch.arange(batch)
+    return Limits(
+        torch.tensor([0, 3, 2, 40])[request % 4],
+        torch.tensor([1.0, 0.7, 1.0, 0.9, 0.3])[request % 5],
+        torch.tensor([0.0, 0.0, 0.2])[request % 3],
+        torch.tensor([1.0, 0.5, 0.0])[(request[:, None] + torch.arange(count)) % 3].contiguous(),
+    )
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    batch=st.sampled_from([1, 6]),
+    count=st.sampled_from([1, 7]),
+    choices=st.sampled_from([1, 5, 16, 19]),
+    has_factors=st.booleans(),
+)
+def test_limits_of_requests(batch, count, choices, has_factors):
+    arguments = arguments_of(batch, count, choices, 6)
+    limits = limits_of(batch, count)
+    arguments += [
+        temperature_of(batch),
+        random(batch, count, seed=3).abs() % 1.0,
+        limits if has_factors else limits._replace(factors=None),
+    ]
+    same(select_path(*arguments), select_path_naive(*arguments))
+
+
+def test_limits_are_those_of_the_target():
+    """The first position's distribution is the core's of its scores, sharpened afterwards."""
+    batch, count = 6, 3
+    limits, temperature = limits_of(batch, count), temperature_of(batch)
+    u = random(batch, count, seed=3).abs() % 1.0
+    path = select_path_naive(*arguments_of(batch, count, 8, 6), temperature, u, limits)
+    seeds = torch.zeros(batch, dtype=torch.int64)
+    params = SamplingTensors(temperature, *limits[:3], seeds)
+    expected = sharpen(probabilities(path.scores, params), limits.factors)
+    torch.testing.assert_close(path.probs, expected)
 
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53])

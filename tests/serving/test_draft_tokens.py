@@ -13,7 +13,6 @@ from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors
 from dflash_plugin.kernels.best_logits import best_logits
 from dflash_plugin.kernels.draft_head import draft_head, draft_head_naive
 from dflash_plugin.kernels.fp8_rows import quantize
-from dflash_plugin.kernels.uniforms import Stream, uniforms_naive
 from dflash_plugin.serving import draft_tokens as serving_head
 from dflash_plugin.serving.draft_tokens import (
     Candidates,
@@ -134,7 +133,7 @@ def test_the_walk_is_the_cores(by: str, sampled: bool) -> None:
         params = [SamplingParams(0.8, seed=5), SamplingParams()]
         sampling = SamplingTensors.build(params, DEVICE)
         temperature = sampling.temperature
-        u = uniforms_naive(sampling.seed, positions[:, None] + torch.arange(1, 4), Stream.DRAFT)
+        u = selector_noise(sampling.seed, positions, 3)
     head = drafter.head()
     with torch.no_grad():
         with kernels.forced(False):

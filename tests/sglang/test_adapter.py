@@ -469,6 +469,17 @@ def test_a_greedy_request_stays_greedy_beside_one_that_samples():
     assert (probs[1] > 0).all()
 
 
+def test_a_walk_draws_within_the_limits_of_requests_that_have_some():
+    plain = sampling_info()
+    params = sampling.tensors(plain, torch.zeros(2, dtype=torch.int64))
+    assert sampling.limits(params, plain) is None
+    within = sampling.limits(params, sampling_info(need_top_k_sampling=True))
+    assert within is not None
+    assert torch.equal(within.top_k, params.top_k)
+    assert torch.equal(within.top_p, params.top_p)
+    assert torch.equal(within.min_p, params.min_p)
+
+
 def test_given_seeds_are_kept_and_the_others_new():
     device = torch.device("cpu")
     requests = [

@@ -63,12 +63,13 @@ def test_the_drafter_sees_every_position_once_behind_passes_that_did_not_draft()
 
 
 @pytest.mark.parametrize(
-    ("sampled_drafts", "changes"), [(True, {}), (False, {}), (True, DFLASH2), (False, DFLASH2)]
+    ("draft_sampling", "changes"),
+    [("probabilistic", {}), ("greedy", {}), ("probabilistic", DFLASH2), ("greedy", DFLASH2)],
 )
-def test_sampled_pairs_follow_the_target(sampled_drafts, changes):
+def test_sampled_pairs_follow_the_target(draft_sampling, changes):
     target, drafter = tiny_target(**FEW), tiny_drafter(**FEW, target_hidden_size=16, **changes)
     engine = adapting(
-        target, drafter, (2, 1, 3), max_batch=2048, max_length=8, sampled_drafts=sampled_drafts
+        target, drafter, (2, 1, 3), max_batch=2048, max_length=8, draft_sampling=draft_sampling
     )
     check_sampled_pairs(target, engine, 16_000)
 

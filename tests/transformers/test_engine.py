@@ -2,13 +2,15 @@
 
 from itertools import product
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from dflash_plugin.decoding.sampling import SamplingParams
+from dflash_plugin.decoding.draft_sampling import WINDOW
+from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors, probabilities
 from dflash_plugin.drafter.config import LayerAttention
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.errors import DFlashError
@@ -220,49 +222,85 @@ def test_a_drafter_of_another_target_is_refused(changes, named):
 
 
 # A pair whose every text of three tokens can be told the probability of.
+REDUCED = {"draft_vocab_size": 4, "own_head": True}
 FEW = {"vocab_size": 8, "hidden_size": 16, "head_dim": 4, "intermediate_size": 24}
 
 
-def check_sampled_pairs(target, engine: Engine, count: int) -> None:
+def test_an_unknown_way_to_draft_is_named():
+    with pytest.raises(DFlashError, match="draft_sampling is 'best': give one of 'auto', 'greedy'"):
+        Engine(tiny_target(), None, draft_sampling="best")
+
+
+def check_sampled_pairs(
+    target, engine: Engine, count: int, seeded: bool = True, **limits: float
+) -> None:
     """χ² of the second and third token of ``count`` requests against exact probabilities.
 
     Args:
         target: of sizes ``FEW``.
         engine: runs it.
         count: requests.
+        seeded: whether the requests give a seed.
+        limits: top-k and top-p of the requests.
     """
     size, prompt, temperature = FEW["vocab_size"], [4, 5], 1.3
     with torch.inference_mode():
         triples = torch.tensor([[*prompt, *triple] for triple in product(range(size), repeat=3)])
-        logits = target(triples, use_cache=False).logits.double() / temperature
-        probs = torch.softmax(logits, dim=-1)
+        logits = target(triples, use_cache=False).logits
+        drawn = [SamplingParams(temperature, **limits)] * len(triples)
+        params = SamplingTensors.build(drawn, logits.device)
+        probs = probabilities(logits, params).double()
     rows = torch.arange(len(triples))
     exact = torch.ones(len(triples), dtype=torch.float64)
     for place in (2, 3, 4):
         exact *= probs[rows, place - 1, triples[:, place]]
     expected = exact.view(size, -1).sum(0).numpy() * count
-    params = [SamplingParams(temperature=temperature, seed=seed) for seed in range(count)]
-    results = engine.generate([Request(prompt, 3, [], sampling) for sampling in params])
+    seeds = [seed if seeded else None for seed in range(count)]
+    results = engine.generate(
+        [Request(prompt, 3, [], SamplingParams(temperature, **limits, seed=seed)) for seed in seeds]
+    )
     pairs = [result.tokens[1] * size + result.tokens[2] for result in results]
     counts = np.bincount(pairs, minlength=size**2)
-    assert chisquare(counts, expected * (count / expected.sum())).pvalue > 1e-3
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    expected = expected[possible] * (count / expected.sum())
+    assert chisquare(counts[possible], expected).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
-    ("sampled_drafts", "changes"),
+    ("draft_sampling", "changes"),
     [
-        pytest.param(True, {}, id="sampled"),
-        pytest.param(False, {}, id="chosen"),
-        pytest.param(True, {"draft_vocab_size": 4, "own_head": True}, id="reduced-vocabulary"),
-        pytest.param(True, DFLASH2, id="dflash2-sampled"),
-        pytest.param(False, DFLASH2, id="dflash2-chosen"),
+        pytest.param("probabilistic", {}, id="drawn"),
+        pytest.param("greedy", {}, id="chosen"),
+        pytest.param("probabilistic", REDUCED, id="reduced-vocabulary"),
+        pytest.param("probabilistic", DFLASH2, id="dflash2-drawn"),
+        pytest.param("greedy", DFLASH2, id="dflash2-chosen"),
     ],
 )
-def test_sampled_pairs_follow_the_target(sampled_drafts, changes):
+def test_sampled_pairs_follow_the_target(draft_sampling, changes):
     target = tiny_target(**FEW)
     drafter = tiny_drafter(**FEW, target_hidden_size=16, **changes)
-    engine = Engine(target, drafter, max_batch=2048, max_length=8, sampled_drafts=sampled_drafts)
+    engine = Engine(target, drafter, max_batch=2048, max_length=8, draft_sampling=draft_sampling)
     check_sampled_pairs(target, engine, 120_000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "limits"),
+    [
+        pytest.param({}, {}, id="dflash"),
+        pytest.param(DFLASH2, {"top_k": 5, "top_p": 0.9}, id="dflash2-limited"),
+    ],
+)
+def test_sampled_pairs_follow_the_target_while_the_best_proposal_is_learnt(
+    changes, limits, monkeypatch
+):
+    """Requests without a seed, whose proposals change with what earlier passes measured."""
+    monkeypatch.setattr("secrets.randbits", Random(0).getrandbits)
+    target = tiny_target(**FEW)
+    drafter = tiny_drafter(**FEW, target_hidden_size=16, **changes)
+    engine = Engine(target, drafter, max_batch=2048, max_length=8)
+    check_sampled_pairs(target, engine, 100_000, seeded=False, **limits)
+    assert float(engine.acceptance.rows.max()) == WINDOW
 
 
 def test_drafts_drawn_from_another_distribution_than_they_say_fail_the_same_test():
@@ -274,7 +312,7 @@ def test_drafts_drawn_from_another_distribution_than_they_say_fail_the_same_test
         return proposal._replace(probs=proposal.scores.softmax(-1))
 
     drafter.propose = misleading
-    engine = Engine(target, drafter, max_batch=2048, max_length=8)
+    engine = Engine(target, drafter, max_batch=2048, max_length=8, draft_sampling="probabilistic")
     with pytest.raises(AssertionError):
         check_sampled_pairs(target, engine, 30_000)
 

@@ -143,6 +143,25 @@ def test_a_quantization_of_a_plain_drafter_is_refused(tmp_path):
         arguments.prepare(engine_args(speculative_config=settings), TARGET)
 
 
+@pytest.mark.parametrize("given", [None, "greedy", "probabilistic"])
+@pytest.mark.parametrize("wanted", ["auto", "greedy", "probabilistic"])
+def test_draft_sampling_is_vllms_sample_method(tmp_path, wanted, given):
+    """Which "auto" leaves alone: drawn drafts cost memory in vLLM."""
+    settings = {"method": "dflash", "model": str(write_tiny(tmp_path))}
+    settings |= {} if given is None else {"draft_sample_method": given}
+    args = engine_args(
+        speculative_config=settings,
+        additional_config={"dflash_plugin": {"draft_sampling": wanted}},
+    )
+    if wanted != "auto" and given not in (None, wanted):
+        with pytest.raises(DFlashError, match=f"draft_sampling is '{wanted}' but .* is '{given}'"):
+            arguments.prepare(args, TARGET)
+        return
+    arguments.prepare(args, TARGET)
+    found = args.speculative_config.get("draft_sample_method")
+    assert found == (given if wanted == "auto" else wanted)
+
+
 def test_preparing_twice_changes_nothing(tmp_path):
     args, _ = prepared(tmp_path)
     before = dict(args.speculative_config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,7 +80,12 @@ class SamplingTensors(NamedTuple):
         return SamplingTensors(*(part[requests] for part in self))
 
 
-def probabilities(logits: Tensor, params: SamplingTensors) -> Tensor:
+def is_limited(params: Iterable[SamplingParams]) -> bool:
+    """Whether a request's tokens are limited by top-k, top-p or min-p."""
+    return any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params)
+
+
+def probabilities(logits: Tensor, params: SamplingTensors, limited: bool = True) -> Tensor:
     """The distribution that tokens are drawn from.
 
     Temperature, then top-k, then top-p, then min-p, each on what the one before left (Hugging
@@ -91,6 +96,7 @@ def probabilities(logits: Tensor, params: SamplingTensors) -> Tensor:
     Args:
         logits: [B, T, V].
         params: of the B requests.
+        limited: False where no request has top-k, top-p or min-p, which saves a sort.
 
     Returns:
         float32 [B, T, V], each row summing to one.
@@ -101,6 +107,10 @@ def probabilities(logits: Tensor, params: SamplingTensors) -> Tensor:
         logits.float()
         / torch.where(params.temperature == 0, 1.0, params.temperature)[:, None, None]
     )
+    if not limited:
+        probs = torch.softmax(scaled, dim=-1)
+        best = torch.zeros_like(probs).scatter(-1, scaled.argmax(dim=-1, keepdim=True), 1.0)
+        return torch.where(greedy, best, probs)
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(vocabulary, device=logits.device)
     top_k = torch.where(params.top_k == 0, vocabulary, params.top_k).clamp(max=vocabulary)
@@ -113,3 +123,13 @@ def probabilities(logits: Tensor, params: SamplingTensors) -> Tensor:
     kept = torch.where(greedy, rank == 0, kept | (rank == 0))
     probs = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
     return torch.zeros_like(probs).scatter(-1, order, probs)
+
+
+def block_seeds(seed: Tensor, anchors: Tensor) -> Tensor:
+    """Seeds int64 [B] of the noise of one block, new for every block of a request.
+
+    Args:
+        seed: int64 [B], of the requests.
+        anchors: int64 [B], positions of the blocks' anchors.
+    """
+    return seed ^ (anchors << 32)

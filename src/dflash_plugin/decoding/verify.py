@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
+from dflash_plugin.decoding.block_verification import verify_block
+from dflash_plugin.decoding.sampling import block_seeds
 from dflash_plugin.kernels.accept import rejection_sample
 from dflash_plugin.kernels.uniforms import Stream, uniforms
 
@@ -77,41 +78,48 @@ def verify_sampled(
     return _verdict(drafts, *rejection_sample(drafts, target_probs, draft_probs, accept_u, next_u))
 
 
+def verify_drawn(
+    drafts: Tensor,
+    target_probs: Tensor,
+    draft_probs: Tensor,
+    accept_u: Tensor,
+    next_u: Tensor,
+    num_drafts: Tensor | None = None,
+) -> Verdict:
+    """``verify_block``: as ``verify_sampled``, and more drafts are accepted."""
+    accepted = verify_block(drafts, target_probs, draft_probs, accept_u, next_u, num_drafts)
+    return _verdict(drafts, *accepted)
+
+
 def verify(
     drafts: Tensor,
-    target_logits: Tensor,
+    target_probs: Tensor,
     draft_probs: Tensor | None,
-    params: SamplingTensors,
+    seed: Tensor,
     positions: Tensor,
     num_drafts: Tensor | None = None,
-    all_greedy: bool = False,
 ) -> Verdict:
-    """Verify blocks with each request's own sampling.
+    """Verify blocks of requests that sample: drawn ones whole, chosen ones draft by draft.
 
-    The noise for the token at absolute position n is keyed by n, so a request's tokens depend
-    neither on its batch nor on where its blocks begin.
+    The noise for the token at absolute position n is keyed by n, and for decisions on a drawn
+    block by its anchor's position too, so a request's tokens do not depend on its batch.
 
     Args:
         drafts: int64 [B, K].
-        target_logits: [B, K + 1, V], the target's processors applied.
+        target_probs: [B, K + 1, V], after the anchor and after each draft.
         draft_probs: [B, K, V] that the drafts were drawn from, or None for chosen drafts.
-        params: of the B requests.
+        seed: int64 [B], of the requests.
         positions: int64 [B], the anchors' positions.
         num_drafts: int64 [B] or None.
-        all_greedy: no request samples; takes the shorter way.
     """
-    if all_greedy:
-        return verify_greedy(drafts, target_logits.argmax(dim=-1), num_drafts)
-    offsets = torch.arange(1, target_logits.shape[1] + 1, device=drafts.device)
+    offsets = torch.arange(1, target_probs.shape[1] + 1, device=drafts.device)
     token_positions = positions[:, None] + offsets
-    return verify_sampled(
-        drafts,
-        probabilities(target_logits, params),
-        draft_probs,
-        uniforms(params.seed, token_positions[:, :-1], Stream.ACCEPT),
-        uniforms(params.seed, token_positions, Stream.NEXT),
-        num_drafts,
-    )
+    next_u = uniforms(seed, token_positions, Stream.NEXT)
+    if draft_probs is None:
+        accept_u = uniforms(seed, token_positions[:, :-1], Stream.ACCEPT)
+        return verify_sampled(drafts, target_probs, None, accept_u, next_u, num_drafts)
+    accept_u = uniforms(block_seeds(seed, positions), token_positions[:, :-1], Stream.ACCEPT)
+    return verify_drawn(drafts, target_probs, draft_probs, accept_u, next_u, num_drafts)
 
 
 def commit(

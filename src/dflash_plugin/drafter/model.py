@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
+from dflash_plugin.decoding.draft_sampling import sharpen
+from dflash_plugin.decoding.sampling import SamplingTensors, block_seeds, probabilities
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.interfaces import Attend, ContextStore, LayerFactory
 from dflash_plugin.drafter.latent_attention import LatentAttention
@@ -26,6 +27,7 @@ from dflash_plugin.drafter.rope import RotaryEmbedding
 from dflash_plugin.drafter.selector import CandidateSelector, Proposal
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.reference import sample
+from dflash_plugin.kernels.select_path import Limits
 from dflash_plugin.kernels.uniforms import Stream, uniforms
 
 # A CPU multiplies 8 rows by a head twice as fast as 7.
@@ -256,32 +258,49 @@ class Drafter(nn.Module):
         anchors: Tensor,
         positions: Tensor,
         sampling: SamplingTensors | None = None,
+        factors: Tensor | None = None,
+        limited: bool = True,
     ) -> Proposal:
         """Choose or draw the drafts of each block.
+
+        Drafts are drawn with noise of the block's own: how far a block is accepted depends on all
+        of its drafts, so that a position which is drafted again must be drawn anew.
 
         Args:
             hidden: [B, K, hidden], from ``draft``.
             anchors: int64 [B], the blocks' anchors.
             positions: int64 [B], their positions, which key the noise of draws.
-            sampling: of the B requests; None chooses the best everywhere. A selector draws at their
-                temperature alone.
+            sampling: of the B requests; None chooses the best everywhere.
+            factors: float32 [B, K], parts of the temperatures that drafts are drawn at
+                (``decoding.draft_sampling``); None draws at the requests' own.
+            limited: False where no request has top-k, top-p or min-p, which saves a sort.
         """
         logits = self.logits(hidden)
         u = None
         if sampling is not None:
             offsets = torch.arange(1, hidden.shape[1] + 1, device=positions.device)
-            u = uniforms(sampling.seed, positions[:, None] + offsets, Stream.DRAFT)
+            seeds = block_seeds(sampling.seed, positions)
+            u = uniforms(seeds, positions[:, None] + offsets, Stream.DRAFT)
         if self.candidate_selector is not None:
             best = logits.topk(self.candidate_selector.top_k, dim=-1)
-            temperature = None if sampling is None else sampling.temperature
+            temperature = limits = None
+            if sampling is not None:
+                temperature = sampling.temperature
+                limits = Limits(sampling.top_k, sampling.top_p, sampling.min_p, factors)
             path: Proposal = self.candidate_selector(
-                best.indices, best.values, hidden, anchors, temperature, u
+                best.indices, best.values, hidden, anchors, temperature, u, limits
             )
-            return path
+            if sampling is None or factors is None:
+                return path
+            return path._replace(own_probs=probabilities(path.scores, sampling))
         if sampling is None or u is None:
             return Proposal(self.token_ids(logits.argmax(dim=-1)), logits)
-        probs = probabilities(logits, sampling)
-        return Proposal(self.token_ids(sample(probs, u)), logits, probs)
+        probs = probabilities(logits, sampling, limited)
+        if factors is None:
+            return Proposal(self.token_ids(sample(probs, u)), logits, probs)
+        sharper = sharpen(probs, factors)
+        tokens = self.token_ids(sample(sharper, u))
+        return Proposal(tokens, logits, sharper, own_probs=probs)
 
     def plain_head(self) -> Tensor | None:
         """The head's weight where logits are its product with hidden states and nothing else."""

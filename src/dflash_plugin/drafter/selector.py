@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.interfaces import LayerFactory
 from dflash_plugin.kernels.reference import confidence
-from dflash_plugin.kernels.select_path import candidate_scores, select_path_naive
+from dflash_plugin.kernels.select_path import Limits, candidate_scores, select_path_naive
 
 
 class Proposal(NamedTuple):
@@ -30,12 +30,15 @@ class Proposal(NamedTuple):
         probs: float32 [B, K, C], the distribution over the candidates that each token was drawn
             from; None where all are the best of their scores.
         candidates: int64 [B, K, C], the target's ids; None where all of the draft vocabulary are.
+        own_probs: float32 [B, K, C], the drafter's distribution at the requests' sampling, where
+            ``probs`` may be a sharper one; else None.
     """
 
     tokens: Tensor
     scores: Tensor
     probs: Tensor | None = None
     candidates: Tensor | None = None
+    own_probs: Tensor | None = None
 
     @property
     def confidence(self) -> Tensor:
@@ -84,10 +87,11 @@ class CandidateSelector(nn.Module):
         anchors: Tensor,
         temperature: Tensor | None = None,
         u: Tensor | None = None,
+        limits: Limits | None = None,
     ) -> Proposal:
         """``select_path_naive`` for hidden states [B, K, hidden] of the rows that predict."""
         gates = self.hidden_projection(hidden)
-        return self.path(candidates, logits, gates, anchors, temperature, u)
+        return self.path(candidates, logits, gates, anchors, temperature, u, limits)
 
     def path(
         self,
@@ -97,6 +101,7 @@ class CandidateSelector(nn.Module):
         anchors: Tensor,
         temperature: Tensor | None = None,
         u: Tensor | None = None,
+        limits: Limits | None = None,
     ) -> Proposal:
         """``select_path_naive`` with the own codebooks, where ``hidden_projection`` is done."""
         path = select_path_naive(
@@ -108,5 +113,6 @@ class CandidateSelector(nn.Module):
             self.successor_codebook,
             temperature,
             u,
+            limits,
         )
         return Proposal(path.tokens, path.scores, path.probs, candidates)

@@ -40,6 +40,23 @@ class Path(NamedTuple):
     confidence: Tensor
 
 
+class Limits(NamedTuple):
+    """What of a position's distribution tokens are drawn from.
+
+    Attributes:
+        top_k: int64 [B], the k likeliest candidates; 0 for all.
+        top_p: float32 [B], candidates until their probability reaches it; 1 for all.
+        min_p: float32 [B], candidates at least this share as likely as the likeliest.
+        factors: float32 [B, K] from 0 to 1, of the temperature, applied last; 0 takes the best.
+            None is 1 everywhere.
+    """
+
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    factors: Tensor | None = None
+
+
 @triton.jit
 def _best(scores, AXIS: tl.constexpr):
     """The first of the largest; what is no number is none of them."""
@@ -55,6 +72,30 @@ def _softmax(scores, temperature, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _within(scaled, choice, request, top_k, top_p, min_p, BLOCK: tl.constexpr):
+    """Scores [R, BLOCK] at the request's temperature, -inf beyond its limits."""
+    most = tl.load(top_k + request)
+    most = tl.where(most == 0, BLOCK, most)
+    share = tl.load(top_p + request)
+    share = tl.where(share == 1.0, 2.0, share)  # Off: rounding may reach one early.
+    least = tl.load(min_p + request)
+    rank = tl.zeros(scaled.shape, dtype=tl.int32)
+    for other in range(BLOCK):
+        score = tl.sum(tl.where(choice[None, :] == other, scaled, 0.0), axis=1)[:, None]
+        is_before = (score > scaled) | ((score == scaled) & (choice[None, :] > other))
+        rank += is_before.to(tl.int32)
+    kept = rank < most
+    probs = _softmax(tl.where(kept, scaled, float("-inf")), 1.0, 1)
+    before = tl.zeros(scaled.shape, dtype=tl.float32)
+    for other in range(BLOCK):
+        here = choice[None, :] == other
+        place = tl.sum(tl.where(here, rank, 0), axis=1)[:, None]
+        before += tl.where(place < rank, tl.sum(tl.where(here, probs, 0.0), axis=1)[:, None], 0.0)
+    kept = kept & (before < share) & (probs >= least * tl.max(probs, axis=1)[:, None])
+    return tl.where(kept | (rank == 0), scaled, float("-inf"))
+
+
+@triton.jit
 def _kernel(
     candidates,
     logits,
@@ -64,6 +105,10 @@ def _kernel(
     successors,
     temperature,
     u,
+    top_k,
+    top_p,
+    min_p,
+    factors,
     tokens_out,
     scores_out,
     probs_out,
@@ -112,8 +157,14 @@ def _kernel(
     following = _best(scores, 1)
     if temperature is not None:
         request_temperature = tl.load(temperature + request)
-        if request_temperature > 0:
-            probs = _softmax(scores, request_temperature, 1)
+        factor = 1.0
+        if factors is not None:
+            factor = tl.load(factors + row)
+        if (request_temperature > 0) & (factor > 0):
+            scaled = scores / request_temperature
+            if top_k is not None:
+                scaled = _within(scaled, choice, request, top_k, top_p, min_p, BLOCK)
+            probs = _softmax(scaled, factor, 1)
             cumulative = tl.cumsum(probs.to(tl.float64), axis=1)
             noise = tl.load(u + row).to(tl.float64)
             threshold = noise * tl.max(cumulative, axis=1)
@@ -145,7 +196,15 @@ def _kernel(
         if probs_out is not None:
             share = (choice[None, :] == chosen[:, None]).to(tl.float32)
             if request_temperature > 0:
-                share = _softmax(realized, request_temperature, 1)
+                scaled = realized / request_temperature
+                if top_k is not None:
+                    scaled = _within(scaled, choice, request, top_k, top_p, min_p, BLOCK)
+                if factors is None:
+                    share = _softmax(scaled, 1.0, 1)
+                else:
+                    parts_of = tl.load(factors + rows, mask=is_position, other=1.0)[:, None]
+                    drawn_from = _softmax(scaled, tl.where(parts_of > 0, parts_of, 1.0), 1)
+                    share = tl.where(parts_of > 0, drawn_from, share)
             tl.store(probs_out + out, share, mask=is_out)
         is_best = choice[None, :] == _best(realized, 1)[:, None]
         others = tl.where(is_best, float("-inf"), realized) - tl.max(realized, axis=1)[:, None]
@@ -164,6 +223,7 @@ def select_path(
     successors: Tensor,
     temperature: Tensor | None = None,
     u: Tensor | None = None,
+    limits: Limits | None = None,
 ) -> Path:
     """Walk each block from its anchor, taking or drawing one candidate a position.
 
@@ -183,6 +243,7 @@ def select_path(
         temperature: float32 [B], rows at 0 take the best; None takes it everywhere.
         u: float32 or float64 [B, K] in [0, 1), contiguous, the noise of draws; goes with
             ``temperature``.
+        limits: of what is drawn from; goes with ``temperature``. None draws from all candidates.
 
     Raises:
         ValueError: shapes, dtypes or, for the kernel, strides do not fit.
@@ -190,7 +251,7 @@ def select_path(
     (batch, count, choices), device = candidates.shape, candidates.device
     if choices > MAX_CANDIDATES:
         raise ValueError(f"{choices} candidates: the kernel takes 1 to {MAX_CANDIDATES} candidates")
-    _check(candidates, logits, gates, anchors, predecessors, successors, temperature, u)
+    _check(candidates, logits, gates, anchors, predecessors, successors, temperature, u, limits)
     if not all(part.is_contiguous() for part in (candidates, logits, gates)):
         raise ValueError("candidates, logits and gates must be contiguous")
     if predecessors.stride(1) != 1 or successors.stride(1) != 1:
@@ -218,6 +279,7 @@ def select_path(
         successors,
         temperature,
         u,
+        *(limits or (None, None, None, None)),
         *path,
         torch.empty(batch, count, block, block, dtype=torch.float32, device=device),
         torch.empty(batch, count, block, dtype=torch.int8, device=device),
@@ -249,6 +311,7 @@ def _check(
     successors: Tensor,
     temperature: Tensor | None,
     u: Tensor | None,
+    limits: Limits | None,
 ) -> None:
     batch, count, choices = candidates.shape
     if candidates.dtype != torch.int64 or choices == 0 or count == 0:
@@ -273,6 +336,13 @@ def _check(
         raise ValueError(f"temperature must be float32 [{batch}]")
     if u is not None and u.shape != (batch, count):
         raise ValueError(f"u must be [{batch}, {count}]")
+    if limits is not None:
+        of_requests = (limits.top_k, limits.top_p, limits.min_p)
+        if temperature is None or any(part.shape != (batch,) for part in of_requests):
+            raise ValueError(f"limits must be [{batch}], beside temperature")
+        factors = limits.factors
+        if factors is not None and (factors.shape != (batch, count) or not factors.is_contiguous()):
+            raise ValueError(f"factors must be contiguous [{batch}, {count}]")
 
 
 def select_path_naive(
@@ -284,9 +354,10 @@ def select_path_naive(
     successors: Tensor,
     temperature: Tensor | None = None,
     u: Tensor | None = None,
+    limits: Limits | None = None,
 ) -> Path:
     """``select_path`` in plain torch."""
-    _check(candidates, logits, gates, anchors, predecessors, successors, temperature, u)
+    _check(candidates, logits, gates, anchors, predecessors, successors, temperature, u, limits)
     rows = successors[candidates].float()
     previous = anchors
     tokens: list[Tensor] = []
@@ -299,7 +370,7 @@ def select_path_naive(
         if temperature is None or u is None:
             chosen = scores[-1].argmax(dim=-1)
         else:
-            probs.append(_distribution(scores[-1], temperature))
+            probs.append(_distribution(scores[-1], temperature, limits, step))
             chosen = sample(probs[-1], u[:, step])
         previous = candidates[:, step].gather(-1, chosen[:, None])[:, 0]
         tokens.append(previous)
@@ -321,9 +392,28 @@ def candidate_scores(logits: Tensor, gates: Tensor, before: Tensor, rows: Tensor
     return logits.float() + torch.einsum("...r,...cr->...c", context, rows.float())
 
 
-def _distribution(scores: Tensor, temperature: Tensor) -> Tensor:
+def _distribution(scores: Tensor, temperature: Tensor, limits: Limits | None, step: int) -> Tensor:
     """Probabilities [B, C] of scores [B, C]; all on the best where the temperature [B] is 0."""
-    is_greedy = (temperature == 0)[:, None]
+    factor = torch.ones_like(temperature)
+    if limits is not None and limits.factors is not None:
+        factor = limits.factors[:, step]
+    is_greedy = ((temperature == 0) | (factor == 0))[:, None]
     best = torch.zeros_like(scores).scatter(-1, scores.argmax(dim=-1, keepdim=True), 1.0)
-    drawn = torch.softmax(scores / torch.where(is_greedy, 1.0, temperature[:, None]), dim=-1)
-    return torch.where(is_greedy, best, drawn)
+    scaled = scores / torch.where(temperature == 0, 1.0, temperature)[:, None]
+    if limits is not None:
+        scaled = scaled.masked_fill(~_kept(scaled, limits), float("-inf"))
+    sharper = scaled / torch.where(factor == 0, 1.0, factor)[:, None]
+    return torch.where(is_greedy, best, torch.softmax(sharper, dim=-1))
+
+
+def _kept(scores: Tensor, limits: Limits) -> Tensor:
+    """Candidates bool [B, C] of scores [B, C] within the limits."""
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    top_k = torch.where(limits.top_k == 0, scores.shape[-1], limits.top_k)
+    kept = rank < top_k[:, None]
+    probs = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
+    before = probs.cumsum(dim=-1) - probs
+    kept = kept & ((before < limits.top_p[:, None]) | (limits.top_p == 1)[:, None])
+    kept = kept & (probs >= limits.min_p[:, None] * probs[:, :1])
+    return torch.zeros_like(kept).scatter(-1, order, kept | (rank == 0))

@@ -17,6 +17,7 @@ from dflash_plugin.kernels.draft_head import draft_head
 from dflash_plugin.kernels.quantize_rows import quantize_rows
 from dflash_plugin.kernels.select_path import (
     MAX_CANDIDATES,
+    Limits,
     Path,
     select_path,
     select_path_naive,
@@ -271,6 +272,7 @@ def select_drafts(
     anchors: Tensor,
     temperature: Tensor | None = None,
     u: Tensor | None = None,
+    limits: Limits | None = None,
 ) -> Path:
     """Drafts of B blocks along the selector's path, with what they were drawn from.
 
@@ -280,13 +282,14 @@ def select_drafts(
         anchors: int64 [B], anchor tokens.
         temperature: float32 [B], blocks at 0 take the best candidate; None takes it in all blocks.
         u: [B, K] in [0, 1), the noise of draws; goes with ``temperature``.
+        limits: of what is drawn from; None draws from all candidates.
     """
     selector = drafter.candidate_selector
     assert selector is not None
     tokens, logits, gates = (part.unflatten(0, (len(anchors), -1)) for part in found)
     codebooks = selector.predecessor_codebook, selector.successor_codebook
     select = select_path if selector.top_k <= MAX_CANDIDATES else select_path_naive
-    return select(tokens, logits, gates, anchors, *codebooks, temperature, u)
+    return select(tokens, logits, gates, anchors, *codebooks, temperature, u, limits)
 
 
 def noise(seed: Tensor, position: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
+from dflash_plugin.decoding.draft_sampling import DraftSampling
 from dflash_plugin.drafter.config import Dialect, DrafterConfig, DraftWeights
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
@@ -31,6 +32,10 @@ class Options(BaseModel):
             where the GPU multiplies FP8 and the weights are plain 16-bit matrices that fit it.
             "checkpoint" keeps what the checkpoint stores, quantised weights where the engine has
             linears for them. "dequantised" makes plain matrices of those.
+        draft_sampling: how drafts of requests with a temperature are made; the text keeps the
+            target's distribution whichever. "probabilistic" draws them from the drafter's
+            distribution, "greedy" takes its likeliest tokens. "auto" draws in SGLang, and leaves
+            the choice to ``draft_sample_method`` in vLLM, where drawn drafts cost memory.
         adaptive_verification: verify the number of drafts that commits most tokens per second, by
             their acceptance probabilities and the measured step times; that may be none. None
             leaves the choice to the engine's adapter.
@@ -49,6 +54,7 @@ class Options(BaseModel):
     acceptance_window: int = Field(default=2000, ge=1)
     dialect: Dialect | None = None
     draft_weights: DraftWeights | Literal["auto", "dequantised"] = "auto"
+    draft_sampling: DraftSampling = "auto"
     adaptive_verification: bool | None = None
     min_draft_tokens: int = Field(default=0, ge=0)
     max_draft_tokens: int | None = Field(default=None, ge=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dflash_plugin.checkpoints.io import CONFIG
 from dflash_plugin.errors import DFlashError, reason
@@ -24,14 +24,7 @@ from dflash_plugin.sglang.names import ENGINE
 
 
 class Options(shared.Options):
-    """Read from ``DFLASH_PLUGIN_CONFIG=file.json`` and ``DFLASH_PLUGIN_<OPTION>=value``.
-
-    Attributes:
-        draft_sampling: how drafts of requests with a temperature are made; "probabilistic" draws
-            them from the drafter's distribution, "greedy" takes its likeliest token.
-    """
-
-    draft_sampling: Literal["probabilistic", "greedy"] = "probabilistic"
+    """Read from ``DFLASH_PLUGIN_CONFIG=file.json`` and ``DFLASH_PLUGIN_<OPTION>=value``."""
 
 
 class DrafterSpec(shared.DrafterSpec):

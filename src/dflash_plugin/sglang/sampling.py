@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
 from dflash_plugin.kernels.reference import sample
+from dflash_plugin.kernels.select_path import Limits
 from dflash_plugin.kernels.uniforms import Stream, uniforms
 from dflash_plugin.sglang.penalties import to_device
 from dflash_plugin.sglang.protocols import RequestLike, SamplingInfoLike
@@ -73,10 +74,25 @@ def distribution(logits: Tensor, params: SamplingTensors, info: SamplingInfoLike
         params: of the B requests.
         info: of the same batch; its flags are known to the host.
     """
-    if info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling:
+    if _is_limited(info):
         return probabilities(logits, params)
     # Without a top-k no request is greedy.
     return torch.softmax(logits.float() / params.temperature[:, None, None], dim=-1)
+
+
+def limits(params: SamplingTensors, info: SamplingInfoLike) -> Limits | None:
+    """What a selector's walk draws within; None where no request is limited.
+
+    Args:
+        params: of the B requests.
+        info: of the same batch.
+    """
+    return Limits(params.top_k, params.top_p, params.min_p) if _is_limited(info) else None
+
+
+def _is_limited(info: SamplingInfoLike) -> bool:
+    """Whether the batch has top-k, top-p or min-p; the host knows."""
+    return info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling
 
 
 def draw(probs: Tensor, params: SamplingTensors, positions: Tensor, stream: Stream) -> Tensor:

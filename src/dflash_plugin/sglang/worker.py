@@ -67,7 +67,7 @@ from dflash_plugin.sglang.verify_state import verify_state
 
 if TYPE_CHECKING:
     from dflash_plugin.drafter.selector import Proposal
-    from dflash_plugin.kernels.select_path import Path
+    from dflash_plugin.kernels.select_path import Limits, Path
 
 # What the attention of blocks needs of SGLang, by the name of the back end.
 BACKEND_FEATURES = {
@@ -312,12 +312,12 @@ class Worker(metrics.Counted, DFlashWorkerV2):
 
     def draws_drafts(self, step: Step) -> bool:
         """Whether the drafts of a step are drawn from a distribution instead of chosen."""
-        return step.params is not None and self.info.options.draft_sampling == "probabilistic"
+        return step.params is not None and self.info.options.draft_sampling != "greedy"
 
     def draw_drafts(self, drafting: Drafting, step: Step) -> Tensor:
         """Draw drafts int64 [B * K] from the drafter's distribution for each request.
 
-        A selector draws with the request's temperature alone, without its top-k, top-p or min-p.
+        A selector draws within the request's top-k, top-p and min-p, too.
 
         Args:
             drafting: the output of the step's draft pass.
@@ -328,7 +328,8 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         drafter, batch = self.draft_model.drafter, len(anchors)
         if found is not None:
             u = selector_noise(step.params.seed, step.anchors, self.num_drafts)
-            path = self._walk(drafting, step.params.temperature, u)
+            within = sampling.limits(step.params, step.batch.sampling_info)
+            path = self._walk(drafting, step.params.temperature, u, within)
             assert path.probs is not None
             step.draft_probs = path.probs
             step.draft_candidates = found.tokens.view(path.probs.shape)
@@ -343,12 +344,16 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         return drafter.token_ids(drawn).flatten()
 
     def _walk(
-        self, drafting: Drafting, temperature: Tensor | None = None, u: Tensor | None = None
+        self,
+        drafting: Drafting,
+        temperature: Tensor | None = None,
+        u: Tensor | None = None,
+        limits: Limits | None = None,
     ) -> Path | Proposal:
         """Let the selector choose among candidates; tells the verifier how likely drafts are."""
         assert drafting.candidates is not None
         found, anchors = drafting.candidates, drafting.anchors
-        path = select_drafts(self.draft_model.drafter, found, anchors, temperature, u)
+        path = select_drafts(self.draft_model.drafter, found, anchors, temperature, u, limits)
         verifier = self._predicting(len(anchors))
         if verifier is not None:
             verifier.predictor.predict(path.confidence.flatten(), None)

@@ -10,13 +10,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_verify_lens
-from dflash_plugin.decoding.verify import FinishReason, commit, verify
+from dflash_plugin.decoding.draft_sampling import AcceptanceEstimate, DraftSampling
+from dflash_plugin.decoding.sampling import is_limited, probabilities
+from dflash_plugin.decoding.verify import FinishReason, commit, verify, verify_greedy
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.static_store import StaticStore
 from dflash_plugin.errors import DFlashError
@@ -31,6 +34,8 @@ from dflash_plugin.transformers.target import Target
 
 PREFILL_TOKENS = 8192
 KEYS_STEP = 64
+# Reading a pass's distributions takes a few percent of it.
+LEARN_EVERY = 4
 OnTokens = Callable[[int, list[int]], None]
 
 
@@ -40,6 +45,20 @@ class _Running:
     request: Request
     result: Result
     length: int
+
+
+class _Sampling(NamedTuple):
+    """How the requests of a pass sample, as far as the host must know.
+
+    Attributes:
+        greedy: none does.
+        limited: one is limited by top-k, top-p or min-p.
+        learns: the pass adds to the estimate of which drafts are accepted.
+    """
+
+    greedy: bool
+    limited: bool
+    learns: bool
 
 
 class Engine:
@@ -54,8 +73,9 @@ class Engine:
         drafter: from ``load_drafter``, or None to decode one token a pass.
         max_batch: requests that run at the same time.
         max_length: longest prompt + output.
-        sampled_drafts: at temperature > 0, draw drafts from the drafter's distribution and verify
-            against it; otherwise draft its most likely tokens. Lossless either way.
+        draft_sampling: how drafts of requests with a temperature are made, lossless whichever:
+            "probabilistic" draws them from the drafter's distribution, "greedy" takes its likeliest
+            tokens, "auto" takes what is accepted most (``decoding.draft_sampling``).
         cuda_graphs: run draft and verify from CUDA graphs on a GPU.
         adaptive: verify the number of drafts per request that commits most tokens per second, none
             where none pays; the text stays the same.
@@ -75,7 +95,7 @@ class Engine:
         *,
         max_batch: int = 1,
         max_length: int = 2048,
-        sampled_drafts: bool = True,
+        draft_sampling: DraftSampling = "auto",
         cuda_graphs: bool = True,
         adaptive: bool = False,
         record_drafts: bool = False,
@@ -85,7 +105,12 @@ class Engine:
         self.drafter = drafter
         self.max_batch = max_batch
         self.max_length = max_length
-        self.sampled_drafts = sampled_drafts
+        if draft_sampling not in get_args(DraftSampling):
+            raise DFlashError(
+                f"draft_sampling is {draft_sampling!r}: give one of "
+                + ", ".join(map(repr, get_args(DraftSampling)))
+            )
+        self.draft_sampling = draft_sampling
         self.record_drafts = record_drafts
         self.num_drafts = drafter.config.num_draft_tokens if drafter else 0
         rows = self.num_drafts + 1
@@ -109,6 +134,8 @@ class Engine:
             )
         self.graphs = Graphs(self.device, cuda_graphs)
         self.vocabulary = self.target.embedding.shape[0]
+        self.acceptance = AcceptanceEstimate(self.num_drafts, self.device)
+        self.steps = 0
         self.stop_ids = _default_stop_ids(model)
         self.policy: VerifyLenPolicy | None = None
         if adaptive and drafter is not None:
@@ -236,13 +263,13 @@ class Engine:
             tokens.to(self.device), positions.to(self.device), lengths, rows
         )
         self.state.load(rows, [slot.request for slot in group], self.stop_ids)
+        sampling = self.state.sampling.of_rows(rows)
         verdict = verify(
             rows.new_zeros(len(group), 0),
-            last_logits[:, None],
+            probabilities(last_logits[:, None], sampling, _sampling_of(group).limited),
             None,
-            self.state.sampling.of_rows(rows),
+            sampling.seed,
             self.state.lengths[rows] - 1,
-            all_greedy=_all_greedy(group),
         )
         committed, _, reason = commit(
             verdict.tokens,
@@ -292,23 +319,24 @@ class Engine:
         batch = self._batch_bucket(len(rows))
         longest = max(slot.length for slot in running)
         num_keys = self._num_keys(longest + self.num_drafts + 2)
-        greedy = _all_greedy(running)
+        self.steps += 1
+        way = _sampling_of(running, learns=self.steps % LEARN_EVERY == 0)
         verify_len = self.num_drafts + 1
         if self.policy is not None:
             verify_len = self.policy.choose(len(running), time.monotonic())
         if self.drafter is not None and verify_len > 1:
             self.graphs.run(
-                ("draft", batch, num_keys, greedy), lambda: self._draft(batch, num_keys, greedy)
+                ("draft", batch, num_keys, way[:2]), lambda: self._draft(batch, num_keys, way)
             )
         elif self.drafter is not None:
             self.graphs.run(("inject", batch, num_keys), lambda: self._inject(batch, num_keys))
         if self.target.recurrent is not None:
             # A graph would not keep what the recurrent layers need to take tokens back.
-            self._verify(batch, num_keys, greedy, verify_len)
+            self._verify(batch, num_keys, way, verify_len)
         else:
             self.graphs.run(
-                ("verify", batch, num_keys, greedy, verify_len),
-                lambda: self._verify(batch, num_keys, greedy, verify_len),
+                ("verify", batch, num_keys, way, verify_len),
+                lambda: self._verify(batch, num_keys, way, verify_len),
             )
         outcomes = self.state.outcome[: len(rows)].tolist()
         # A row that is idle or has ended has no state to keep.
@@ -346,35 +374,42 @@ class Engine:
         self.store.rows, self.store.num_keys = None, num_keys
         self.drafter.inject(self.state.features[:batch], self.state.feature_positions[:batch])
 
-    def _draft(self, batch: int, num_keys: int, greedy: bool) -> None:
+    def _draft(self, batch: int, num_keys: int, way: _Sampling) -> None:
         """Inject the features that the last verification committed, then draft a block."""
         assert self.drafter is not None
         self._inject(batch, num_keys)
         anchors, positions = self.state.anchors[:batch], self.state.lengths[:batch]
-        draws = self.sampled_drafts and not greedy
+        sampling = factors = None
+        if not way.greedy and self.draft_sampling != "greedy":
+            sampling = self.state.sampling_of(batch)
+        if sampling is not None and self.draft_sampling == "auto":
+            factors = self.acceptance.factors(sampling, self.state.seeded[:batch])
         proposal = self.drafter.propose(
             self.drafter.draft(anchors, positions),
             anchors,
             positions,
-            self.state.sampling_of(batch) if draws else None,
+            sampling,
+            factors,
+            way.limited,
         )
         self.state.drafts[:batch] = proposal.tokens
-        if proposal.probs is None:
-            return
-        if self.state.draft_probs is None:
-            shape = self.max_batch, self.num_drafts, self.vocabulary
-            self.state.draft_probs = proposal.probs.new_zeros(shape)
-        self.state.draft_probs[:batch] = self.drafter.target_probabilities(
-            proposal.probs, self.vocabulary, proposal.candidates
-        )
+        for name, probs in (("draft_probs", proposal.probs), ("own_probs", proposal.own_probs)):
+            if probs is None:
+                continue
+            if getattr(self.state, name) is None:
+                shape = self.max_batch, self.num_drafts, self.vocabulary
+                setattr(self.state, name, probs.new_zeros(shape))
+            getattr(self.state, name)[:batch] = self.drafter.target_probabilities(
+                probs, self.vocabulary, proposal.candidates
+            )
 
-    def _verify(self, batch: int, num_keys: int, greedy: bool, rows: int) -> None:
+    def _verify(self, batch: int, num_keys: int, way: _Sampling, rows: int) -> None:
         """Run the target over anchors and the first drafts, accept, and advance every row.
 
         Args:
             batch: B.
             num_keys: slots that the pass looks at.
-            greedy: no request samples.
+            way: how the requests sample.
             rows: of each request, the anchor's among them.
         """
         drafts = self.state.drafts[:batch, : rows - 1]
@@ -383,17 +418,25 @@ class Engine:
         positions = self.state.lengths[:batch, None] + offsets
         target_pass = TargetPass(self.target.kv, positions, num_keys)
         logits, features = self.target.forward(tokens, target_pass)
-        draft_probs = None
-        if not greedy and self.state.draft_probs is not None:
-            draft_probs = self.state.draft_probs[:batch, : rows - 1]
-        verdict = verify(
-            drafts,
-            logits,
-            draft_probs,
-            self.state.sampling_of(batch),
-            self.state.lengths[:batch],
-            all_greedy=greedy,
-        )
+        sampling = self.state.sampling_of(batch)
+        positions_before = self.state.lengths[:batch]
+        if way.greedy:
+            verdict = verify_greedy(drafts, logits.argmax(dim=-1))
+        else:
+            probs = probabilities(logits, sampling, way.limited)
+            draft_probs = self.state.draft_probs
+            if draft_probs is not None:
+                draft_probs = draft_probs[:batch, : rows - 1]
+            verdict = verify(drafts, probs, draft_probs, sampling.seed, positions_before)
+            if way.learns and self.state.own_probs is not None:
+                self.acceptance.observe(
+                    sampling,
+                    probs[:, :-1],
+                    self.state.own_probs[:batch, : rows - 1],
+                    verdict.num_accepted,
+                    # An idle row stands at position 0.
+                    (positions_before > 0) & ~self.state.seeded[:batch],
+                )
         advance = verdict.num_accepted + 1
         committed, finished, reason = commit(
             verdict.tokens, advance, self.state.stops[:batch], self.state.remaining[:batch]
@@ -456,8 +499,10 @@ class Engine:
         return min(-(-needed // step) * step, self.target.kv.length)
 
 
-def _all_greedy(slots: list[_Running]) -> bool:
-    return all(slot.request.sampling.temperature == 0 for slot in slots)
+def _sampling_of(slots: list[_Running], learns: bool = False) -> _Sampling:
+    params = [slot.request.sampling for slot in slots]
+    greedy = all(one.temperature == 0 for one in params)
+    return _Sampling(greedy, is_limited(params), learns and not greedy)
 
 
 def _default_stop_ids(model: PreTrainedModel) -> list[int]:

@@ -30,6 +30,8 @@ class RowTensors:
         stops: int64 [B, MAX_STOP_IDS], padded with -1.
         drafts: int64 [B, R - 1].
         draft_probs: [B, R - 1, vocab] that the drafts were drawn from; None until some were drawn.
+        own_probs: [B, R - 1, vocab], the drafter's own distributions; None until one is needed.
+        seeded: bool [B], requests that gave a seed.
         features: [B, R, feature_width], of the last verify pass.
         feature_positions: int64 [B, R]; -1 drops a feature.
         outcome: int64 [B, R + 3]: tokens committed, finish reason, drafts accepted, then tokens.
@@ -54,6 +56,8 @@ class RowTensors:
         self.stops = integers(batch, MAX_STOP_IDS, fill=-1)
         self.drafts = integers(batch, block - 1)
         self.draft_probs: Tensor | None = None
+        self.own_probs: Tensor | None = None
+        self.seeded = torch.zeros(batch, dtype=torch.bool, device=device)
         self.features = torch.zeros(batch, block, feature_width, dtype=dtype, device=device)
         self.feature_positions = integers(batch, block, fill=-1)
         self.outcome = integers(batch, block + 3)
@@ -76,6 +80,8 @@ class RowTensors:
         self.lengths[rows] = torch.as_tensor(lengths, device=self.device)
         limits = [request.max_new_tokens for request in requests]
         self.remaining[rows] = torch.as_tensor(limits, device=self.device)
+        seeded = [request.sampling.seed is not None for request in requests]
+        self.seeded[rows] = torch.as_tensor(seeded, device=self.device)
         sampling = SamplingTensors.build([request.sampling for request in requests], self.device)
         for destination, source in zip(self.sampling, sampling, strict=True):
             destination[rows] = source
@@ -87,6 +93,7 @@ class RowTensors:
             self.lengths,
             self.remaining,
             self.stops,
+            self.seeded,
             self.features,
             self.feature_positions,
             *self.sampling,

@@ -17,6 +17,7 @@ from dflash_plugin.checkpoints.dialects import (
 )
 from dflash_plugin.checkpoints.files import read_json
 from dflash_plugin.checkpoints.io import CONFIG
+from dflash_plugin.decoding.draft_sampling import DraftSampling
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError
@@ -34,6 +35,7 @@ from dflash_plugin.vllm.surface import verify_frontend
 logger = logging.getLogger("vllm.dflash_plugin")
 METHOD = "dflash"
 NUMBER = "num_speculative_tokens"
+SAMPLE_METHOD = "draft_sample_method"
 NUMBER_BY_BATCH = "num_speculative_tokens_per_batch_size"
 ENGINE = "vllm"
 # The plugin's flag, vLLM's own, its attribute of EngineArgs, its key in --speculative-config.
@@ -189,6 +191,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     choose_draft_ranks(spec.config, arguments.tensor_parallel_size, settings)
     suggested = suggested_drafts(read_json(spec.checkpoint / CONFIG))
     settings[NUMBER] = number_of_drafts(spec.config, settings.get(NUMBER), suggested)
+    choose_draft_sampling(settings, options.draft_sampling)
     if options.adaptive_verification:
         settings.setdefault("enable_adaptive_verification", True)
     if not staging.is_dummy(arguments.load_format):
@@ -209,6 +212,30 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     for _, _, attribute, _ in FLAGS:
         setattr(arguments, attribute, None)
     arguments.speculative_config = settings
+
+
+def choose_draft_sampling(settings: dict[str, Any], wanted: DraftSampling) -> None:
+    """Set vLLM's ``draft_sample_method`` as the plugin's option says; "auto" leaves it.
+
+    Drawn drafts need a tensor of logits for every request slot, draft and token in vLLM, so that
+    "auto" does not ask for them.
+
+    Args:
+        settings: the speculative configuration.
+        wanted: the option.
+
+    Raises:
+        DFlashError: the settings ask for another method.
+    """
+    given = settings.get(SAMPLE_METHOD)
+    if wanted == "auto":
+        return
+    if given not in (None, wanted):
+        raise DFlashError(
+            f"draft_sampling is {wanted!r} but {SAMPLE_METHOD} of the speculative configuration is "
+            f"{given!r}: leave one out"
+        )
+    settings[SAMPLE_METHOD] = wanted
 
 
 def refuse_steps_without_drafts(table: Iterable[Sequence[int]]) -> None:
