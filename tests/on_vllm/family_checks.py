@@ -60,6 +60,20 @@ def accepted(texts: Sequence[Sequence[int]], text: Sequence[int], start: int) ->
     return count
 
 
+def prompt_lengths(runner: Any, count: int, *proposing: Any) -> list[int]:
+    """Tokens of the prompt of each request that drafts are proposed for.
+
+    Args:
+        runner: of the worker.
+        count: requests.
+        proposing: the arguments; the V2 runner's begin with its batch.
+    """
+    if hasattr(runner, "req_states"):
+        rows = proposing[0].idx_mapping_np[:count]
+        return runner.req_states.prompt_len.np[rows].tolist()
+    return runner.input_batch.num_prompt_tokens[:count].tolist()
+
+
 def knowing(worker: Any, texts: list[list[int]]) -> None:
     """Keep every proposal of the drafter, and let the runner verify ``known_drafts`` instead."""
     runner = worker.model_runner
@@ -69,13 +83,16 @@ def knowing(worker: Any, texts: list[list[int]]) -> None:
     def proposed(*args: Any, **kwargs: Any) -> Any:
         drafts = propose(*args, **kwargs)
         buffers, rows = getattr(drafter, "input_buffers", drafter), len(drafts) * BLOCK_SIZE
-        for row, anchor, position in zip(
+        for row, anchor, position, length in zip(
             range(len(drafts)),
             buffers.input_ids[:rows:BLOCK_SIZE].tolist(),
             buffers.positions[:rows:BLOCK_SIZE].tolist(),
+            prompt_lengths(runner, len(drafts), *args),
             strict=True,
         ):
-            worker.proposals.append((position, anchor, drafts[row].tolist()))
+            # No pass verifies the drafts that follow a part of a prompt.
+            if position >= length:
+                worker.proposals.append((position, anchor, drafts[row].tolist()))
             drafts[row] = torch.tensor(known_drafts(texts, position, anchor))
         return drafts
 
@@ -134,16 +151,14 @@ def distance(found: list[int], expected: list[int], logprobs: list[dict[int, flo
 def unlike_core(made: list[Any], target: Any, drafter: Any, texts: list[list[int]]) -> list[float]:
     """How far each proposal is from the core's: the largest margin of a draft that is another.
 
-    A proposal whose anchor stands at that place of several texts may be that of either. One from
-    within a prompt is left out: of a chunk before the last, whose drafts no pass verifies.
+    A proposal whose anchor stands at that place of several texts may be that of either.
     """
     found: dict[int, float] = {}
-    within = {place for prompt in prompts() for place in enumerate(prompt)}
     for text in texts:
         here = {
             number: proposal
             for number, proposal in enumerate(made)
-            if (proposal[0], proposal[1]) not in within and text[proposal[0] :][:1] == [proposal[1]]
+            if text[proposal[0] :][:1] == [proposal[1]]
         }
         reference = {"target": target, "drafter": drafter}
         core = core_drafts(reference, text, [proposal[0] for proposal in here.values()])
