@@ -102,7 +102,6 @@ WINDOW = {
 @pytest.mark.parametrize(
     ("name", "changes", "fix"),
     [
-        ("target layers", SHIFTED, f"set target_layer_ids to {IDS}"),
         ("mask token", MASK, "set mask_token_id to"),
         ("rope", {"is_neox_style": False}, "set is_neox_style to true"),
         ("window and causality", WINDOW, "layer_types to full_attention"),

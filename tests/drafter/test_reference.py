@@ -19,6 +19,8 @@ from tests.helpers.tiny import DFLASH2, VOCABULARY, tiny_target, write_tiny
 
 DATA = Path(__file__).parents[1] / "data"
 PROMPTS, STEPS = 20, 20
+# Of the trained drafter, whose target costs most of the time: five of each set.
+TRAINED = 10
 FULL, SLIDING = LayerAttention(), LayerAttention(sliding_window=6)
 CAUSAL, CAUSAL_SLIDING = (
     LayerAttention(causal=True),
@@ -180,7 +182,7 @@ def test_the_trained_drafter_drafts_the_same_tokens(smollm2):
     prompts = [
         encode(tokenizer, prompt)[:200]
         for name in ("gsm8k_test", "mt_bench")
-        for prompt in load_prompts(DATA / f"{name}.jsonl", PROMPTS // 2)
+        for prompt in load_prompts(DATA / f"{name}.jsonl", TRAINED // 2)
     ]
     longest = max(len(prompt) for prompt in prompts) + 48
     engine = Engine(target, drafter, max_batch=8, max_length=longest)
@@ -193,4 +195,4 @@ def test_the_trained_drafter_drafts_the_same_tokens(smollm2):
             states = target(tokens, output_hidden_states=True, use_cache=False).hidden_states
         features = torch.cat([states[i + 1] for i in drafter.config.target_layer_ids], dim=-1)
         found += compare_drafts(drafter, directory, embedding, head, tokens, features, len(prompt))
-    assert found == (found.total, 0, PROMPTS * STEPS * 7)
+    assert found == (found.total, 0, TRAINED * STEPS * 7)

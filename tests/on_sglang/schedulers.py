@@ -5,6 +5,7 @@ Imports of SGLang take longer than a tiny model's engine. Reads lines of JSON, a
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -328,6 +329,8 @@ def main() -> None:
     import sglang.srt.managers.scheduler
     import sglang.srt.models.registry  # noqa: F401
 
+    # A fork need not look through what is here already each time that SGLang collects garbage.
+    gc.freeze()
     for line in sys.stdin:
         job = json.loads(line)
         print(json.dumps(forked(lambda job=job: serve(job))()), file=pipe, flush=True)

@@ -43,19 +43,21 @@ def running(target: Path, drafter: Path | None, **settings: Any) -> Iterator[Any
         "block_size": BLOCK,
         "max_num_seqs": 8,
         "max_model_len": 512,
+        # Kernels and first passes run over as many rows, which interpreted take longer than a test.
+        "max_num_batched_tokens": max(512, 16 * settings.get("max_num_seqs", 8)),
         "disable_log_stats": False,
         "speculative_config": speculative or None,
         **settings,
     }
     with forking():
         engine = LLM(str(target), **settings)
-    try:
-        yield engine
-    finally:
-        # At once: nothing is under way, and vLLM would wait for its processes in vain.
-        engine.llm_engine.engine_core.shutdown(timeout=0)
-        del engine
-        gc.collect()
+        try:
+            yield engine
+        finally:
+            # At once: nothing is under way, and vLLM would wait for its processes in vain.
+            engine.llm_engine.engine_core.shutdown(timeout=0)
+            del engine
+            gc.collect()
 
 
 def on_worker(engine: Any, function: Callable[..., Any], *args: Any) -> Any:

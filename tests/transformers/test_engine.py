@@ -21,7 +21,6 @@ from tests.helpers.tiny import DFLASH2, VOCABULARY, tiny_drafter, tiny_target, w
 
 DATA = Path(__file__).parents[1] / "data"
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 SETS = ("gsm8k_test", "math500", "humaneval", "mbpp", "mt_bench")
 KINDS = (
     "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_oss", "qwen3_moe",
@@ -333,12 +332,11 @@ def test_sampled_tokens_depend_on_the_seed_and_not_on_the_batch(changes):
 
 
 def evaluation_prompts(tokenizer) -> list[list[int]]:
-    """40 prompts of each evaluation set where the full sets are present, else 10."""
-    directory, count = (SHARED, 40) if SHARED.is_dir() else (DATA, 10)
+    """10 prompts of each evaluation set."""
     return [
         encode(tokenizer, prompt)
         for name in SETS
-        for prompt in load_prompts(directory / f"{name}.jsonl", count)
+        for prompt in load_prompts(DATA / f"{name}.jsonl", 10)
     ]
 
 
