@@ -15,24 +15,28 @@ from tests.on_sglang.sglang_server import ENVIRONMENT
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("modes", ["none,plugin,plugin-adaptive"])
-def test_serving_with_replayed_acceptance(modes, tmp_path):
-    output = tmp_path / "result.json"
-    options = (
-        *("--shape", "tiny", "--replay", "4,2.5", "--modes", modes, "--together"),
-        *("--concurrency", "2", "--new-tokens", "24", "--repeats", "1", "--per-slot", "1"),
-        *("--dtype", "float32"),
-    )
+def run(script: str, output: Path, *options: str) -> dict:
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "sglang_serving.py", "--output", output, *options],
+        [sys.executable, ROOT / "benchmarks" / script, "--output", output, *options],
         capture_output=True,
         text=True,
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT},
     )
-    logs = {path.name: path.read_text()[-2000:] for path in tmp_path.glob("*.log")}
+    logs = {path.name: path.read_text()[-2000:] for path in output.parent.glob("*.log")}
     assert done.returncode == 0, (done.stderr[-2000:], logs)
-    record = json.loads(output.read_text())
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("modes", ["none,plugin,plugin-adaptive"])
+def test_serving_with_replayed_acceptance(modes, tmp_path):
+    record = run(
+        "sglang_serving.py",
+        tmp_path / "result.json",
+        *("--shape", "tiny", "--replay", "4,2.5", "--modes", modes, "--together"),
+        *("--concurrency", "2", "--new-tokens", "24", "--repeats", "1", "--per-slot", "1"),
+        *("--dtype", "float32"),
+    )
     assert record["failed"] == {}
     rows = {row["engine"]: row for row in record["rows"]}
     assert list(rows) == modes.split(",")
@@ -47,20 +51,12 @@ def test_serving_with_replayed_acceptance(modes, tmp_path):
 
 
 def test_random_load_with_new_weights_on_the_way(tmp_path):
-    output = tmp_path / "soak.json"
-    options = (
+    record = run(
+        "sglang_soak.py",
+        tmp_path / "soak.json",
         *("--steps", "45", "--minutes", "9", "--swaps", "2"),
         *("--pool", "3", "--longest", "8", "--running", "3"),
     )
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "sglang_soak.py", "--output", output, *options],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **ENVIRONMENT},
-    )
-    assert done.returncode == 0, (tmp_path / "soak.log").read_text()[-2000:]
-    record = json.loads(output.read_text())
     assert record["mismatches"] == []
     assert record["finished"] > 5
     assert record["tau"] > 1.5
