@@ -240,6 +240,7 @@ def test_layer_types_that_are_left_out_are_qwen3s(tmp_path, first, windows):
         ({"rope_theta": 10**400, "rope_parameters": None}, "give a finite number"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf: give a finite number"),
         ({"num_hidden_layers": 10**12, "layer_types": None}, "at most 1000 layers"),
+        ({"head_dim": 10**12}, "head_dim is 1000000000000: a head has at most 65536 values"),
         ({"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}}, "factor is 4.0 but the rope ty"),
         (
             {"rope_parameters": {"rope_theta": 1e4, **YARN, "beta_fast": "x"}},

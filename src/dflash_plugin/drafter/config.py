@@ -13,6 +13,8 @@ Dialect = Literal["z-lab", "speculators", "specforge", "modelopt"]
 DraftWeights = Literal["checkpoint", "fp8"]
 """What the draft pass multiplies by: the checkpoint's weights, or FP8 copies of them."""
 DTYPES = ("float32", "bfloat16", "float16")
+# Far above any head, far below what its table of rotations costs.
+WIDEST_HEAD = 1 << 16
 
 
 def _require(condition: bool, message: str) -> None:
@@ -238,8 +240,12 @@ class DrafterConfig(BaseModel):
             f"num_attention_heads is {heads}, not a multiple of num_key_value_heads {kv_heads}: "
             "correct one of them",
         )
-        rotary = int(self.rope_head_dim * self.rope.partial_rotary_factor)
         width = "head_dim" if self.latent_attention is None else "qk_rope_head_dim"
+        _require(
+            self.rope_head_dim <= WIDEST_HEAD,
+            f"{width} is {self.rope_head_dim}: a head has at most {WIDEST_HEAD} values",
+        )
+        rotary = int(self.rope_head_dim * self.rope.partial_rotary_factor)
         _require(
             rotary % 2 == 0 and rotary > 0,
             f"{width} {self.rope_head_dim} with partial_rotary_factor "
