@@ -854,3 +854,10 @@ def test_headers_are_checked_like_the_tensors(tmp_path):
     (directory / "config.json").write_text(json.dumps({**raw, "intermediate_size": 41}))
     with pytest.raises(DFlashError, match=r"mlp\.gate_proj\.weight' has shape"):
         load_config(directory)
+
+
+def test_adaptive_verification_beside_chunked_attention_is_refused():
+    arguments.refuse_adaptive(SimpleNamespace(attention_chunk_size=None))
+    arguments.refuse_adaptive(SimpleNamespace())
+    with pytest.raises(DFlashError, match=r"enable_adaptive_verification .*chunk_size is 8192"):
+        arguments.refuse_adaptive(SimpleNamespace(attention_chunk_size=8192))

@@ -36,6 +36,7 @@ logger = logging.getLogger("vllm.dflash_plugin")
 METHOD = "dflash"
 NUMBER = "num_speculative_tokens"
 SAMPLE_METHOD = "draft_sample_method"
+ADAPTIVE = "enable_adaptive_verification"
 NUMBER_BY_BATCH = "num_speculative_tokens_per_batch_size"
 ENGINE = "vllm"
 # The plugin's flag, vLLM's own, its attribute of EngineArgs, its key in --speculative-config.
@@ -193,7 +194,9 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     settings[NUMBER] = number_of_drafts(spec.config, settings.get(NUMBER), suggested)
     choose_draft_sampling(settings, options.draft_sampling)
     if options.adaptive_verification:
-        settings.setdefault("enable_adaptive_verification", True)
+        settings.setdefault(ADAPTIVE, True)
+    if settings.get(ADAPTIVE):
+        refuse_adaptive(target_model_config.hf_text_config)
     if not staging.is_dummy(arguments.load_format):
         settings.setdefault("draft_load_config", _load_config())
     settings["method"] = METHOD
@@ -236,6 +239,26 @@ def choose_draft_sampling(settings: dict[str, Any], wanted: DraftSampling) -> No
             f"{given!r}: leave one out"
         )
     settings[SAMPLE_METHOD] = wanted
+
+
+def refuse_adaptive(target: Any) -> None:
+    """Refuse adaptive verification for a target with chunked attention.
+
+    Its text changed beside passes of fewer rows than a block (Llama 4, vLLM 0.32): vLLM lays chunks
+    out on the host, which knows the most rows of a request alone.
+
+    Args:
+        target: the target's text configuration.
+
+    Raises:
+        DFlashError: the target has chunks.
+    """
+    size = getattr(target, "attention_chunk_size", None)
+    if size is not None:
+        raise DFlashError(
+            f"{ADAPTIVE} (or adaptive_verification) is on, and vLLM changes the text of a target "
+            f"with chunked attention (attention_chunk_size is {size}) then: leave it out"
+        )
 
 
 def refuse_steps_without_drafts(table: Iterable[Sequence[int]]) -> None:
