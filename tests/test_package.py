@@ -13,7 +13,7 @@ ROOT = Path(dflash_plugin.__file__).parent
 ADAPTERS = ("vllm", "sglang")
 # Low to high: a module imports from its own level and from lower ones.
 ORDER = (
-    ("__init__", "errors", "prompts"),
+    ("__init__", "charts", "errors", "prompts"),
     ("kernels",),
     ("decoding",),
     ("drafter",),

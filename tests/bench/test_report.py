@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 import pytest
 from typer.testing import CliRunner
 
-from dflash_plugin.bench.charts import Line, line_chart
 from dflash_plugin.bench.metrics import AVERAGES
 from dflash_plugin.bench.report import device_of, drafter_of, page
 from dflash_plugin.bench.schema import (
@@ -24,6 +23,7 @@ from dflash_plugin.bench.schema import (
     Settings,
     Tau,
 )
+from dflash_plugin.charts import Line, line_chart
 from dflash_plugin.cli.main import app
 from dflash_plugin.decoding.acceptance import conditional_rates
 from dflash_plugin.errors import DFlashError

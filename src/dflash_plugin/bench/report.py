@@ -8,9 +8,9 @@ from html import escape
 from importlib.resources import files
 from statistics import geometric_mean
 
-from dflash_plugin.bench.charts import Line, line_chart
 from dflash_plugin.bench.schema import Cell, KeptText, Record, Role, Server
 from dflash_plugin.bench.speculation import drafter_of, method_of, pair_of
+from dflash_plugin.charts import Line, line_chart
 from dflash_plugin.errors import DFlashError
 
 COLUMNS = {

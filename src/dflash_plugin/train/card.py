@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dflash_plugin.bench.charts import Line, line_image
+from dflash_plugin.charts import Line, line_image
 from dflash_plugin.drafter.config import DrafterConfig
 
 CURVE = "learning_curve.svg"

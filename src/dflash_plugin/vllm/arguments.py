@@ -253,7 +253,7 @@ def refuse_adaptive(target: Any) -> None:
     Raises:
         DFlashError: the target has chunks.
     """
-    size = getattr(target, "attention_chunk_size", None)
+    size = vars(target).get("attention_chunk_size")
     if size is not None:
         raise DFlashError(
             f"{ADAPTIVE} (or adaptive_verification) is on, and vLLM changes the text of a target "

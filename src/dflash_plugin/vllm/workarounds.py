@@ -70,6 +70,7 @@ def pack_head(target: Any) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
     _, head = target_modules(target)
-    method = getattr(head, "quant_method", None)
-    if isinstance(method, UnquantizedEmbeddingMethod) and head.weight.device.type == "cpu":
-        method.process_weights_after_loading(head)
+    if head is None or head.weight.device.type != "cpu":
+        return
+    if isinstance(head.quant_method, UnquantizedEmbeddingMethod):
+        head.quant_method.process_weights_after_loading(head)
