@@ -111,7 +111,11 @@ def test_drafts_of_a_captured_pass_are_walked_through_its_candidates():
     assert head.out.view(-1, 3)[:3].tolist() == chosen.tokens.tolist()
     params = [SamplingParams(3.0, seed=5), SamplingParams()]
     sampling = SamplingTensors.build(params, torch.device("cpu"))
-    worker.step = Step(SimpleNamespace(reqs=[None, None]), places[:2], sampling)
+    unlimited = SimpleNamespace(
+        need_top_k_sampling=False, need_top_p_sampling=False, need_min_p_sampling=False
+    )
+    batch = SimpleNamespace(reqs=[None, None], sampling_info=unlimited)
+    worker.step = Step(batch, places[:2], sampling)
     best = model.drafter.logits(rows[:2]).topk(5)
     u = selector_noise(sampling.seed, places[:2], 3)
     drawn = model.drafter.candidate_selector(
