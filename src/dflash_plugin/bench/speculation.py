@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from dflash_plugin.bench.schema import Server
 
@@ -15,32 +16,37 @@ METHOD_IN_CONFIG = re.compile(r"--speculative-config.*?\"method\"\s*:\s*\"([^\"]
 
 def drafter_of(server: Server) -> str | None:
     """The drafter's directory or name, from how the server runs; None where that is not told."""
-    flags = server.flags
-    if isinstance(flags, str):
-        found = DRAFTER_OPTION.search(flags) or DRAFTER_IN_CONFIG.search(flags)
-        return found[1] if found else None
-    if not flags:
-        return None
-    speculative = flags.get("speculative_config")
-    if isinstance(speculative, dict) and speculative.get("model"):
-        return str(speculative["model"])
-    named = flags.get("speculative_draft_model_path") or flags.get("drafter")
-    return str(named) if named else None
+    names = ("speculative_draft_model_path", "drafter")
+    return _told(server, (DRAFTER_OPTION, DRAFTER_IN_CONFIG), "model", names)
 
 
 def method_of(server: Server) -> str | None:
     """What the engine calls its method, like dflash, ngram or EAGLE3; None where it is not told."""
+    names = ("speculative_algorithm",)
+    return _told(server, (METHOD_OPTION, METHOD_IN_CONFIG), "method", names)
+
+
+def _told(
+    server: Server, in_command: Sequence[re.Pattern[str]], key: str, names: Sequence[str]
+) -> str | None:
+    """A setting of a server: of its command, else of its flags.
+
+    Args:
+        server: tells how it runs.
+        in_command: patterns whose first group is the setting, in order.
+        key: of vLLM's speculative configuration.
+        names: of flags beside it, in order.
+    """
     flags = server.flags
     if isinstance(flags, str):
-        found = METHOD_OPTION.search(flags) or METHOD_IN_CONFIG.search(flags)
-        return found[1] if found else None
+        matches = (pattern.search(flags) for pattern in in_command)
+        return next((match[1] for match in matches if match), None)
     if not flags:
         return None
     speculative = flags.get("speculative_config")
-    if isinstance(speculative, dict) and speculative.get("method"):
-        return str(speculative["method"])
-    named = flags.get("speculative_algorithm")
-    return str(named) if named else None
+    configured = speculative.get(key) if isinstance(speculative, dict) else None
+    found = next(filter(None, (configured, *map(flags.get, names))), None)
+    return None if found is None else str(found)
 
 
 def pair_of(server: Server) -> str:

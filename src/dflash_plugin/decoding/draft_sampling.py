@@ -134,7 +134,7 @@ class AcceptanceEstimate:
         kind = _kind(sampling)
         new = torch.zeros_like(self.rows[:, :rows]).index_add_(0, kind, seen)
         total = torch.zeros_like(self.rates[:, :rows]).index_add_(0, kind, reached)
-        kept = self.rows[:, :rows].clamp(max=WINDOW)
+        kept = self.rows[:, :rows]
         weight = kept + new
         means = (self.rates[:, :rows] * kept[..., None] + total) / weight.clamp(min=1)[..., None]
         self.rates[:, :rows] = means

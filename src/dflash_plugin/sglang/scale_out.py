@@ -6,6 +6,7 @@ from typing import Any
 
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.serving.shards import indivisible
 from dflash_plugin.sglang.compat import argument, current, has_dp_attention
 
 LEAVE_OUT = "leave it out"
@@ -73,9 +74,7 @@ def splits(config: DrafterConfig, ranks: int) -> bool:
 
     Where they cannot, every rank holds the whole drafter.
     """
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    by_heads = heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
-    return by_heads and config.intermediate_size % ranks == 0
+    return indivisible(config, ranks) is None
 
 
 def why_whole(config: DrafterConfig, ranks: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.serving.shards import indivisible
 
 logger = logging.getLogger("vllm.dflash_plugin")
 DRAFT_RANKS = "draft_tensor_parallel_size"
@@ -95,7 +96,7 @@ def choose_draft_ranks(
     Raises:
         DFlashError: it asks for shards of a drafter that cannot be shared out.
     """
-    obstacle = _obstacle(config, shards)
+    obstacle = indivisible(config, shards)
     asked = settings.get(DRAFT_RANKS)
     if obstacle is None or asked == 1:
         return
@@ -108,19 +109,6 @@ def choose_draft_ranks(
     logger.info(
         "each of %d ranks runs the whole drafter: %d does not divide %s", shards, shards, obstacle
     )
-
-
-def _obstacle(config: DrafterConfig, shards: int) -> str | None:
-    """What of the drafter ``shards`` ranks cannot share, or None."""
-    heads = config.num_key_value_heads
-    if config.num_attention_heads % shards:
-        return f"the drafter's {config.num_attention_heads} attention heads"
-    # Fewer heads than ranks are repeated.
-    if max(heads, shards) % min(heads, shards):
-        return f"the drafter's {heads} key/value heads"
-    if config.intermediate_size % shards:
-        return f"the drafter's intermediate_size {config.intermediate_size}"
-    return None
 
 
 def draft_shards(vllm_config: Any) -> int:
