@@ -110,7 +110,6 @@ class EngineUnderTest(NamedTuple):
             weights are dummies.
         margins: added to ``sampling``, so that answers hold the target's margins.
         served: a child process of a mode, of common and speculative arguments, log and environment.
-        replays_by_prompt: a prompt tells the replay which acceptance length it follows.
     """
 
     name: str
@@ -122,7 +121,6 @@ class EngineUnderTest(NamedTuple):
     sampling: Callable[[int, bool], dict[str, Any]]
     margins: dict[str, Any]
     served: Callable[..., Served]
-    replays_by_prompt: bool = False
 
 
 class Load(NamedTuple):
@@ -199,8 +197,6 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
             directory, weights = resolve_model(target), resolve_drafter(drafter, target)
         num_drafts = drafts or json.loads((weights / "config.json").read_text())["block_size"] - 1
         taus = [float(tau) for tau in replay.split(",")] if replay is not None else []
-        if len(taus) > 1 and not engine.replays_by_prompt:
-            raise typer.BadParameter(f"--replay is {replay}: {engine.name} takes one number")
         work = prompts_by_level(levels, per_slot, shape, directory, data, replay is None)
         checked = real_prompts(directory, data, 25) if check else []
         longest = max(len(prompt) for prompts in [*work.values(), checked] for prompt in prompts)

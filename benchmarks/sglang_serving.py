@@ -92,7 +92,6 @@ SGLANG = EngineUnderTest(
     sampling=greedy,
     margins={"top_logprobs_num": 2},
     served=served,
-    replays_by_prompt=True,
 )
 
 

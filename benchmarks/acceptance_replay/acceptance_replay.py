@@ -3,18 +3,17 @@
 A trace (``tools/record_traces.py``) knows of every position of real texts how sure the drafter
 was of each draft and how many stood. Each request of an engine walks through such a text: a pass
 commits as many tokens as the trace says, or as were verified, and the draft pass is as sure as the
-trace was there, so that confidence and outcome belong together. Tokens mean nothing. In SGLang the
-prompt decides the text and where in it a request begins, so that a request commits the same number
-of tokens in every pass of whole blocks, in every engine and at every load. In vLLM the request's
-slot does.
+trace was there, so that confidence and outcome belong together. Tokens mean nothing. The prompt
+decides the text and where in it a request begins, so that a request commits the same number of
+tokens in every pass of whole blocks, in every engine and at every load.
 
 Traces of short blocks are put together to longer ones: the block at a position, and behind its last
 draft the block that begins there. Texts are drawn so that whole blocks commit ``REPLAY_TAU`` tokens
 a pass, the easier a text the more often (weights exp(c · τ) of each text's own τ).
 
 Environment: ``REPLAY_TRACES``, a file of traces; ``REPLAY_DRAFTS``, of the drafter's whole block,
-whatever an engine makes of it; ``REPLAY_TAU``, in SGLang also several with commas between: the
-first token of a prompt tells which, counted from 0.
+whatever an engine makes of it; ``REPLAY_TAU``, also several with commas between: the first token
+of a prompt tells which, counted from 0.
 """
 
 from __future__ import annotations
@@ -74,6 +73,7 @@ class Replay:
         self.begins = self.starts + (share * (self.ends - self.starts)).long()
         self.next = torch.arange(SLOTS + 1, device=device)
         self.place, self.end = self.begins[self.next].clone(), self.ends[self.next].clone()
+        self.verifies = torch.zeros(SLOTS + 1, dtype=torch.bool, device=device)
 
     def begin(self, slots: Tensor, requests: Tensor) -> None:
         """Let slots walk through the texts of new requests.
@@ -86,9 +86,13 @@ class Replay:
         drawn = requests % len(self.starts)
         self.next[slots] = drawn
         self.place[slots], self.end[slots] = self.begins[drawn], self.ends[drawn]
+        self.verifies[slots] = False
 
     def commit(self, slots: Tensor, verified: Tensor) -> Tensor:
         """Drafts int64 [B] that stand, of those verified, and step on.
+
+        A request's first step begins where drafts are verified, so that it does not matter how an
+        engine divides the prompt.
 
         Args:
             slots: int64 [B], of requests.
@@ -96,7 +100,9 @@ class Replay:
         """
         place, end = self.place[slots], self.end[slots]
         stood = torch.minimum(self.right[place], verified)
-        place = place + stood + 1
+        verifies = self.verifies[slots] | (verified > 0)
+        self.verifies[slots] = verifies
+        place = place + (stood + 1) * verifies
         done = place >= end
         drawn = self.next[slots]
         following = drawn - drawn % DRAWN + (drawn + done * (SLOTS + 1)) % DRAWN
@@ -236,7 +242,23 @@ def into_vllm() -> None:
 
         ours.predict_acceptance = predict_acceptance
 
+    def states(module: Any) -> None:
+        native = module.RequestState.add_request
+
+        def add_request(
+            self: Any, req_id: str, prompt_len: int, all_token_ids: list[int], *args: Any, **kw: Any
+        ) -> Any:
+            found = native(self, req_id, prompt_len, all_token_ids, *args, **kw)
+            # A preempted request goes on in its text from the beginning.
+            request, slot = request_of(all_token_ids[:prompt_len]), self.req_id_to_index[req_id]
+            place = torch.tensor([slot, request]).to(self.device)
+            replay_on(self.device).begin(place[:1], place[1:])
+            return found
+
+        module.RequestState.add_request = add_request
+
     place = "vllm.v1.worker.gpu.spec_decode."
+    after_import("vllm.v1.worker.gpu.states", states)
     after_import(f"{place}rejection_sampler", sampler)
     after_import(f"{place}acceptance_estimator", estimating)
 

@@ -59,6 +59,22 @@ def test_fewer_verified_drafts_commit_fewer():
         assert torch.equal(stood, torch.minimum(replay.right[place], verified))
 
 
+def test_a_request_begins_where_its_first_drafts_are_verified():
+    """However an engine divides a prompt; later it also steps where nothing is verified."""
+    replay = Replay(RECORDED, 15, [5.0], CPU)
+    slots, none, all_drafts = torch.arange(9), torch.zeros(9).long(), torch.full((9,), 15)
+    replay.begin(slots, torch.arange(9) + 40)
+    begins = replay.place[slots].clone()
+    for _ in range(3):
+        assert not replay.commit(slots, none).any()
+        assert torch.equal(replay.place[slots], begins)
+    first = replay.commit(slots, all_drafts)
+    assert torch.equal(replay.place[slots], begins + first + 1)
+    place = replay.place[slots].clone()
+    replay.commit(slots, none)
+    assert torch.equal(replay.place[slots], place + 1)
+
+
 def test_confidences_are_those_of_the_place():
     replay = Replay(RECORDED, 15, [5.0], CPU)
     slots = torch.tensor([3, 3, 9, -1])

@@ -25,7 +25,7 @@ def test_serving_with_replayed_acceptance(tmp_path):
     record = run(
         "vllm_serving.py",
         tmp_path / "result.json",
-        *("--shape", "tiny", "--replay", "4", "--modes", "plugin;none", "--together"),
+        *("--shape", "tiny", "--replay", "4,2.5", "--modes", "plugin;none", "--together"),
         *("--concurrency", "2", "--new-tokens", "24", "--repeats", "1", "--per-slot", "1"),
         *("--dtype", "float32", "--settings", '{"enforce_eager": true}'),
     )
@@ -38,6 +38,9 @@ def test_serving_with_replayed_acceptance(tmp_path):
     if ON_V2:  # The V1 runner has no seam for replayed acceptance.
         # Random weights accept nothing by themselves.
         assert rows["plugin"]["tau"] > 2
+    second = json.loads((tmp_path / "result-2.5.json").read_text())
+    # Without a drafter, acceptance makes no difference: that engine is measured once.
+    assert [row["engine"] for row in second["rows"]] == ["plugin"]
 
 
 def test_random_load_with_new_weights_on_the_way(tmp_path):

@@ -22,7 +22,7 @@ from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import staging
-from dflash_plugin.serving.drafter_spec import DrafterSpec
+from dflash_plugin.serving.drafter_spec import DrafterSpec, Options
 from dflash_plugin.serving.sources import Source, config_at_hand, config_of
 from dflash_plugin.serving.variables import is_off
 from dflash_plugin.vllm import compat
@@ -155,7 +155,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     refuse_unsupported(arguments)
     if target_model_config.is_hybrid:
         refuse_steps_without_drafts(settings.get(NUMBER_BY_BATCH) or ())
-    options = read_options(arguments.additional_config)
+    options = with_switch(read_options(arguments.additional_config), settings.get(ADAPTIVE))
     if not model:
         raise DFlashError(
             "speculative method 'dflash' needs a drafter: give --speculative-model DIR"
@@ -194,8 +194,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     settings[NUMBER] = number_of_drafts(spec.config, settings.get(NUMBER), suggested)
     choose_draft_sampling(settings, options.draft_sampling)
     if options.adaptive_verification:
-        settings.setdefault(ADAPTIVE, True)
-    if settings.get(ADAPTIVE):
+        settings[ADAPTIVE] = True
         refuse_adaptive(target_model_config.hf_text_config)
     if not staging.is_dummy(arguments.load_format):
         settings.setdefault("draft_load_config", _load_config())
@@ -239,6 +238,27 @@ def choose_draft_sampling(settings: dict[str, Any], wanted: DraftSampling) -> No
             f"{given!r}: leave one out"
         )
     settings[SAMPLE_METHOD] = wanted
+
+
+def with_switch(options: Options, given: bool | None) -> Options:
+    """Options that say whether adaptive verification is on, where vLLM's own setting does.
+
+    Args:
+        options: the user's.
+        given: ``enable_adaptive_verification`` of the speculative configuration, or None.
+
+    Raises:
+        DFlashError: the option says otherwise.
+    """
+    wanted = options.adaptive_verification
+    if given is None or given == wanted:
+        return options
+    if wanted is not None:
+        raise DFlashError(
+            f"adaptive_verification is {wanted} but {ADAPTIVE} of the speculative configuration is "
+            f"{given}: leave one out"
+        )
+    return options.model_copy(update={"adaptive_verification": bool(given)})
 
 
 def refuse_adaptive(target: Any) -> None:

@@ -39,6 +39,9 @@ class VllmConfig(Protocol):
     speculative_config: SpeculativeConfig
     parallel_config: ParallelConfig
     compilation_config: Any
+    cache_config: Any
+    lora_config: Any
+    aux_output_config: Any
     use_v2_model_runner: bool
 
 

@@ -417,6 +417,25 @@ _ADAPTIVE = (
         "maybe_create_adaptive_verification_manager(*, vllm_config, req_states, query_start_loc, "
         "num_bonus_tokens, max_total_logits, ...)",
     ),
+    *_seams(
+        RUNNER, ADAPTIVE, "patch", "turns it on where vLLM can run it",
+        "GPUModelRunner.__init__(vllm_config, ...)",
+    ),
+    *_seams(
+        "vllm.config.vllm", ADAPTIVE, "attribute", "tells where vLLM can run it",
+        "VllmConfig.lora_config", "VllmConfig.aux_output_config",
+    ),
+    *_seams("vllm.config.model", ADAPTIVE, "attribute", "tells where vLLM can run it",
+            "ModelConfig.use_mla", "ModelConfig.return_sampling_mask"),
+    *_seams("vllm.config.model", ADAPTIVE, "call", "asks the target's attention back end",
+            "ModelConfig.get_head_size()", "ModelConfig.get_num_kv_heads(parallel_config)"),
+    *_seams("vllm.v1.attention.selector", ADAPTIVE, "call", "asks the target's back end",
+            "get_attn_backend(head_size, dtype, kv_cache_dtype)"),
+    *_seams(METADATA, ADAPTIVE, "call", "asks what passes its graphs hold",
+            "AttentionBackend.get_builder_cls()",
+            "AttentionMetadataBuilder.get_cudagraph_support(vllm_config, kv_cache_spec)"),
+    *_seams(METADATA, ADAPTIVE, "attribute", "asks what passes its graphs hold",
+            "AttentionCGSupport.ALWAYS"),
     *_seams(RUNNER, ADAPTIVE, "attribute", "attaches counts to a step's output",
             "GPUModelRunner.adaptive_verification"),
     *_seams(

@@ -1,0 +1,101 @@
+"""Adaptive verification in vLLM where nobody said whether: on where vLLM can run it.
+
+vLLM itself finds out after the model is loaded, and stops if its attention back end cannot. This
+asks the back end before the model runner is made, in the worker's process, where the configuration
+is settled.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import wraps
+from typing import Any
+
+from dflash_plugin.vllm.options import drafter_spec
+from dflash_plugin.vllm.protocols import Method, VllmConfig
+
+logger = logging.getLogger("vllm.dflash_plugin")
+
+
+def turned_on_where_able(native: Method) -> Method:
+    """``GPUModelRunner.__init__`` of the V2 runner that settles adaptive verification first."""
+
+    @wraps(native)
+    def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        turn_on_where_able(vllm_config)
+        native(self, vllm_config, *args, **kwargs)
+
+    return init
+
+
+def turn_on_where_able(vllm_config: VllmConfig) -> None:
+    """Set ``enable_adaptive_verification`` where vLLM can run it and the options leave it open.
+
+    Args:
+        vllm_config: settled; the flag of its speculative configuration is set.
+    """
+    speculative = vllm_config.speculative_config
+    spec = drafter_spec(speculative)
+    if spec is None or spec.options.adaptive_verification is not None:
+        return
+    speculative.enable_adaptive_verification = True  # vLLM's choice of a back end depends on it.
+    reason = reason_against(vllm_config)
+    speculative.enable_adaptive_verification = reason is None
+    if reason is None:
+        logger.info("adaptive verification is on (adaptive_verification: false turns it off)")
+    else:
+        logger.info("adaptive verification is off: %s", reason)
+
+
+def reason_against(vllm_config: VllmConfig) -> str | None:
+    """Why adaptive verification stays off unless it is asked for, or None.
+
+    Args:
+        vllm_config: settled, with adaptive verification on.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+    checks = (
+        (
+            not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs(),
+            "it needs full CUDA graphs",
+        ),
+        (vllm_config.lora_config is not None, "vLLM does not run it with LoRA"),
+        (ranks > 1, f"vLLM's own policy decides with {ranks} ranks, which is unmeasured"),
+        (model.is_hybrid, "the target has recurrent layers"),
+        (model.use_mla, "the target has latent attention, whose back ends are unmeasured"),
+        (
+            vars(model.hf_text_config).get("attention_chunk_size") is not None,
+            "the target has chunked attention",
+        ),
+        (
+            model.return_sampling_mask or vllm_config.aux_output_config.enabled,
+            "vLLM returns sampling masks and routed experts of whole blocks only",
+        ),
+    )
+    return next((why for applies, why in checks if applies), None) or _of_backend(vllm_config)
+
+
+def _of_backend(vllm_config: VllmConfig) -> str | None:
+    """Why the attention back end that vLLM picks does not run passes of mixed lengths, or None."""
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.attention.selector import get_attn_backend
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    model = vllm_config.model_config
+    heads = model.get_num_kv_heads(vllm_config.parallel_config)
+    spec = FullAttentionSpec(
+        block_size=16, num_kv_heads=heads, head_size=model.get_head_size(), dtype=model.dtype
+    )
+    try:
+        with set_current_vllm_config(vllm_config):
+            backend = get_attn_backend(
+                model.get_head_size(), model.dtype, vllm_config.cache_config.cache_dtype
+            )
+    except ValueError as error:
+        return f"no attention back end takes it: {error}"
+    support = backend.get_builder_cls().get_cudagraph_support(vllm_config, spec)
+    if support != AttentionCGSupport.ALWAYS:
+        return f"graphs of the attention back end {backend.get_name()} hold passes of one length"
+    return None

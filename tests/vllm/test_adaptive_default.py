@@ -1,0 +1,160 @@
+"""Where adaptive verification is on in vLLM by itself, with a made-up configuration around it."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dflash_plugin.errors import DFlashError
+from dflash_plugin.serving.drafter_spec import Options
+from dflash_plugin.vllm import adaptive_default
+from dflash_plugin.vllm.arguments import with_switch
+
+ALWAYS, UNIFORM = "ALWAYS", "UNIFORM_BATCH"
+
+
+@pytest.fixture
+def engine(monkeypatch) -> SimpleNamespace:
+    """vLLM's choice of a back end; ``support`` is what its graphs hold."""
+    state = SimpleNamespace(support=ALWAYS, error=None, asked=[])
+
+    class Builder:
+        @staticmethod
+        def get_cudagraph_support(vllm_config: Any, spec: Any) -> str:
+            return state.support
+
+    class Backend:
+        get_name = staticmethod(lambda: "FLASH_ATTN")
+        get_builder_cls = staticmethod(lambda: Builder)
+
+    def get_attn_backend(head_size: int, dtype: str, kv_cache_dtype: str) -> type:
+        state.asked.append((head_size, dtype, kv_cache_dtype))
+        if state.error:
+            raise ValueError(state.error)
+        return Backend
+
+    modules = {
+        "vllm.config": SimpleNamespace(set_current_vllm_config=lambda config: nullcontext()),
+        "vllm.v1.attention.backend": SimpleNamespace(
+            AttentionCGSupport=SimpleNamespace(ALWAYS=ALWAYS)
+        ),
+        "vllm.v1.attention.selector": SimpleNamespace(get_attn_backend=get_attn_backend),
+        "vllm.v1.kv_cache_interface": SimpleNamespace(FullAttentionSpec=SimpleNamespace),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return state
+
+
+def config(monkeypatch, options: Options | None = None, **changed: Any) -> Any:
+    """An engine's settled configuration that can run it, but for what is changed."""
+    spec = SimpleNamespace(options=options or Options())
+    monkeypatch.setattr(adaptive_default, "drafter_spec", lambda speculative: spec)
+    model = SimpleNamespace(
+        is_hybrid=False,
+        use_mla=False,
+        return_sampling_mask=False,
+        hf_text_config=SimpleNamespace(attention_chunk_size=changed.pop("chunk", None)),
+        dtype="bfloat16",
+        get_head_size=lambda: 128,
+        get_num_kv_heads=lambda parallel: 8,
+    )
+    for name in [name for name in changed if hasattr(model, name)]:
+        setattr(model, name, changed.pop(name))
+    full = changed.pop("full_graphs", True)
+    values = {
+        "speculative_config": SimpleNamespace(enable_adaptive_verification=False),
+        "model_config": model,
+        "parallel_config": SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1),
+        "compilation_config": SimpleNamespace(
+            cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: full)
+        ),
+        "cache_config": SimpleNamespace(cache_dtype="auto"),
+        "lora_config": None,
+        "aux_output_config": SimpleNamespace(enabled=False),
+    }
+    return SimpleNamespace(**{**values, **changed})
+
+
+def test_it_is_on_where_the_back_end_takes_mixed_lengths(engine, monkeypatch):
+    settled = config(monkeypatch)
+    adaptive_default.turn_on_where_able(settled)
+    assert settled.speculative_config.enable_adaptive_verification is True
+    assert engine.asked == [(128, "bfloat16", "auto")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"full_graphs": False}, "full CUDA graphs"),
+        ({"lora_config": object()}, "LoRA"),
+        (
+            {"parallel_config": SimpleNamespace(tensor_parallel_size=2, data_parallel_size=1)},
+            "2 ranks",
+        ),
+        ({"is_hybrid": True}, "recurrent"),
+        ({"use_mla": True}, "latent attention"),
+        ({"chunk": 8192}, "chunked attention"),
+        ({"return_sampling_mask": True}, "sampling masks"),
+        ({"aux_output_config": SimpleNamespace(enabled=True)}, "routed experts"),
+    ],
+)
+def test_it_stays_off_with_a_reason(engine, monkeypatch, caplog, changed, reason):
+    settled = config(monkeypatch, **changed)
+    with caplog.at_level("INFO"):
+        adaptive_default.turn_on_where_able(settled)
+    assert settled.speculative_config.enable_adaptive_verification is False
+    assert (
+        f"adaptive verification is off: {adaptive_default.reason_against(settled)}" in caplog.text
+    )
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [({"support": UNIFORM}, "FLASH_ATTN hold passes of one length"), ({"error": "none"}, "none")],
+)
+def test_it_stays_off_where_the_back_end_does_not_take_it(engine, monkeypatch, state, reason):
+    vars(engine).update(state)
+    settled = config(monkeypatch)
+    adaptive_default.turn_on_where_able(settled)
+    assert settled.speculative_config.enable_adaptive_verification is False
+    assert reason in str(adaptive_default.reason_against(settled))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_the_user_says_stays(engine, monkeypatch, wanted):
+    settled = config(monkeypatch, Options(adaptive_verification=wanted))
+    settled.speculative_config.enable_adaptive_verification = wanted
+    adaptive_default.turn_on_where_able(settled)
+    assert settled.speculative_config.enable_adaptive_verification is wanted
+    assert engine.asked == []
+
+
+def test_the_runner_is_made_after_the_choice(engine, monkeypatch):
+    settled, seen = config(monkeypatch), []
+
+    def native(self: Any, vllm_config: Any, device: str) -> None:
+        seen.append((vllm_config.speculative_config.enable_adaptive_verification, device))
+
+    adaptive_default.turned_on_where_able(native)(object(), settled, "cuda")
+    assert seen == [(True, "cuda")]
+
+
+def test_a_drafter_of_vllm_is_left_alone(engine, monkeypatch):
+    settled = config(monkeypatch)
+    monkeypatch.setattr(adaptive_default, "drafter_spec", lambda speculative: None)
+    adaptive_default.turn_on_where_able(settled)
+    assert settled.speculative_config.enable_adaptive_verification is False
+
+
+def test_both_switches_must_agree():
+    assert with_switch(Options(), None).adaptive_verification is None
+    assert with_switch(Options(), False).adaptive_verification is False
+    assert with_switch(Options(adaptive_verification=True), True).adaptive_verification is True
+    with pytest.raises(DFlashError, match="adaptive_verification is True but enable_adaptive"):
+        with_switch(Options(adaptive_verification=True), False)
