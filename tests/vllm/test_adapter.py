@@ -85,6 +85,13 @@ def engine_args(**values):
         "decode_context_parallel_size": 1,
         "enable_dbo": False,
         "ubatch_size": 0,
+        "max_num_seqs": None,
+        "enforce_eager": False,
+        "cudagraph_capture_sizes": None,
+        "max_cudagraph_capture_size": None,
+        "compilation_config": SimpleNamespace(
+            cudagraph_capture_sizes=None, max_cudagraph_capture_size=None
+        ),
     }
     return SimpleNamespace(**{**given, **values})
 

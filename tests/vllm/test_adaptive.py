@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dflash_plugin.serving.drafter_spec import Options
-from dflash_plugin.vllm.adaptive import AdaptiveManager
+from dflash_plugin.vllm.adaptive import CONTEXT, CONTEXT_VARIABLE, AdaptiveManager
 
 CPU = torch.device("cpu")
 DRAFTS, SLOTS, MOST = 7, 12, 1000
@@ -35,7 +35,7 @@ class Native:
     added_by_vllm = "vLLM's"
 
     def batches_to_profile(self, sizes: list[int]) -> Any:
-        return iter([{"num_tokens": sizes[0]}])
+        return iter([{"num_tokens": sizes[0], "context_len": 8192}])
 
     def compact_batch(self, drafts: Any, scheduled: Any, starts: Any) -> Any:
         assert self._batch_budget is not None
@@ -56,7 +56,8 @@ def made(**options: Any) -> AdaptiveManager:
     states = SimpleNamespace(num_speculative_steps=DRAFTS, max_num_reqs=SLOTS, device=CPU)
     starts = torch.full((SLOTS + 1,), -7, dtype=torch.int32)
     found = AdaptiveManager(Native(), Options(**options), states, starts, MOST, admits_on_host=True)
-    assert list(found.batches_to_profile([64, 16, 32])) == [{"num_tokens": 64}]
+    batches = list(found.batches_to_profile([64, 16, 32]))
+    assert batches == [{"num_tokens": 64, "context_len": CONTEXT}]
     found.set_initial_cost_curves([])
     return found
 
@@ -233,3 +234,9 @@ def test_a_limit_holds_for_small_batches_too():
     manager = made(max_draft_tokens=3)
     manager._find_bypass([1, 2], {8: 1.0, 16: 1.0})
     assert manager.bypass == 0
+
+
+def test_the_users_context_of_the_profile_stays(monkeypatch, manager):
+    monkeypatch.setenv(CONTEXT_VARIABLE, "4096")
+    # vLLM reads the variable itself.
+    assert list(manager.batches_to_profile([16])) == [{"num_tokens": 16, "context_len": 8192}]

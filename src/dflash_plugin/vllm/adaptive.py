@@ -9,6 +9,7 @@ none, runs as vLLM prepares it.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,10 @@ logger = logging.getLogger("vllm.dflash_plugin")
 
 # Steps between two lines in the log.
 REPORT = 20000
+# Tokens of context of the requests that are profiled, and the variable that changes them. vLLM's
+# default, 8192, is for as many requests as a pass has tokens, so that a pass of whole blocks, which
+# has far fewer, would seem to take several times as long as it does.
+CONTEXT, CONTEXT_VARIABLE = 256, "VLLM_ADAPTIVE_VERIFICATION_PROFILE_CONTEXT_LEN"
 
 
 class AdaptiveManager:
@@ -100,13 +105,15 @@ class AdaptiveManager:
     # At start.
 
     def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
-        """The batches that vLLM profiles.
+        """The batches that vLLM profiles, with less context.
 
         Args:
             capture_sizes: tokens of the captured passes.
         """
         self.budget.capture_sizes = sorted(capture_sizes)
-        return self.native.batches_to_profile(capture_sizes)
+        changed = {} if CONTEXT_VARIABLE in os.environ else {"context_len": CONTEXT}
+        for batch in self.native.batches_to_profile(capture_sizes):
+            yield {**batch, **{key: value for key, value in changed.items() if key in batch}}
 
     def set_initial_cost_curves(self, samples: Sequence[StepTimingSample]) -> None:
         """Set the policy's initial step times, and compile the launch.

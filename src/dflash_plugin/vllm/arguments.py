@@ -26,6 +26,7 @@ from dflash_plugin.serving.drafter_spec import DrafterSpec, Options
 from dflash_plugin.serving.sources import Source, config_at_hand, config_of
 from dflash_plugin.serving.variables import is_off
 from dflash_plugin.vllm import compat
+from dflash_plugin.vllm.capture_sizes import capture_more
 from dflash_plugin.vllm.names import ARCHITECTURE, LOAD_FORMAT
 from dflash_plugin.vllm.options import drafter_spec, read_options, refuse_misplaced
 from dflash_plugin.vllm.protocols import Method
@@ -196,6 +197,7 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     if options.adaptive_verification:
         settings[ADAPTIVE] = True
         refuse_adaptive(target_model_config.hf_text_config)
+    capture_more(arguments, settings[NUMBER] + 1)
     if not staging.is_dummy(arguments.load_format):
         settings.setdefault("draft_load_config", _load_config())
     settings["method"] = METHOD

@@ -95,6 +95,12 @@ _CONFIG = (
         "EngineArgs.ubatch_size", "EngineArgs.tensor_parallel_size",
     ),
     *_seams(
+        ARG_UTILS, ARGUMENTS, "attribute", "captures graphs up to whole blocks of all requests",
+        "EngineArgs.compilation_config", "EngineArgs.cudagraph_capture_sizes",
+        "EngineArgs.max_cudagraph_capture_size", "EngineArgs.max_num_seqs",
+        "EngineArgs.enforce_eager",
+    ),
+    *_seams(
         ARG_UTILS, ARGUMENTS, "patch", "the flag's number of drafts is that of a main model's too",
         "EngineArgs.create_engine_config",
     ),
