@@ -248,6 +248,57 @@ def test_a_step_is_not_charged_with_what_ran_between():
         assert seconds == pytest.approx(machine.seconds(size, width), rel=1e-6)
 
 
+def under_prompts(policy: VerifyLenPolicy, machine: Machine, share: float, seconds: float) -> list:
+    """Verify lengths of steps at 64 requests, a share of which prompts follow."""
+    chosen = []
+    for _ in range(1500):
+        chosen.append(machine.step(policy, 64))
+        if machine.random.random() < share:
+            machine.now += seconds
+            policy.read_prompts()
+    return chosen[-400:]
+
+
+def rate_beside_prompts(machine: Machine, width: int, seconds: float) -> float:
+    """Tokens a second where prompts follow every step."""
+    alone = machine.rate(64, width)
+    tokens = alone * machine.seconds(64, width)
+    return tokens / (machine.seconds(64, width) + seconds)
+
+
+def test_steps_commit_more_where_prompts_follow_each():
+    """What prompts take is shared by all tokens of a step."""
+    machine = Machine(0.8, fixed=0.004, row=3e-5, free=0, lag=0)
+    policy = VerifyLenPolicy(WIDTHS)
+    policy.prior = {(64, width): machine.seconds(64, width) for width in WIDTHS}
+    alone = max(WIDTHS, key=lambda width: machine.rate(64, width))
+    beside = max(WIDTHS, key=lambda width: rate_beside_prompts(machine, width, 0.02))
+    assert beside > alone
+    assert under_prompts(policy, machine, 0.0, 0.02).count(alone) > 350
+    assert under_prompts(policy, machine, 1.0, 0.02).count(beside) > 350
+
+
+def test_rare_prompts_change_nothing():
+    """They follow the tokens, however many a step commits."""
+    machine = Machine(0.8, fixed=0.004, row=3e-5, free=0, lag=0)
+    policy = VerifyLenPolicy(WIDTHS)
+    policy.prior = {(64, width): machine.seconds(64, width) for width in WIDTHS}
+    alone = max(WIDTHS, key=lambda width: machine.rate(64, width))
+    assert under_prompts(policy, machine, 0.02, 0.02).count(alone) > 350
+
+
+def test_an_idle_engine_is_no_prompt():
+    machine = Machine(0.8, fixed=0.004, row=3e-5, free=0, lag=0)
+    policy = VerifyLenPolicy(WIDTHS)
+    policy.prior = {(64, width): machine.seconds(64, width) for width in WIDTHS}
+    alone = max(WIDTHS, key=lambda width: machine.rate(64, width))
+    for _ in range(400):
+        machine.step(policy, 64)
+        machine.now += 5.0
+        policy.read_prompts()
+    assert machine.run(policy, 64, 40).count(alone) >= 31
+
+
 def test_a_pause_of_the_host_hardly_counts():
     machine = Machine(0.8)
     policy = VerifyLenPolicy((16,))

@@ -2,8 +2,8 @@
 
 The policy weighs two things it learns while serving. The first is how many tokens a pass of each
 verify length commits, from the outcomes of passes, or as an engine that shares the rows out by
-confidence expects them. The second is how many seconds a step of each verify length takes, by the
-clock. Neither looks at a drawn token, so the verify length never depends on one.
+confidence expects them. The second is how many seconds a step of each verify length takes, by the clock, and
+the prompts behind it. Neither looks at a drawn token, so the verify length never depends on one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
+from dflash_plugin.adaptive.prompt_load import PromptLoad
 from dflash_plugin.errors import DFlashError
 
 # Verify lengths that passes can have, beside the limits.
@@ -157,6 +158,10 @@ class VerifyLenPolicy:
         self._times: dict[tuple[int, int], deque[float]] = {}
         self._recent: deque[tuple[int, int]] = deque(maxlen=SETTLED)
         self._last: float | None = None
+        self._prompts = PromptLoad()
+        # When the last step began, if the next one follows it, and whether prompts were read since.
+        self._before: float | None = None
+        self._prompted = False
         self._verify_len, self._size, self._left = self.verify_lens[-1], 0, 0
         self._until_probe, self._pause, self._probes = FIRST_PROBE, FIRST_PROBE, 0
 
@@ -164,6 +169,16 @@ class VerifyLenPolicy:
         """The engine ran something else or idled, so the clock does not time the last step."""
         self._recent.clear()
         self._last = None
+
+    def read_prompts(self) -> None:
+        """The engine read prompts since the last step."""
+        self.interrupt()
+        self._prompted = True
+
+    def leave(self) -> None:
+        """The engine ran steps that this policy did not choose."""
+        self.interrupt()
+        self._before = None
 
     def choose(self, requests: int, now: float) -> int:
         """Verify length of the step that begins now.
@@ -174,6 +189,7 @@ class VerifyLenPolicy:
         """
         size = self._captured(requests)
         self._time(now)
+        self._note_prompts(now)
         if size != self._size:
             self._size, self._left = size, 0
         if self._left == 0:
@@ -188,7 +204,7 @@ class VerifyLenPolicy:
         self.verified += requests * (self._verify_len - 1)
         self.saved += requests * (self.verify_lens[-1] - self._verify_len)
         self._recent.append((size, self._verify_len))
-        self._last = now
+        self._last = self._before = now
         return self._verify_len
 
     def observe(self, verify_len: int, accepted: Iterable[int]) -> None:
@@ -246,6 +262,13 @@ class VerifyLenPolicy:
         if len(times) >= TIMES:
             self.seconds[kind] = median(times)
 
+    def _note_prompts(self, now: float) -> None:
+        """Learn what prompts took since the last step, if any were read."""
+        took = self._of_step(self._size, self._verify_len)
+        if self._before is not None and took is not None:
+            self._prompts.note(now - self._before - took, self._prompted)
+        self._prompted = False
+
     def _next(self, size: int) -> int:
         seconds: dict[int, float] = {}
         # From the longest down, one whose time is not known at all is tried.
@@ -257,8 +280,10 @@ class VerifyLenPolicy:
         expected = self.expected()
 
         def rate(verify_len: int, took: float) -> float:
-            tokens: float = expected[verify_len - 1] / took**self.weight
-            return tokens
+            tokens = expected[verify_len - 1]
+            took += self._prompts.behind(tokens / expected[self._verify_len - 1])
+            found: float = tokens / took**self.weight
+            return found
 
         rates = {
             verify_len: rate(verify_len, seconds[verify_len]) for verify_len in self.verify_lens

@@ -212,7 +212,7 @@ class AdaptiveVerifier:
         requests = len(batch.reqs)
         self.verify_len, self.num_rows = self.block, None
         if self._stays_whole(batch):
-            self.policy.interrupt()
+            self.policy.leave()
         else:
             self.budget.requests = requests
             verify_len = self.policy.choose(requests, time.monotonic())

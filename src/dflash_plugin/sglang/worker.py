@@ -151,8 +151,11 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         """Run one pass over a batch: a prefill, or draft, verify and inject."""
         self.draft_model.follow_target()
         decodes = not (batch.forward_mode.is_extend() or batch.is_extend_in_batch)
-        if self.verifier is not None and (not decodes or batch.forward_mode.is_idle()):
-            self.verifier.policy.interrupt()
+        if self.verifier is not None:
+            if batch.forward_mode.is_idle():
+                self.verifier.policy.leave()
+            elif not decodes:
+                self.verifier.policy.read_prompts()
         if not decodes:
             return self._prefill(batch, *args, **kwargs)
         if batch.forward_mode.is_idle() or batch.spec_info is None:

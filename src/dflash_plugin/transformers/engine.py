@@ -230,7 +230,7 @@ class Engine:
         if len(free) < min(len(waiting), self.max_batch // 16):
             return
         if waiting and self.policy is not None:
-            self.policy.interrupt()
+            self.policy.read_prompts()
         joining = [waiting.popleft() for _ in range(min(len(waiting), len(free)))]
         joining.sort(key=lambda slot: slot.length)
         while joining:

@@ -172,15 +172,15 @@ class AdaptiveManager:
             self.policy.interrupt()
         self._bypasses = requests <= self.bypass
         if self._bypasses:
-            self.policy.interrupt()
+            self.policy.leave()
             self.verify_len = self.policy.verify_lens[-1]
             verify_len = self.verify_len if verify_len > 1 else 1
         else:
             # This step drafts for the next one, and skips drafting if that verifies no draft.
             self.verify_len = self.policy.choose(verifying, time.monotonic())
             self._report()
-        if not decoding:  # The time until the next step includes this step's prompts.
-            self.policy.interrupt()
+        if not decoding and not self._bypasses:
+            self.policy.read_prompts()  # The time until the next step includes this step's prompts.
         self.budget.requests = verifying
         self._draft_budget = min(
             drafts,
