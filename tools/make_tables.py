@@ -284,7 +284,8 @@ def serving(name: str, shown: tuple[str, ...] | None = None) -> str:
     return f"{table(header, rows)}\n\n{facts}{commands}"
 
 
-FAIR = {"vllm": "vllm-h200-qwen3-8b-fair", "sglang": "sglang-h200-qwen3-8b-fair"}
+FAIR = {"vllm": "vllm-h200-qwen3-8b-default", "sglang": "sglang-h200-qwen3-8b-default"}
+NOT_MEASURED = "not measured"
 PLOT = "docs/speed-qwen3-8b.svg"
 
 
@@ -351,12 +352,15 @@ def of_settings(run: dict) -> str | None:
     return settings.get("attention_config", {}).get("backend")
 
 
-def fair(engine: str, ranges: bool = True) -> str:
+def fair(name: str, ranges: bool = True) -> str:
     """Tokens per second against the engine's own DFlash at its best setting.
 
     The best setting is chosen for every number of requests, on both sides.
+
+    Args:
+        name: the result file's name without ".json".
+        ranges: shows the slowest and the fastest run.
     """
-    name = FAIR[engine]
     if not measured(name):
         return f"Not measured yet: this table is made from `benchmarks/results/{name}.json`."
     runs = runs_of(name)
@@ -385,6 +389,7 @@ def fair(engine: str, ranges: bool = True) -> str:
         "plugin with options",
         "best plugin / best native",
     ]
+    header, rows = without_empty(header, rows)
     record = runs[0]
     versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
     every = [cell for cells in rows_by_level(runs).values() for cell in cells.values()]
@@ -400,6 +405,12 @@ def fair(engine: str, ranges: bool = True) -> str:
     return f"{title}\n\n{table(header, rows)}\n\n{facts} in turns. {commands}"
 
 
+def without_empty(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns in which nothing is measured."""
+    kept = [i for i in range(len(header)) if any(row[i] != NOT_MEASURED for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
 def gain(plugin: dict, native: dict) -> str:
     """How many times as fast the plugin is; bold only where no run of one reaches the other's."""
     ratio = f"{plugin['tokens_per_second'] / native['tokens_per_second']:.2f}×"
@@ -412,7 +423,7 @@ def speed(
 ) -> str:
     """A cell of a speed table: median (lowest-highest), and which setting it is."""
     if mode is None or mode not in cells:
-        return "not measured"
+        return NOT_MEASURED
     cell = cells[mode]
     text = f"{cell['tokens_per_second']:,.0f}"
     if ranges:
@@ -425,7 +436,7 @@ def speed(
 
 def summary(engine: str) -> str:
     """The fair table without its command, for the first page."""
-    text = fair(engine, ranges=False)
+    text = fair(FAIR[engine], ranges=False)
     if not measured(FAIR[engine]):
         return text
     return text.split(" `python", 1)[0] + " Ranges and commands: [results](docs/results.md)."
@@ -605,9 +616,14 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "acceptance": lambda: acceptance().rsplit(" `dflash-plugin", 1)[0],
     },
     "docs/results.md": {
-        "vllm-fair": lambda: fair("vllm"),
-        "sglang-fair": lambda: fair("sglang"),
-        "sglang-default": lambda: serving("sglang-h200-qwen3-8b-default"),
+        "vllm-fair": lambda: fair(FAIR["vllm"]),
+        "sglang-fair": lambda: fair(FAIR["sglang"]),
+        "vllm-default": lambda: serving(FAIR["vllm"]),
+        "sglang-busy": lambda: serving("sglang-h200-qwen3-8b-busy"),
+        "vllm-profile": lambda: serving("vllm-h200-qwen3-8b-profile-8192"),
+        "vllm-options": lambda: fair("vllm-h200-qwen3-8b-fair"),
+        "sglang-options": lambda: fair("sglang-h200-qwen3-8b-fair"),
+        "sglang-default": lambda: serving(FAIR["sglang"]),
         "sglang-long": lambda: serving("sglang-h200-qwen3-8b-long"),
         "sglang-h200-timelines": lambda: timelines("sglang-h200-qwen3-8b-long", "plugin"),
         "acceptance": acceptance,

@@ -1,8 +1,8 @@
-"""Draw output tokens/s by requests in flight: native as it comes, native at its best, plugin.
+"""Draw output tokens/s by requests in flight: native as it comes and at its best, and the plugin.
 
-    python tools/plot_speed.py     writes docs/speed-qwen3-8b.svg from the fair results
+    python tools/plot_speed.py     writes docs/speed-qwen3-8b.svg from the results
 
-One panel an engine whose ``benchmarks/results/*-fair.json`` exists. Needs matplotlib:
+One panel an engine that ``make_tables.FAIR`` names a result of. Needs matplotlib:
 ``pip install -e '.[bench]'``.
 """
 
@@ -20,13 +20,13 @@ matplotlib.rcParams["svg.hashsalt"] = "dflash-plugin"
 from matplotlib import pyplot  # noqa: E402
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
-BARS = ("no drafter", "native as it comes", "native at its best setting", "plugin, best setting")
-COLORS = ("0.8", "tab:gray", "tab:blue", "tab:orange")
+BARS = ("native as it comes", "native at its best setting", "plugin as it comes")
+COLORS = ("tab:gray", "tab:blue", "tab:orange")
 
 
 def bar_heights(cells: dict[str, dict]) -> list[tuple[float, float, float]]:
     """Median, lowest and highest tokens/s of every bar; zeros where a mode was not measured."""
-    modes = (fastest(cells, "none"), "native", fastest(cells, "native"), fastest(cells, "plugin"))
+    modes = ("native", fastest(cells, "native"), "plugin")
     rows = [cells.get(mode) for mode in modes]
     return [
         (row["tokens_per_second"], min(row["all"]), max(row["all"])) if row else (0.0, 0.0, 0.0)
@@ -49,8 +49,8 @@ def main() -> None:
             medians = [group[number][0] for group in heights]
             below = [group[number][0] - group[number][1] for group in heights]
             above = [group[number][2] - group[number][0] for group in heights]
-            at = [group + (number - 1.5) * 0.2 for group in range(len(heights))]
-            axes.bar(at, medians, 0.2, yerr=(below, above), color=color, label=label, capsize=2)
+            at = [group + (number - 1) * 0.25 for group in range(len(heights))]
+            axes.bar(at, medians, 0.25, yerr=(below, above), color=color, label=label, capsize=2)
         axes.set_xticks(range(len(levels)), [str(level) for level in levels])
         axes.set_xlabel("requests in flight")
         axes.set_ylabel("output tokens/s")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+RECORD = "vllm-h200-qwen3-8b-default"
 SPEEDS = {
     1: {"none": 200, "native": 900, "native-k7": 700, "plugin": 950, "plugin-fp8-adaptive": 940},
     64: {"none": 9000, "native": 10000, "native-k7": 14000, "plugin": 11000, "plugin-fp8": 13000,
@@ -42,17 +43,29 @@ def write(directory: Path, **changes: object) -> None:
         "engine_arguments": {"attention_backend": "fa3"},
         "rows": rows,
     }
-    (directory / "vllm-h200-qwen3-8b-fair.json").write_text(json.dumps({**record, **changes}))
+    (directory / f"{RECORD}.json").write_text(json.dumps({**record, **changes}))
 
 
 def test_what_is_not_measured_is_said(tables):
-    assert tables["fair"]("vllm").startswith("Not measured yet")
+    assert tables["fair"](RECORD).startswith("Not measured yet")
     assert "how-it-works.svg" in tables["plot"]()
+
+
+def test_a_column_that_nothing_is_in_is_left_out(tables, tmp_path):
+    rows = [
+        {"engine": mode, "concurrency": 1, "tokens_per_second": 100, "tau": 6.4, "all": [99, 101]}
+        for mode in ("native", "plugin")
+    ]
+    write(tmp_path, rows=rows)
+    header, _, row = tables["fair"](RECORD).splitlines()[2:5]
+    assert "no drafter" not in header
+    assert "options" not in header
+    assert header.count("|") == row.count("|") == 7 - 1
 
 
 def test_both_sides_are_shown_at_their_best_setting(tables, tmp_path):
     write(tmp_path)
-    few, many = tables["fair"]("vllm").splitlines()[4:6]
+    few, many = tables["fair"](RECORD).splitlines()[4:6]
     assert few == (
         "| 1 | 200 (199-201) | 900 (899-901) | 900 (899-901), as it comes | 950 (949-951) "
         "| 940 (939-941), FP8 drafter, adaptive | **1.06×** |"
@@ -65,7 +78,7 @@ def test_both_sides_are_shown_at_their_best_setting(tables, tmp_path):
 
 def test_the_title_says_what_is_made_up_and_names_the_back_end(tables, tmp_path):
     write(tmp_path)
-    title = tables["fair"]("vllm").splitlines()[0]
+    title = tables["fair"](RECORD).splitlines()[0]
     assert "dummy weights, acceptance replayed at 6.4" in title
     assert "attention back end: fa3" in title
 
@@ -74,7 +87,7 @@ def test_back_ends_that_differ_are_named_by_mode(tables, tmp_path):
     backends = {mode: "fa3" if "native" in mode or mode == "none" else "triton" for mode in
                 SPEEDS[64]}  # fmt: skip
     write(tmp_path, attention=backends)
-    title = tables["fair"]("vllm").splitlines()[0]
+    title = tables["fair"](RECORD).splitlines()[0]
     assert "fa3 (no drafter; native; native, 7 drafts)" in title
     assert "triton (plugin; plugin, FP8 drafter, adaptive; plugin, FP8 drafter)" in title
 
@@ -82,13 +95,13 @@ def test_back_ends_that_differ_are_named_by_mode(tables, tmp_path):
 def test_a_table_without_its_back_end_is_refused(tables, tmp_path):
     write(tmp_path, engine_arguments={})
     with pytest.raises(ValueError, match="attention back end of none is unknown"):
-        tables["fair"]("vllm")
+        tables["fair"](RECORD)
 
 
 def test_the_back_end_is_read_from_vllms_settings(tables, tmp_path):
     settings = json.dumps({"attention_config": {"backend": "FLASH_ATTN"}})
     write(tmp_path, engine_arguments={}, command=f"python x.py --settings '{settings}'")
-    assert "attention back end: FLASH_ATTN" in tables["fair"]("vllm").splitlines()[0]
+    assert "attention back end: FLASH_ATTN" in tables["fair"](RECORD).splitlines()[0]
 
 
 def test_of_a_mode_in_two_groups_the_first_counts(tables):

@@ -67,7 +67,10 @@ def config(monkeypatch, options: Options | None = None, **changed: Any) -> Any:
         setattr(model, name, changed.pop(name))
     full = changed.pop("full_graphs", True)
     values = {
-        "speculative_config": SimpleNamespace(enable_adaptive_verification=False),
+        "speculative_config": SimpleNamespace(
+            enable_adaptive_verification=False,
+            num_speculative_tokens_per_batch_size=changed.pop("table", None),
+        ),
         "model_config": model,
         "parallel_config": SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1),
         "compilation_config": SimpleNamespace(
@@ -96,6 +99,7 @@ def test_it_is_on_where_the_back_end_takes_mixed_lengths(engine, monkeypatch):
             {"parallel_config": SimpleNamespace(tensor_parallel_size=2, data_parallel_size=1)},
             "2 ranks",
         ),
+        ({"table": [(1, 8, 7)]}, "num_speculative_tokens_per_batch_size"),
         ({"is_hybrid": True}, "recurrent"),
         ({"use_mla": True}, "latent attention"),
         ({"chunk": 8192}, "chunked attention"),

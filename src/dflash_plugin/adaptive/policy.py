@@ -2,8 +2,9 @@
 
 The policy weighs two things it learns while serving. The first is how many tokens a pass of each
 verify length commits, from the outcomes of passes, or as an engine that shares the rows out by
-confidence expects them. The second is how many seconds a step of each verify length takes, by the clock, and
-the prompts behind it. Neither looks at a drawn token, so the verify length never depends on one.
+confidence expects them. The second is how many seconds a step of each verify length takes, by the
+clock, and the prompts behind it. Neither looks at a drawn token, so the verify length never depends
+on one.
 """
 
 from __future__ import annotations

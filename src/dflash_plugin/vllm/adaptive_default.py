@@ -62,6 +62,10 @@ def reason_against(vllm_config: VllmConfig) -> str | None:
         ),
         (vllm_config.lora_config is not None, "vLLM does not run it with LoRA"),
         (ranks > 1, f"vLLM's own policy decides with {ranks} ranks, which is unmeasured"),
+        (
+            vllm_config.speculative_config.num_speculative_tokens_per_batch_size is not None,
+            "num_speculative_tokens_per_batch_size chooses the number of drafts",
+        ),
         (model.is_hybrid, "the target has recurrent layers"),
         (model.use_mla, "the target has latent attention, whose back ends are unmeasured"),
         (

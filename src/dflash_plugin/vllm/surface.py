@@ -140,6 +140,7 @@ _CONFIG = (
         "SpeculativeConfig.num_speculative_tokens", "SpeculativeConfig.draft_model_config",
         "SpeculativeConfig.draft_load_config", "SpeculativeConfig.draft_sample_method",
         "SpeculativeConfig.enable_adaptive_verification",
+        "SpeculativeConfig.num_speculative_tokens_per_batch_size",
         "SpeculativeConfig.draft_parallel_config",
     ),
     *_seams(
