@@ -85,7 +85,7 @@ def engine_args(**values):
         "decode_context_parallel_size": 1,
         "enable_dbo": False,
         "ubatch_size": 0,
-        "max_num_seqs": None,
+        "max_num_seqs": 8,
         "enforce_eager": False,
         "cudagraph_capture_sizes": None,
         "max_cudagraph_capture_size": None,

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dflash_plugin.vllm.capture_sizes import capture_more
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch) -> SimpleNamespace:
+    """The GPU that vLLM finds."""
+    found = SimpleNamespace(cuda=True, gib=80)
+    platform = SimpleNamespace(
+        is_cuda=lambda: found.cuda, get_device_total_memory=lambda: found.gib << 30
+    )
+    monkeypatch.setitem(sys.modules, "vllm.platforms", SimpleNamespace(current_platform=platform))
+    return found
 
 
 def arguments(**given: Any) -> SimpleNamespace:
@@ -53,6 +65,14 @@ def test_whole_blocks_of_all_requests_are_captured(requests, rows, most):
 )
 def test_what_the_user_says_stays(given):
     found = arguments(**given)
+    capture_more(found, 16)
+    assert found.cudagraph_capture_sizes is None
+
+
+@pytest.mark.parametrize("changed", [{"gib": 48}, {"cuda": False}])
+def test_a_small_gpu_keeps_its_memory(gpu, changed):
+    vars(gpu).update(changed)
+    found = arguments()
     capture_more(found, 16)
     assert found.cudagraph_capture_sizes is None
 

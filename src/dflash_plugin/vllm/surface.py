@@ -95,6 +95,10 @@ _CONFIG = (
         "EngineArgs.ubatch_size", "EngineArgs.tensor_parallel_size",
     ),
     *_seams(
+        "vllm.platforms.interface", ARGUMENTS, "call", "captures more graphs on a large GPU",
+        "Platform.get_device_total_memory()",
+    ),
+    *_seams(
         ARG_UTILS, ARGUMENTS, "attribute", "captures graphs up to whole blocks of all requests",
         "EngineArgs.compilation_config", "EngineArgs.cudagraph_capture_sizes",
         "EngineArgs.max_cudagraph_capture_size", "EngineArgs.max_num_seqs",
