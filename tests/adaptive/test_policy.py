@@ -339,6 +339,17 @@ def test_drafts_are_counted():
     assert summary["drafts_proposed"] == 16 * 7 * (100 - widths.count(1))
 
 
+def test_trials_take_few_steps_and_are_counted():
+    policy, machine = VerifyLenPolicy(WIDTHS), Machine(0.8, row=1e-4, free=0, lag=0)
+    machine.run(policy, 16, 4000)
+    before, best = policy.probed, max(WIDTHS, key=lambda width: machine.rate(16, width))
+    assert before > 0
+    later = machine.run(policy, 16, 20000)
+    probed = policy.probed - before
+    assert 0 < probed <= 0.005 * len(later)
+    assert sum(width != best for width in later) <= probed
+
+
 def test_growth_adds_up_to_what_was_counted():
     policy, machine = VerifyLenPolicy((1, 4, 8)), Machine(0.7, row=1e-4, free=0)
     before: dict[str, int] = {}
@@ -352,6 +363,7 @@ def test_growth_adds_up_to_what_was_counted():
         before = now
     summary = policy.summary()
     assert added == {
+        "probed": summary["probe_steps"],
         **{name: summary[f"drafts_{name}"] for name in ("proposed", "verified", "saved")},
         **{f"steps:{width}": summary["steps"][width] for width in (1, 4, 8)},
     }
@@ -389,7 +401,9 @@ def test_processes_that_agree_choose_alike_whatever_their_clocks_say():
         widths.add(width)
     assert overruled > 100
     assert len(widths) > 4
-    assert first.counts() == second.counts()
+    # Only the one that decides knows which steps are trials.
+    one, other = ({**policy.counts(), "probed": 0} for policy in (first, second))
+    assert one == other
 
 
 def test_limits_are_kept():

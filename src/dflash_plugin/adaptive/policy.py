@@ -37,8 +37,9 @@ PRIOR = 8.0
 FIRST = 0.7
 # Another verify length has to be better by this factor to replace the one in use.
 GAIN = 1.01
-# Steps between two trials of a verify length other than the best, at first and later.
-FIRST_PROBE, PROBE = 64, 512
+# Steps between two trials of a verify length other than the best, at first and later: in the end
+# trials take 0.4 % of the steps.
+FIRST_PROBE, PROBE = 64, 2048
 
 
 def choose_verify_lens(block: int, min_drafts: int, max_drafts: int | None) -> tuple[int, ...]:
@@ -155,14 +156,14 @@ class VerifyLenPolicy:
         self.prior: dict[tuple[int, int], float] = {}
         self.seconds: dict[tuple[int, int], float] = {}
         self.steps = dict.fromkeys(self.verify_lens, 0)
-        self.proposed = self.verified = self.saved = 0
+        self.proposed = self.verified = self.saved = self.probed = 0
         self._times: dict[tuple[int, int], deque[float]] = {}
         self._recent: deque[tuple[int, int]] = deque(maxlen=SETTLED)
         self._last: float | None = None
         self._prompts = PromptLoad()
         # When the last step began, if the next one follows it, and whether prompts were read since.
         self._before: float | None = None
-        self._prompted = False
+        self._prompted = self._probes_now = False
         self._verify_len, self._size, self._left = self.verify_lens[-1], 0, 0
         self._until_probe, self._pause, self._probes = FIRST_PROBE, FIRST_PROBE, 0
 
@@ -200,6 +201,7 @@ class VerifyLenPolicy:
         self._left -= 1
         self._until_probe -= 1
         self.steps[self._verify_len] += 1
+        self.probed += self._probes_now
         # A step that verifies no draft does not draft.
         self.proposed += requests * (self.verify_lens[-1] - 1) * (self._verify_len > 1)
         self.verified += requests * (self._verify_len - 1)
@@ -221,8 +223,8 @@ class VerifyLenPolicy:
         """What has been learnt and chosen so far.
 
         Returns:
-            ``steps`` by rows; ``drafts_proposed``, ``drafts_verified`` and ``drafts_saved`` of all
-            requests; the ``expected_tokens`` of a pass by rows; and ``step_milliseconds`` by
+            ``steps`` by rows; ``probe_steps``, those of them that tried a verify length;
+            ``drafts_proposed``, ``drafts_verified`` and ``drafts_saved`` of all requests; the ``expected_tokens`` of a pass by rows; and ``step_milliseconds`` by
             requests and rows, of those that have been timed.
         """
         times: dict[int, dict[int, float]] = {}
@@ -230,6 +232,7 @@ class VerifyLenPolicy:
             times.setdefault(size, {})[verify_len] = round(1e3 * seconds, 3)
         return {
             "steps": dict(self.steps),
+            "probe_steps": self.probed,
             "drafts_proposed": self.proposed,
             "drafts_verified": self.verified,
             "drafts_saved": self.saved,
@@ -238,8 +241,11 @@ class VerifyLenPolicy:
         }
 
     def counts(self) -> dict[str, int]:
-        """Drafts ``proposed``, ``verified`` and ``saved``, and steps of 8 rows as ``steps:8``."""
+        """Drafts ``proposed``, ``verified`` and ``saved``, steps that ``probed`` a verify length,
+        and steps of 8 rows as ``steps:8``.
+        """
         return {
+            "probed": self.probed,
             "proposed": self.proposed,
             "verified": self.verified,
             "saved": self.saved,
@@ -272,6 +278,7 @@ class VerifyLenPolicy:
 
     def _next(self, size: int) -> int:
         seconds: dict[int, float] = {}
+        self._probes_now = True
         # From the longest down, one whose time is not known at all is tried.
         for verify_len in reversed(self.verify_lens):
             took = self._of_step(size, verify_len)
@@ -293,6 +300,7 @@ class VerifyLenPolicy:
         if rates[best] <= GAIN * rates.get(self._verify_len, 0.0):
             best = self._verify_len
         if self._until_probe > 0 or len(self.verify_lens) == 1:
+            self._probes_now = False
             return best
         self._pause = min(2 * self._pause, PROBE)
         self._until_probe, self._probes = self._pause, self._probes + 1

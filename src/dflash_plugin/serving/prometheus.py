@@ -120,6 +120,9 @@ def budget_counters(labels: tuple[str, ...]) -> dict[str, Any]:
             "dflash:adaptive_steps", "Decode steps by rows of a block that they verified.",
             [*labels, "rows"],
         ),
+        "probed": Counter(
+            "dflash:probe_steps", "Decode steps that tried another verify length.", labels
+        ),
         "proposed": Counter("dflash:proposed_drafts", "Drafts that were made.", labels),
         "verified": Counter("dflash:verified_drafts", "Drafts that were verified.", labels),
         "saved": Counter("dflash:saved_drafts", "Drafts that were left unverified.", labels),
@@ -134,7 +137,7 @@ def count_budget(
     Args:
         labels: names of the engine's own labels.
         values: values of these labels.
-        increases: increase of each count, by "steps:ROWS", "proposed", "verified" and
+        increases: increase of each count, by "steps:ROWS", "probed", "proposed", "verified" and
             "saved".
     """
     counters = budget_counters(labels)
