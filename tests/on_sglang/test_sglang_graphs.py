@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors
-from dflash_plugin.serving.draft_tokens import Candidates, selector_noise
+from dflash_plugin.serving.draft_tokens import Candidates, block_noise
 from dflash_plugin.sglang.draft_step import DraftGraphHead, Step
 from dflash_plugin.sglang.worker import Worker
 from tests.helpers.tiny import DFLASH2, tiny_drafter, tiny_target
@@ -117,7 +117,7 @@ def test_drafts_of_a_captured_pass_are_walked_through_its_candidates():
     batch = SimpleNamespace(reqs=[None, None], sampling_info=unlimited)
     worker.step = Step(batch, places[:2], sampling)
     best = model.drafter.logits(rows[:2]).topk(5)
-    u = selector_noise(sampling.seed, places[:2], 3)
+    u = block_noise(sampling.seed, places[:2], 3)
     drawn = model.drafter.candidate_selector(
         best.indices, best.values, rows[:2], anchors[:2], sampling.temperature, u
     )

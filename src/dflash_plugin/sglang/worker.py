@@ -22,9 +22,10 @@ from torch import Tensor
 from dflash_plugin import kernels
 from dflash_plugin.checkpoints.updates import holds_drafter
 from dflash_plugin.kernels.accept import Sampled, accept
+from dflash_plugin.kernels.accept_block import accept_block
 from dflash_plugin.kernels.accept_greedy import accept_greedy
 from dflash_plugin.kernels.reference import sample
-from dflash_plugin.serving.draft_tokens import noise, select_drafts, selector_noise
+from dflash_plugin.serving.draft_tokens import block_noise, select_drafts
 from dflash_plugin.serving.new_weights import route
 from dflash_plugin.serving.prometheus import WORKER_FACTS
 from dflash_plugin.serving.time_limit import time_limit
@@ -326,8 +327,8 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         assert step.params is not None
         hidden, anchors, found = drafting
         drafter, batch = self.draft_model.drafter, len(anchors)
+        u = block_noise(step.params.seed, step.anchors, self.num_drafts)
         if found is not None:
-            u = selector_noise(step.params.seed, step.anchors, self.num_drafts)
             within = sampling.limits(step.params, step.batch.sampling_info)
             path = self._walk(drafting, step.params.temperature, u, within)
             assert path.probs is not None
@@ -336,10 +337,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             return path.tokens.flatten()
         logits = self.draft_model.logits(hidden).view(batch, self.num_drafts, -1)
         probs = sampling.distribution(logits, step.params, step.batch.sampling_info)
-        positions = step.anchors[:, None] + torch.arange(
-            1, self.num_drafts + 1, device=logits.device
-        )
-        drawn = sample(probs, noise(step.params.seed, positions))
+        drawn = sample(probs, u)
         step.draft_probs = drafter.target_probabilities(probs, self.vocab_size)
         return drafter.token_ids(drawn).flatten()
 
@@ -517,7 +515,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
     def accept(
         self, candidates: Tensor, logits: Tensor, info: SamplingInfoLike
     ) -> tuple[Tensor, Tensor]:
-        """Verify a batch with requests that sample, by rejection sampling.
+        """Verify a batch with requests that sample: drawn blocks whole, chosen drafts one by one.
 
         Args:
             candidates: int64 [B, block], anchor and drafts.
@@ -543,7 +541,8 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             for part in (step.draft_probs, step.draft_candidates)
         )
         judged = Sampled(target.contiguous(), draft, step.params.seed, row_index, tokens)
-        accepted = accept(candidates[:, 1:], judged, step.anchors)
+        judge = accept if draft is None else accept_block
+        accepted = judge(candidates[:, 1:], judged, step.anchors)
         return accepted.num_accepted, accepted.next_token
 
     def accept_greedy(self, candidates: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
-from dflash_plugin.serving.draft_tokens import select_drafts, selector_noise
+from dflash_plugin.serving.draft_tokens import block_noise, select_drafts
 from dflash_plugin.serving.new_weights import route
 from dflash_plugin.vllm.model import EngineDrafter
 from dflash_plugin.vllm.options import required_spec
@@ -157,7 +157,7 @@ class Proposer(DFlashProposer):
             given = sampling_metadata.temperature
             temperature = torch.where(given < MIN_TEMPERATURE, 0.0, given)
             seeds = torch.randint(1 << 62, (batch,), device=given.device)
-            u = selector_noise(seeds, torch.zeros_like(seeds), drafts)
+            u = block_noise(seeds, torch.zeros_like(seeds), drafts)
         drafter, found = self.model.drafter, self.model.candidates(hidden_states)
         path = select_drafts(drafter, found, anchors, temperature, u)
         if path.probs is None:
