@@ -3,7 +3,7 @@
     python benchmarks/sglang_sampling.py --output FILE.json
 
 Every way has an engine of its own, one after the other. Texts are drawn anew by each, so that τ
-has the error of its passes: about one in a hundred over 2,000 of them.
+differs by chance, and the more the fewer tokens are written.
 """
 
 from __future__ import annotations
