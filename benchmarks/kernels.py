@@ -370,6 +370,23 @@ def accept(batch: int) -> Case:
     )
 
 
+def accept_block(batch: int) -> Case:
+    """The same blocks, read whole once and twice where the next token is drawn."""
+    from dflash_plugin.kernels.accept import Sampled
+    from dflash_plugin.kernels.accept_block import accept_block, accept_block_naive
+
+    target = torch.randn(batch, DRAFTS + 1, VOCABULARY, device=DEVICE).softmax(dim=-1)
+    draft_probs = torch.randn(batch, DRAFTS, VOCABULARY, device=DEVICE).softmax(dim=-1)
+    drafts = draft_probs.argmax(dim=-1)
+    sampled = Sampled(target, draft_probs, torch.arange(batch, device=DEVICE))
+    positions = torch.arange(batch, device=DEVICE)
+    return Case(
+        lambda: accept_block(drafts, sampled, positions),
+        lambda: accept_block_naive(drafts, sampled, positions),
+        2 * batch * (DRAFTS + 1) * VOCABULARY * 4,
+    )
+
+
 def accept_greedy(batch: int) -> Case:
     """Half of every block was verified."""
     from dflash_plugin.kernels.accept_greedy import accept_greedy, accept_greedy_naive
@@ -529,6 +546,7 @@ OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     fp8_product: (16, 32, 64),
     fp8_product_down: (16, 32, 64, 128, 256),
     accept: REQUESTS,
+    accept_block: REQUESTS,
     accept_greedy: REQUESTS,
     admit_drafts: REQUESTS,
     cut_blocks: REQUESTS,

@@ -130,6 +130,24 @@ def draft_sampling() -> str:
     return f"{table([*header, 'auto'], rows)}\n\n{facts} {commands}"
 
 
+def sglang_sampling() -> str:
+    """τ in SGLang, by temperature and how drafts are made."""
+    record = load("sglang-sampling-cpu")
+    ways = ["probabilistic, token by token", "greedy", "probabilistic", "auto"]
+    found = {(row["temperature"], row["draft_sampling"]): row for row in record["rows"]}
+    rows = [
+        [str(temperature), *(f"{found[temperature, way]['tau']:.2f}" for way in ways)]
+        for temperature in sorted({temperature for temperature, _ in found})
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    commands = "; ".join(f"`{command}`" for command in record["commands"])
+    tokens = min(row["tokens"] for row in record["rows"])
+    facts = f"{record['prompts']} prompts, {tokens:,} tokens a cell; {record['device']}, float32,"
+    header = ["T", "drawn, token by token", *(f"`{way}`" for way in ways[1:])]
+    before = f"token by token at commit {record['token_by_token_commit']}"
+    return f"{table(header, rows)}\n\n{facts} {versions}, {record['date']}; {before}. {commands}"
+
+
 def beside(one: float, two: float) -> list[str]:
     return [f"{one:.2f}", f"**{two:.2f}**", f"{two / one - 1:+.1%}"]
 
@@ -646,7 +664,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "budget": lambda: budget("budget-simulator"),
     },
     "docs/targets.md": {"targets": targets, "refusals": refusals},
-    "docs/tuning.md": {"draft-sampling": draft_sampling},
+    "docs/tuning.md": {"draft-sampling": draft_sampling, "sglang-sampling": sglang_sampling},
     "docs/adaptive.md": {
         "vllm-adaptive": lambda: serving("vllm-h200-smollm2"),
         "sglang-adaptive": lambda: serving("sglang-h200-smollm2"),

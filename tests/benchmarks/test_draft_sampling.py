@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.draft_sampling import Replay, expected_passes, reached
-from dflash_plugin.decoding.block_verification import block_acceptance
 from dflash_plugin.decoding.draft_sampling import FACTORS, sharpen
-from tests.decoding.test_block_verification import DRAFTS, VOCABULARY, tables, target_rows
+from dflash_plugin.kernels.block_verification import block_acceptance
+from tests.kernels.test_block_verification import DRAFTS, VOCABULARY, tables, target_rows
 
 BLOCKS = list(product(range(VOCABULARY), repeat=DRAFTS))
 

@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors, probabilities
+from dflash_plugin.decoding.sampling import (
+    SamplingParams,
+    SamplingTensors,
+    block_seeds,
+    probabilities,
+)
 from dflash_plugin.decoding.verify import (
     FinishReason,
     Verdict,
@@ -17,6 +22,7 @@ from dflash_plugin.decoding.verify import (
     verify_sampled,
 )
 from dflash_plugin.kernels.reference import sample
+from dflash_plugin.kernels.uniforms import Stream, uniforms
 
 VOCABULARY, DRAFTS, TRIALS = 6, 3, 200_000
 tokens = st.integers(0, 3)
@@ -147,6 +153,45 @@ def test_a_broken_verifier_fails_the_same_test(broken):
 
 def test_a_broken_verifier_of_chosen_drafts_fails_too():
     assert p_value(*pairs(redraws_from_target, point_mass=True)) < 1e-6
+
+
+def texts_by_seed(draft_noise) -> float:
+    """p of three tokens behind token 0, drawn over several blocks with the noise of a seed each.
+
+    Args:
+        draft_noise: gives the seeds [TRIALS] of the drafts' noise from the requests' seeds and the
+            blocks' anchors.
+    """
+    p = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7], [0.4, 0.5, 0.1]])
+    q = torch.tensor([[0.2, 0.5, 0.3], [0.5, 0.1, 0.4], [0.3, 0.3, 0.4]])
+    generator = torch.Generator().manual_seed(7)
+    seed = torch.randint(0, 1 << 62, (TRIALS,), generator=generator)
+    last, anchors = torch.zeros(2, TRIALS, dtype=torch.int64)
+    text = torch.full((TRIALS, 3), -1)
+    draft_probs, rows = q.expand(TRIALS, -1, -1), torch.arange(TRIALS)
+    while bool((text < 0).any()):
+        places = anchors[:, None] + torch.arange(1, DRAFTS + 1)
+        u = uniforms(draft_noise(seed, anchors), places, Stream.DRAFT)
+        drafts = sample(draft_probs, u)
+        target = p[torch.cat([last[:, None], drafts], dim=1)]
+        verdict = verify(drafts, target, draft_probs, seed, anchors)
+        for column, token in enumerate(verdict.tokens.unbind(1)):
+            place = anchors + column
+            fits = (token >= 0) & (place < 3)
+            text[rows[fits], place[fits]] = token[fits]
+        last, anchors = verdict.next_token, anchors + verdict.num_accepted + 1
+    places = text @ torch.tensor([9, 3, 1])
+    counts = torch.bincount(places, minlength=27)
+    expected = (p[0][:, None, None] * p[..., None] * p).flatten() * TRIALS
+    return p_value(counts.double().numpy(), expected.double().numpy())
+
+
+def test_blocks_with_noise_of_their_own_follow_the_target():
+    assert texts_by_seed(block_seeds) > 1e-3
+
+
+def test_blocks_that_draw_a_position_again_with_the_same_noise_do_not():
+    assert texts_by_seed(lambda seed, anchors: seed) < 1e-6
 
 
 def test_invalid_and_uncounted_drafts_are_drawn_from_the_target():

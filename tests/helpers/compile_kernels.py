@@ -185,6 +185,7 @@ def selector(batch: int, drafts: int) -> None:
 def step(batch: int, block: int) -> None:
 
     from dflash_plugin.kernels.accept import Sampled, accept
+    from dflash_plugin.kernels.accept_block import accept_block
     from dflash_plugin.kernels.accept_greedy import accept_greedy
     from dflash_plugin.kernels.draft_attention import Blocks, PagedContext, draft_attention
 
@@ -194,8 +195,11 @@ def step(batch: int, block: int) -> None:
         accept(drafts, Sampled(target, draft_probs, request), request)
         rows = Sampled(target.flatten(0, 1), draft_probs, request, whole(batch, block))
         accept(drafts, rows, request)
+    accept_block(drafts, rows, request)
     some = target[:, :-1, :16].contiguous()
-    accept(drafts, Sampled(target, some, request, None, whole(batch, block - 1, 16)), request)
+    candidates = Sampled(target, some, request, None, whole(batch, block - 1, 16))
+    for judge in (accept, accept_block):
+        judge(drafts, candidates, request)
     accept_greedy(drafts, whole(batch * block), whole(batch, block))
     query, key = of(batch, block, HEADS, HEAD_DIM), of(batch, block, KV_HEADS, HEAD_DIM)
     pool = of(64, KV_HEADS, HEAD_DIM)

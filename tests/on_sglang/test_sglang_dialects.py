@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
-from dflash_plugin.drafter.config import LatentAttentionConfig
-from dflash_plugin.transformers.loading import load_drafter
+from dflash_plugin.decoding.sampling import SamplingParams
+from dflash_plugin.drafter.config import LatentAttentionConfig, SelectorConfig
+from dflash_plugin.transformers import Engine, Request, load_drafter
 from tests.helpers.distribution import check_distribution, continuations
 from tests.helpers.greedy import greedy_text
 from tests.helpers.layouts import SERVED
@@ -292,6 +293,28 @@ def test_kernels_draw_what_the_core_does(pair, schedulers, interpreted, tmp_path
     ]  # fmt: skip
     assert texts[0] == texts[1]
     assert texts[0][0][0] != greedy_text(target, PROMPTS[0], 6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "limits"),
+    [({}, {}), ({**DFLASH2, "selector": SelectorConfig(rank=6, top_k=16)}, {"top_k": 60})],
+    ids=["DFlash", "DFlash 2, limited"],
+)
+def test_a_seed_gives_the_text_of_the_transformers_engine(
+    pair, schedulers, tmp_path, changes, limits
+):
+    """Drafts, decisions and tokens are drawn alike, so that as many drafts are accepted."""
+    target, directory = pair
+    checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64, **changes)
+    how = {"temperature": 4.0, **limits}
+    made = schedulers.run(
+        directory, checkpoint, PROMPTS, max_new_tokens=32, ignore_eos=True, sampling_seed=11, **how
+    )
+    engine = Engine(target, load_drafter(checkpoint, target), max_batch=1, max_length=64)
+    sampling = SamplingParams(seed=11, **how)
+    found = [engine.generate([Request(prompt, 32, (), sampling)])[0] for prompt in PROMPTS]
+    assert sum(sum(result.accepted) for result in found) > 5
+    assert made["texts"] == [[result.tokens] for result in found]
 
 
 @pytest.mark.parametrize("changes", FP8, ids=["borrowed head", "own head", "DFlash 2"])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors
-from dflash_plugin.serving.draft_tokens import Candidates, selector_noise
-from dflash_plugin.sglang.draft_step import DraftGraphHead, Step
+from dflash_plugin.serving.draft_tokens import Candidates, block_noise
+from dflash_plugin.sglang.draft_step import DraftGraphHead, Drafting, Step
 from dflash_plugin.sglang.worker import Worker
 from tests.helpers.tiny import DFLASH2, tiny_drafter, tiny_target
 
@@ -99,6 +99,7 @@ def test_drafts_of_a_captured_pass_are_walked_through_its_candidates():
     worker = Worker.__new__(Worker)
     worker._draft_worker = SimpleNamespace()
     worker.draft_model, worker.device, worker.step = model, "cpu", None
+    worker.estimate = None
     worker.block_size, worker.vocab_size = 4, 97
     options = SimpleNamespace(draft_sampling="probabilistic")
     worker.info = SimpleNamespace(config=model.drafter.config, options=options)
@@ -115,9 +116,9 @@ def test_drafts_of_a_captured_pass_are_walked_through_its_candidates():
         need_top_k_sampling=False, need_top_p_sampling=False, need_min_p_sampling=False
     )
     batch = SimpleNamespace(reqs=[None, None], sampling_info=unlimited)
-    worker.step = Step(batch, places[:2], sampling)
+    worker.step = Step(batch, places[:2], sampling, torch.tensor([True, False]))
     best = model.drafter.logits(rows[:2]).topk(5)
-    u = selector_noise(sampling.seed, places[:2], 3)
+    u = block_noise(sampling.seed, places[:2], 3)
     drawn = model.drafter.candidate_selector(
         best.indices, best.values, rows[:2], anchors[:2], sampling.temperature, u
     )
@@ -127,3 +128,34 @@ def test_drafts_of_a_captured_pass_are_walked_through_its_candidates():
     assert probs is not None
     torch.testing.assert_close(probs, drawn.probs)
     assert worker.step.draft_candidates.tolist() == drawn.candidates.tolist()
+
+
+@pytest.mark.parametrize("changes", [{}, DFLASH2], ids=["DFlash", "DFlash 2"])
+def test_drafts_are_drawn_by_the_factors_of_the_estimate(worker, changes):
+    """As the core draws them; what is learnt from are the drafter's own distributions."""
+    drafter = tiny_drafter(tiny_target(), **changes).requires_grad_(False)
+    model = SimpleNamespace(drafter=drafter, logits=drafter.logits)
+    factors, places = torch.tensor([[0.5, 0.75, 1.0], [1.0, 0.5, 0.5]]), torch.tensor([9, 20])
+    worker.draft_model, worker.block_size, worker.vocab_size = model, 4, 97
+    worker.verifier = None
+    worker.estimate = SimpleNamespace(
+        factors=lambda *_: factors, learnt_from=lambda _: torch.tensor([1])
+    )
+    params = [SamplingParams(3.0, seed=5), SamplingParams(2.0, seed=6)]
+    sampling = SamplingTensors.build(params, torch.device("cpu"))
+    unlimited = SimpleNamespace(
+        need_top_k_sampling=False, need_top_p_sampling=False, need_min_p_sampling=False
+    )
+    batch = SimpleNamespace(reqs=[None, None], sampling_info=unlimited)
+    step = Step(batch, places, sampling, torch.tensor([False, False]))
+    torch.manual_seed(0)
+    rows, anchors = torch.randn(2, 3, 32), torch.randint(97, (2,))
+    found = None
+    if changes:
+        found = Selecting.candidates(SimpleNamespace(drafter=drafter), rows.flatten(0, 1))
+    tokens = worker.draw_drafts(Drafting(rows.flatten(0, 1), anchors, found), step)
+    expected = drafter.propose(rows, anchors, places, sampling, factors)
+    assert tokens.view(2, 3).tolist() == expected.tokens.tolist()
+    torch.testing.assert_close(step.draft_probs, expected.probs)
+    torch.testing.assert_close(step.lesson.draft_probs, expected.own_probs[1:])
+    assert not torch.equal(expected.probs[1], expected.own_probs[1])

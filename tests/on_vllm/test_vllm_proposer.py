@@ -9,6 +9,7 @@ import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from dflash_plugin.vllm import proposer as module
 from dflash_plugin.vllm.proposer import NO_SLOT, Proposer
 
 DRAFTS, PAGE, LIMIT, MASK = 3, 4, 64, 96
@@ -91,3 +92,20 @@ def test_blocks_follow_the_accepted_tokens(proposer):
 def test_positions_on_several_axes_are_counted_in_tokens(proposer, axes):
     counted = first_pass(proposer, torch.tensor([6, 7, 8, 0, 1, 2, 3, 4]))
     assert first_pass(proposer, torch.tensor(axes)) == counted
+
+
+def test_this_runner_draws_drafts_beside_block_verification(monkeypatch):
+    """Which it has not, and beside another method than its own vLLM draws none."""
+    seen = []
+    monkeypatch.setattr(
+        module.DFlashProposer,
+        "__init__",
+        lambda self, config, *_: seen.append(config.speculative_config.rejection_sample_method),
+    )
+    monkeypatch.setattr(module, "required_spec", lambda config: None)
+    monkeypatch.setattr(module, "require_hidden_states", lambda config: None)
+    for method in ("block", "synthetic"):
+        settings = SimpleNamespace(rejection_sample_method=method)
+        config = SimpleNamespace(speculative_config=settings, model_config=None)
+        Proposer.__init__(object.__new__(Proposer), config, torch.device("cpu"))
+    assert seen == ["standard", "synthetic"]

@@ -17,10 +17,10 @@ from dflash_plugin.serving import draft_tokens as serving_head
 from dflash_plugin.serving.draft_tokens import (
     Candidates,
     best_of_shard,
+    block_noise,
     candidates,
     choice_of_ranks,
     select_drafts,
-    selector_noise,
 )
 from dflash_plugin.serving.fp8_weights import Fp8Method
 from tests.helpers.kernel_helpers import DEVICE, integers, random
@@ -133,7 +133,7 @@ def test_the_walk_is_the_cores(by: str, sampled: bool) -> None:
         params = [SamplingParams(0.8, seed=5), SamplingParams()]
         sampling = SamplingTensors.build(params, DEVICE)
         temperature = sampling.temperature
-        u = selector_noise(sampling.seed, positions, 3)
+        u = block_noise(sampling.seed, positions, 3)
     head = drafter.head()
     with torch.no_grad():
         with kernels.forced(False):
@@ -155,8 +155,8 @@ def test_the_walk_is_the_cores(by: str, sampled: bool) -> None:
 def test_a_position_that_is_drafted_again_is_drawn_anew():
     """By its request's seed, and differently from every block."""
     seeds, anchors = torch.tensor([5, 5, 6], device=DEVICE), torch.tensor([9, 10, 9], device=DEVICE)
-    found = selector_noise(seeds, anchors, 3)
-    assert torch.equal(found, selector_noise(seeds, anchors, 3))
+    found = block_noise(seeds, anchors, 3)
+    assert torch.equal(found, block_noise(seeds, anchors, 3))
     assert found.shape == (3, 3)
     assert found.unique().numel() == 9
 

@@ -13,6 +13,7 @@ import torch
 from prometheus_client import REGISTRY
 from torch import Tensor
 
+from dflash_plugin.decoding.draft_sampling import FACTORS, sharpen
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
 from dflash_plugin.serving.prometheus import WORKER_FACTS
@@ -456,6 +457,17 @@ def test_the_shorter_way_gives_the_same_distribution():
     params = sampling.tensors(plain, torch.zeros(2, dtype=torch.int64))
     whole = sampling.distribution(logits, params, sampling_info(need_top_p_sampling=True))
     assert torch.allclose(sampling.distribution(logits, params, plain), whole)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_factor_of_the_temperature_sharpens_the_distribution(limited):
+    logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
+    info = sampling_info(need_top_p_sampling=limited)
+    params = sampling.tensors(info, torch.zeros(2, dtype=torch.int64))
+    factors = torch.tensor(FACTORS).expand(2, -1)
+    found = sampling.distribution(logits, params, info, factors)
+    expected = sharpen(sampling.distribution(logits, params, info), factors)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_greedy_request_stays_greedy_beside_one_that_samples():

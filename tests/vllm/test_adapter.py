@@ -46,6 +46,7 @@ KEYS = {
     "code_revision",
     "draft_load_config",
     "draft_sample_method",
+    "rejection_sample_method",
     "enable_adaptive_verification",
     "quantization",
     "disable_eagle_block_drop",
@@ -92,6 +93,7 @@ def engine_args(**values):
         "compilation_config": SimpleNamespace(
             cudagraph_capture_sizes=None, max_cudagraph_capture_size=None
         ),
+        "watermark_config": None,
     }
     return SimpleNamespace(**{**given, **values})
 
@@ -167,6 +169,41 @@ def test_draft_sampling_is_vllms_sample_method(tmp_path, wanted, given):
     arguments.prepare(args, TARGET)
     found = args.speculative_config.get("draft_sample_method")
     assert found == (given if wanted == "auto" else wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "changes", "expected"),
+    [
+        ("probabilistic", {}, "block"),
+        ("probabilistic", {"rejection_sample_method": "standard"}, "standard"),
+        ("greedy", {}, None),
+        ("auto", {"draft_sample_method": "probabilistic"}, None),
+    ],
+)
+def test_drawn_blocks_are_verified_whole(tmp_path, wanted, changes, expected):
+    settings = {"method": "dflash", "model": str(write_tiny(tmp_path)), **changes}
+    args = engine_args(
+        speculative_config=settings,
+        additional_config={"dflash_plugin": {"draft_sampling": wanted}},
+    )
+    arguments.prepare(args, TARGET)
+    assert args.speculative_config.get("rejection_sample_method") == expected
+
+
+@pytest.mark.parametrize(
+    ("version", "watermark"), [("0.32.0", None), ("0.33.0", {"key": 1})], ids=["0.32", "watermark"]
+)
+def test_where_vllm_cannot_verify_blocks_its_own_method_stays(
+    tmp_path, monkeypatch, version, watermark
+):
+    monkeypatch.setattr(compat, "installed", lambda: version)
+    args = engine_args(
+        speculative_config={"method": "dflash", "model": str(write_tiny(tmp_path))},
+        additional_config={"dflash_plugin": {"draft_sampling": "probabilistic"}},
+        watermark_config=watermark,
+    )
+    arguments.prepare(args, TARGET)
+    assert "rejection_sample_method" not in args.speculative_config
 
 
 def test_preparing_twice_changes_nothing(tmp_path):

@@ -224,8 +224,9 @@ class VerifyLenPolicy:
 
         Returns:
             ``steps`` by rows; ``probe_steps``, those of them that tried a verify length;
-            ``drafts_proposed``, ``drafts_verified`` and ``drafts_saved`` of all requests; the ``expected_tokens`` of a pass by rows; and ``step_milliseconds`` by
-            requests and rows, of those that have been timed.
+            ``drafts_proposed``, ``drafts_verified`` and ``drafts_saved`` of all requests; the
+            ``expected_tokens`` of a pass by rows; and ``step_milliseconds`` by requests and rows,
+            of those that have been timed.
         """
         times: dict[int, dict[int, float]] = {}
         for (size, verify_len), seconds in sorted(self.seconds.items()):

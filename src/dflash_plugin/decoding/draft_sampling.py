@@ -34,6 +34,8 @@ WINDOW, ENOUGH = 2000.0, 32.0
 # Acceptance that another factor must gain over the first one: means of few rows differ by chance,
 # and of drawn drafts block verification accepts a little more than these say.
 MARGIN = 0.02
+# Passes of which one is learnt from: reading a pass's distributions takes a few percent of it.
+LEARN_EVERY = 4
 
 
 def sharpen(probs: Tensor, factors: Tensor) -> Tensor:
@@ -132,8 +134,11 @@ class AcceptanceEstimate:
         seen = ((index <= num_accepted[:, None]) & counts[:, None]).float()
         reached = expected_acceptance(target_probs, draft_probs) * seen[..., None]
         kind = _kind(sampling)
-        new = torch.zeros_like(self.rows[:, :rows]).index_add_(0, kind, seen)
-        total = torch.zeros_like(self.rates[:, :rows]).index_add_(0, kind, reached)
+        # Sums of a fixed order, unlike index_add_'s on a GPU: ranks that differ in a last bit might
+        # choose differently.
+        is_kind = (kind[:, None] == torch.arange(len(self.rows), device=kind.device)).float()
+        new = (is_kind[:, :, None] * seen[:, None]).sum(dim=0)
+        total = (is_kind[:, :, None, None] * reached[:, None]).sum(dim=0)
         kept = self.rows[:, :rows]
         weight = kept + new
         means = (self.rates[:, :rows] * kept[..., None] + total) / weight.clamp(min=1)[..., None]

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dflash_plugin.decoding.block_verification import verify_block
 from dflash_plugin.decoding.sampling import block_seeds
 from dflash_plugin.kernels.accept import rejection_sample
+from dflash_plugin.kernels.block_verification import verify_block
 from dflash_plugin.kernels.uniforms import Stream, uniforms
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from dflash_plugin.kernels import with_twin
 from dflash_plugin.kernels.common import uniform
 from dflash_plugin.kernels.language import tl, triton
+from dflash_plugin.kernels.next_token import draw_next, proposed
 from dflash_plugin.kernels.reference import sample
 from dflash_plugin.kernels.uniforms import Stream, uniforms_naive
 
@@ -50,24 +51,6 @@ class Sampled(NamedTuple):
 
 
 @triton.jit
-def _weight(at, inside, target, draft, tokens, excluded, usable, COUNT: tl.constexpr):
-    """What tokens are drawn in proportion to: the residual where a draft was rejected."""
-    value = tl.load(target + at, mask=inside, other=0.0)
-    if draft is not None:
-        if tokens is None:
-            taken = tl.load(draft + at, mask=inside, other=0.0)
-        else:
-            taken = value * 0.0
-            for candidate in range(COUNT):
-                here = at == tl.load(tokens + candidate)
-                taken += tl.where(here, tl.load(draft + candidate), 0.0)
-        left = tl.maximum(value - taken, 0.0)
-    else:
-        left = tl.where(at == excluded, 0.0, value)
-    return tl.where(usable, left, value)
-
-
-@triton.jit
 def _kernel(
     drafts,
     target_probs,
@@ -103,16 +86,16 @@ def _kernel(
     q = p * 0.0 + 1.0
     if draft_probs is not None:
         block_row = request * COUNT + index
-        if candidates is None:
-            q = tl.load(draft_probs + block_row * vocabulary + token, mask=is_draft, other=1.0)
-        else:
-            candidate = tl.arange(0, BLOCK_CANDIDATES)
-            q_at = block_row[:, None] * CANDIDATES + candidate[None, :]
-            known = is_draft[:, None] & (candidate < CANDIDATES)[None, :]
-            here = tl.load(candidates + q_at, mask=known, other=-1) == token[:, None]
-            q = tl.load(draft_probs + q_at, mask=known, other=0.0)
-            q = tl.sum(tl.where(here, q, 0.0), axis=1)
-        q = q.to(tl.float64)
+        q = proposed(
+            draft_probs,
+            candidates,
+            block_row,
+            token,
+            is_draft,
+            vocabulary,
+            CANDIDATES,
+            BLOCK_CANDIDATES,
+        )
     noise = uniform(key, anchor_position + 1 + index, ACCEPT)
     stands = is_draft & (draft >= 0) & (noise * q < p)
     accepted = tl.min(tl.where(stands, COUNT, tl.minimum(index, COUNT)), axis=0)
@@ -129,35 +112,20 @@ def _kernel(
             draft_row = draft_probs + judged * vocabulary
         else:
             draft_row, tokens = draft_probs + judged * CANDIDATES, candidates + judged * CANDIDATES
-    usable = rejected >= 0
-    total = tl.zeros((), dtype=tl.float64)
-    left = tl.zeros((), dtype=tl.float64)
-    for start in range(0, vocabulary, BLOCK_VOCABULARY):
-        at = start + tl.arange(0, BLOCK_VOCABULARY)
-        inside = at < vocabulary
-        whole = tl.load(target_row + at, mask=inside, other=0.0)
-        total += tl.sum(whole.to(tl.float64), axis=0)
-        part = _weight(at, inside, target_row, draft_row, tokens, rejected, usable, CANDIDATES)
-        left += tl.sum(part.to(tl.float64), axis=0)
-    # Rounding can leave nothing where p and q are equal; then a rejection cannot matter.
-    usable = usable & (left > 0)
-    total = tl.where(usable, left, total)
-    threshold = uniform(key, anchor_position + 1 + accepted, NEXT) * total
-    reached = tl.zeros((), dtype=tl.float64)
-    found = vocabulary
-    last = 0
-    for start in range(0, vocabulary, BLOCK_VOCABULARY):
-        at = start + tl.arange(0, BLOCK_VOCABULARY)
-        inside = at < vocabulary
-        part = _weight(at, inside, target_row, draft_row, tokens, rejected, usable, CANDIDATES)
-        part = part.to(tl.float64)
-        cumulative = reached + tl.cumsum(part, axis=0)
-        over = (cumulative > threshold) & (part > 0)
-        found = tl.minimum(found, tl.min(tl.where(over, at, vocabulary), axis=0))
-        last = tl.maximum(last, tl.max(tl.where(part > 0, at, 0), axis=0))
-        reached += tl.sum(part, axis=0)
+    next_token = draw_next(
+        target_row,
+        draft_row,
+        tokens,
+        rejected,
+        1.0,
+        rejected >= 0,
+        uniform(key, anchor_position + 1 + accepted, NEXT),
+        vocabulary,
+        CANDIDATES,
+        BLOCK_VOCABULARY,
+    )
     tl.store(num_accepted_out + request, accepted)
-    tl.store(next_token_out + request, tl.where(found < vocabulary, found, last).to(tl.int64))
+    tl.store(next_token_out + request, next_token)
 
 
 @with_twin
@@ -172,7 +140,7 @@ def accept(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> Accepte
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    batch, count = _check(drafts, target, anchor_positions)
+    batch, count = check_sampled(drafts, target, anchor_positions)
     accepted = empty_accepted(drafts)
     if batch == 0:
         return accepted
@@ -219,8 +187,12 @@ def check_drafts(drafts: Tensor) -> tuple[int, int]:
     return batch, count
 
 
-def _check(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> tuple[int, int]:
-    """B and K."""
+def check_sampled(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> tuple[int, int]:
+    """B and K.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
     batch, count = check_drafts(drafts)
     if anchor_positions.shape != (batch,) or anchor_positions.dtype != torch.int64:
         raise ValueError(f"anchor_positions must be int64 [{batch}]")
@@ -251,20 +223,26 @@ def _check(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> tuple[i
     return batch, count
 
 
-def accept_naive(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> Accepted:
-    """``accept`` in plain torch."""
-    _, count = _check(drafts, target, anchor_positions)
-    probs, draft_probs, seed, rows, candidates = target
+def dense(target: Sampled) -> tuple[Tensor, Tensor | None]:
+    """Probabilities [B, K + 1, V] of the target and [B, K, V] or None of the drafter."""
+    probs, draft_probs, _, rows, candidates = target
     if draft_probs is not None and candidates is not None:
         spread = draft_probs.new_zeros(*draft_probs.shape[:-1], probs.shape[-1])
         draft_probs = spread.scatter_add_(-1, candidates, draft_probs)
+    return probs if rows is None else probs[rows], draft_probs
+
+
+def accept_naive(drafts: Tensor, target: Sampled, anchor_positions: Tensor) -> Accepted:
+    """``accept`` in plain torch."""
+    _, count = check_sampled(drafts, target, anchor_positions)
+    probs, draft_probs = dense(target)
     positions = anchor_positions[:, None] + torch.arange(1, count + 2, device=drafts.device)
     accepted = rejection_sample(
         drafts,
-        probs if rows is None else probs[rows],
+        probs,
         draft_probs,
-        uniforms_naive(seed, positions[:, :-1], Stream.ACCEPT),
-        uniforms_naive(seed, positions, Stream.NEXT),
+        uniforms_naive(target.seed, positions[:, :-1], Stream.ACCEPT),
+        uniforms_naive(target.seed, positions, Stream.NEXT),
     )
     return accepted._replace(num_accepted=accepted.num_accepted.int())
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflash_plugin import kernels
+from dflash_plugin.decoding.sampling import block_seeds
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.kernels.best_logits import best_logits
 from dflash_plugin.kernels.draft_head import draft_head
@@ -292,21 +293,11 @@ def select_drafts(
     return select(tokens, logits, gates, anchors, *codebooks, temperature, u, limits)
 
 
-def noise(seed: Tensor, position: Tensor) -> Tensor:
-    """The noise of drafts, float64 [B, K] in [0, 1), one launch where kernels run.
+def block_noise(seed: Tensor, anchors: Tensor, drafts: int) -> Tensor:
+    """The noise of drafts, float64 [B, K] in [0, 1), new for every block of a request.
 
-    Args:
-        seed: int64 [B], of the requests.
-        position: int64 [B, K], positions of the drafts in their texts.
-    """
-    return uniforms(seed, position, Stream.DRAFT)
-
-
-def selector_noise(seed: Tensor, anchors: Tensor, drafts: int) -> Tensor:
-    """The noise of a selector's drafts, float64 [B, K] in [0, 1), new for every block.
-
-    The drawn tokens decide the confidence of a path, and with it how many drafts of later blocks
-    are verified. A position that is drafted again must therefore be drawn anew.
+    All drafts of a block decide how far it is accepted, and those of a selector how many drafts of
+    later blocks are verified. A position that is drafted again must therefore be drawn anew.
 
     Args:
         seed: int64 [B], of the requests.
@@ -314,4 +305,4 @@ def selector_noise(seed: Tensor, anchors: Tensor, drafts: int) -> Tensor:
         drafts: K, drafts of a block.
     """
     positions = anchors[:, None] + torch.arange(1, drafts + 1, device=anchors.device)
-    return noise(seed ^ (anchors << 32), positions)
+    return uniforms(block_seeds(seed, anchors), positions, Stream.DRAFT)

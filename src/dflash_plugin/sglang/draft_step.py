@@ -11,6 +11,7 @@ from torch import Tensor
 from dflash_plugin.decoding.sampling import SamplingTensors
 from dflash_plugin.serving.draft_tokens import Candidates
 from dflash_plugin.sglang import penalties
+from dflash_plugin.sglang.draft_estimate import Lesson
 from dflash_plugin.sglang.protocols import ScheduleBatchLike
 
 
@@ -22,10 +23,12 @@ class Step:
         batch: of B requests.
         anchors: int64 [B], positions of the anchors in their texts.
         params: how the requests sample, or None where all are greedy.
+        seeded: bool [B], requests that gave a seed; None where all are greedy.
         draft_probs: float32 [B, K, V], the distributions that the drafts were drawn from, or
             [B, K, C] of candidates; None where the likeliest drafts were chosen.
         draft_candidates: int64 [B, K, C], the tokens that ``draft_probs`` are of; None where they
             are of the whole vocabulary.
+        lesson: what the estimate of acceptance learns from; None where the pass teaches nothing.
         penalties: of the requests, or None where they have none.
         has_embedding: SGLang's worker has taken what it embeds the blocks with.
     """
@@ -33,8 +36,10 @@ class Step:
     batch: ScheduleBatchLike
     anchors: Tensor
     params: SamplingTensors | None = None
+    seeded: Tensor | None = None
     draft_probs: Tensor | None = None
     draft_candidates: Tensor | None = None
+    lesson: Lesson | None = None
     penalties: penalties.Penalties | None = None
     has_embedding: bool = False
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dflash_plugin.decoding.draft_sampling import sharpen
 from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
 from dflash_plugin.kernels.reference import sample
 from dflash_plugin.kernels.select_path import Limits
@@ -16,6 +17,10 @@ from dflash_plugin.sglang.protocols import RequestLike, SamplingInfoLike
 
 # Attribute of a prefill's SamplingBatchInfo: the result of ``given_seeds``.
 SEEDS = "dflash_seeds"
+# SGLang's top-k of requests that have none.
+ALL_TOKENS = 1 << 30
+# In place of a factor of zero, which puts all on the likeliest token.
+SHARPEST = 1e-3
 
 
 class Noise:
@@ -57,14 +62,19 @@ def tensors(info: SamplingInfoLike, seeds: Tensor) -> SamplingTensors:
     greedy = info.top_ks <= 1
     return SamplingTensors(
         temperature=torch.where(greedy, 0.0, info.temperatures.view(-1).float()),
-        top_k=info.top_ks.long(),
+        top_k=torch.where(info.top_ks >= ALL_TOKENS, 0, info.top_ks).long(),
         top_p=info.top_ps.float(),
         min_p=info.min_ps.float(),
         seed=seeds,
     )
 
 
-def distribution(logits: Tensor, params: SamplingTensors, info: SamplingInfoLike) -> Tensor:
+def distribution(
+    logits: Tensor,
+    params: SamplingTensors,
+    info: SamplingInfoLike,
+    factors: Tensor | None = None,
+) -> Tensor:
     """The distributions that tokens are drawn from, float32 [B, T, V].
 
     Sorts the vocabulary only for batches with top-k, top-p or min-p.
@@ -73,21 +83,32 @@ def distribution(logits: Tensor, params: SamplingTensors, info: SamplingInfoLike
         logits: [B, T, V].
         params: of the B requests.
         info: of the same batch; its flags are known to the host.
+        factors: float32 [B, T], parts of the temperature (``decoding.draft_sampling``); None is 1
+            everywhere.
     """
     if _is_limited(info):
-        return probabilities(logits, params)
+        probs = probabilities(logits, params)
+        return probs if factors is None else sharpen(probs, factors)
     # Without a top-k no request is greedy.
-    return torch.softmax(logits.float() / params.temperature[:, None, None], dim=-1)
+    temperature = params.temperature[:, None]
+    if factors is not None:
+        temperature = temperature * factors.clamp(min=SHARPEST)
+    return torch.softmax(logits.float() / temperature[..., None], dim=-1)
 
 
-def limits(params: SamplingTensors, info: SamplingInfoLike) -> Limits | None:
-    """What a selector's walk draws within; None where no request is limited.
+def limits(
+    params: SamplingTensors, info: SamplingInfoLike, factors: Tensor | None = None
+) -> Limits | None:
+    """What a selector's walk draws within; None where it draws from its distribution as it is.
 
     Args:
         params: of the B requests.
         info: of the same batch.
+        factors: float32 [B, K] or None, as for ``distribution``.
     """
-    return Limits(params.top_k, params.top_p, params.min_p) if _is_limited(info) else None
+    if factors is None and not _is_limited(info):
+        return None
+    return Limits(params.top_k, params.top_p, params.min_p, factors)
 
 
 def _is_limited(info: SamplingInfoLike) -> bool:

@@ -22,9 +22,10 @@ from torch import Tensor
 from dflash_plugin import kernels
 from dflash_plugin.checkpoints.updates import holds_drafter
 from dflash_plugin.kernels.accept import Sampled, accept
+from dflash_plugin.kernels.accept_block import accept_block
 from dflash_plugin.kernels.accept_greedy import accept_greedy
 from dflash_plugin.kernels.reference import sample
-from dflash_plugin.serving.draft_tokens import noise, select_drafts, selector_noise
+from dflash_plugin.serving.draft_tokens import block_noise, select_drafts
 from dflash_plugin.serving.new_weights import route
 from dflash_plugin.serving.prometheus import WORKER_FACTS
 from dflash_plugin.serving.time_limit import time_limit
@@ -37,6 +38,7 @@ from dflash_plugin.sglang.adaptive import (
     build_verifier,
 )
 from dflash_plugin.sglang.compat import argument, current
+from dflash_plugin.sglang.draft_estimate import DraftEstimate, Lesson
 from dflash_plugin.sglang.draft_step import DraftGraphHead, Drafting, Step
 from dflash_plugin.sglang.model import EngineDrafter
 from dflash_plugin.sglang.new_weights import (
@@ -106,6 +108,9 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         self.draft_model: EngineDrafter
         self.draft_model.bind(self.target_worker.model_runner.model)
         self.draft_model.set_block_size(self.block_size)
+        self.estimate: DraftEstimate | None = None
+        if self.info.options.draft_sampling == "auto":
+            self.estimate = DraftEstimate(self.num_drafts, torch.device(self.device))
         self.noise = sampling.Noise(
             int(argument(server_args, "random_seed") or 0), torch.device(self.device)
         )
@@ -223,6 +228,9 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         if not info.is_all_greedy:
             given = sampling.given_seeds(batch.reqs, device)
             step.params = sampling.tensors(info, self.noise.seeds(given, len(batch.reqs)))
+            step.seeded = torch.zeros_like(step.params.seed, dtype=torch.bool)
+            if given is not None:
+                step.seeded = given >= 0
         if penalties.are_asked_for(info):
             prompts = penalties.to_device([len(r.origin_input_ids) for r in batch.reqs], device)
             step.penalties = penalties.gather(
@@ -320,31 +328,41 @@ class Worker(metrics.Counted, DFlashWorkerV2):
     def draw_drafts(self, drafting: Drafting, step: Step) -> Tensor:
         """Draw drafts int64 [B * K] from the drafter's distribution for each request.
 
-        A selector draws within the request's top-k, top-p and min-p, too.
+        A selector draws within the request's top-k, top-p and min-p, too. With an estimate, the
+        distributions are those that it chooses.
 
         Args:
             drafting: the output of the step's draft pass.
             step: its ``draft_probs`` are set.
         """
-        assert step.params is not None
+        params, info = step.params, step.batch.sampling_info
+        assert params is not None
+        assert step.seeded is not None
         hidden, anchors, found = drafting
         drafter, batch = self.draft_model.drafter, len(anchors)
+        factors = requests = None
+        if self.estimate is not None:
+            factors = self.estimate.factors(params, step.seeded)
+            requests = self.estimate.learnt_from(batch)
+        u = block_noise(params.seed, step.anchors, self.num_drafts)
         if found is not None:
-            u = selector_noise(step.params.seed, step.anchors, self.num_drafts)
-            within = sampling.limits(step.params, step.batch.sampling_info)
-            path = self._walk(drafting, step.params.temperature, u, within)
+            within = sampling.limits(params, info, factors)
+            path = self._walk(drafting, params.temperature, u, within)
             assert path.probs is not None
-            step.draft_probs = path.probs
+            scores, step.draft_probs = path.scores, path.probs
             step.draft_candidates = found.tokens.view(path.probs.shape)
-            return path.tokens.flatten()
-        logits = self.draft_model.logits(hidden).view(batch, self.num_drafts, -1)
-        probs = sampling.distribution(logits, step.params, step.batch.sampling_info)
-        positions = step.anchors[:, None] + torch.arange(
-            1, self.num_drafts + 1, device=logits.device
-        )
-        drawn = sample(probs, noise(step.params.seed, positions))
-        step.draft_probs = drafter.target_probabilities(probs, self.vocab_size)
-        return drafter.token_ids(drawn).flatten()
+            tokens = path.tokens
+        else:
+            scores = self.draft_model.logits(hidden).view(batch, self.num_drafts, -1)
+            probs = sampling.distribution(scores, params, info, factors)
+            step.draft_probs = drafter.target_probabilities(probs, self.vocab_size)
+            tokens = drafter.token_ids(sample(probs, u))
+        if requests is not None:
+            own = sampling.distribution(scores[requests], params.of_rows(requests), info)
+            if found is None:
+                own = drafter.target_probabilities(own, self.vocab_size)
+            step.lesson = Lesson(requests, own)
+        return tokens.flatten()
 
     def _walk(
         self,
@@ -520,7 +538,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
     def accept(
         self, candidates: Tensor, logits: Tensor, info: SamplingInfoLike
     ) -> tuple[Tensor, Tensor]:
-        """Verify a batch with requests that sample, by rejection sampling.
+        """Verify a batch with requests that sample: drawn blocks whole, chosen drafts one by one.
 
         Args:
             candidates: int64 [B, block], anchor and drafts.
@@ -546,7 +564,11 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             for part in (step.draft_probs, step.draft_candidates)
         )
         judged = Sampled(target.contiguous(), draft, step.params.seed, row_index, tokens)
-        accepted = accept(candidates[:, 1:], judged, step.anchors)
+        judge = accept if draft is None else accept_block
+        accepted = judge(candidates[:, 1:], judged, step.anchors)
+        if self.estimate is not None and step.lesson is not None:
+            assert step.seeded is not None
+            self.estimate.learn(step.lesson, judged, accepted, step.params, step.seeded)
         return accepted.num_accepted, accepted.next_token
 
     def accept_greedy(self, candidates: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_verify_lens
-from dflash_plugin.decoding.draft_sampling import AcceptanceEstimate, DraftSampling
+from dflash_plugin.decoding.draft_sampling import LEARN_EVERY, AcceptanceEstimate, DraftSampling
 from dflash_plugin.decoding.sampling import is_limited, probabilities
 from dflash_plugin.decoding.verify import FinishReason, commit, verify, verify_greedy
 from dflash_plugin.drafter.model import Drafter
@@ -34,8 +34,6 @@ from dflash_plugin.transformers.target import Target
 
 PREFILL_TOKENS = 8192
 KEYS_STEP = 64
-# Reading a pass's distributions takes a few percent of it.
-LEARN_EVERY = 4
 OnTokens = Callable[[int, list[int]], None]
 
 

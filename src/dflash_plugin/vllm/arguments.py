@@ -27,7 +27,7 @@ from dflash_plugin.serving.sources import Source, config_at_hand, config_of
 from dflash_plugin.serving.variables import is_off
 from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.capture_sizes import capture_more
-from dflash_plugin.vllm.names import ARCHITECTURE, LOAD_FORMAT
+from dflash_plugin.vllm.names import ARCHITECTURE, BLOCK, LOAD_FORMAT
 from dflash_plugin.vllm.options import drafter_spec, read_options, refuse_misplaced
 from dflash_plugin.vllm.protocols import Method
 from dflash_plugin.vllm.scale_out import choose_draft_ranks, refuse_unsupported
@@ -37,6 +37,7 @@ logger = logging.getLogger("vllm.dflash_plugin")
 METHOD = "dflash"
 NUMBER = "num_speculative_tokens"
 SAMPLE_METHOD = "draft_sample_method"
+REJECTION_METHOD = "rejection_sample_method"
 ADAPTIVE = "enable_adaptive_verification"
 NUMBER_BY_BATCH = "num_speculative_tokens_per_batch_size"
 ENGINE = "vllm"
@@ -194,6 +195,9 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
     suggested = suggested_drafts(read_json(spec.checkpoint / CONFIG))
     settings[NUMBER] = number_of_drafts(spec.config, settings.get(NUMBER), suggested)
     choose_draft_sampling(settings, options.draft_sampling)
+    # Watermarks take no other method than vLLM's standard one.
+    if version.verifies_blocks and arguments.watermark_config is None:
+        verify_drawn_blocks(settings, options.draft_sampling)
     if options.adaptive_verification:
         settings[ADAPTIVE] = True
         refuse_adaptive(target_model_config.hf_text_config)
@@ -261,6 +265,17 @@ def with_switch(options: Options, given: bool | None) -> Options:
             f"{given}: leave one out"
         )
     return options.model_copy(update={"adaptive_verification": bool(given)})
+
+
+def verify_drawn_blocks(settings: dict[str, Any], wanted: DraftSampling) -> None:
+    """Let vLLM verify blocks whole where the plugin's option asks for drawn drafts.
+
+    Args:
+        settings: the speculative configuration; a method that it names stays.
+        wanted: the option.
+    """
+    if wanted == "probabilistic":
+        settings.setdefault(REJECTION_METHOD, BLOCK)
 
 
 def refuse_adaptive(target: Any) -> None:

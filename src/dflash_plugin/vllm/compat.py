@@ -24,12 +24,15 @@ class Version:
             None, from adaptive verification.
         takes_local_verifiers: a speculators checkpoint that is the main model may name a directory
             as its target.
+        verifies_blocks: ``rejection_sample_method: "block"`` is exact on the V2 runner. Before, it
+            judges a position that is drafted again with the noise that rejected it.
     """
 
     drops_cached_block: bool
     skips_drafts: bool
     admits_on_host: bool
     takes_local_verifiers: bool
+    verifies_blocks: bool
 
 
 _BEFORE_0_33 = Version(
@@ -37,6 +40,7 @@ _BEFORE_0_33 = Version(
     skips_drafts=False,
     admits_on_host=False,
     takes_local_verifiers=True,
+    verifies_blocks=False,
 )
 SUPPORTED: dict[tuple[int, int], Version] = {
     (0, 31): _BEFORE_0_33,
@@ -46,6 +50,7 @@ SUPPORTED: dict[tuple[int, int], Version] = {
         skips_drafts=True,
         admits_on_host=True,
         takes_local_verifiers=False,
+        verifies_blocks=True,
     ),
 }
 

@@ -2,3 +2,5 @@
 
 ARCHITECTURE = "DFlashPluginDraftModel"
 LOAD_FORMAT = "dflash_plugin"
+# The value of "rejection_sample_method" that verifies blocks whole.
+BLOCK = "block"

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
-from dflash_plugin.serving.draft_tokens import select_drafts, selector_noise
+from dflash_plugin.serving.draft_tokens import block_noise, select_drafts
 from dflash_plugin.serving.new_weights import route
 from dflash_plugin.vllm.model import EngineDrafter
+from dflash_plugin.vllm.names import BLOCK
 from dflash_plugin.vllm.options import required_spec
 from dflash_plugin.vllm.protocols import SamplingMetadata, VllmConfig
 from dflash_plugin.vllm.surface import surface
@@ -28,6 +29,10 @@ class Proposer(DFlashProposer):
     model: EngineDrafter
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
+        settings = vllm_config.speculative_config
+        if settings.rejection_sample_method == BLOCK:
+            # This runner verifies draft by draft, and would draw no drafts beside another method.
+            settings.rejection_sample_method = "standard"
         super().__init__(vllm_config, device, runner)
         self.spec = required_spec(vllm_config)
         require_hidden_states(vllm_config.model_config)
@@ -157,7 +162,7 @@ class Proposer(DFlashProposer):
             given = sampling_metadata.temperature
             temperature = torch.where(given < MIN_TEMPERATURE, 0.0, given)
             seeds = torch.randint(1 << 62, (batch,), device=given.device)
-            u = selector_noise(seeds, torch.zeros_like(seeds), drafts)
+            u = block_noise(seeds, torch.zeros_like(seeds), drafts)
         drafter, found = self.model.drafter, self.model.candidates(hidden_states)
         path = select_drafts(drafter, found, anchors, temperature, u)
         if path.probs is None:

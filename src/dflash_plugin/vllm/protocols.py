@@ -21,6 +21,7 @@ class SpeculativeConfig(Protocol):
 
     draft_model_config: Any
     draft_sample_method: str
+    rejection_sample_method: str
     enable_adaptive_verification: bool
     num_speculative_tokens_per_batch_size: Any
     num_speculative_tokens: int

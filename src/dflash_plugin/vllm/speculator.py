@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.predict_acceptance import predict_acceptance
-from dflash_plugin.serving.draft_tokens import select_drafts, selector_noise
+from dflash_plugin.serving.draft_tokens import block_noise, select_drafts
 from dflash_plugin.serving.new_weights import route
 from dflash_plugin.vllm import adaptive, compat
 from dflash_plugin.vllm.draft_logits import DraftLogits
@@ -183,7 +183,7 @@ class Speculator(DFlashSpeculator):
         if self.selector_logits is not None:
             requests = slots[::drafts].clamp(min=0)
             of_blocks = temperature[requests]
-            u = selector_noise(seeds[requests] ^ SALT, before[::drafts], drafts)
+            u = block_noise(seeds[requests] ^ SALT, before[::drafts], drafts)
         found = self.model.candidates(hidden)
         path = select_drafts(self.model.drafter, found, anchors, of_blocks, u)
         if self.selector_logits is not None:

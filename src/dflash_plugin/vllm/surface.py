@@ -105,6 +105,10 @@ _CONFIG = (
         "EngineArgs.enforce_eager",
     ),
     *_seams(
+        ARG_UTILS, ARGUMENTS, "attribute", "watermarks do not go along with block verification",
+        "EngineArgs.watermark_config", since="0.33",
+    ),
+    *_seams(
         ARG_UTILS, ARGUMENTS, "patch", "the flag's number of drafts is that of a main model's too",
         "EngineArgs.create_engine_config",
     ),
@@ -145,7 +149,7 @@ _CONFIG = (
         "SpeculativeConfig.draft_load_config", "SpeculativeConfig.draft_sample_method",
         "SpeculativeConfig.enable_adaptive_verification",
         "SpeculativeConfig.num_speculative_tokens_per_batch_size",
-        "SpeculativeConfig.draft_parallel_config",
+        "SpeculativeConfig.draft_parallel_config", "SpeculativeConfig.rejection_sample_method",
     ),
     *_seams(
         "vllm.config.speculative", SERVE, "attribute", "keeps the last cached block of a prefix",

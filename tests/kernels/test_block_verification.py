@@ -5,7 +5,7 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from dflash_plugin.decoding.block_verification import block_acceptance, residual, verify_block
+from dflash_plugin.kernels.block_verification import block_acceptance, residual, verify_block
 
 VOCABULARY, DRAFTS = 3, 3
 TEXTS = list(product(range(VOCABULARY), repeat=DRAFTS + 1))
@@ -33,14 +33,14 @@ def chance(p: torch.Tensor, text: tuple[int, ...]) -> float:
     return probability
 
 
-def committed(p, q, said, count: int = DRAFTS) -> tuple[dict[tuple[int, ...], float], float]:
+def committed(p, q, said, verified=DRAFTS) -> tuple[dict[tuple[int, ...], float], float]:
     """Exact probabilities of the next K + 1 tokens, and the expected number of accepted drafts.
 
     Args:
         p: the target's.
         q: what blocks are drawn from.
         said: what verification is told that they were drawn from.
-        count: drafts of a block that count.
+        verified: how many drafts of a block count, or a function of the drafts that says it.
     """
     found = dict.fromkeys(TEXTS, 0.0)
     expected = 0.0
@@ -49,6 +49,7 @@ def committed(p, q, said, count: int = DRAFTS) -> tuple[dict[tuple[int, ...], fl
         if drawn == 0:
             continue
         rows = target_rows(p, drafts)
+        count = verified(drafts) if callable(verified) else verified
         verdict = block_acceptance(torch.tensor([drafts]), rows, said[None], torch.tensor([count]))
         # From the back: the last draft with a yes is where the block is cut.
         yes = [1.0, *verdict.decisions[0].tolist()]
@@ -86,6 +87,25 @@ def test_texts_have_the_targets_probabilities(seed, count):
     found, _ = committed(p, q, q, count)
     for text, probability in found.items():
         assert probability == pytest.approx(chance(p, (0, *text)), abs=1e-12)
+
+
+def while_zero(drafts: tuple[int, ...]) -> int:
+    """Verify up to the first draft that is not token 0: no draft decides about itself."""
+    return next((i + 1 for i, token in enumerate(drafts) if token), DRAFTS)
+
+
+def only_zeros(drafts: tuple[int, ...]) -> int:
+    """Verify the drafts before the first one that is not token 0."""
+    return next((i for i, token in enumerate(drafts) if token), DRAFTS)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whether_a_draft_is_verified_may_depend_on_those_before_it_alone(seed):
+    p, q = tables(seed)
+    for verified, exact in ((while_zero, True), (only_zeros, False)):
+        found, _ = committed(p, q, q, verified)
+        error = max(abs(found[text] - chance(p, (0, *text))) for text in TEXTS)
+        assert error < 1e-12 if exact else error > 1e-6
 
 
 @pytest.mark.parametrize("seed", range(4))
