@@ -1,0 +1,42 @@
+"""What the policy expects of passes over trees, from their outcomes."""
+
+import pytest
+
+from dflash_plugin.adaptive.policy import PRIOR, AcceptanceRates
+from dflash_plugin.adaptive.tree_tokens import TreeTokens, reached
+
+# Of a chain of 3: its rows are 1 to 3, the rows beside it follow.
+PATHS = [[1, 2, 3], [1, 4], [5, 7], [], [1, 9, 10]]
+
+
+@pytest.mark.parametrize(("last_row", "depths"), [(3, [3, 1, 0, 0, 1]), (7, [3, 2, 2, 0, 1])])
+def test_how_far_fewer_rows_would_have_got(last_row, depths):
+    assert [reached(path, last_row) for path in PATHS] == depths
+
+
+def test_a_pass_judges_all_smaller_trees():
+    tokens, chain = TreeTokens(3, (4, 8, 16)), AcceptanceRates(3)
+    chain.observe(3, [3, 1, 0, 0, 1])
+    tokens.observe_trees(8, PATHS, sampled=False)
+    found = tokens.expected()
+    assert found[:4] == chain.expected()
+    whole = found[3]
+    assert found[4:7] == [whole] * 3
+    assert found[7] == pytest.approx(whole + 3 / (5 + PRIOR))
+    assert found[11] == pytest.approx(whole + 5 / (5 + PRIOR))
+    # Nothing is known of sixteen rows, but that they hold the eight.
+    assert found[19] == found[11]
+    assert len(found) == 20
+
+
+def test_a_sampled_tree_is_held_against_what_chains_reach():
+    tokens = TreeTokens(3, (8,))
+    for _ in range(500):
+        tokens.observe_chain(3, [2])
+    tokens.observe_trees(8, [[1, 2, 9]] * 200, sampled=True)
+    found = tokens.expected()
+    assert found[3] == pytest.approx(3, abs=0.1)
+    assert found[11] == pytest.approx(4, abs=0.1)
+    tokens.observe_trees(8, [[]] * 5000, sampled=True)
+    # Worse drafts than a chain's are no gain.
+    assert tokens.expected()[11] == tokens.expected()[3]
