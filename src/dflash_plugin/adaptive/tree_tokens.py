@@ -65,7 +65,7 @@ class TreeTokens:
         whole = found[-1]
         for size in self.sizes:
             found += [found[-1]] * (self.num_drafts + size - len(found))
-            # More rows never gain less; a size that is seldom judged gains as much as a smaller one.
+            # More rows never gain less than fewer, however few passes have judged them.
             gain = self.gained[size] / (self.passes[size] + PRIOR)
             found.append(max(found[-1], whole + gain))
         return found
