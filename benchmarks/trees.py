@@ -5,8 +5,12 @@
 
 The Transformers engine answers the same prompts with the chain and with trees of several sizes, in
 turns; figures are medians over the repeats, on a GPU after a run of each that captures graphs. The
-chain of requests that sample is the default one (``draft_sampling`` auto). A step's time is that of
-a whole run, without that of its prompts, over its steps.
+chain of requests that sample is drawn. A step's time is that of a whole run, without that of its
+prompts, over its steps.
+
+Greedy, all write the same text. Sampled, all trees write what the target alone would with the
+requests' seeds, and chains another text. On a CPU the chain's expected τ on the trees' texts is
+added, as ``benchmarks/draft_sampling.py`` computes it.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from draft_sampling import judge
 
 from dflash_plugin.adaptive.tree_tokens import reached
 from dflash_plugin.bench.evaluate import machine, pooled_tau
@@ -64,8 +69,8 @@ def run(engine: Engine, drafter: Drafter, requests: list[Request]) -> tuple[list
 
 def compare(
     engines: dict[int, Engine], drafter: Drafter, requests: list[Request], repeats: int
-) -> list[dict[str, Any]]:
-    """One row for each number of tree rows.
+) -> tuple[list[dict[str, Any]], list[Result]]:
+    """One row for each number of tree rows, and what the largest trees wrote.
 
     Args:
         engines: by rows beside the chain, with 0 among them.
@@ -103,7 +108,7 @@ def compare(
             "same_text": sum(r.tokens == own for r, own in zip(results, chain, strict=True)),
         }
         found.append(row | (gains(results, engines[rows].num_drafts) if rows else {}))
-    return found
+    return found, first[max(engines)]
 
 
 def main(
@@ -152,7 +157,15 @@ def main(
                 Request(prompt, new_tokens, sampling=SamplingParams(temperature, seed=seed))
                 for seed, prompt in enumerate(chosen)
             ]
-            for row in compare(engines, loaded, requests, repeats):
+            found, results = compare(engines, loaded, requests, repeats)
+            if temperature and device == "cpu":
+                written = [
+                    prompt + result.tokens for prompt, result in zip(chosen, results, strict=True)
+                ]
+                params = {"temperature": temperature}
+                taus = judge(loaded, model, written, [len(prompt) for prompt in chosen], params)
+                found[0]["tau_on_trees_texts"] = taus["tau"]["probabilistic"]
+            for row in found:
                 record["rows"].append({"batch": batch, "temperature": temperature, **row})
                 print(record["rows"][-1], flush=True)
             output.parent.mkdir(parents=True, exist_ok=True)

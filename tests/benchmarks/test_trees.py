@@ -1,6 +1,12 @@
 """Where a tree's tokens come from, counted by hand, and both kinds of engine on one drafter."""
 
-from benchmarks.trees import compare, gains
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from trees import compare, gains
+
 from dflash_plugin.transformers import Engine, Request, Result
 from tests.helpers.tiny import tiny_target
 from tests.transformers.test_engine import greedy, prompts_of
@@ -25,7 +31,9 @@ def test_chain_and_trees_write_the_same_text():
     texts = [prompt + greedy(target, prompt, 20) for prompt in prompts]
     drafter = doubting_drafter(texts)
     engines = {rows: Engine(target, drafter, max_length=72, tree_rows=rows) for rows in (0, 8)}
-    found = compare(engines, drafter, [Request(prompt, 20, []) for prompt in prompts], 2)
+    requests = [Request(prompt, 20, []) for prompt in prompts]
+    found, results = compare(engines, drafter, requests, 2)
+    assert [p + r.tokens for p, r in zip(prompts, results, strict=True)] == texts
     assert [row["rows"] for row in found] == [0, 8]
     assert [row["same_text"] for row in found] == [3, 3]
     assert found[1]["tau"] > found[0]["tau"] + 1
