@@ -130,6 +130,76 @@ def draft_sampling() -> str:
     return f"{table([*header, 'auto'], rows)}\n\n{facts} {commands}"
 
 
+def trees_gain(name: str) -> str:
+    """τ by rows beside the chain at one request, and what siblings gave."""
+    record = load(name)
+    rows, chain = [], 0.0
+    for row in record["rows"]:
+        if row["batch"] != 1:
+            continue
+        temperature = "greedy" if row["temperature"] == 0 else f"T = {row['temperature']}"
+        if row["rows"] == 0:
+            chain = row.get("tau_on_trees_texts", row["tau"])
+            rows.append([temperature, "chain", f"{chain:.3f}", "", "", "", ""])
+            continue
+        passes = row["passes"]
+        rows.append(
+            [
+                temperature,
+                f"+{row['rows']}",
+                f"{row['tau']:.3f}",
+                f"{row['tau'] / chain:.2f}",
+                f"{row['siblings']} of {row['rejections']}",
+                f"{row['gained'] / passes:.2f}",
+                f"{row['behind'] / passes:.2f}",
+            ]
+        )
+    header = [
+        "",
+        "rows",
+        "τ",
+        "of the chain",
+        "siblings held",
+        "gained a pass",
+        "of them in the tree",
+    ]
+    return f"{table(header, rows)}\n\n{of_trees(record)}"
+
+
+def trees_speed(name: str) -> str:
+    """Tokens/s and milliseconds of a step by requests and rows beside the chain."""
+    if not measured(name):
+        return f"Not measured yet: this table is made from `benchmarks/results/{name}.json`."
+    record = load(name)
+    cells: dict[tuple[float, int], list[dict]] = {}
+    for row in record["rows"]:
+        cells.setdefault((row["temperature"], row["batch"]), []).append(row)
+    rows = []
+    for (temperature, batch), line in sorted(cells.items()):
+        speeds = [row["tokens_per_second"] for row in line]
+        rows.append(
+            [
+                "greedy" if temperature == 0 else f"T = {temperature}",
+                str(batch),
+                *(
+                    f"{row['tokens_per_second']:,.0f} ({row['tokens_per_second'] / speeds[0]:.2f})"
+                    f", {row['step_milliseconds']:.2f} ms"
+                    for row in line
+                ),
+            ]
+        )
+    sizes = [row["rows"] for row in next(iter(cells.values()))]
+    header = ["", "requests", "chain", *(f"+{size}" for size in sizes[1:])]
+    return f"{table(header, rows)}\n\n{of_trees(record)}"
+
+
+def of_trees(record: dict) -> str:
+    return (
+        f"{record['prompts']} prompts, {record['max_new_tokens']} tokens, {record['num_drafts']} "
+        f"drafts; {where(record)}. `{record['command']}`"
+    )
+
+
 def beside(one: float, two: float) -> list[str]:
     return [f"{one:.2f}", f"**{two:.2f}**", f"{two / one - 1:+.1%}"]
 
@@ -631,6 +701,11 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/targets.md": {"targets": targets, "refusals": refusals},
     "docs/tuning.md": {"draft-sampling": draft_sampling},
+    "docs/trees.md": {
+        "trees-gain": lambda: trees_gain("trees-cpu"),
+        "trees-cpu": lambda: trees_speed("trees-cpu"),
+        "trees-gpu": lambda: trees_speed("trees-h200"),
+    },
     "docs/adaptive.md": {
         "vllm-adaptive": lambda: serving("vllm-h200-smollm2"),
         "sglang-adaptive": lambda: serving("sglang-h200-smollm2"),

@@ -1,8 +1,10 @@
-"""What the policy expects of passes over trees, from their outcomes."""
+"""What the policy expects of passes over trees, from their outcomes, and what it chooses by it."""
+
+import random
 
 import pytest
 
-from dflash_plugin.adaptive.policy import PRIOR, AcceptanceRates
+from dflash_plugin.adaptive.policy import PRIOR, AcceptanceRates, VerifyLenPolicy
 from dflash_plugin.adaptive.tree_tokens import TreeTokens, reached
 
 # Of a chain of 3: its rows are 1 to 3, the rows beside it follow.
@@ -40,3 +42,34 @@ def test_a_sampled_tree_is_held_against_what_chains_reach():
     tokens.observe_trees(8, [[]] * 5000, sampled=True)
     # Worse drafts than a chain's are no gain.
     assert tokens.expected()[11] == tokens.expected()[3]
+
+
+@pytest.mark.parametrize(
+    ("row_seconds", "gain", "best"),
+    [
+        pytest.param(0.0, 0.3, 40, id="free rows"),
+        pytest.param(3e-4, 0.3, 8, id="dear rows"),
+        pytest.param(5e-5, 0.0, 8, id="nothing gained"),
+    ],
+)
+def test_trees_are_chosen_where_they_pay(row_seconds, gain, best):
+    """The tree holds the sibling of a rejected draft with probability ``gain``."""
+    noise, now = random.Random(0), 0.0
+    tokens = TreeTokens(7, (8, 16, 32))
+    policy = VerifyLenPolicy((1, 2, 4, 6, 8, 16, 24, 40), (1,), expected=tokens.expected, block=8)
+    chosen = []
+    for _ in range(6000):
+        rows = policy.choose(1, now)
+        now += 0.01 + row_seconds * rows
+        whole = min(rows, 8) - 1
+        accepted = next((k for k in range(whole) if noise.random() > 0.75), whole)
+        if rows > 8:
+            path = list(range(1, accepted + 1))
+            if accepted < 7 and noise.random() < gain:
+                path.append(20)
+            tokens.observe_trees(rows - 8, [path], sampled=False)
+        else:
+            tokens.observe_chain(rows - 1, [accepted])
+        chosen.append(rows)
+    late = chosen[2000:]
+    assert sum(rows == best or (best == 40 and rows > 8) for rows in late) > 0.85 * len(late)

@@ -10,23 +10,33 @@ from hypothesis import strategies as st
 from dflash_plugin.decoding.draft_tree import (
     LEAST_LOG_PROB,
     MOST_LOG_PROB,
+    Block,
     DraftTree,
     grow_tree,
-    of_marginals,
 )
 
 CANDIDATES = 4
 ANCHORS = torch.tensor([90, 91])
 
 
-def by_token_before(table: torch.Tensor):
-    """Continuations whose probabilities depend on the depth and on the token before."""
+def grown(table: torch.Tensor, extra: int, marginals: bool = False) -> DraftTree:
+    """The tree where probabilities depend on the position and the token before.
 
-    def follow(depth, nodes):
-        log_probs = table[depth][nodes % CANDIDATES]
-        return torch.arange(CANDIDATES).expand_as(log_probs), log_probs
-
-    return follow
+    Args:
+        table: log-probabilities [drafts, token before, token]; tokens are 0 to ``CANDIDATES`` - 1.
+        extra: rows beside the chain.
+        marginals: the token before makes no difference.
+    """
+    drafts, before, chain, log_probs = len(table), ANCHORS % CANDIDATES, [], []
+    for position in table:
+        log_probs.append(position[before])
+        before = log_probs[-1].argmax(-1)
+        chain.append(before)
+    candidates = torch.arange(CANDIDATES).expand(2, drafts, -1)
+    block = Block(ANCHORS, candidates, torch.stack(chain, 1), torch.stack(log_probs, 1))
+    return grow_tree(
+        block, extra, None if marginals else lambda position, places: table[position][places]
+    )
 
 
 def table_of(seed: int, drafts: int, sharpness: float) -> torch.Tensor:
@@ -77,12 +87,9 @@ def test_the_tree_is_the_chain_and_the_best_other_prefixes(
     seed, drafts, extra, sharpness, marginals
 ):
     table = table_of(seed, drafts, sharpness)
-    follow = by_token_before(table)
     if marginals:
         table = table[:, :1].expand(-1, CANDIDATES, -1)
-        columns = torch.arange(CANDIDATES).expand(2, drafts, -1)
-        follow = of_marginals(columns, table[:, 0].expand(2, -1, -1))
-    tree = grow_tree(ANCHORS, drafts, extra, follow)
+    tree = grown(table, extra, marginals)
     assert tree.tokens.shape == (2, 1 + drafts + extra)
     for request, anchor in enumerate(ANCHORS.tolist()):
         chain, others = enumerated(table, anchor)
@@ -105,7 +112,7 @@ def test_the_tree_is_the_chain_and_the_best_other_prefixes(
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10_000), drafts=st.integers(1, 5), extra=st.integers(0, 24))
 def test_the_mask_shows_what_leads_to_a_row(seed, drafts, extra):
-    tree = grow_tree(ANCHORS, drafts, extra, by_token_before(table_of(seed, drafts, 1.0)))
+    tree = grown(table_of(seed, drafts, 1.0), extra)
     rows = tree.tokens.shape[1]
     for request in range(2):
         expected = torch.zeros(rows, rows, dtype=torch.bool)
@@ -122,13 +129,14 @@ def test_certain_drafts_do_not_lose_their_parents():
     """Children of probability one weigh as much as their parents."""
     log_probs = torch.tensor([[0.0, -1.0], [0.0, float("-inf")], [0.0, float("-inf")]])[None]
     tokens = torch.tensor([[[5, 6], [7, 8], [9, 4]]])
-    tree = grow_tree(torch.tensor([1]), 3, 3, of_marginals(tokens, log_probs))
+    chain = torch.zeros(1, 3, dtype=torch.int64)
+    tree = grow_tree(Block(torch.tensor([1]), tokens, chain, log_probs), 3)
     assert paths(tree, 0)[4:] == [(6,), (6, 7), (6, 7, 9)]
 
 
 @pytest.mark.parametrize("rows", [4, 6, 9])
 def test_the_first_rows_are_the_tree_of_fewer(rows):
-    follow = by_token_before(table_of(3, 3, 1.0))
-    whole = grow_tree(ANCHORS, 3, 8, follow).first(rows)
-    for ours, theirs in zip(whole, grow_tree(ANCHORS, 3, rows - 4, follow), strict=True):
+    table = table_of(3, 3, 1.0)
+    whole = grown(table, 8).first(rows)
+    for ours, theirs in zip(whole, grown(table, rows - 4), strict=True):
         assert torch.equal(ours, theirs)

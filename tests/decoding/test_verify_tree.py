@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from dflash_plugin.decoding.draft_tree import DraftTree, grow_tree, of_marginals
+from dflash_plugin.decoding.draft_tree import Block, DraftTree, grow_tree
 from dflash_plugin.decoding.verify import Verdict
 from dflash_plugin.decoding.verify_tree import (
     TreeVerdict,
@@ -25,8 +25,8 @@ def tree_of(log_probs: torch.Tensor, anchors: torch.Tensor, extra: int = EXTRA) 
     """The tree over marginals [K, V]."""
     batch = len(anchors)
     tokens = torch.arange(log_probs.shape[1]).expand(batch, len(log_probs), -1)
-    follow = of_marginals(tokens, log_probs.expand(batch, -1, -1))
-    return grow_tree(anchors, len(log_probs), extra, follow)
+    chain = log_probs.argmax(-1).expand(batch, -1)
+    return grow_tree(Block(anchors, tokens, chain, log_probs.expand(batch, -1, -1)), extra)
 
 
 @settings(deadline=None, max_examples=100)

@@ -16,15 +16,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # Log-probabilities are taken between these: a child must weigh less than its parent after rounding,
 # or it could be chosen without it.
 LEAST_LOG_PROB, MOST_LOG_PROB = -50.0, -1e-4
-
-# Continuations of frontier nodes: the depth that they are at, counted from 0, and the nodes' tokens
-# int64 [B, M] give tokens int64 [B, M, C], different ones for a node, and log-probabilities float32
-# [B, M, C].
-Continuations = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 class DraftTree(NamedTuple):
@@ -54,70 +50,81 @@ class DraftTree(NamedTuple):
         )
 
 
-def grow_tree(anchors: Tensor, num_drafts: int, extra: int, follow: Continuations) -> DraftTree:
-    """The likeliest chain, and the ``extra`` prefixes beside it that weigh most.
+class Block(NamedTuple):
+    """What a drafter says of one block.
 
-    The chain takes the likeliest token at each step. Each depth keeps its ``extra`` best prefixes:
-    no more can be among the best of all, and none of those continues a prefix that was dropped.
+    Attributes:
+        anchors: int64 [B].
+        candidates: int64 [B, K, C], tokens of each position.
+        chain: int64 [B, K], which of the candidates make the chain.
+        log_probs: float32 [B, K, C], of the candidates behind the chain's tokens.
+    """
+
+    anchors: Tensor
+    candidates: Tensor
+    chain: Tensor
+    log_probs: Tensor
+
+
+# Log-probabilities of a position's candidates, float32 [B, N or 1, C], behind candidates of the
+# position before it, int64 [B, N] of C.
+Continuations = Callable[[int, Tensor], Tensor]
+
+
+def grow_tree(block: Block, extra: int, follow: Continuations | None = None) -> DraftTree:
+    """The chain, and the ``extra`` prefixes beside it that weigh most.
+
+    Each position keeps its ``extra`` best prefixes: no more can be among the best of all, and none
+    of those continues a prefix that was dropped.
 
     Args:
-        anchors: int64 [B].
-        num_drafts: depth of the tree, K.
+        block: K positions.
         extra: rows beside the chain.
-        follow: the tokens that may follow.
+        follow: probabilities beside the chain; None where they do not depend on the token before.
     """
-    batch = anchors.shape[0]
-    # Place 0 of the frontier is the chain's node.
-    tokens = anchors[:, None].expand(-1, extra + 1)
-    weights = torch.full((batch, extra + 1), float("-inf"), device=anchors.device)
-    weights[:, 0] = 0.0
-    chain, found, worth, parent_codes = [anchors[:, None]], [], [], []
-    for depth in range(num_drafts):
-        next_tokens, log_probs = follow(depth, tokens)
-        width = next_tokens.shape[-1]
-        grown = weights[..., None] + log_probs.clamp(LEAST_LOG_PROB, MOST_LOG_PROB)
-        best = log_probs[:, :1].argmax(dim=-1)
-        chain_weight = grown[:, 0].gather(1, best)
-        grown = grown.flatten(1).scatter(1, best, float("-inf"))
-        kept = grown.topk(extra, dim=1)
-        flat = next_tokens.flatten(1)
-        chain.append(flat.gather(1, best))
-        found.append(flat.gather(1, kept.indices))
-        worth.append(kept.values)
-        place = kept.indices // width
-        # Up to K a row of the chain, beyond it a prefix that the depth before has kept.
-        beside = num_drafts + (depth - 1) * extra + place
-        parent_codes.append(torch.where(place == 0, depth, beside))
-        tokens = torch.cat([chain[-1], found[-1]], dim=1)
-        weights = torch.cat([chain_weight, kept.values], dim=1)
-    return _chosen(chain, found, worth, parent_codes, extra)
+    count, width = block.candidates.shape[1:]
+    log_probs = block.log_probs.clamp(LEAST_LOG_PROB, MOST_LOG_PROB)
+    of_chain = log_probs.gather(-1, block.chain[..., None])
+    before = of_chain.cumsum(dim=1) - of_chain
+    siblings = (before + log_probs).scatter(-1, block.chain[..., None], float("-inf"))
+    pool = F.pad(siblings[:, 0], (0, max(0, extra - width)), value=float("-inf"))
+    kept = pool.topk(extra, dim=1)
+    weights, indices = [kept.values], [kept.indices]
+    for position in range(1, count):
+        if follow is None:
+            next_log_probs = log_probs[:, position, None]
+        else:
+            next_log_probs = follow(position, indices[-1] % width)
+            next_log_probs = next_log_probs.clamp(LEAST_LOG_PROB, MOST_LOG_PROB)
+        grown = (weights[-1][..., None] + next_log_probs).flatten(1)
+        # Candidates behind the chain come first, then those behind each prefix that was kept.
+        kept = torch.cat([siblings[:, position], grown], dim=1).topk(extra, dim=1)
+        weights.append(kept.values)
+        indices.append(kept.indices)
+    return _chosen(block, torch.cat(weights, dim=1), torch.cat(indices, dim=1), extra)
 
 
-def _chosen(
-    chain: list[Tensor],
-    found: list[Tensor],
-    worth: list[Tensor],
-    parent_codes: list[Tensor],
-    extra: int,
-) -> DraftTree:
-    """The tree of the best prefixes of all depths."""
-    num_drafts, anchors = len(found), chain[0]
-    best = torch.cat(worth, dim=1).topk(extra, dim=1)
+def _chosen(block: Block, weights: Tensor, indices: Tensor, extra: int) -> DraftTree:
+    """The tree of the best prefixes of all positions, from those of each: both [B, K * extra]."""
+    batch, count, width = block.candidates.shape
+    best = weights.topk(extra, dim=1)
     exists = best.values > float("-inf")
-    order = torch.arange(extra, device=anchors.device).expand_as(best.indices)
-    rank = torch.zeros_like(torch.cat(found, dim=1)).scatter(1, best.indices, order)
-    codes = torch.cat(parent_codes, dim=1).gather(1, best.indices)
-    beside = num_drafts + 1 + rank.gather(1, (codes - num_drafts - 1).clamp(min=0))
-    parents = torch.where(codes <= num_drafts, codes, beside)
-    steps = torch.arange(num_drafts + 1, device=anchors.device).expand(len(anchors), -1)
-    tokens = torch.cat(found, dim=1).gather(1, best.indices)
-    all_parents = torch.cat([(steps - 1).clamp(min=0), torch.where(exists, parents, 0)], dim=1)
-    depths = torch.where(exists, best.indices // max(extra, 1) + 1, 1)
+    order = torch.arange(extra, device=weights.device).expand_as(best.indices)
+    rank = torch.zeros_like(indices).scatter(1, best.indices, order)
+    position, index = best.indices // max(extra, 1), indices.gather(1, best.indices)
+    behind = index // width
+    # 0 is the chain, then come the prefixes that the position before has kept.
+    beside = rank.gather(1, ((position - 1) * extra + behind - 1).clamp(min=0))
+    parents = torch.where(behind == 0, position, count + 1 + beside)
+    tokens = block.candidates.flatten(1).gather(1, position * width + index % width)
+    chain = block.candidates.gather(-1, block.chain[..., None])[..., 0]
+    steps = torch.arange(count + 1, device=weights.device).expand(batch, -1)
+    parents = torch.cat([(steps - 1).clamp(min=0), torch.where(exists, parents, 0)], dim=1)
     return DraftTree(
-        torch.cat([*chain, torch.where(exists, tokens, -1)], dim=1),
-        all_parents,
-        torch.cat([steps, depths], dim=1),
-        ancestors(all_parents, num_drafts),
+        torch.cat([block.anchors[:, None], chain, torch.where(exists, tokens, -1)], dim=1),
+        parents,
+        torch.cat([steps, torch.where(exists, position + 1, 1)], dim=1),
+        ancestors(parents, count),
     )
 
 
@@ -136,18 +143,3 @@ def ancestors(parents: Tensor, depth: int) -> Tensor:
         mask = mask | mask.gather(1, jump[..., None].expand(-1, -1, rows))
         jump = jump.gather(1, jump)
     return mask
-
-
-def of_marginals(tokens: Tensor, log_probs: Tensor) -> Continuations:
-    """Continuations where a position's probabilities do not depend on the tokens before it.
-
-    Args:
-        tokens: int64 [B, K, C], each position's candidates.
-        log_probs: float32 [B, K, C].
-    """
-
-    def follow(depth: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (-1, nodes.shape[1], -1)
-        return tokens[:, depth, None].expand(shape), log_probs[:, depth, None].expand(shape)
-
-    return follow

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dflash_plugin.decoding.draft_tree import Continuations, DraftTree, grow_tree, of_marginals
+from dflash_plugin.decoding.draft_tree import Block, Continuations, DraftTree, grow_tree
 from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.drafter.selector import CandidateSelector
 from dflash_plugin.kernels.select_path import candidate_scores
 
 # Of each position; a sibling that is less likely than these is worth no row.
@@ -38,35 +39,43 @@ def propose_tree(
     scale = torch.ones_like(logits[:, 0, 0])
     if temperature is not None:
         scale = torch.where(temperature == 0, scale, temperature)
+    scale = scale[:, None, None]
     selector = drafter.candidate_selector
-    count = CANDIDATES if selector is None else selector.top_k
-    best = logits.topk(min(count, logits.shape[-1]), dim=-1)
     if selector is not None:
-        follow = _selected(drafter, hidden, best.indices, best.values, scale)
-    else:
-        scaled = logits / scale[:, None, None]
-        log_probs = scaled.gather(-1, best.indices) - scaled.logsumexp(dim=-1, keepdim=True)
-        follow = of_marginals(drafter.token_ids(best.indices), log_probs)
-    return grow_tree(anchors, hidden.shape[1], extra, follow)
+        best = logits.topk(selector.top_k, dim=-1)
+        path = selector(best.indices, best.values, hidden, anchors)
+        is_chain = best.indices == path.tokens[..., None]
+        log_probs = torch.log_softmax(path.scores / scale, dim=-1)
+        block = Block(anchors, best.indices, is_chain.long().argmax(dim=-1), log_probs)
+        return grow_tree(block, extra, _selected(selector, hidden, best, scale))
+    scaled = logits / scale
+    top = scaled.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)
+    block = Block(
+        anchors,
+        drafter.token_ids(top.indices),
+        # The first one, as drafts without a tree are chosen.
+        (top.indices == logits.argmax(dim=-1, keepdim=True)).long().argmax(dim=-1),
+        top.values - scaled.logsumexp(dim=-1, keepdim=True),
+    )
+    return grow_tree(block, extra)
 
 
 def _selected(
-    drafter: Drafter, hidden: Tensor, candidates: Tensor, logits: Tensor, scale: Tensor
+    selector: CandidateSelector, hidden: Tensor, best: torch.return_types.topk, scale: Tensor
 ) -> Continuations:
-    """Continuations by the selector's scores, given the token of each node."""
-    selector = drafter.candidate_selector
-    assert selector is not None
+    """Continuations by the selector's scores, given the token before."""
     gates = selector.hidden_projection(hidden)
-    rows = F.embedding(candidates, selector.successor_codebook)
+    before = F.embedding(best.indices, selector.predecessor_codebook)
+    rows = F.embedding(best.indices, selector.successor_codebook)
 
-    def follow(depth: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    def follow(position: int, places: Tensor) -> Tensor:
+        taken = places[..., None].expand(-1, -1, before.shape[-1])
         scores = candidate_scores(
-            logits[:, depth, None],
-            gates[:, depth, None],
-            F.embedding(nodes, selector.predecessor_codebook),
-            rows[:, depth, None],
+            best.values[:, position, None],
+            gates[:, position, None],
+            before[:, position - 1].gather(1, taken),
+            rows[:, position, None],
         )
-        log_probs = torch.log_softmax(scores / scale[:, None, None], dim=-1)
-        return candidates[:, depth, None].expand_as(scores), log_probs
+        return torch.log_softmax(scores / scale, dim=-1)
 
     return follow

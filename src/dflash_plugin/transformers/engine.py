@@ -164,7 +164,7 @@ class Engine:
             verify_lens = choose_verify_lens(rows, 0, None)
             verify_lens += tuple(rows + beside for beside in self.tree_sizes)
             expected = self.expected_tokens.expected
-            self.policy = VerifyLenPolicy(verify_lens, sorted(sizes), expected=expected)
+            self.policy = VerifyLenPolicy(verify_lens, sorted(sizes), expected=expected, block=rows)
         self.state = RowTensors(
             max_batch,
             rows,
