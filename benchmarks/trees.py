@@ -9,8 +9,8 @@ chain of requests that sample is drawn. A step's time is that of a whole run, wi
 prompts, over its steps.
 
 Greedy, all write the same text. Sampled, all trees write what the target alone would with the
-requests' seeds, and chains another text. On a CPU the chain's expected τ on the trees' texts is
-added, as ``benchmarks/draft_sampling.py`` computes it.
+requests' seeds, and chains another text. So the expected τ of a drawn chain on the trees' texts of
+the first batch is added at the end, as ``benchmarks/draft_sampling.py`` computes it.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def compare(
         repeats: timed runs.
     """
     prompts = [Request(r.prompt, 1, r.stop_ids, r.sampling) for r in requests]
-    if torch.cuda.is_available():
-        for engine in engines.values():
+    for engine in engines.values():
+        if engine.device.type == "cuda":
             run(engine, drafter, requests)
     first: dict[int, list[Result]] = {}
     seconds: dict[int, list[float]] = {rows: [] for rows in engines}
@@ -147,6 +147,7 @@ def main(
         "repeats": repeats,
         "rows": [],
     }
+    written: dict[float, list[list[int]]] = {}
     for batch in map(int, batches.split(",")):
         engines = {
             size: Engine(model, loaded, max_batch=batch, max_length=length, tree_rows=size)
@@ -158,18 +159,25 @@ def main(
                 for seed, prompt in enumerate(chosen)
             ]
             found, results = compare(engines, loaded, requests, repeats)
-            if temperature and device == "cpu":
-                written = [
-                    prompt + result.tokens for prompt, result in zip(chosen, results, strict=True)
-                ]
-                params = {"temperature": temperature}
-                taus = judge(loaded, model, written, [len(prompt) for prompt in chosen], params)
-                found[0]["tau_on_trees_texts"] = taus["tau"]["probabilistic"]
-            for row in found:
-                record["rows"].append({"batch": batch, "temperature": temperature, **row})
-                print(record["rows"][-1], flush=True)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(record, indent=1) + "\n")
+            lines = [{"batch": batch, "temperature": temperature, **row} for row in found]
+            record["rows"] += lines
+            write(output, record)
+            print(*lines, sep="\n", flush=True)
+            if temperature:
+                texts = zip(chosen, results, strict=True)
+                written.setdefault(temperature, [prompt + r.tokens for prompt, r in texts])
+    for temperature, texts in written.items():
+        with torch.device(device):
+            starts, params = [len(prompt) for prompt in chosen], {"temperature": temperature}
+            taus = judge(loaded, model, texts, starts, params)["tau"]
+        record.setdefault("chain_tau_on_trees_texts", {})[str(temperature)] = taus["probabilistic"]
+        write(output, record)
+
+
+def write(output: Path, record: dict[str, Any]) -> None:
+    """Keep what has been measured so far."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ def trees_gain(name: str) -> str:
             continue
         temperature = "greedy" if row["temperature"] == 0 else f"T = {row['temperature']}"
         if row["rows"] == 0:
-            chain = row.get("tau_on_trees_texts", row["tau"])
+            on_same_texts = record.get("chain_tau_on_trees_texts", {})
+            chain = on_same_texts.get(str(row["temperature"]), row["tau"])
             rows.append([temperature, "chain", f"{chain:.3f}", "", "", "", ""])
             continue
         passes = row["passes"]
