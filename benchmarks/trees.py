@@ -8,9 +8,9 @@ turns; figures are medians over the repeats, on a GPU after a run of each that c
 chain of requests that sample is drawn. A step's time is that of a whole run, without that of its
 prompts, over its steps.
 
-Greedy, all write the same text. Sampled, all trees write what the target alone would with the
-requests' seeds, and chains another text. So the expected τ of a drawn chain on the trees' texts of
-the first batch is added at the end, as ``benchmarks/draft_sampling.py`` computes it.
+Greedy, all write the same text. Sampled, each writes its own. So the expected τ of a drawn chain on
+the texts of the largest tree in the first batch is added at the end, as
+``benchmarks/draft_sampling.py`` computes it.
 """
 
 from __future__ import annotations

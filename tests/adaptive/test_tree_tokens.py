@@ -19,7 +19,7 @@ def test_how_far_fewer_rows_would_have_got(last_row, depths):
 def test_a_pass_judges_all_smaller_trees():
     tokens, chain = TreeTokens(3, (4, 8, 16)), AcceptanceRates(3)
     chain.observe(3, [3, 1, 0, 0, 1])
-    tokens.observe_trees(8, PATHS, sampled=False)
+    tokens.observe_trees(8, PATHS)
     found = tokens.expected()
     assert found[:4] == chain.expected()
     whole = found[3]
@@ -29,19 +29,6 @@ def test_a_pass_judges_all_smaller_trees():
     # Nothing is known of sixteen rows, but that they hold the eight.
     assert found[19] == found[11]
     assert len(found) == 20
-
-
-def test_a_sampled_tree_is_held_against_what_chains_reach():
-    tokens = TreeTokens(3, (8,))
-    for _ in range(500):
-        tokens.observe_chain(3, [2])
-    tokens.observe_trees(8, [[1, 2, 9]] * 200, sampled=True)
-    found = tokens.expected()
-    assert found[3] == pytest.approx(3, abs=0.1)
-    assert found[11] == pytest.approx(4, abs=0.1)
-    tokens.observe_trees(8, [[]] * 5000, sampled=True)
-    # Worse drafts than a chain's are no gain.
-    assert tokens.expected()[11] == tokens.expected()[3]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +54,7 @@ def test_trees_are_chosen_where_they_pay(row_seconds, gain, best):
             path = list(range(1, accepted + 1))
             if accepted < 7 and noise.random() < gain:
                 path.append(20)
-            tokens.observe_trees(rows - 8, [path], sampled=False)
+            tokens.observe_trees(rows - 8, [path])
         else:
             tokens.observe_chain(rows - 1, [accepted])
         chosen.append(rows)

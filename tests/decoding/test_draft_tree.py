@@ -33,7 +33,7 @@ def grown(table: torch.Tensor, extra: int, marginals: bool = False) -> DraftTree
         before = log_probs[-1].argmax(-1)
         chain.append(before)
     candidates = torch.arange(CANDIDATES).expand(2, drafts, -1)
-    block = Block(ANCHORS, candidates, torch.stack(chain, 1), torch.stack(log_probs, 1))
+    block = Block(ANCHORS, torch.stack(chain, 1), candidates, torch.stack(log_probs, 1))
     return grow_tree(
         block, extra, None if marginals else lambda position, places: table[position][places]
     )
@@ -129,9 +129,22 @@ def test_certain_drafts_do_not_lose_their_parents():
     """Children of probability one weigh as much as their parents."""
     log_probs = torch.tensor([[0.0, -1.0], [0.0, float("-inf")], [0.0, float("-inf")]])[None]
     tokens = torch.tensor([[[5, 6], [7, 8], [9, 4]]])
-    chain = torch.zeros(1, 3, dtype=torch.int64)
-    tree = grow_tree(Block(torch.tensor([1]), tokens, chain, log_probs), 3)
+    tree = grow_tree(Block(torch.tensor([1]), tokens[..., 0], tokens, log_probs), 3)
     assert paths(tree, 0)[4:] == [(6,), (6, 7), (6, 7, 9)]
+
+
+def test_the_likeliest_token_stands_beside_a_drawn_one():
+    """The chain's own tokens count as likely as the likeliest; 9 is no candidate at all."""
+    tokens = torch.tensor([[[5, 6, 7]] * 2])
+    log_probs = torch.tensor([[[0.6, 0.3, 0.1]] * 2]).log()
+    drawn = torch.tensor([[7, 9]])
+    tree = grow_tree(Block(torch.tensor([1]), drawn, tokens, log_probs), 5)
+    assert paths(tree, 0)[:3] == [(), (7,), (7, 9)]
+    # 0.6, then both of 0.6 * 0.6, then 0.3, then one of 0.6 * 0.3.
+    assert paths(tree, 0)[3] == (5,)
+    assert set(paths(tree, 0)[4:6]) == {(5, 5), (7, 5)}
+    assert paths(tree, 0)[6] == (6,)
+    assert paths(tree, 0)[7] in {(5, 6), (6, 5), (7, 6)}
 
 
 @pytest.mark.parametrize("rows", [4, 6, 9])

@@ -38,9 +38,9 @@ def test_the_tree_holds_the_chain_and_no_worse_prefix_than_it_leaves_out(changes
     drafter = tiny_drafter(tiny_target(), **changes)
     hidden = hidden_of(drafter)
     count = drafter.config.num_draft_tokens
-    chain = drafter.propose(hidden, ANCHORS, POSITIONS).tokens
-    temperatures = torch.tensor([0.0, 0.5])
-    tree = propose_tree(drafter, hidden, ANCHORS, 12, temperatures)
+    proposal = drafter.propose(hidden, ANCHORS, POSITIONS)
+    chain, temperatures = proposal.tokens, torch.tensor([0.0, 0.5])
+    tree = propose_tree(drafter, proposal, hidden, ANCHORS, 12, temperatures)
     assert torch.equal(tree.tokens[:, 0], ANCHORS)
     assert torch.equal(tree.tokens[:, 1 : count + 1], chain)
     for request, temperature in enumerate((1.0, 0.5)):
@@ -67,9 +67,28 @@ def test_a_tree_without_temperatures_is_that_of_greedy_requests():
     drafter = tiny_drafter(tiny_target())
     greedy = SamplingTensors.build([SamplingParams()] * 2, torch.device("cpu")).temperature
     hidden = hidden_of(drafter)
+    proposal = drafter.propose(hidden, ANCHORS, POSITIONS)
     pairs = zip(
-        propose_tree(drafter, hidden, ANCHORS, 8),
-        propose_tree(drafter, hidden, ANCHORS, 8, greedy),
+        propose_tree(drafter, proposal, hidden, ANCHORS, 8),
+        propose_tree(drafter, proposal, hidden, ANCHORS, 8, greedy),
         strict=True,
     )
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, DFLASH2, REDUCED], ids=["dflash", "dflash2", "reduced"])
+def test_drawn_drafts_are_the_chain_and_no_sibling(changes):
+    drafter = tiny_drafter(tiny_target(), **changes)
+    hidden = hidden_of(drafter)
+    params = [SamplingParams(temperature=4.0, seed=seed) for seed in (1, 2)]
+    sampling = SamplingTensors.build(params, torch.device("cpu"))
+    proposal = drafter.propose(hidden, ANCHORS, POSITIONS, sampling)
+    likeliest = drafter.propose(hidden, ANCHORS, POSITIONS).tokens
+    assert not torch.equal(proposal.tokens, likeliest)
+    tree = propose_tree(drafter, proposal, hidden, ANCHORS, 12, sampling.temperature)
+    count = drafter.config.num_draft_tokens
+    assert torch.equal(tree.tokens[:, 1 : count + 1], proposal.tokens)
+    for request in range(2):
+        pairs = torch.stack([tree.parents[request, 1:], tree.tokens[request, 1:]], dim=1)
+        assert len(pairs.unique(dim=0)) == count + 12

@@ -34,27 +34,22 @@ class TreeTokens:
         """Learn from a pass over chains; arguments of ``AcceptanceRates.observe``."""
         self.chain.observe(verified, accepted)
 
-    def observe_trees(self, size: int, paths: Sequence[Sequence[int]], sampled: bool) -> None:
+    def observe_trees(self, size: int, paths: Sequence[Sequence[int]]) -> None:
         """Learn from a pass over trees.
 
         Args:
             size: rows beside the chain.
             paths: accepted rows of each request's tree, in order.
-            sampled: chains of these requests are drafted in another way than the tree's, so that
-                its gain is over what is expected of those.
         """
         on_chain = [reached(path, self.num_drafts) for path in paths]
-        if not sampled:
-            self.chain.observe(self.num_drafts, on_chain)
-        usual = self.chain.expected()[-1] - 1
+        self.chain.observe(self.num_drafts, on_chain)
         keep = max(0.0, 1.0 - len(paths) / MEMORY)
         for judged in self.sizes:
             if judged > size:
                 break
             with_tree = sum(reached(path, self.num_drafts + judged) for path in paths)
-            without = usual * len(paths) if sampled else sum(on_chain)
             self.passes[judged] = keep * self.passes[judged] + len(paths)
-            self.gained[judged] = keep * self.gained[judged] + with_tree - without
+            self.gained[judged] = keep * self.gained[judged] + with_tree - sum(on_chain)
 
     def expected(self) -> list[float]:
         """Tokens that a request commits in a pass of 1, 2, … rows.

@@ -1,7 +1,8 @@
-"""A draft tree: the likeliest chain of a block, and siblings where they are worth most.
+"""A draft tree: the chain of a block, and siblings where they are worth most.
 
 A prefix of a block weighs the product of its tokens' probabilities, by the drafter: the chance that
-verification reaches it. Beside the whole chain the tree holds the ``extra`` prefixes that weigh
+verification reaches it. A token of the chain counts as the likeliest one at its position, which it
+is unless it was drawn. Beside the whole chain the tree holds the ``extra`` prefixes that weigh
 most. A prefix never weighs more than the one that it continues, so these are a tree with the chain.
 Source: best-first trees over a block's marginals, "DDTree" (arXiv 2604.12989) and "CaDDTree" (arXiv
 2606.01813).
@@ -55,14 +56,14 @@ class Block(NamedTuple):
 
     Attributes:
         anchors: int64 [B].
-        candidates: int64 [B, K, C], tokens of each position.
-        chain: int64 [B, K], which of the candidates make the chain.
+        chain: int64 [B, K], the drafts.
+        candidates: int64 [B, K, C], tokens of each position, the likeliest among them.
         log_probs: float32 [B, K, C], of the candidates behind the chain's tokens.
     """
 
     anchors: Tensor
-    candidates: Tensor
     chain: Tensor
+    candidates: Tensor
     log_probs: Tensor
 
 
@@ -84,9 +85,10 @@ def grow_tree(block: Block, extra: int, follow: Continuations | None = None) -> 
     """
     count, width = block.candidates.shape[1:]
     log_probs = block.log_probs.clamp(LEAST_LOG_PROB, MOST_LOG_PROB)
-    of_chain = log_probs.gather(-1, block.chain[..., None])
+    of_chain = log_probs.amax(dim=-1, keepdim=True)
     before = of_chain.cumsum(dim=1) - of_chain
-    siblings = (before + log_probs).scatter(-1, block.chain[..., None], float("-inf"))
+    is_chain = block.candidates == block.chain[..., None]
+    siblings = (before + log_probs).masked_fill(is_chain, float("-inf"))
     pool = F.pad(siblings[:, 0], (0, max(0, extra - width)), value=float("-inf"))
     kept = pool.topk(extra, dim=1)
     weights, indices = [kept.values], [kept.indices]
@@ -117,11 +119,10 @@ def _chosen(block: Block, weights: Tensor, indices: Tensor, extra: int) -> Draft
     beside = rank.gather(1, ((position - 1) * extra + behind - 1).clamp(min=0))
     parents = torch.where(behind == 0, position, count + 1 + beside)
     tokens = block.candidates.flatten(1).gather(1, position * width + index % width)
-    chain = block.candidates.gather(-1, block.chain[..., None])[..., 0]
     steps = torch.arange(count + 1, device=weights.device).expand(batch, -1)
     parents = torch.cat([(steps - 1).clamp(min=0), torch.where(exists, parents, 0)], dim=1)
     return DraftTree(
-        torch.cat([block.anchors[:, None], chain, torch.where(exists, tokens, -1)], dim=1),
+        torch.cat([block.anchors[:, None], block.chain, torch.where(exists, tokens, -1)], dim=1),
         parents,
         torch.cat([steps, torch.where(exists, position + 1, 1)], dim=1),
         ancestors(parents, count),

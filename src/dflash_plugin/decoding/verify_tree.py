@@ -1,9 +1,12 @@
 """Lossless verification of a draft tree: walk from the anchor to the child that holds the token.
 
-At each node the target's own token is taken, its argmax or a draw, and the walk goes on where a
-child holds it. What is committed is therefore what the target alone would write, for any tree that
-was settled before the draw; the tree decides only how far a pass gets. The draws at one depth share
-their noise: a walk makes one of them.
+At each node the target's own token is taken, and the walk goes on where a child holds it. Greedy,
+that token is the argmax, and what is committed is what the target alone would write.
+
+Sampled, the chain is verified as without a tree. Its accepted drafts and the token behind them
+follow the target's distribution. If a child holds that token, the walk goes on from there with
+draws from the target. So it commits what a chain commits, and sometimes more. This is exact for any
+tree whose rows beside the chain were settled before the noise of verification was read.
 """
 
 from __future__ import annotations
@@ -56,25 +59,23 @@ def walk(tree: DraftTree, following: Tensor, num_drafts: int) -> TreeVerdict:
     return TreeVerdict(Verdict(accepted, next_token[:, 0], tokens), rows)
 
 
-def verify_tree_greedy(tree: DraftTree, logits: Tensor, num_drafts: int) -> TreeVerdict:
-    """``walk`` along the target's likeliest tokens; logits [B, R, V]."""
-    return walk(tree, logits.argmax(dim=-1), num_drafts)
-
-
 def verify_tree_sampled(
-    tree: DraftTree, target_probs: Tensor, seed: Tensor, positions: Tensor, num_drafts: int
+    tree: DraftTree, chain: Verdict, target_probs: Tensor, seed: Tensor, positions: Tensor
 ) -> TreeVerdict:
-    """``walk`` along draws from the target.
+    """``walk`` along what verification of the chain commits, and along draws behind it.
 
-    The noise of a draw is keyed by the position of its token alone. A request with a seed writes
-    the text that the target alone would write with it.
+    The draws of one depth share their noise, keyed by the position of their token: a walk makes one
+    of them, and the chain's verdict ends with one.
 
     Args:
-        tree: chosen before anything is drawn.
+        tree: R rows.
+        chain: of ``verify`` for the tree's first K + 1 rows.
         target_probs: [B, R, V], after each row.
         seed: int64 [B], of the requests.
         positions: int64 [B], the anchors' positions.
-        num_drafts: depth of the tree, K.
     """
     u = uniforms(seed, positions[:, None] + tree.depths + 1, Stream.NEXT)
-    return walk(tree, sample(target_probs, u), num_drafts)
+    drawn = sample(target_probs, u)
+    rows = chain.tokens.shape[1]
+    settled = torch.where(chain.tokens >= 0, chain.tokens, drawn[:, :rows])
+    return walk(tree, torch.cat([settled, drawn[:, rows:]], dim=1), rows - 1)

@@ -21,7 +21,7 @@ from dflash_plugin.adaptive.tree_tokens import TreeTokens
 from dflash_plugin.decoding.draft_sampling import AcceptanceEstimate, DraftSampling
 from dflash_plugin.decoding.sampling import is_limited, probabilities
 from dflash_plugin.decoding.verify import FinishReason, Verdict, commit, verify, verify_greedy
-from dflash_plugin.decoding.verify_tree import verify_tree_greedy, verify_tree_sampled
+from dflash_plugin.decoding.verify_tree import verify_tree_sampled, walk
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.static_store import StaticStore
 from dflash_plugin.drafter.tree import propose_tree
@@ -126,7 +126,7 @@ class Engine:
                 + ", ".join(map(repr, get_args(DraftSampling)))
             )
         self.draft_sampling = draft_sampling
-        self.tree_sizes = tree_sizes(tree_rows, adaptive, drafter is not None, draft_sampling)
+        self.tree_sizes = tree_sizes(tree_rows, adaptive, drafter is not None)
         self.record_drafts = record_drafts
         self.num_drafts = drafter.config.num_draft_tokens if drafter else 0
         rows = self.num_drafts + 1
@@ -380,7 +380,7 @@ class Engine:
         )
         if self.policy is not None:
             passed = [row for row, slot in zip(outcomes, rows, strict=True) if slot is not None]
-            self._learn(verify_len, passed, way)
+            self._learn(verify_len, passed)
         drafts = (
             self.state.drafts[: len(rows), : verify_len - 1].tolist()
             if self.record_drafts
@@ -402,12 +402,12 @@ class Engine:
             if slot.result.finish_reason:
                 rows[row] = None
 
-    def _learn(self, verify_len: int, outcomes: list[list[int]], way: _Sampling) -> None:
+    def _learn(self, verify_len: int, outcomes: list[list[int]]) -> None:
         """Take the outcomes of a step into what the policy expects."""
         beside = verify_len - self.num_drafts - 1
         if beside > 0:
             paths = [self._path(outcome) for outcome in outcomes]
-            self.expected_tokens.observe_trees(beside, paths, not way.greedy)
+            self.expected_tokens.observe_trees(beside, paths)
         else:
             self.expected_tokens.observe_chain(verify_len - 1, [outcome[2] for outcome in outcomes])
 
@@ -428,11 +428,6 @@ class Engine:
         self._inject(batch, num_keys)
         anchors, positions = self.state.anchors[:batch], self.state.lengths[:batch]
         hidden = self.drafter.draft(anchors, positions)
-        beside = verify_len - self.num_drafts - 1
-        if beside > 0:
-            temperature = None if way.greedy else self.state.sampling.temperature[:batch]
-            self.state.keep_tree(propose_tree(self.drafter, hidden, anchors, beside, temperature))
-            return
         sampling = factors = None
         if not way.greedy and self.draft_sampling != "greedy":
             sampling = self.state.sampling_of(batch)
@@ -447,6 +442,11 @@ class Engine:
             way.limited,
         )
         self.state.drafts[:batch] = proposal.tokens
+        beside = verify_len - self.num_drafts - 1
+        if beside > 0:
+            temperature = None if way.greedy else self.state.sampling.temperature[:batch]
+            tree = propose_tree(self.drafter, proposal, hidden, anchors, beside, temperature)
+            self.state.keep_tree(tree)
         for name, probs in (("draft_probs", proposal.probs), ("own_probs", proposal.own_probs)):
             if probs is None:
                 continue
@@ -472,26 +472,37 @@ class Engine:
         positions = self.state.lengths[:batch, None] + offsets
         target_pass = TargetPass(self.target.kv, positions, num_keys)
         logits, features = self.target.forward(tokens, target_pass)
-        sampling = self.state.sampling_of(batch)
-        positions_before = self.state.lengths[:batch]
         if way.greedy:
             verdict = verify_greedy(drafts, logits.argmax(dim=-1))
         else:
-            probs = probabilities(logits, sampling, way.limited)
-            draft_probs = self.state.draft_probs
-            if draft_probs is not None:
-                draft_probs = draft_probs[:batch, : rows - 1]
-            verdict = verify(drafts, probs, draft_probs, sampling.seed, positions_before)
-            if way.learns and self.state.own_probs is not None:
-                self.acceptance.observe(
-                    sampling,
-                    probs[:, :-1],
-                    self.state.own_probs[:batch, : rows - 1],
-                    verdict.num_accepted,
-                    # An idle row stands at position 0.
-                    (positions_before > 0) & ~self.state.seeded[:batch],
-                )
+            probs = probabilities(logits, self.state.sampling_of(batch), way.limited)
+            verdict = self._verify_sampled(drafts, probs, way)
         self._advance(batch, verdict, features)
+
+    def _verify_sampled(self, drafts: Tensor, probs: Tensor, way: _Sampling) -> Verdict:
+        """Verify chains of requests that sample, and learn how drafts are best made.
+
+        Args:
+            drafts: int64 [B, n].
+            probs: [B, n + 1, V], of the target.
+            way: how the requests sample.
+        """
+        batch, count = drafts.shape
+        sampling, positions = self.state.sampling_of(batch), self.state.lengths[:batch]
+        draft_probs = self.state.draft_probs
+        if draft_probs is not None:
+            draft_probs = draft_probs[:batch, :count]
+        verdict = verify(drafts, probs, draft_probs, sampling.seed, positions)
+        if way.learns and self.state.own_probs is not None:
+            self.acceptance.observe(
+                sampling,
+                probs[:, :-1],
+                self.state.own_probs[:batch, :count],
+                verdict.num_accepted,
+                # An idle row stands at position 0.
+                (positions > 0) & ~self.state.seeded[:batch],
+            )
+        return verdict
 
     def _verify_tree(self, batch: int, num_keys: int, way: _Sampling, rows: int) -> None:
         """Run the target over draft trees, walk down, and advance every row.
@@ -507,13 +518,12 @@ class Engine:
         # A row without a token is never reached.
         logits, features = self.target.forward(tree.tokens.clamp(min=0), target_pass)
         if way.greedy:
-            verdict, path = verify_tree_greedy(tree, logits, self.num_drafts)
+            verdict, path = walk(tree, logits.argmax(dim=-1), self.num_drafts)
         else:
-            sampling = self.state.sampling_of(batch)
+            sampling, chain = self.state.sampling_of(batch), self.num_drafts + 1
             probs = probabilities(logits, sampling, way.limited)
-            verdict, path = verify_tree_sampled(
-                tree, probs, sampling.seed, lengths, self.num_drafts
-            )
+            of_chain = self._verify_sampled(tree.tokens[:, 1:chain], probs[:, :chain], way)
+            verdict, path = verify_tree_sampled(tree, of_chain, probs, sampling.seed, lengths)
         move_path(self.target.kv, path, lengths)
         if features is not None:
             index = path.clamp(min=0)[..., None].expand(-1, -1, features.shape[-1])

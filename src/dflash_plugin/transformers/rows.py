@@ -115,13 +115,12 @@ class RowTensors:
             tensor[destination] = tensor[source].clone()
 
     def keep_tree(self, tree: DraftTree) -> None:
-        """Take the trees of the first rows, and their chains as drafts."""
+        """Take the trees of the first rows."""
         assert self.tree is not None
         batch, rows = tree.tokens.shape
         kept = self.tree_of(batch, rows)
         for destination, source in zip(kept, tree, strict=True):
             destination.copy_(source)
-        self.drafts[:batch] = tree.tokens[:, 1 : self.drafts.shape[1] + 1]
 
     def tree_of(self, batch: int, rows: int) -> DraftTree:
         """The first ``rows`` of the trees of the first requests, without a copy."""

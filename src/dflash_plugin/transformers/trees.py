@@ -68,16 +68,13 @@ def move_path(kv: StaticKV, rows: Tensor, lengths: Tensor) -> None:
     )
 
 
-def tree_sizes(
-    tree_rows: Any, adaptive: bool, has_drafter: bool, draft_sampling: str
-) -> tuple[int, ...]:
+def tree_sizes(tree_rows: Any, adaptive: bool, has_drafter: bool) -> tuple[int, ...]:
     """Numbers of rows beside the chain that passes can have, rising; none for chains alone.
 
     Args:
         tree_rows: as given. "auto" leaves it to the adaptive policy, and is none without it.
         adaptive: whether passes are chosen by the clock.
         has_drafter: whether there are drafts.
-        draft_sampling: of the engine.
 
     Raises:
         DFlashError: it is not a number of rows, or no drafts come for them.
@@ -90,14 +87,9 @@ def tree_sizes(
     if tree_rows == 0:
         return ()
     if tree_rows == "auto":
-        return SIZES if adaptive and has_drafter and draft_sampling != "probabilistic" else ()
+        return SIZES if adaptive and has_drafter else ()
     if not has_drafter:
         raise DFlashError(f"tree_rows is {tree_rows} but there is no drafter: give one, or 0")
-    if draft_sampling == "probabilistic":
-        raise DFlashError(
-            f"tree_rows is {tree_rows} and draft_sampling 'probabilistic', but a tree holds the "
-            "likeliest drafts: give draft_sampling 'auto' or 'greedy', or tree_rows 0"
-        )
     return (tree_rows,)
 
 
