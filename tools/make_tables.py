@@ -183,7 +183,7 @@ def trees_speed(name: str) -> str:
                 "greedy" if temperature == 0 else f"T = {temperature}",
                 str(batch),
                 *(
-                    f"{row['tokens_per_second']:,.0f} ({row['tokens_per_second'] / speeds[0]:.2f})"
+                    f"{row['tokens_per_second']:,.1f} ({row['tokens_per_second'] / speeds[0]:.2f})"
                     f", {row['step_milliseconds']:.2f} ms"
                     for row in line
                 ),
