@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from dflash_plugin.decoding.draft_tree import DraftTree, ancestors
 from dflash_plugin.decoding.sampling import SamplingParams
 from dflash_plugin.drafter.model import Drafter
+from dflash_plugin.drafter.static_kv import KVShape, StaticKV
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.transformers import Engine, Request
 from dflash_plugin.transformers.trees import TreePass
@@ -60,6 +62,29 @@ def test_greedy_text_is_the_targets(kind):
             beside = sum(row > engine.num_drafts for path in result.tree_rows for row in path)
             assert bool(beside) == bool(rows)
     assert max(passes[1:]) < passes[0]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 6])
+def test_a_row_sees_the_text_and_its_path(window):
+    """Brute force over a tree whose rows stand in slots other than their positions."""
+    # Row 4 follows the anchor, row 5 row 4, row 6 row 1.
+    parents = torch.tensor([[0, 0, 1, 2, 0, 4, 1]] * 2)
+    depths = torch.tensor([[0, 1, 2, 3, 1, 2, 2]] * 2)
+    tree = DraftTree(torch.zeros_like(parents), parents, depths, ancestors(parents, 3))
+    kv = StaticKV([KVShape(1, 2, 2)], 2, 30, torch.float32, torch.device("cpu"))
+    lengths = torch.tensor([2, 9])
+    found = TreePass(kv, tree, lengths, 20).mask(window)
+    for request, length in enumerate(lengths.tolist()):
+        for row in range(7):
+            path, at = {0, row}, row
+            while at:
+                at = int(parents[request, at])
+                path.add(at)
+            seen = {slot: slot for slot in range(length)}
+            seen |= {length + one: length + int(depths[request, one]) for one in path}
+            here = length + int(depths[request, row])
+            expected = {slot for slot, at in seen.items() if window is None or here - at < window}
+            assert set(found[request, row].nonzero()[:, 0].tolist()) == expected
 
 
 @pytest.mark.parametrize("rows", [8, 16])
