@@ -206,6 +206,13 @@ def test_the_adaptive_policy_may_choose_trees(turns):
     assert expects[3] + 0.5 < expects[11] <= expects[35]
 
 
+@pytest.mark.parametrize(("batch", "sizes"), [(1, (8, 16, 32)), (8, (8, 16)), (32, ())])
+def test_trees_are_tried_at_few_requests(batch, sizes):
+    options = {"max_batch": batch, "max_length": 40, "adaptive": True}
+    assert Engine(tiny_target(), tiny_drafter(), **options).tree_sizes == sizes
+    assert Engine(tiny_target(), tiny_drafter(), **options, tree_rows=32).tree_sizes == (32,)
+
+
 def test_the_default_is_the_chain():
     target, prompts = tiny_target(), prompts_of(2)
     engine = Engine(target, tiny_drafter(), max_length=72)

@@ -126,10 +126,11 @@ class Engine:
                 + ", ".join(map(repr, get_args(DraftSampling)))
             )
         self.draft_sampling = draft_sampling
-        self.tree_sizes = tree_sizes(tree_rows, adaptive, drafter is not None)
         self.record_drafts = record_drafts
         self.num_drafts = drafter.config.num_draft_tokens if drafter else 0
         rows = self.num_drafts + 1
+        has_drafter = drafter is not None
+        self.tree_sizes = tree_sizes(tree_rows, adaptive, has_drafter, max_batch, rows)
         check_rotation(model.config.get_text_config(), max_length, rows)
         check_positions(model.config.get_text_config(), max_length, rows)
         widest = rows + max(self.tree_sizes, default=0)

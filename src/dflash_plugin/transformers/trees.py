@@ -14,8 +14,9 @@ from dflash_plugin.transformers.static_cache import TargetPass
 
 TreeRows = int | Literal["auto"]
 
-# Rows beside the chain that the adaptive policy chooses from.
-SIZES = (8, 16, 32)
+# Rows beside the chain that the adaptive policy chooses from, and rows of the largest step that it
+# tries them in: every size of every batch costs trial steps and graphs.
+SIZES, MOST_ROWS = (8, 16, 32), 256
 
 
 class TreePass(TargetPass):
@@ -68,13 +69,17 @@ def move_path(kv: StaticKV, rows: Tensor, lengths: Tensor) -> None:
     )
 
 
-def tree_sizes(tree_rows: Any, adaptive: bool, has_drafter: bool) -> tuple[int, ...]:
+def tree_sizes(
+    tree_rows: Any, adaptive: bool, has_drafter: bool, max_batch: int, block: int
+) -> tuple[int, ...]:
     """Numbers of rows beside the chain that passes can have, rising; none for chains alone.
 
     Args:
         tree_rows: as given. "auto" leaves it to the adaptive policy, and is none without it.
         adaptive: whether passes are chosen by the clock.
         has_drafter: whether there are drafts.
+        max_batch: requests of the largest step.
+        block: rows of each without a tree.
 
     Raises:
         DFlashError: it is not a number of rows, or no drafts come for them.
@@ -87,7 +92,8 @@ def tree_sizes(tree_rows: Any, adaptive: bool, has_drafter: bool) -> tuple[int, 
     if tree_rows == 0:
         return ()
     if tree_rows == "auto":
-        return SIZES if adaptive and has_drafter else ()
+        tried = adaptive and has_drafter
+        return tuple(n for n in SIZES if tried and max_batch * (block + n) <= MOST_ROWS)
     if not has_drafter:
         raise DFlashError(f"tree_rows is {tree_rows} but there is no drafter: give one, or 0")
     return (tree_rows,)
