@@ -48,7 +48,7 @@ def gains(results: list[Result], num_drafts: int) -> dict[str, int]:
         tree held the target's token; ``gained``: tokens committed beyond the chain's, the ones
         that follow these siblings; ``behind``: those of them that were rows of the tree.
     """
-    paths = [path for result in results for path in result.tree_rows]
+    paths = [path for result in results for path in result.accepted_rows]
     on_chain = [reached(path, num_drafts) for path in paths]
     left = [len(path) - chain for path, chain in zip(paths, on_chain, strict=True)]
     siblings = sum(beside > 0 for beside in left)

@@ -16,7 +16,7 @@ from tests.transformers.test_trees import doubting_drafter
 def test_gains_are_counted_behind_the_rejection():
     # A chain of 3; rows from 4 on stand beside it.
     paths = [[1, 2, 3], [1, 2], [1, 5], [4, 6, 9], []]
-    results = [Result(tree_rows=paths[:2]), Result(tree_rows=paths[2:])]
+    results = [Result(accepted_rows=paths[:2]), Result(accepted_rows=paths[2:])]
     assert gains(results, 3) == {
         "passes": 5,
         "rejections": 4,

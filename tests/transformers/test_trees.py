@@ -58,8 +58,8 @@ def test_greedy_text_is_the_targets(kind):
         passes.append(sum(len(result.committed) for result in found))
         for result in found:
             assert 1 + sum(result.committed) == len(result.tokens)
-            assert [len(path) for path in result.tree_rows] == (result.accepted if rows else [])
-            beside = sum(row > engine.num_drafts for path in result.tree_rows for row in path)
+            assert [len(path) for path in result.accepted_rows] == (result.accepted if rows else [])
+            beside = sum(row > engine.num_drafts for path in result.accepted_rows for row in path)
             assert bool(beside) == bool(rows)
     assert max(passes[1:]) < passes[0]
 
@@ -93,7 +93,7 @@ def test_dflash2_trees_leave_the_text_alone(rows):
     engine = Engine(target, tiny_drafter(**DFLASH2), max_batch=4, max_length=72, tree_rows=rows)
     found = engine.generate(requests_of(prompts))
     assert [r.tokens for r in found] == [greedy(target, prompt, 24) for prompt in prompts]
-    assert any(path and path[0] > engine.num_drafts for r in found for path in r.tree_rows)
+    assert any(path and path[0] > engine.num_drafts for r in found for path in r.accepted_rows)
 
 
 def test_greedy_and_sampled_requests_share_trees():
@@ -217,7 +217,7 @@ def test_the_default_is_the_chain():
     target, prompts = tiny_target(), prompts_of(2)
     engine = Engine(target, tiny_drafter(), max_length=72)
     assert engine.tree_sizes == ()
-    assert engine.generate(requests_of(prompts))[0].tree_rows == []
+    assert engine.generate(requests_of(prompts))[0].accepted_rows == []
 
 
 @pytest.mark.parametrize(

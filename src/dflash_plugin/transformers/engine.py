@@ -397,7 +397,7 @@ class Engine:
             slot.result.committed.append(committed)
             slot.result.accepted.append(accepted)
             if is_tree:
-                slot.result.tree_rows.append(self._path(outcome))
+                slot.result.accepted_rows.append(self._path(outcome))
             slot.length += accepted + 1
             self._record(slot, tokens[:committed], code, on_tokens)
             if slot.result.finish_reason:
