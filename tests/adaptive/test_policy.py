@@ -350,6 +350,16 @@ def test_trials_take_few_steps_and_are_counted():
     assert sum(width != best for width in later) <= probed
 
 
+def test_rows_beyond_a_block_save_nothing():
+    policy = VerifyLenPolicy((1, 4, 12), block=4)
+    widths = Machine(0.7, row=1e-4, free=0).run(policy, 16, 100)
+    summary = policy.summary()
+    assert {1, 4, 12} == set(widths)
+    assert summary["drafts_verified"] == 16 * sum(width - 1 for width in widths)
+    assert summary["drafts_saved"] == 16 * 3 * widths.count(1)
+    assert summary["drafts_proposed"] == 16 * (3 * widths.count(4) + 11 * widths.count(12))
+
+
 def test_growth_adds_up_to_what_was_counted():
     policy, machine = VerifyLenPolicy((1, 4, 8)), Machine(0.7, row=1e-4, free=0)
     before: dict[str, int] = {}

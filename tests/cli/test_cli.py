@@ -117,6 +117,8 @@ def test_generate_compares_with_the_target_alone(target, drafter):
         run("generate", *arguments, "--adaptive", "--compare", "--repeats", 1, "--json")
     )
     assert adaptive["text"] == found["text"]
+    tree = json.loads(run("generate", *arguments, "--tree-rows", 6, "--json"))
+    assert tree["text"] == found["text"]
     streamed = run("generate", *arguments)
     assert streamed.strip() == found["text"].strip()
     shown = run("generate", *arguments, "--compare", "--repeats", 1)
@@ -212,6 +214,7 @@ def test_train_makes_a_drafter_that_generates(target, prompts, start, dflash2, t
         (("fetch", "gpt-7"), "gpt-7"),
         (("eval", "--data", "no.jsonl"), "no.jsonl"),
         (("generate", "x", "--temperature", "-1"), "temperature is -1.0"),
+        (("generate", "x", "--tree-rows", "few"), "--tree-rows is 'few': give auto, or a number"),
         (
             ("train", "--target", "a", "--output", "b", "--mask-token", "3", "--block-size", "1"),
             "--block-size is 1",

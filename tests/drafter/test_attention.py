@@ -144,3 +144,17 @@ def test_static_buffers_forget_by_being_overwritten():
     assert keys[:, 0, :, 0].tolist() == [[1, 1, 1, 0], [0, 0, 0, 0], [1, 2, 2, 0]]
     kv.move_row(2, 1)
     assert kv.read(0, 1, 4, torch.tensor([1]))[1][0, 0, :, 0].tolist() == [1, 2, 2, 0]
+
+
+def test_slots_of_all_layers_move_at_once():
+    """Layers of other shapes too; sources are read before anything is written."""
+    shapes = [KVShape(1, 2, 3), KVShape(2, 3, 2), KVShape(1, 2, 3), KVShape(0, 0, 0)]
+    kv = StaticKV(shapes, 2, 6, torch.float32, torch.device("cpu"))
+    for buffer in (*kv.keys, *kv.values):
+        buffer.copy_(torch.arange(7.0)[None, :, None, None].expand_as(buffer))
+        buffer[1] += 10
+    kv.move_slots(torch.tensor([[3, 5, 2], [4, -1, -1]]), torch.tensor([[1, 2, 3], [2, -1, -1]]))
+    for buffer in (*kv.keys[:3], *kv.values[:3]):
+        for row, expected in enumerate(([0, 3, 5, 2, 4, 5], [10, 11, 14, 13, 14, 15])):
+            assert buffer[row, :6, 0, 0].tolist() == expected
+            assert (buffer[row, :6] == buffer[row, :6, :1, :1]).all()

@@ -82,7 +82,7 @@ def test_what_was_accepted_is_learnt():
     result = engine.generate([Request(prompt, 60, stop_ids=[])])[0]
     assert result.tokens == answer
     assert engine.policy is not None
-    assert engine.policy.acceptance.expected()[-1] > 3.3
+    assert engine.policy.expected()[engine.num_drafts] > 3.3
 
 
 def test_without_a_drafter_there_is_nothing_to_adapt():

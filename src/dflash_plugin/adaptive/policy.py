@@ -132,6 +132,7 @@ class VerifyLenPolicy:
         agree: turns this process's choice into the one that all processes of a step share, as their
             clocks differ; None with one process. All processes call it in the same steps, because
             which steps choose depends on the numbers of requests alone.
+        block: rows of a whole block, where passes can have more; the longest verify length if None.
 
     Attributes:
         seconds: of a step, by captured requests and verify length, as far as it has been timed.
@@ -146,7 +147,9 @@ class VerifyLenPolicy:
         latency_vs_throughput: float = 1.0,
         expected: Callable[[], Sequence[float]] | None = None,
         agree: Callable[[int], int] | None = None,
+        block: int | None = None,
     ) -> None:
+        self.block = block or verify_lens[-1]
         self.verify_lens = tuple(verify_lens)
         self.agree = agree
         self.sizes = tuple(sizes)
@@ -203,9 +206,9 @@ class VerifyLenPolicy:
         self.steps[self._verify_len] += 1
         self.probed += self._probes_now
         # A step that verifies no draft does not draft.
-        self.proposed += requests * (self.verify_lens[-1] - 1) * (self._verify_len > 1)
+        self.proposed += requests * (max(self.block, self._verify_len) - 1) * (self._verify_len > 1)
         self.verified += requests * (self._verify_len - 1)
-        self.saved += requests * (self.verify_lens[-1] - self._verify_len)
+        self.saved += requests * max(0, self.block - self._verify_len)
         self._recent.append((size, self._verify_len))
         self._last = self._before = now
         return self._verify_len

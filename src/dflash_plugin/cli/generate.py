@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -53,6 +53,13 @@ def generate(
     adaptive: Annotated[
         bool, typer.Option(help="Verify as many drafts as pay, none where none does.")
     ] = False,
+    tree_rows: Annotated[
+        str,
+        typer.Option(
+            help="Likely tokens that are verified beside the chain: a number, 0 for none, or auto, "
+            "which is none without --adaptive."
+        ),
+    ] = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -61,6 +68,7 @@ def generate(
         raise DFlashError("the prompt is empty: write what to ask")
     if max_new_tokens < 1:
         raise DFlashError(f"max_new_tokens is {max_new_tokens}: give at least 1")
+    beside = _tree_rows(tree_rows)
     quiet()
     target_directory, directory = resolve_pair(target, drafter)
     from dflash_plugin.bench.evaluate import compare_runs, machine
@@ -80,7 +88,13 @@ def generate(
         )
     request = Request(tokens, max_new_tokens, sampling=sampling)
     length = len(tokens) + max_new_tokens
-    engine = Engine(model, loaded, max_length=length, adaptive=adaptive)
+    engine = Engine(
+        model,
+        loaded,
+        max_length=length,
+        adaptive=adaptive,
+        tree_rows=beside,
+    )
     if not compare:
         stream = None if as_json else _TextStream(tokenizer)
         result = engine.generate([request], stream)[0]
@@ -117,6 +131,14 @@ def generate(
             "from a fault",
             style="yellow",
         )
+
+
+def _tree_rows(given: str) -> int | Literal["auto"]:
+    if given == "auto":
+        return "auto"
+    if not given.isdecimal():
+        raise DFlashError(f"--tree-rows is {given!r}: give auto, or a number of rows, 0 for none")
+    return int(given)
 
 
 class _TextStream:

@@ -22,7 +22,9 @@ class StaticKV:
 
     A position is overwritten when it is written again, so rejected tokens need no clean-up: a
     request that rolls back writes its next block over them and its mask hides what lies beyond.
-    One scratch slot per row, never visible, takes the writes of positions below zero.
+    One scratch slot per row, never visible, takes the writes of positions below zero. The rows of a
+    draft tree stand behind the anchor's slot, side by side, until ``move_slots`` puts those that
+    were accepted at their positions.
     """
 
     def __init__(
@@ -36,14 +38,17 @@ class StaticKV:
         self.rows = rows
         self.length = length
         self._slots = length + 1
-        self.keys = [
-            torch.zeros(rows, self._slots, s.heads, s.key_dim, dtype=dtype, device=device)
-            for s in layers
-        ]
-        self.values = [
-            torch.zeros(rows, self._slots, s.heads, s.value_dim, dtype=dtype, device=device)
-            for s in layers
-        ]
+        shapes = [(s.heads, s.key_dim) for s in layers] + [(s.heads, s.value_dim) for s in layers]
+        # Buffers of one shape lie in one tensor, so that one launch can move slots of them all.
+        self._stacks = {
+            shape: torch.zeros(
+                shapes.count(shape), rows, self._slots, *shape, dtype=dtype, device=device
+            )
+            for shape in dict.fromkeys(shapes)
+        }
+        parts = {shape: iter(stack) for shape, stack in self._stacks.items()}
+        buffers = [next(parts[shape]) for shape in shapes]
+        self.keys, self.values = buffers[: len(layers)], buffers[len(layers) :]
 
     def flat_slots(self, positions: Tensor, rows: Tensor | None = None) -> Tensor:
         """Where positions live in the flattened buffers.
@@ -80,6 +85,18 @@ class StaticKV:
         else:
             key, value = key[rows], value[rows]
         return key.transpose(1, 2), value.transpose(1, 2)
+
+    def move_slots(self, sources: Tensor, destinations: Tensor) -> None:
+        """Copy keys and values of all layers to other slots of their rows.
+
+        Args:
+            sources: int64 [B, T], slots of rows 0..B-1; below zero is scratch.
+            destinations: int64 [B, T]; below zero drops the copy.
+        """
+        taken, written = self.flat_slots(sources), self.flat_slots(destinations)
+        for stack in self._stacks.values():
+            slots = stack.flatten(1, 2)
+            slots.index_copy_(1, written, slots.index_select(1, taken))
 
     def move_row(self, source: int, destination: int) -> None:
         """Copy one request's keys and values to another row, when a batch is compacted."""

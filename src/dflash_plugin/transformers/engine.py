@@ -17,11 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_verify_lens
+from dflash_plugin.adaptive.tree_tokens import TreeTokens
 from dflash_plugin.decoding.draft_sampling import LEARN_EVERY, AcceptanceEstimate, DraftSampling
 from dflash_plugin.decoding.sampling import is_limited, probabilities
-from dflash_plugin.decoding.verify import FinishReason, commit, verify, verify_greedy
+from dflash_plugin.decoding.verify import FinishReason, Verdict, commit, verify, verify_greedy
+from dflash_plugin.decoding.verify_tree import verify_tree_sampled, walk
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.drafter.static_store import StaticStore
+from dflash_plugin.drafter.tree import propose_tree
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.transformers.graphs import Graphs
 from dflash_plugin.transformers.loading import bind_drafter
@@ -31,6 +34,13 @@ from dflash_plugin.transformers.rotation import check_rotation
 from dflash_plugin.transformers.rows import MAX_STOP_IDS, RowTensors
 from dflash_plugin.transformers.static_cache import TargetPass
 from dflash_plugin.transformers.target import Target
+from dflash_plugin.transformers.trees import (
+    TreePass,
+    TreeRows,
+    move_path,
+    refuse_trees,
+    tree_sizes,
+)
 
 PREFILL_TOKENS = 8192
 KEYS_STEP = 64
@@ -77,13 +87,17 @@ class Engine:
         cuda_graphs: run draft and verify from CUDA graphs on a GPU.
         adaptive: verify the number of drafts per request that commits most tokens per second, none
             where none pays; the text stays the same.
+        tree_rows: verify so many likely tokens beside each block's chain (``decoding.draft_tree``);
+            0 verifies the chain alone. "auto" does, too, unless ``adaptive`` is set: then trees are
+            among the passes that it chooses from.
         record_drafts: keep what each pass drafted, which costs a copy from the device.
 
     Attributes:
         policy: chooses the verify length, or None; its ``summary`` returns what it has learned.
 
     Raises:
-        DFlashError: target and drafter do not fit each other, or the target cannot be run.
+        DFlashError: target and drafter do not fit each other, or the target cannot be run; or an
+            option has no such value, or does not go with another.
     """
 
     def __init__(
@@ -96,6 +110,7 @@ class Engine:
         draft_sampling: DraftSampling = "auto",
         cuda_graphs: bool = True,
         adaptive: bool = False,
+        tree_rows: TreeRows = "auto",
         record_drafts: bool = False,
     ) -> None:
         if max_batch < 1:
@@ -112,15 +127,21 @@ class Engine:
         self.record_drafts = record_drafts
         self.num_drafts = drafter.config.num_draft_tokens if drafter else 0
         rows = self.num_drafts + 1
+        has_drafter = drafter is not None
+        self.tree_sizes = tree_sizes(tree_rows, adaptive, has_drafter, max_batch, rows)
         check_rotation(model.config.get_text_config(), max_length, rows)
         check_positions(model.config.get_text_config(), max_length, rows)
-        length = max_length + max(rows, drafter.config.block_size if drafter else 0) + 1
+        widest = rows + max(self.tree_sizes, default=0)
+        length = max_length + max(widest, drafter.config.block_size if drafter else 0) + 1
         length = -(-length // KEYS_STEP) * KEYS_STEP
         self.layer_ids = drafter.config.target_layer_ids if drafter else ()
         if drafter is not None:
             bind_drafter(drafter, model)
         normed = drafter is None or drafter.config.last_layer_normed
         self.target = Target(model, max_batch, length, self.layer_ids, normed)
+        if self.tree_sizes and self.target.recurrent is not None:
+            refuse_trees(tree_rows, self.target.config.model_type)
+            self.tree_sizes = ()
         self.device = self.target.device
         if drafter is not None:
             drafter.store = self.store = StaticStore(
@@ -136,15 +157,20 @@ class Engine:
         self.steps = 0
         self.stop_ids = _default_stop_ids(model)
         self.policy: VerifyLenPolicy | None = None
+        self.expected_tokens = TreeTokens(self.num_drafts, self.tree_sizes)
         if adaptive and drafter is not None:
             sizes = {min(1 << n, max_batch) for n in range(max_batch.bit_length() + 1)}
-            self.policy = VerifyLenPolicy(choose_verify_lens(rows, 0, None), sorted(sizes))
+            verify_lens = choose_verify_lens(rows, 0, None)
+            verify_lens += tuple(rows + beside for beside in self.tree_sizes)
+            expected = self.expected_tokens.expected
+            self.policy = VerifyLenPolicy(verify_lens, sorted(sizes), expected=expected, block=rows)
         self.state = RowTensors(
             max_batch,
             rows,
             len(self.layer_ids) * self.target.config.hidden_size,
             self.target.dtype,
             self.device,
+            max(self.tree_sizes, default=0),
         )
 
     def generate(
@@ -316,19 +342,26 @@ class Engine:
         running = [slot for slot in rows if slot is not None]
         batch = self._batch_bucket(len(rows))
         longest = max(slot.length for slot in running)
-        num_keys = self._num_keys(longest + self.num_drafts + 2)
         self.steps += 1
         way = _sampling_of(running, learns=self.steps % LEARN_EVERY == 0)
-        verify_len = self.num_drafts + 1
+        verify_len = self.num_drafts + 1 + max(self.tree_sizes, default=0)
         if self.policy is not None:
             verify_len = self.policy.choose(len(running), time.monotonic())
+        is_tree = verify_len > self.num_drafts + 1
+        num_keys = self._num_keys(longest + max(verify_len, self.num_drafts + 1) + 1)
         if self.drafter is not None and verify_len > 1:
             self.graphs.run(
-                ("draft", batch, num_keys, way[:2]), lambda: self._draft(batch, num_keys, way)
+                ("draft", batch, num_keys, way[:2], verify_len if is_tree else 0),
+                lambda: self._draft(batch, num_keys, way, verify_len),
             )
         elif self.drafter is not None:
             self.graphs.run(("inject", batch, num_keys), lambda: self._inject(batch, num_keys))
-        if self.target.recurrent is not None:
+        if is_tree:
+            self.graphs.run(
+                ("verify", batch, num_keys, way, verify_len),
+                lambda: self._verify_tree(batch, num_keys, way, verify_len),
+            )
+        elif self.target.recurrent is not None:
             # A graph would not keep what the recurrent layers need to take tokens back.
             self._verify(batch, num_keys, way, verify_len)
         else:
@@ -345,8 +378,8 @@ class Engine:
             ]
         )
         if self.policy is not None:
-            passed = [row[2] for row, slot in zip(outcomes, rows, strict=True) if slot is not None]
-            self.policy.observe(verify_len, passed)
+            passed = [row for row, slot in zip(outcomes, rows, strict=True) if slot is not None]
+            self._learn(verify_len, passed)
         drafts = (
             self.state.drafts[: len(rows), : verify_len - 1].tolist()
             if self.record_drafts
@@ -361,10 +394,26 @@ class Engine:
             committed, code, accepted, *tokens = outcome
             slot.result.committed.append(committed)
             slot.result.accepted.append(accepted)
+            if is_tree:
+                slot.result.accepted_rows.append(self._path(outcome))
             slot.length += accepted + 1
             self._record(slot, tokens[:committed], code, on_tokens)
             if slot.result.finish_reason:
                 rows[row] = None
+
+    def _learn(self, verify_len: int, outcomes: list[list[int]]) -> None:
+        """Take the outcomes of a step into what the policy expects."""
+        beside = verify_len - self.num_drafts - 1
+        if beside > 0:
+            paths = [self._path(outcome) for outcome in outcomes]
+            self.expected_tokens.observe_trees(beside, paths)
+        else:
+            self.expected_tokens.observe_chain(verify_len - 1, [outcome[2] for outcome in outcomes])
+
+    def _path(self, outcome: list[int]) -> list[int]:
+        """Accepted rows of a tree."""
+        start = 3 + self.num_drafts + 2
+        return outcome[start : start + outcome[2]]
 
     def _inject(self, batch: int, num_keys: int) -> None:
         """Inject the features that the last verification committed."""
@@ -372,18 +421,19 @@ class Engine:
         self.store.rows, self.store.num_keys = None, num_keys
         self.drafter.inject(self.state.features[:batch], self.state.feature_positions[:batch])
 
-    def _draft(self, batch: int, num_keys: int, way: _Sampling) -> None:
+    def _draft(self, batch: int, num_keys: int, way: _Sampling, verify_len: int) -> None:
         """Inject the features that the last verification committed, then draft a block."""
         assert self.drafter is not None
         self._inject(batch, num_keys)
         anchors, positions = self.state.anchors[:batch], self.state.lengths[:batch]
+        hidden = self.drafter.draft(anchors, positions)
         sampling = factors = None
         if not way.greedy and self.draft_sampling != "greedy":
             sampling = self.state.sampling_of(batch)
         if sampling is not None and self.draft_sampling == "auto":
             factors = self.acceptance.factors(sampling, self.state.seeded[:batch])
         proposal = self.drafter.propose(
-            self.drafter.draft(anchors, positions),
+            hidden,
             anchors,
             positions,
             sampling,
@@ -391,6 +441,11 @@ class Engine:
             way.limited,
         )
         self.state.drafts[:batch] = proposal.tokens
+        beside = verify_len - self.num_drafts - 1
+        if beside > 0:
+            temperature = None if way.greedy else self.state.sampling.temperature[:batch]
+            tree = propose_tree(self.drafter, proposal, hidden, anchors, beside, temperature)
+            self.state.keep_tree(tree)
         for name, probs in (("draft_probs", proposal.probs), ("own_probs", proposal.own_probs)):
             if probs is None:
                 continue
@@ -416,31 +471,83 @@ class Engine:
         positions = self.state.lengths[:batch, None] + offsets
         target_pass = TargetPass(self.target.kv, positions, num_keys)
         logits, features = self.target.forward(tokens, target_pass)
-        sampling = self.state.sampling_of(batch)
-        positions_before = self.state.lengths[:batch]
         if way.greedy:
             verdict = verify_greedy(drafts, logits.argmax(dim=-1))
         else:
+            probs = probabilities(logits, self.state.sampling_of(batch), way.limited)
+            verdict = self._verify_sampled(drafts, probs, way)
+        self._advance(batch, verdict, features)
+
+    def _verify_sampled(self, drafts: Tensor, probs: Tensor, way: _Sampling) -> Verdict:
+        """Verify chains of requests that sample, and learn how drafts are best made.
+
+        Args:
+            drafts: int64 [B, n].
+            probs: [B, n + 1, V], of the target.
+            way: how the requests sample.
+        """
+        batch, count = drafts.shape
+        sampling, positions = self.state.sampling_of(batch), self.state.lengths[:batch]
+        draft_probs = self.state.draft_probs
+        if draft_probs is not None:
+            draft_probs = draft_probs[:batch, :count]
+        verdict = verify(drafts, probs, draft_probs, sampling.seed, positions)
+        if way.learns and self.state.own_probs is not None:
+            self.acceptance.observe(
+                sampling,
+                probs[:, :-1],
+                self.state.own_probs[:batch, :count],
+                verdict.num_accepted,
+                # An idle row stands at position 0.
+                (positions > 0) & ~self.state.seeded[:batch],
+            )
+        return verdict
+
+    def _verify_tree(self, batch: int, num_keys: int, way: _Sampling, rows: int) -> None:
+        """Run the target over draft trees, walk down, and advance every row.
+
+        Args:
+            batch: B.
+            num_keys: slots that the pass looks at.
+            way: how the requests sample.
+            rows: of each tree, the anchor's among them.
+        """
+        tree, lengths = self.state.tree_of(batch, rows), self.state.lengths[:batch]
+        target_pass = TreePass(self.target.kv, tree, lengths, num_keys)
+        # A row without a token is never reached.
+        logits, features = self.target.forward(tree.tokens.clamp(min=0), target_pass)
+        if way.greedy:
+            verdict, path = walk(tree, logits.argmax(dim=-1), self.num_drafts)
+        else:
+            sampling, chain = self.state.sampling_of(batch), self.num_drafts + 1
             probs = probabilities(logits, sampling, way.limited)
-            draft_probs = self.state.draft_probs
-            if draft_probs is not None:
-                draft_probs = draft_probs[:batch, : rows - 1]
-            verdict = verify(drafts, probs, draft_probs, sampling.seed, positions_before)
-            if way.learns and self.state.own_probs is not None:
-                self.acceptance.observe(
-                    sampling,
-                    probs[:, :-1],
-                    self.state.own_probs[:batch, : rows - 1],
-                    verdict.num_accepted,
-                    # An idle row stands at position 0.
-                    (positions_before > 0) & ~self.state.seeded[:batch],
-                )
+            of_chain = self._verify_sampled(tree.tokens[:, 1:chain], probs[:, :chain], way)
+            verdict, path = verify_tree_sampled(tree, of_chain, probs, sampling.seed, lengths)
+        move_path(self.target.kv, path, lengths)
+        if features is not None:
+            index = path.clamp(min=0)[..., None].expand(-1, -1, features.shape[-1])
+            features = features.gather(1, index)
+        self.state.outcome[:batch, self.num_drafts + 4 :] = path
+        self._advance(batch, verdict, features)
+
+    def _advance(self, batch: int, verdict: Verdict, features: Tensor | None) -> None:
+        """Commit what a pass accepted.
+
+        Args:
+            batch: B.
+            verdict: of the pass.
+            features: [B, rows, width], at the positions from the anchors on; rows that were not
+                accepted are dropped.
+        """
+        rows = verdict.tokens.shape[1]
+        offsets = torch.arange(rows, device=self.device)
         advance = verdict.num_accepted + 1
         committed, finished, reason = commit(
             verdict.tokens, advance, self.state.stops[:batch], self.state.remaining[:batch]
         )
         if features is not None:
             self.state.features[:batch, :rows] = features
+            positions = self.state.lengths[:batch, None] + offsets
             kept = (offsets < advance[:, None]) & ~finished[:, None]
             self.state.feature_positions[:batch] = -1
             self.state.feature_positions[:batch, :rows] = torch.where(kept, positions, -1)

@@ -35,7 +35,10 @@ class Result:
         committed: tokens committed by each verify pass, the bonus token included; the first output
             token comes from the prompt's own pass and is not among them.
         accepted: drafts that verification accepted in each pass, before stop and length limits.
-        drafted: drafts that each pass verified, if the engine records them.
+        drafted: drafts that each pass verified, if the engine records them; of a tree those of its
+            chain.
+        accepted_rows: of passes over trees, the rows that were accepted, in order: 1 to K are the
+            chain's, higher ones stand beside it.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -43,6 +46,7 @@ class Result:
     committed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     drafted: list[list[int]] = field(default_factory=list)
+    accepted_rows: list[list[int]] = field(default_factory=list)
 
     @property
     def acceptance_length(self) -> float:

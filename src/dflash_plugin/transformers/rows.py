@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dflash_plugin.decoding.draft_tree import DraftTree
 from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors
 from dflash_plugin.transformers.requests import Request
 
@@ -22,6 +23,7 @@ class RowTensors:
         feature_width: n * target_hidden.
         dtype: of the target.
         device: of all tensors.
+        tree_rows: rows of a draft tree beside its chain, at most.
 
     Attributes:
         anchors: int64 [B], the last committed tokens.
@@ -34,7 +36,9 @@ class RowTensors:
         seeded: bool [B], requests that gave a seed.
         features: [B, R, feature_width], of the last verify pass.
         feature_positions: int64 [B, R]; -1 drops a feature.
-        outcome: int64 [B, R + 3]: tokens committed, finish reason, drafts accepted, then tokens.
+        outcome: int64 [B, 2 * R + 3]: tokens committed, finish reason, drafts accepted, then the R
+            tokens, then the rows of a tree that were accepted.
+        tree: of the last draft pass that made one; None without tree rows.
         sampling: of every request.
     """
 
@@ -45,6 +49,7 @@ class RowTensors:
         feature_width: int,
         dtype: torch.dtype,
         device: torch.device,
+        tree_rows: int = 0,
     ) -> None:
         def integers(*shape: int, fill: int = 0) -> Tensor:
             return torch.full(shape, fill, dtype=torch.int64, device=device)
@@ -60,8 +65,17 @@ class RowTensors:
         self.seeded = torch.zeros(batch, dtype=torch.bool, device=device)
         self.features = torch.zeros(batch, block, feature_width, dtype=dtype, device=device)
         self.feature_positions = integers(batch, block, fill=-1)
-        self.outcome = integers(batch, block + 3)
+        self.outcome = integers(batch, 2 * block + 3)
         self.sampling = SamplingTensors.build([SamplingParams()] * batch, device)
+        self.tree: DraftTree | None = None
+        if tree_rows:
+            rows = block + tree_rows
+            self.tree = DraftTree(
+                tokens=integers(batch, rows),
+                parents=integers(batch, rows),
+                depths=integers(batch, rows),
+                mask=torch.zeros(batch, rows, rows, dtype=torch.bool, device=device),
+            )
 
     def load(self, rows: Tensor, requests: Sequence[Request], stop_ids: Sequence[int]) -> None:
         """Fill rows int64 [N] with requests whose prompts have run.
@@ -99,6 +113,19 @@ class RowTensors:
             *self.sampling,
         ):
             tensor[destination] = tensor[source].clone()
+
+    def keep_tree(self, tree: DraftTree) -> None:
+        """Take the trees of the first rows."""
+        assert self.tree is not None
+        batch, rows = tree.tokens.shape
+        kept = self.tree_of(batch, rows)
+        for destination, source in zip(kept, tree, strict=True):
+            destination.copy_(source)
+
+    def tree_of(self, batch: int, rows: int) -> DraftTree:
+        """The first ``rows`` of the trees of the first requests, without a copy."""
+        assert self.tree is not None
+        return DraftTree(*(tensor[:batch] for tensor in self.tree)).first(rows)
 
     def sampling_of(self, batch: int) -> SamplingTensors:
         """Sampling parameters of the first ``batch`` rows, without a copy."""
