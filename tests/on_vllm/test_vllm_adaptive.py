@@ -18,7 +18,7 @@ from vllm import SamplingParams
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
 from dflash_plugin.serving import adaptive_setup, draft_tokens
 from dflash_plugin.transformers import load_drafter
-from dflash_plugin.vllm import adaptive
+from dflash_plugin.vllm import adaptive, adaptive_default
 from dflash_plugin.vllm.selfcheck import draft
 from tests.helpers.core_drafts import core_proposals
 from tests.helpers.distribution import check_distribution, continuations
@@ -82,6 +82,30 @@ def test_greedy_text_is_the_targets(pair, monkeypatch, turns, interpreted):
     assert [list(output.outputs[0].token_ids) for output in outputs] == of_target(target)
     assert sum(summary["steps"].values()) > 5
     assert bool(admitted) == interpreted
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_it_is_on_by_itself_unless_the_runner_finds_a_back_end_that_cannot(pair, monkeypatch, able):
+    """What a GPU with full graphs answers is put in; here no batch is captured."""
+    target, directory, drafter = pair
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setattr(adaptive_default, "reason_against", lambda vllm_config: None)
+    if not able:
+
+        def unable(**_: Any) -> None:
+            raise ValueError("the OWN attention back end does not support it")
+
+        name = "maybe_create_adaptive_verification_manager"
+        place = f"vllm.v1.worker.gpu.model_runner.{name}"
+        monkeypatch.setattr(place, adaptive.create_manager(unable))
+    with running(directory, drafter, max_model_len=256) as engine:
+        params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+        outputs = engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
+        )
+        (summary,) = engine.collective_rpc("dflash_adaptive")
+    assert [list(output.outputs[0].token_ids) for output in outputs] == of_target(target)
+    assert (summary is not None) == able
 
 
 def test_a_server_answers_like_the_target_and_counts_what_it_chose(pair, tmp_path):

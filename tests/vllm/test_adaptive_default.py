@@ -11,7 +11,7 @@ import pytest
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.drafter_spec import Options
-from dflash_plugin.vllm import adaptive_default
+from dflash_plugin.vllm import adaptive, adaptive_default
 from dflash_plugin.vllm.arguments import with_switch
 
 ALWAYS, UNIFORM = "ALWAYS", "UNIFORM_BATCH"
@@ -145,7 +145,10 @@ def test_the_runner_is_made_after_the_choice(engine, monkeypatch):
     def native(self: Any, vllm_config: Any, device: str) -> None:
         seen.append((vllm_config.speculative_config.enable_adaptive_verification, device))
 
-    adaptive_default.turned_on_where_able(native)(object(), settled, "cuda")
+    class Runner:
+        pass
+
+    adaptive_default.turned_on_where_able(native)(Runner(), settled, "cuda")
     assert seen == [(True, "cuda")]
 
 
@@ -162,3 +165,51 @@ def test_both_switches_must_agree():
     assert with_switch(Options(adaptive_verification=True), True).adaptive_verification is True
     with pytest.raises(DFlashError, match="adaptive_verification is True but enable_adaptive"):
         with_switch(Options(adaptive_verification=True), False)
+
+
+def runner(settled: Any) -> Any:
+    """A runner that vLLM has made, with what it keeps of adaptive verification."""
+
+    class Runner:
+        def __init__(self, vllm_config: Any) -> None:
+            self.speculative_config = vllm_config.speculative_config
+            self.rejection_sampler = SimpleNamespace(enable_adaptive_verification=True)
+            self.speculator = SimpleNamespace(whole=False)
+            self.speculator.verify_whole_blocks = lambda: setattr(self.speculator, "whole", True)
+
+    Runner.__init__ = adaptive_default.turned_on_where_able(Runner.__init__)  # type: ignore[method-assign]
+    return Runner(settled)
+
+
+def created(settled: Any) -> Any:
+    """What vLLM's runner gets of the manager, of a model whose back end cannot."""
+
+    def native(**_: Any) -> Any:
+        raise ValueError("the OWN attention back end does not")
+
+    make = adaptive.create_manager(native)
+    return make(
+        vllm_config=settled,
+        req_states=None,
+        query_start_loc=None,
+        num_bonus_tokens=1,
+        max_total_logits=8,
+    )
+
+
+def test_a_back_end_that_vllm_finds_late_leaves_blocks_whole(engine, monkeypatch, caplog):
+    settled = config(monkeypatch)
+    made = runner(settled)
+    assert created(settled) is None
+    assert made.speculator.whole
+    assert made.rejection_sampler.enable_adaptive_verification is False
+    assert made.speculative_config.enable_adaptive_verification is False
+    assert "adaptive verification is off: the OWN attention back end" in caplog.text
+
+
+def test_who_asks_for_it_is_told(engine, monkeypatch):
+    settled = config(monkeypatch, Options(adaptive_verification=True))
+    made = runner(settled)
+    with pytest.raises(ValueError, match="OWN attention"):
+        created(settled)
+    assert not made.speculator.whole

@@ -25,7 +25,7 @@ from dflash_plugin.adaptive.acceptance_model import LEARNING
 from dflash_plugin.adaptive.step_cost import StepCost
 from dflash_plugin.serving.adaptive_setup import VerifyBudget, bypass_of
 from dflash_plugin.serving.drafter_spec import Options
-from dflash_plugin.vllm import compat
+from dflash_plugin.vllm import adaptive_default, compat
 from dflash_plugin.vllm.options import drafter_spec
 from dflash_plugin.vllm.protocols import (
     AcceptanceEstimator,
@@ -358,14 +358,19 @@ def create_manager(native: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         global _latest
         _latest = None
-        made = native(
-            vllm_config=vllm_config,
-            req_states=req_states,
-            query_start_loc=query_start_loc,
-            num_bonus_tokens=num_bonus_tokens,
-            max_total_logits=max_total_logits,
-            **others,
-        )
+        try:
+            made = native(
+                vllm_config=vllm_config,
+                req_states=req_states,
+                query_start_loc=query_start_loc,
+                num_bonus_tokens=num_bonus_tokens,
+                max_total_logits=max_total_logits,
+                **others,
+            )
+        except ValueError as error:
+            if adaptive_default.turn_off(error):
+                return None
+            raise
         spec = drafter_spec(vllm_config.speculative_config)
         parallel = vllm_config.parallel_config
         ranks = parallel.tensor_parallel_size * parallel.data_parallel_size

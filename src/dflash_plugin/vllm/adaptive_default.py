@@ -2,12 +2,14 @@
 
 vLLM itself finds out after the model is loaded, and stops if its attention back end cannot. This
 asks the back end before the model runner is made, in the worker's process, where the configuration
-is settled.
+is settled. A model that brings a back end of its own is found out by vLLM; then blocks are verified
+whole.
 """
 
 from __future__ import annotations
 
 import logging
+import weakref
 from functools import wraps
 from typing import Any
 
@@ -15,6 +17,8 @@ from dflash_plugin.vllm.options import drafter_spec
 from dflash_plugin.vllm.protocols import Method, VllmConfig
 
 logger = logging.getLogger("vllm.dflash_plugin")
+# The runner for which it was turned on, if it was.
+_runner: weakref.ref[Any] | None = None
 
 
 def turned_on_where_able(native: Method) -> Method:
@@ -22,22 +26,46 @@ def turned_on_where_able(native: Method) -> Method:
 
     @wraps(native)
     def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        turn_on_where_able(vllm_config)
+        global _runner
+        is_on = turn_on_where_able(vllm_config)
         native(self, vllm_config, *args, **kwargs)
+        _runner = weakref.ref(self) if is_on else None
 
     return init
 
 
-def turn_on_where_able(vllm_config: VllmConfig) -> None:
+def turn_off(reason: object) -> bool:
+    """Verify whole blocks in the runner that is being set up, if nobody asked for other ones.
+
+    Args:
+        reason: for the log.
+
+    Returns:
+        Whether it was on by itself, and is off now.
+    """
+    runner = None if _runner is None else _runner()
+    if runner is None:
+        return False
+    logger.warning("adaptive verification is off: %s", reason)
+    runner.speculative_config.enable_adaptive_verification = False
+    runner.rejection_sampler.enable_adaptive_verification = False
+    runner.speculator.verify_whole_blocks()
+    return True
+
+
+def turn_on_where_able(vllm_config: VllmConfig) -> bool:
     """Set ``enable_adaptive_verification`` where vLLM can run it and the options leave it open.
 
     Args:
         vllm_config: settled; the flag of its speculative configuration is set.
+
+    Returns:
+        Whether it is on by itself.
     """
     speculative = vllm_config.speculative_config
     spec = drafter_spec(speculative)
     if spec is None or spec.options.adaptive_verification is not None:
-        return
+        return False
     speculative.enable_adaptive_verification = True  # vLLM's choice of a back end depends on it.
     reason = reason_against(vllm_config)
     speculative.enable_adaptive_verification = reason is None
@@ -45,6 +73,7 @@ def turn_on_where_able(vllm_config: VllmConfig) -> None:
         logger.info("adaptive verification is on (adaptive_verification: false turns it off)")
     else:
         logger.info("adaptive verification is off: %s", reason)
+    return reason is None
 
 
 def reason_against(vllm_config: VllmConfig) -> str | None:

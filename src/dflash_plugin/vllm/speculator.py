@@ -104,6 +104,13 @@ class Speculator(DFlashSpeculator):
         assert self.acceptance_estimator is not None
         return self.acceptance_estimator
 
+    def verify_whole_blocks(self) -> None:
+        """Do without acceptance probabilities; called before the draft pass is captured."""
+        self.enable_adaptive_verification = self.use_acceptance_estimator = False
+        self.acceptance_estimator = None
+        if self.speculative_config.draft_sample_method != "probabilistic":
+            self.use_local_argmax_reduction = True
+
     def observe_verification(self, *args: Any) -> None:
         """Let the estimator learn from the outcome of the last drafts, in some steps only."""
         if self.adaptive is None or self.adaptive.learns:

@@ -451,6 +451,11 @@ _ADAPTIVE = (
             "AttentionMetadataBuilder.get_cudagraph_support(vllm_config, kv_cache_spec)"),
     *_seams(METADATA, ADAPTIVE, "attribute", "asks what passes its graphs hold",
             "AttentionCGSupport.ALWAYS"),
+    *_seams(RUNNER, ADAPTIVE, "attribute", "turns it off where vLLM finds out that it cannot",
+            "GPUModelRunner.rejection_sampler", "GPUModelRunner.speculative_config"),
+    *_seams("vllm.v1.worker.gpu.spec_decode.rejection_sampler", ADAPTIVE, "attribute",
+            "turns it off where vLLM finds out that it cannot",
+            "RejectionSampler.enable_adaptive_verification"),
     *_seams(RUNNER, ADAPTIVE, "attribute", "attaches counts to a step's output",
             "GPUModelRunner.adaptive_verification"),
     *_seams(
