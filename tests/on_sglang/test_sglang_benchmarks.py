@@ -60,3 +60,14 @@ def test_random_load_with_new_weights_on_the_way(tmp_path):
     assert record["mismatches"] == []
     assert record["finished"] > 5
     assert record["tau"] > 1.5
+
+
+def test_acceptance_by_how_drafts_are_made(tmp_path):
+    record = run(
+        "sglang_sampling.py",
+        tmp_path / "sampling.json",
+        *("--prompts", "2", "--new-tokens", "12", "--running", "2"),
+        *("--ways", "auto", "--temperatures", "0.6,1.0"),
+    )
+    assert [row["temperature"] for row in record["rows"]] == [0.6, 1.0]
+    assert all(row["tokens"] == 24 and row["tau"] > 1 for row in record["rows"])
