@@ -65,8 +65,12 @@ class StaticKV:
         slots = torch.where(positions < 0, self.length, positions)
         return (rows[:, None] * self._slots + slots).reshape(-1)
 
+    @torch.no_grad()
     def write(self, layer: int, key: Tensor, value: Tensor, flat_slots: Tensor) -> None:
-        """Store keys and values [B, T, heads, dim] of one layer at ``flat_slots`` [B * T]."""
+        """Store keys and values [B, T, heads, dim] of one layer at ``flat_slots`` [B * T].
+
+        Gradients end here.
+        """
         for buffer, new in ((self.keys[layer], key), (self.values[layer], value)):
             buffer.view(-1, *buffer.shape[2:]).index_copy_(
                 0, flat_slots, new.reshape(-1, *buffer.shape[2:]).to(buffer.dtype)
@@ -86,6 +90,7 @@ class StaticKV:
             key, value = key[rows], value[rows]
         return key.transpose(1, 2), value.transpose(1, 2)
 
+    @torch.no_grad()
     def move_slots(self, sources: Tensor, destinations: Tensor) -> None:
         """Copy keys and values of all layers to other slots of their rows.
 
@@ -98,6 +103,7 @@ class StaticKV:
             slots = stack.flatten(1, 2)
             slots.index_copy_(1, written, slots.index_select(1, taken))
 
+    @torch.no_grad()
     def move_row(self, source: int, destination: int) -> None:
         """Copy one request's keys and values to another row, when a batch is compacted."""
         for buffer in (*self.keys, *self.values):
