@@ -286,6 +286,26 @@ def where(record: dict) -> str:
     )
 
 
+def greedy_texts() -> str:
+    """How many greedy texts of each engine equal the target's own."""
+    records = [load(f"greedy-texts-{engine}-cpu") for engine in ("transformers", "vllm", "sglang")]
+    rows = [
+        [
+            " ".join((record["engine"], record["versions"].get(record["engine"], ""))).strip(),
+            f"{record['equal']:,} of {record['of']:,}",
+            str(len(record["ties"])),
+            f"{record['tau']:.2f}",
+        ]
+        for record in records
+    ]
+    first = records[0]
+    facts = f"{first['prompts']:,} prompts, {first['tokens']} tokens, {first['device']}, float32, "
+    facts += f"torch {first['versions']['torch']}, {first['date']}. "
+    commands = "; ".join(f"`{record['command']}`" for record in records)
+    header = ["engine", "same text", "ties", "τ"]
+    return f"{table(header, rows)}\n\n{facts}{commands}"
+
+
 def draft_weights() -> str:
     runs = load("draft-weights-cpu")["runs"]
     header = ["draft weights", *(result["set_name"] for result in runs[0]["sets"]), "mean τ"]
@@ -715,6 +735,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "sglang-h200-timelines": lambda: timelines("sglang-h200-qwen3-8b-long", "plugin"),
         "acceptance": acceptance,
         "dflash2-greedy": dflash2_greedy,
+        "greedy-texts": greedy_texts,
         "draft-weights": draft_weights,
         "h200": lambda: engine("transformers-h200"),
         "cpu": lambda: engine("transformers-cpu"),
