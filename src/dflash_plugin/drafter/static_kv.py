@@ -106,5 +106,5 @@ class StaticKV:
     @torch.no_grad()
     def move_row(self, source: int, destination: int) -> None:
         """Copy one request's keys and values to another row, when a batch is compacted."""
-        for buffer in (*self.keys, *self.values):
-            buffer[destination].copy_(buffer[source])
+        for stack in self._stacks.values():
+            stack[:, destination].copy_(stack[:, source])
