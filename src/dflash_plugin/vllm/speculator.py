@@ -46,9 +46,7 @@ class Speculator(DFlashSpeculator):
         config = self.spec.config
         self.sample_from_anchor = config.sample_from_anchor
         self.num_query_per_req = self.num_speculative_steps + (not config.sample_from_anchor)
-        if self.speculative_config.draft_sample_method != "probabilistic":
-            # The model finds the most likely tokens without logits; only an estimator reads logits.
-            self.use_local_argmax_reduction = not self.use_acceptance_estimator
+        self._avoid_logits()
         self.selector_logits: DraftLogits | None = None
         if config.selector is not None and self.draft_logits is not None:
             # Free vLLM's tensor first, to use its memory.
@@ -108,8 +106,12 @@ class Speculator(DFlashSpeculator):
         """Do without acceptance probabilities; called before the draft pass is captured."""
         self.enable_adaptive_verification = self.use_acceptance_estimator = False
         self.acceptance_estimator = None
+        self._avoid_logits()
+
+    def _avoid_logits(self) -> None:
+        """Let the model find chosen drafts without logits, unless an estimator reads them."""
         if self.speculative_config.draft_sample_method != "probabilistic":
-            self.use_local_argmax_reduction = True
+            self.use_local_argmax_reduction = not self.use_acceptance_estimator
 
     def observe_verification(self, *args: Any) -> None:
         """Let the estimator learn from the outcome of the last drafts, in some steps only."""
