@@ -248,6 +248,15 @@ def test_a_step_is_not_charged_with_what_ran_between():
         assert seconds == pytest.approx(machine.seconds(size, width), rel=1e-6)
 
 
+def profiled() -> tuple[Machine, VerifyLenPolicy, int]:
+    """A machine, a policy that knows its steps of 64 requests, and the best without prompts."""
+    machine = Machine(0.8, fixed=0.004, row=3e-5, free=0, lag=0)
+    policy = VerifyLenPolicy(WIDTHS)
+    policy.prior = {(64, width): machine.seconds(64, width) for width in WIDTHS}
+    alone = max(WIDTHS, key=lambda width: machine.rate(64, width))
+    return machine, policy, alone
+
+
 def under_prompts(policy: VerifyLenPolicy, machine: Machine, share: float, seconds: float) -> list:
     """Verify lengths of steps at 64 requests, a share of which prompts follow."""
     chosen = []
@@ -268,10 +277,7 @@ def rate_beside_prompts(machine: Machine, width: int, seconds: float) -> float:
 
 def test_steps_commit_more_where_prompts_follow_each():
     """What prompts take is shared by all tokens of a step."""
-    machine = Machine(0.8, fixed=0.004, row=3e-5, free=0, lag=0)
-    policy = VerifyLenPolicy(WIDTHS)
-    policy.prior = {(64, width): machine.seconds(64, width) for width in WIDTHS}
-    alone = max(WIDTHS, key=lambda width: machine.rate(64, width))
+    machine, policy, alone = profiled()
     beside = max(WIDTHS, key=lambda width: rate_beside_prompts(machine, width, 0.02))
     assert beside > alone
     assert under_prompts(policy, machine, 0.0, 0.02).count(alone) > 350
@@ -280,18 +286,12 @@ def test_steps_commit_more_where_prompts_follow_each():
 
 def test_rare_prompts_change_nothing():
     """They follow the tokens, however many a step commits."""
-    machine = Machine(0.8, fixed=0.004, row=3e-5, free=0, lag=0)
-    policy = VerifyLenPolicy(WIDTHS)
-    policy.prior = {(64, width): machine.seconds(64, width) for width in WIDTHS}
-    alone = max(WIDTHS, key=lambda width: machine.rate(64, width))
+    machine, policy, alone = profiled()
     assert under_prompts(policy, machine, 0.02, 0.02).count(alone) > 350
 
 
 def test_an_idle_engine_is_no_prompt():
-    machine = Machine(0.8, fixed=0.004, row=3e-5, free=0, lag=0)
-    policy = VerifyLenPolicy(WIDTHS)
-    policy.prior = {(64, width): machine.seconds(64, width) for width in WIDTHS}
-    alone = max(WIDTHS, key=lambda width: machine.rate(64, width))
+    machine, policy, alone = profiled()
     for _ in range(400):
         machine.step(policy, 64)
         machine.now += 5.0

@@ -275,10 +275,13 @@ class VerifyLenPolicy:
 
     def _note_prompts(self, now: float) -> None:
         """Learn what prompts took since the last step, if any were read."""
-        took = self._of_step(self._size, self._verify_len)
-        if self._before is not None and took is not None:
-            self._prompts.note(now - self._before - took, self._prompted)
-        self._prompted = False
+        prompted, self._prompted = self._prompted, False
+        if self._before is None:
+            return
+        # Only prompts need to know what the step itself took, which takes a search.
+        took = self._of_step(self._size, self._verify_len) if prompted else 0.0
+        if took is not None:
+            self._prompts.note(now - self._before - took, prompted)
 
     def _next(self, size: int) -> int:
         seconds: dict[int, float] = {}

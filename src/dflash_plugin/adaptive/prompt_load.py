@@ -32,7 +32,7 @@ class PromptLoad:
         """Learn from two decode steps in a row.
 
         Args:
-            seconds: between them, beyond what the first one takes.
+            seconds: between them, with prompts beyond what the first one takes.
             prompts: prompts were read between them.
         """
         if seconds > IDLE:
