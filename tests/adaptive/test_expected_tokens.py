@@ -31,3 +31,20 @@ def test_few_blocks_promise_little():
         promise.ask(torch.tensor([[0.0], [1.0]]))
         promise.tokens([1])
     assert promise.tokens([1]) == pytest.approx([1.5], abs=1e-3)
+
+
+def test_a_shorter_block_is_expected_by_what_it_drafted_itself():
+    promise, whole = ExpectedTokens(4, 32, CPU), [0, 1, 2, 3, 4]
+    promise.add_short_blocks(2)
+    assert promise.tokens(whole, 2)[2:] == promise.tokens(whole)[2:3] * 3
+    # At first as the first drafts of a whole block.
+    promise.ask(torch.tensor([[0.5, 0.5, 1.0, 1.0]]).repeat(32, 1))
+    assert promise.tokens(whole, 2) == pytest.approx([1, 1.5, 1.75, 1.75, 1.75])
+    assert promise.tokens(whole) == pytest.approx([1, 1.5, 1.75, 2.0, 2.25])
+    # Once it was drafted, whole blocks say nothing of it, nor it of them.
+    promise.ask(torch.full((32, 2), 0.9))
+    assert promise.tokens(whole, 2) == pytest.approx([1, 1.9, 2.71, 2.71, 2.71])
+    assert promise.tokens(whole)[1] == pytest.approx(1.5)
+    promise.ask(torch.full((32, 4), 0.1))
+    assert promise.tokens(whole)[1] == pytest.approx(1.1)
+    assert promise.tokens(whole, 2)[1] == pytest.approx(1.9)

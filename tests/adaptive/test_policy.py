@@ -9,6 +9,8 @@ import pytest
 
 from dflash_plugin.adaptive.policy import (
     AcceptanceRates,
+    Lengths,
+    Step,
     VerifyLenPolicy,
     choose_verify_lens,
     growth,
@@ -154,7 +156,7 @@ def test_a_time_that_was_wrong_is_found_out():
     policy = VerifyLenPolicy(WIDTHS)
     right = machine.seconds
     machine.seconds = lambda requests, width: right(requests, width) * (5 if width == 16 else 1)
-    while (8, 16) not in policy.seconds:
+    while Step(8, 16, 16) not in policy.seconds:
         machine.step(policy, 8)
     machine.seconds = right
     machine.run(policy, 8, 1500)
@@ -166,7 +168,7 @@ def test_a_profile_spares_trying(overhead):
     machine = Machine(0.7, fixed=0.002, row=1e-4, free=0)
     policy = VerifyLenPolicy(WIDTHS)
     policy.prior = {
-        (size, width): machine.seconds(size, width) for size in (32, 64) for width in WIDTHS
+        Step(size, width, 16): machine.seconds(size, width) for size in (32, 64) for width in WIDTHS
     }
     machine.fixed += overhead
     for requests in (64, 32):
@@ -180,7 +182,7 @@ def test_a_profile_spares_trying(overhead):
 def test_a_profile_does_where_no_step_can_be_timed():
     machine = Machine(0.5, fixed=0.002, row=1e-4, free=0)
     policy = VerifyLenPolicy(WIDTHS)
-    policy.prior = {(64, width): machine.seconds(64, width) for width in WIDTHS}
+    policy.prior = {Step(64, width, 16): machine.seconds(64, width) for width in WIDTHS}
     for _ in range(200):
         machine.step(policy, 64)
         policy.interrupt()
@@ -193,7 +195,7 @@ def test_a_profile_that_misleads_is_corrected():
     """The host takes as long whatever the width, which no pass by itself shows."""
     machine = Machine(0.9, fixed=0.002, row=1e-4, free=0)
     policy = VerifyLenPolicy(WIDTHS)
-    policy.prior = {(8, width): machine.seconds(8, width) for width in WIDTHS}
+    policy.prior = {Step(8, width, 16): machine.seconds(8, width) for width in WIDTHS}
     machine.seconds = lambda requests, width: 0.03
     machine.run(policy, 8, 300)
     assert machine.run(policy, 8, 400).count(16) > 300
@@ -203,7 +205,7 @@ def test_rows_that_the_host_hides_are_found_at_once():
     """By their passes fewer rows would pay, but the host takes longer than any of them."""
     machine = Machine(0.8, fixed=0.001, row=4e-5, free=0)
     policy = VerifyLenPolicy(WIDTHS)
-    policy.prior = {(8, width): machine.seconds(8, width) for width in WIDTHS}
+    policy.prior = {Step(8, width, 16): machine.seconds(8, width) for width in WIDTHS}
     assert machine.step(policy, 8) < 16
     passes = machine.seconds
     machine.seconds = lambda requests, width: max(0.008, passes(requests, width))
@@ -215,7 +217,9 @@ def test_whole_blocks_need_no_cutting():
     machine = Machine(0.6, fixed=0.001, row=2e-6, free=0)
     policy = VerifyLenPolicy(WIDTHS)
     policy.prior = {
-        (size, width): machine.seconds(size, width) for size in (8, 16, 32) for width in WIDTHS
+        Step(size, width, 16): machine.seconds(size, width)
+        for size in (8, 16, 32)
+        for width in WIDTHS
     }
     passes = machine.seconds
     machine.seconds = lambda requests, width: passes(requests, width) + 5e-4 * (width < 16)
@@ -244,7 +248,7 @@ def test_a_step_is_not_charged_with_what_ran_between():
             machine.now += 0.5
             policy.interrupt()
     assert policy.seconds
-    for (size, width), seconds in policy.seconds.items():
+    for (size, width, _), seconds in policy.seconds.items():
         assert seconds == pytest.approx(machine.seconds(size, width), rel=1e-6)
 
 
@@ -252,7 +256,7 @@ def profiled() -> tuple[Machine, VerifyLenPolicy, int]:
     """A machine, a policy that knows its steps of 64 requests, and the best without prompts."""
     machine = Machine(0.8, fixed=0.004, row=3e-5, free=0, lag=0)
     policy = VerifyLenPolicy(WIDTHS)
-    policy.prior = {(64, width): machine.seconds(64, width) for width in WIDTHS}
+    policy.prior = {Step(64, width, 16): machine.seconds(64, width) for width in WIDTHS}
     alone = max(WIDTHS, key=lambda width: machine.rate(64, width))
     return machine, policy, alone
 
@@ -305,7 +309,7 @@ def test_a_pause_of_the_host_hardly_counts():
     machine.run(policy, 8, 100)
     machine.now += 3600.0
     machine.run(policy, 8, 1)
-    assert policy.seconds[8, 16] < 1.2 * machine.seconds(8, 16)
+    assert policy.seconds[8, 16, 16] < 1.2 * machine.seconds(8, 16)
 
 
 def test_batches_between_captured_sizes_share_their_times():
@@ -313,7 +317,7 @@ def test_batches_between_captured_sizes_share_their_times():
     policy = VerifyLenPolicy(WIDTHS, sizes=(1, 2, 4, 8))
     for requests in (5, 6, 7, 8) * 200:
         machine.step(policy, requests)
-    assert {size for size, _ in policy.seconds} == {8}
+    assert {step.size for step in policy.seconds} == {8}
 
 
 def test_latency_verifies_more_than_throughput():
@@ -374,6 +378,7 @@ def test_growth_adds_up_to_what_was_counted():
     summary = policy.summary()
     assert added == {
         "probed": summary["probe_steps"],
+        "shortened": 0,
         **{name: summary[f"drafts_{name}"] for name in ("proposed", "verified", "saved")},
         **{f"steps:{width}": summary["steps"][width] for width in (1, 4, 8)},
     }
@@ -397,7 +402,9 @@ def test_processes_that_agree_choose_alike_whatever_their_clocks_say():
 
     first, second = (VerifyLenPolicy(WIDTHS, (1, 8, 64), agree=agree) for agree in (lead, follow))
     quick, slow = Machine(0.8), Machine(0.3, row=1e-3, free=0, noise=0.4)
-    first.prior = {(size, rows): quick.seconds(size, rows) for size in (1, 8) for rows in WIDTHS}
+    first.prior = {
+        Step(size, rows, 16): quick.seconds(size, rows) for size in (1, 8) for rows in WIDTHS
+    }
     events = random.Random(0)
     requests, widths = 8, set()
     for _ in range(6000):
@@ -420,3 +427,97 @@ def test_limits_are_kept():
     policy = VerifyLenPolicy(choose_verify_lens(16, 2, 5))
     machine = Machine(0.99, row=0.0)
     assert set(machine.run(policy, 4, 2000)) == {3, 4, 6}
+
+
+class Halver(Machine):
+    """Drafts blocks of 16 or 8 rows; a draft pass takes as long as it has rows.
+
+    Args:
+        lost: share of its drafts that a shorter block gets wrong beyond a whole one.
+        drafted: seconds of a request's row in the draft pass.
+    """
+
+    def __init__(self, chance: float, lost: float = 0.0, drafted: float = 4e-6) -> None:
+        super().__init__(chance, row=2e-5, free=200)
+        self.lost, self.drafted, self.lengths = lost, drafted, []
+        self.asked: dict[int, list[float]] = {}
+
+    def expected(self, draft: int) -> list[float]:
+        chance = self.chance * (1 - self.lost * (draft == 8))
+        return list(itertools.accumulate(chance**k for k in range(draft)))
+
+    def seconds_of(self, requests: int, width: int, draft: int) -> float:
+        drafting = requests * draft * self.drafted * (width > 1)
+        return self.fixed + drafting + self.row * max(0, requests * width - self.free)
+
+    def best(self, requests: int) -> Lengths:
+        choices = [Lengths(w, 16) for w in WIDTHS] + [Lengths(w, 8) for w in (2, 4, 6, 8)]
+        return max(
+            choices,
+            key=lambda choice: (
+                self.expected(choice.draft)[choice.verify - 1] / self.seconds_of(requests, *choice)
+            ),
+        )
+
+    def policy(self) -> VerifyLenPolicy:
+        """What is expected of a draft length is what its last blocks were like."""
+        policy = VerifyLenPolicy(WIDTHS, expected=lambda: self.asked[16])
+        policy.add_short_blocks(8, lambda: self.asked.get(8, self.asked[16]))
+        self.asked[16] = self.expected(16)
+        return policy
+
+    def step(self, policy: VerifyLenPolicy, requests: int) -> int:
+        width = policy.choose(requests, self.now)
+        self.lengths.append(Lengths(width, policy.draft_len))
+        if width > 1:
+            self.asked[policy.draft_len] = self.expected(policy.draft_len)
+        self.pending.append(self.seconds_of(requests, *self.lengths[-1]))
+        if len(self.pending) > self.lag:
+            self.now += self.pending.pop(0)
+        return width
+
+
+@pytest.mark.parametrize(
+    ("chance", "lost", "requests", "short"),
+    [(0.8, 0.0, 128, True), (0.98, 0.0, 8, False), (0.8, 0.2, 64, False)],
+)
+def test_shorter_blocks_are_drafted_where_they_pay(chance, lost, requests, short):
+    """Not where long ones are verified, nor where the drafter does worse with them."""
+    machine = Halver(chance, lost)
+    best = machine.best(requests)
+    assert (best.draft == 8) is short
+    policy = machine.policy()
+    machine.run(policy, requests, 6000)
+    later = machine.lengths[2000:]
+    assert later.count(best) > 0.98 * len(later)
+    assert policy.shortened == sum(draft == 8 for _, draft in machine.lengths)
+    summary = policy.summary()
+    assert summary["short_block_steps"] == policy.shortened
+
+
+def test_blocks_get_longer_again_when_drafts_get_better():
+    machine = Halver(0.7)
+    policy = machine.policy()
+    machine.run(policy, 32, 1000)
+    assert machine.lengths[-100:].count(machine.best(32)) > 90
+    assert machine.best(32).draft == 8
+    machine.chance = 0.99
+    assert machine.best(32).draft == 16
+    # A trial of whole blocks comes after 2,048 steps at the latest.
+    machine.run(policy, 32, 3000)
+    assert machine.lengths[-100:].count(machine.best(32)) > 90
+
+
+def test_proposed_drafts_are_those_of_the_block_that_was_drafted():
+    policy = VerifyLenPolicy((1, 4, 16))
+    policy.add_short_blocks(8)
+    assert policy.choices[3:] == [Lengths(4, 8)]
+    machine = Halver(0.5)
+    machine.asked = {8: machine.expected(8), 16: machine.expected(16)}
+    machine.run(policy, 64, 400)
+    drafted = sum(draft - 1 for width, draft in machine.lengths if width > 1)
+    verified = sum(width - 1 for width, _ in machine.lengths)
+    assert policy.counts()["proposed"] == 64 * drafted
+    assert policy.counts()["saved"] == 64 * (drafted - verified) + 64 * 15 * sum(
+        width == 1 for width, _ in machine.lengths
+    )

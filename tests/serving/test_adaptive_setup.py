@@ -6,8 +6,14 @@ import pytest
 import torch
 
 from dflash_plugin.adaptive.expected_tokens import ASKED
+from dflash_plugin.adaptive.policy import Step
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.serving.adaptive_setup import DraftSelection, make_policy
+from dflash_plugin.serving.adaptive_setup import (
+    DraftSelection,
+    VerifyBudget,
+    make_policy,
+    short_block,
+)
 from dflash_plugin.serving.drafter_spec import Options
 
 CPU = torch.device("cpu")
@@ -61,3 +67,28 @@ def test_expected_tokens_follow_the_probabilities_of_some_steps():
     assert expected() == pytest.approx([1.0, 1.5, 1.75])
     # More drafts than rows ask for, as where a captured pass has room.
     assert selection.expected(lambda verify_len: 2.0) == pytest.approx([1.75] * 3)
+
+
+def test_costs_of_shorter_blocks_have_their_own_draft_passes():
+    """A row takes 1 ms to verify, a whole block 4 ms to draft and a shorter one 1 ms."""
+    budget = VerifyBudget(Options(), 7, 4, CPU)
+    assert budget.short == 4
+    budget.draft_short_blocks()
+    budget.capture_sizes = [4, 8, 12, 16, 24, 32]
+    verifying = {rows: 0.001 * rows for rows in budget.capture_sizes}
+    budget.set_costs([4], verifying, {4: 0.004}, drafting_short={4: 0.001})
+    prior = budget.policy.prior
+    assert prior[Step(4, 2, 8)] == pytest.approx(0.012)
+    assert prior[Step(4, 2, 4)] == pytest.approx(0.009)
+    assert prior[Step(4, 4, 4)] == pytest.approx(0.017)
+    assert Step(4, 6, 4) not in prior
+    # A batch of short blocks has no more drafts than these, however many rows a pass holds.
+    budget.capture_sizes = [32]
+    assert budget.drafts_to_verify(2, 4, 4, 4) == 12
+    assert budget.drafts_to_verify(2, 4, 4) == 28
+
+
+def test_blocks_of_few_rows_are_not_halved():
+    assert [short_block(rows) for rows in (2, 4, 7, 8, 15, 16)] == [None, None, None, 4, 7, 8]
+    with pytest.raises(ValueError, match="no shorter one"):
+        VerifyBudget(Options(), 3, 4, CPU).draft_short_blocks()

@@ -192,9 +192,9 @@ def test_captured_passes_are_profiled(monkeypatch):
     prior = verifier.policy.prior
     assert verifier.policy.sizes == (1, 2, 4, 5)
     # Anchors alone need no draft pass; two rows of four requests fill a pass of eight.
-    assert prior[4, 1] == pytest.approx(0.004)
-    assert prior[4, 2] == pytest.approx(0.0085)
-    assert prior[4, BLOCK] == pytest.approx(0.0085)
+    assert prior[4, 1, BLOCK] == pytest.approx(0.004)
+    assert prior[4, 2, BLOCK] == pytest.approx(0.0085)
+    assert prior[4, BLOCK, BLOCK] == pytest.approx(0.0085)
     monkeypatch.undo()
     assert verify_graphs.graph_seconds(drafting.decode_cuda_graph_runner, CPU) == {}
     assert verify_graphs.graph_seconds(None, CPU) == {}

@@ -5,6 +5,9 @@ verify length commits, from the outcomes of passes, or as an engine that shares 
 confidence expects them. The second is how many seconds a step of each verify length takes, by the
 clock, and the prompts behind it. Neither looks at a drawn token, so the verify length never depends
 on one.
+
+Where the engine can draft blocks of fewer rows, the policy also chooses the draft length: many
+requests verify few drafts each, and a shorter block saves what the others take to draft.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
+from typing import NamedTuple
 
 from dflash_plugin.adaptive.prompt_load import PromptLoad
 from dflash_plugin.errors import DFlashError
@@ -40,6 +44,31 @@ GAIN = 1.01
 # Steps between two trials of a verify length other than the best, at first and later: in the end
 # trials take 0.4 % of the steps.
 FIRST_PROBE, PROBE = 64, 2048
+
+
+class Lengths(NamedTuple):
+    """What a step runs for each request.
+
+    Attributes:
+        verify: rows that are verified, on average; 1 verifies no draft.
+        draft: rows of the block that is drafted, the anchor included.
+    """
+
+    verify: int
+    draft: int
+
+
+class Step(NamedTuple):
+    """What the seconds of a step depend on.
+
+    Attributes:
+        size: requests of the captured pass.
+        verify, draft: as of ``Lengths``.
+    """
+
+    size: int
+    verify: int
+    draft: int
 
 
 def choose_verify_lens(block: int, min_drafts: int, max_drafts: int | None) -> tuple[int, ...]:
@@ -129,15 +158,18 @@ class VerifyLenPolicy:
             1 commits most tokens per second; 0 ignores time and always verifies the maximum.
         expected: returns the tokens that a request commits in a pass of 1, 2, … rows; None learns
             them from outcomes.
-        agree: turns this process's choice into the one that all processes of a step share, as their
-            clocks differ; None with one process. All processes call it in the same steps, because
-            which steps choose depends on the numbers of requests alone.
-        block: rows of a whole block, where passes can have more; the longest verify length if None.
+        agree: turns this process's choice, a number, into the one that all processes of a step
+            share, as their clocks differ; None with one process. All processes call it in the same
+            steps, because which steps choose depends on the numbers of requests alone.
+        block: rows of a whole block, where passes can have other maxima; the longest verify length
+            if None.
 
     Attributes:
-        seconds: of a step, by captured requests and verify length, as far as it has been timed.
-        prior: seconds of a pass by captured requests and verify length, as profiled at start
-            without the host's work. Empty where every verify length is tried instead.
+        choices: what a step can run.
+        draft_len: rows of a block that the chosen step drafts, the anchor included.
+        seconds: of a step, as far as it has been timed.
+        prior: seconds of the passes of a step, as profiled at start without the host's work. Empty
+            where everything is tried instead.
     """
 
     def __init__(
@@ -156,19 +188,39 @@ class VerifyLenPolicy:
         self.weight = latency_vs_throughput
         self.acceptance = AcceptanceRates(max(verify_lens) - 1)
         self.expected = expected or self.acceptance.expected
-        self.prior: dict[tuple[int, int], float] = {}
-        self.seconds: dict[tuple[int, int], float] = {}
+        self._expected_of_short = self.expected
+        self.choices = [Lengths(verify, self.block) for verify in self.verify_lens]
+        self.prior: dict[Step, float] = {}
+        self.seconds: dict[Step, float] = {}
         self.steps = dict.fromkeys(self.verify_lens, 0)
-        self.proposed = self.verified = self.saved = self.probed = 0
-        self._times: dict[tuple[int, int], deque[float]] = {}
-        self._recent: deque[tuple[int, int]] = deque(maxlen=SETTLED)
+        self.proposed = self.verified = self.saved = self.probed = self.shortened = 0
+        self._times: dict[Step, deque[float]] = {}
+        self._recent: deque[Step] = deque(maxlen=SETTLED)
         self._last: float | None = None
         self._prompts = PromptLoad()
         # When the last step began, if the next one follows it, and whether prompts were read since.
         self._before: float | None = None
         self._prompted = self._probes_now = False
-        self._verify_len, self._size, self._left = self.verify_lens[-1], 0, 0
+        self._chosen, self._size, self._left = self.choices[-1], 0, 0
         self._until_probe, self._pause, self._probes = FIRST_PROBE, FIRST_PROBE, 0
+
+    @property
+    def draft_len(self) -> int:
+        """Rows of a block that the chosen step drafts, the anchor included."""
+        return self._chosen.draft
+
+    def add_short_blocks(
+        self, rows: int, expected: Callable[[], Sequence[float]] | None = None
+    ) -> None:
+        """Let steps that verify few drafts draft blocks of fewer rows.
+
+        Args:
+            rows: of such a block, the anchor included; fewer than of a whole block.
+            expected: as the policy's, of such blocks; None takes the policy's.
+        """
+        fitting = [verify for verify in self.verify_lens if 1 < verify <= rows]
+        self.choices += [Lengths(verify, rows) for verify in fitting]
+        self._expected_of_short = expected or self.expected
 
     def interrupt(self) -> None:
         """The engine ran something else or idled, so the clock does not time the last step."""
@@ -198,20 +250,23 @@ class VerifyLenPolicy:
         if size != self._size:
             self._size, self._left = size, 0
         if self._left == 0:
-            verify_len = self._next(size)
-            self._verify_len = verify_len if self.agree is None else self.agree(verify_len)
-            self._left = RUN
+            chosen = self._next(size)
+            if self.agree is not None:
+                chosen = self.choices[self.agree(self.choices.index(chosen))]
+            self._chosen, self._left = chosen, RUN
         self._left -= 1
         self._until_probe -= 1
-        self.steps[self._verify_len] += 1
+        verify, draft = self._chosen
+        self.steps[verify] += 1
         self.probed += self._probes_now
+        self.shortened += draft < self.block
         # A step that verifies no draft does not draft.
-        self.proposed += requests * (max(self.block, self._verify_len) - 1) * (self._verify_len > 1)
-        self.verified += requests * (self._verify_len - 1)
-        self.saved += requests * max(0, self.block - self._verify_len)
-        self._recent.append((size, self._verify_len))
+        self.proposed += requests * (max(draft, verify) - 1) * (verify > 1)
+        self.verified += requests * (verify - 1)
+        self.saved += requests * max(0, draft - verify)
+        self._recent.append(Step(size, verify, draft))
         self._last = self._before = now
-        return self._verify_len
+        return verify
 
     def observe(self, verify_len: int, accepted: Iterable[int]) -> None:
         """Learn from a step.
@@ -226,14 +281,24 @@ class VerifyLenPolicy:
         """What has been learnt and chosen so far.
 
         Returns:
-            ``steps`` by rows; ``probe_steps``, those of them that tried a verify length;
+            ``steps`` by rows; ``probe_steps``, those of them that tried other lengths;
             ``drafts_proposed``, ``drafts_verified`` and ``drafts_saved`` of all requests; the
             ``expected_tokens`` of a pass by rows; and ``step_milliseconds`` by requests and rows,
-            of those that have been timed.
+            of those that have been timed. Where blocks may be shorter: ``short_block_steps``, those
+            that drafted such blocks, and ``expected_tokens_short`` and ``step_milliseconds_short``.
         """
-        times: dict[int, dict[int, float]] = {}
-        for (size, verify_len), seconds in sorted(self.seconds.items()):
-            times.setdefault(size, {})[verify_len] = round(1e3 * seconds, 3)
+        times: dict[bool, dict[int, dict[int, float]]] = {False: {}, True: {}}
+        for (size, verify, draft), seconds in sorted(self.seconds.items()):
+            of_size = times[draft < self.block].setdefault(size, {})
+            of_size[verify] = round(1e3 * seconds, 3)
+        short: dict[str, object] = {}
+        if len(self.choices) > len(self.verify_lens):
+            tokens = self._expected_of_short()
+            short = {
+                "short_block_steps": self.shortened,
+                "expected_tokens_short": [round(found, 3) for found in tokens],
+                "step_milliseconds_short": times[True],
+            }
         return {
             "steps": dict(self.steps),
             "probe_steps": self.probed,
@@ -241,15 +306,17 @@ class VerifyLenPolicy:
             "drafts_verified": self.verified,
             "drafts_saved": self.saved,
             "expected_tokens": [round(tokens, 3) for tokens in self.expected()],
-            "step_milliseconds": times,
+            "step_milliseconds": times[False],
+            **short,
         }
 
     def counts(self) -> dict[str, int]:
-        """Drafts ``proposed``, ``verified`` and ``saved``, steps that ``probed`` a verify length,
-        and steps of 8 rows as ``steps:8``.
+        """Drafts ``proposed``, ``verified`` and ``saved``, steps that ``probed`` other lengths or
+        ``shortened`` blocks, and steps of 8 rows as ``steps:8``.
         """
         return {
             "probed": self.probed,
+            "shortened": self.shortened,
             "proposed": self.proposed,
             "verified": self.verified,
             "saved": self.saved,
@@ -279,87 +346,96 @@ class VerifyLenPolicy:
         if self._before is None:
             return
         # Only prompts need to know what the step itself took, which takes a search.
-        took = self._of_step(self._size, self._verify_len) if prompted else 0.0
+        took = self._of_step(Step(self._size, *self._chosen)) if prompted else 0.0
         if took is not None:
             self._prompts.note(now - self._before - took, prompted)
 
-    def _next(self, size: int) -> int:
-        seconds: dict[int, float] = {}
+    def _next(self, size: int) -> Lengths:
+        seconds: dict[Lengths, float] = {}
         self._probes_now = True
         # From the longest down, one whose time is not known at all is tried.
-        for verify_len in reversed(self.verify_lens):
-            took = self._of_step(size, verify_len)
+        for choice in sorted(self.choices, reverse=True):
+            took = self._of_step(Step(size, *choice))
             if took is None:
-                return verify_len
-            seconds[verify_len] = took
-        expected = self.expected()
+                return choice
+            seconds[choice] = took
+        of_whole, of_short = self.expected(), self._expected_of_short()
+        tokens = {
+            choice: (of_whole if choice.draft == self.block else of_short)[choice.verify - 1]
+            for choice in self.choices
+        }
 
-        def rate(verify_len: int, took: float) -> float:
-            tokens = expected[verify_len - 1]
-            took += self._prompts.behind(tokens / expected[self._verify_len - 1])
-            found: float = tokens / took**self.weight
+        def rate(choice: Lengths, took: float) -> float:
+            took += self._prompts.behind(tokens[choice] / tokens[self._chosen])
+            found: float = tokens[choice] / took**self.weight
             return found
 
-        rates = {
-            verify_len: rate(verify_len, seconds[verify_len]) for verify_len in self.verify_lens
-        }
-        best = max(self.verify_lens, key=rates.__getitem__)
-        if rates[best] <= GAIN * rates.get(self._verify_len, 0.0):
-            best = self._verify_len
-        if self._until_probe > 0 or len(self.verify_lens) == 1:
+        rates = {choice: rate(choice, seconds[choice]) for choice in self.choices}
+        best = max(self.choices, key=rates.__getitem__)
+        if rates[best] <= GAIN * rates[self._chosen]:
+            best = self._chosen
+        if self._until_probe > 0 or len(self.choices) == 1:
             self._probes_now = False
             return best
         self._pause = min(2 * self._pause, PROBE)
         self._until_probe, self._probes = self._pause, self._probes + 1
-        index = self.verify_lens.index(best)
         if self._probes % 2:
             # The next longer one shows what drafts that are not verified now would gain.
-            return self.verify_lens[index + 1 if best < self.verify_lens[-1] else index - 1]
+            index = self.verify_lens.index(best.verify)
+            longer = index + 1 if best.verify < self.verify_lens[-1] else index - 1
+            return Lengths(self.verify_lens[longer], self.block)
         # The one that would be best if its shortest time were its true one.
-        others = [verify_len for verify_len in self.verify_lens if verify_len != best]
-        shortest = {w: min(self._times.get((size, w)) or [seconds[w]]) for w in others}
-        return max(others, key=lambda verify_len: rate(verify_len, shortest[verify_len]))
+        others = [choice for choice in self.choices if choice != best]
+        shortest = {
+            choice: min(self._times.get(Step(size, *choice)) or [seconds[choice]])
+            for choice in others
+        }
+        return max(others, key=lambda choice: rate(choice, shortest[choice]))
 
-    def _of_step(self, size: int, verify_len: int) -> float | None:
+    def _of_step(self, step: Step) -> float | None:
         """Seconds of a step; more requests or more rows never take less.
 
         Whole blocks are not compared with shorter ones, whose batch is compacted first.
         """
         found = [
             seconds
-            for (requests, rows), seconds in self.seconds.items()
-            if requests >= size and rows >= verify_len and self._alike(rows, verify_len)
+            for other, seconds in self.seconds.items()
+            if other.size >= step.size
+            and other.verify >= step.verify
+            and other.draft >= step.draft
+            and self._is_whole(other) == self._is_whole(step)
         ]
-        if (size, verify_len) not in self.seconds:
-            guess = self._from_prior(size, verify_len)
+        if step not in self.seconds:
+            guess = self._from_prior(step)
             if guess is None:
                 return None
             found.append(guess)
         return min(found)
 
-    def _alike(self, rows: int, verify_len: int) -> bool:
-        """Whether both are whole blocks, or neither is."""
-        return (rows == self.verify_lens[-1]) == (verify_len == self.verify_lens[-1])
+    def _is_whole(self, step: Step) -> bool:
+        """Whether a step verifies whole blocks."""
+        return step.verify == self.verify_lens[-1] and step.draft == self.block
 
-    def _from_prior(self, size: int, verify_len: int) -> float | None:
+    def _from_prior(self, step: Step) -> float | None:
         """The profiled time plus the host's time, by the nearest steps that have been timed.
 
-        An engine may hide the host's work behind passes. The shorter estimate is used, as a verify
-        length that is chosen is timed soon. Where prompts come so often that no step is timed, the
+        An engine may hide the host's work behind passes. The shorter estimate is used, as lengths
+        that are chosen are timed soon. Where prompts come so often that no step is timed, the
         profile is used as it is.
         """
-        profiled = self.prior.get((size, verify_len))
-        timed = [kind for kind in self.seconds if kind in self.prior]
-        timed = [kind for kind in timed if self._alike(kind[1], verify_len)] or timed
+        profiled = self.prior.get(step)
+        timed = [other for other in self.seconds if other in self.prior]
+        timed = [other for other in timed if self._is_whole(other) == self._is_whole(step)] or timed
         if profiled is None or not timed:
             return profiled
-        nearest = min(abs(requests - size) for requests, _ in timed)
+        nearest = min(abs(other.size - step.size) for other in timed)
         guesses, floor = [], 0.0
-        for kind in timed:
-            if abs(kind[0] - size) == nearest:
-                took, of_pass = self.seconds[kind], self.prior[kind]
+        for other in timed:
+            if abs(other.size - step.size) == nearest:
+                took, of_pass = self.seconds[other], self.prior[other]
                 guess = profiled + max(0.0, took - of_pass)
                 guesses.append(guess if nearest else min(guess, max(profiled, took)))
-                if nearest == 0 and kind[1] < verify_len < self.verify_lens[-1]:
+                shorter = other.verify < step.verify and other.draft <= step.draft
+                if nearest == 0 and shorter and not self._is_whole(step):
                     floor = max(floor, took)
         return max(floor, float(median(guesses)))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.adaptive.expected_tokens import ExpectedTokens
-from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_verify_lens
+from dflash_plugin.adaptive.policy import Step, VerifyLenPolicy, choose_verify_lens
 from dflash_plugin.adaptive.step_cost import StepCost
 from dflash_plugin.kernels.admit_drafts import admit_drafts, compile_ahead
 from dflash_plugin.serving.drafter_spec import Options
@@ -26,6 +26,8 @@ from dflash_plugin.serving.drafter_spec import Options
 # the target's weights. Shorter passes save less than the choice and the drafts that they leave out
 # cost: on an H200 with Qwen3-8B's shape that is so up to 8 requests.
 NO_LONGER = 1.3
+# Rows of the smallest block that may be drafted by half.
+MIN_HALVED = 8
 
 
 def bypass_of(seconds: Mapping[int, float]) -> int:
@@ -98,6 +100,10 @@ class DraftSelection:
         )
         self._expected_tokens = ExpectedTokens(num_drafts, max_requests, device)
 
+    def add_short_blocks(self, drafts: int) -> None:
+        """Expect the tokens of blocks of fewer drafts, too."""
+        self._expected_tokens.add_short_blocks(drafts)
+
     def compile_ahead(self, probabilities: Tensor) -> None:
         """Compile the launch for every size of batch, before the first request.
 
@@ -110,20 +116,37 @@ class DraftSelection:
         """Count a step that has drafted; in one of some steps, start to read its probabilities.
 
         Args:
-            probabilities: gives float32 [B, K], acceptance probabilities of the batch's drafts.
+            probabilities: gives float32 [B, K] or, of shorter blocks, [B, short], acceptance
+                probabilities of the batch's drafts.
         """
         if self._expected_tokens.is_due():
             self._expected_tokens.ask(probabilities())
 
-    def expected(self, drafts_per_request: Callable[[int], float]) -> list[float]:
-        """Tokens that a request commits in a step, on average, at verify length 1, 2, …, K + 1.
+    def expected(
+        self, drafts_per_request: Callable[[int], float], drafts: int | None = None
+    ) -> list[float]:
+        """Tokens that a request commits in a step, on average, at verify length 1, 2, …
 
         Args:
             drafts_per_request: gives the drafts of a request, on average, at a verify length.
+            drafts: drafts of the blocks, at the longest verify length all; those of a whole block
+                if None.
         """
-        return self._expected_tokens.tokens(
-            [drafts_per_request(verify_len) for verify_len in range(1, self.num_drafts + 2)]
-        )
+        most = self.num_drafts if drafts is None else drafts
+        verified = [drafts_per_request(verify_len) for verify_len in range(1, most + 2)]
+        return self._expected_tokens.tokens(verified, drafts)
+
+
+def short_block(block: int) -> int | None:
+    """Rows of a shorter block, for steps that verify few drafts of each request.
+
+    Args:
+        block: rows of a whole block.
+
+    Returns:
+        None where half a block would be too few rows to save anything.
+    """
+    return block // 2 if block >= MIN_HALVED else None
 
 
 class VerifyBudget:
@@ -137,7 +160,9 @@ class VerifyBudget:
         agree: gives all processes of a step the same choice; None where there is one process.
 
     Attributes:
-        policy: chooses the verify length of a step.
+        short: rows of a shorter block, or None where there is none; steps draft such blocks once
+            ``draft_short_blocks`` has been called.
+        policy: chooses the lengths of a step.
         selection: shares the drafts of a step out between the requests.
         capture_sizes: tokens of the captured verify passes, rising; empty where none is captured.
         requests: of the last step, which the expected tokens are for.
@@ -155,21 +180,37 @@ class VerifyBudget:
         *,
         agree: Callable[[int], int] | None = None,
     ) -> None:
+        self.short = short_block(num_drafts + 1)
         self.selection = DraftSelection(options, num_drafts, max_requests, device)
         self.policy = make_policy(options, num_drafts, expected=self.expected, agree=agree)
         self.capture_sizes: list[int] = []
         self.requests = 1
 
-    def drafts_to_verify(self, verify_len: int, others: int, requests: int) -> int:
+    def draft_short_blocks(self) -> None:
+        """Let the policy choose shorter blocks, too; the engine can draft them.
+
+        Raises:
+            ValueError: whole blocks have too few rows.
+        """
+        if self.short is None:
+            raise ValueError("a block of so few rows has no shorter one")
+        self.selection.add_short_blocks(self.short - 1)
+        self.policy.add_short_blocks(self.short, self._expected_of_short)
+
+    def drafts_to_verify(
+        self, verify_len: int, others: int, requests: int, draft_len: int | None = None
+    ) -> int:
         """Drafts of a step at a verify length, rounded up to fill a captured pass.
 
         Args:
             verify_len: rows of a request, anchor included, on average.
             others: tokens of the step that are no drafts.
             requests: those that have drafts.
+            draft_len: rows of the blocks that were drafted, anchor included; whole ones if None.
         """
-        maximum = requests * (self.policy.verify_lens[-1] - 1)
-        wanted = requests * (verify_len - 1)
+        most = self.policy.verify_lens[-1]
+        maximum = requests * (min(most, draft_len or most) - 1)
+        wanted = min(requests * (verify_len - 1), maximum)
         if not 0 < wanted < maximum:
             return wanted
         index = bisect_left(self.capture_sizes, others + wanted)
@@ -184,12 +225,24 @@ class VerifyBudget:
             lambda verify_len: self.drafts_to_verify(verify_len, requests, requests) / requests
         )
 
+    def _expected_of_short(self) -> list[float]:
+        """``expected``, of shorter blocks."""
+        requests, short = max(1, self.requests), self.short
+        assert short is not None
+        return self.selection.expected(
+            lambda verify_len: (
+                self.drafts_to_verify(verify_len, requests, requests, short) / requests
+            ),
+            short - 1,
+        )
+
     def set_costs(
         self,
         sizes: Sequence[int],
         verifying: Mapping[int, float],
         drafting: Mapping[int, float],
         whole: Mapping[int, float] | None = None,
+        drafting_short: Mapping[int, float] | None = None,
     ) -> None:
         """Set the policy's initial step times from profiled passes.
 
@@ -199,14 +252,20 @@ class VerifyBudget:
             drafting: seconds of a draft pass by its requests.
             whole: seconds of a verify pass of whole blocks by its requests, where those have passes
                 of their own.
+            drafting_short: as ``drafting``, of shorter blocks, where the policy may choose them.
         """
-        policy = self.policy
+        policy, block = self.policy, self.policy.block
         policy.sizes = tuple(sorted(sizes))
-        cost = StepCost.measured(verifying, drafting)
-        for size, verify_len in product(policy.sizes, policy.verify_lens):
-            drafts = size if verify_len > 1 else 0
-            tokens = size + self.drafts_to_verify(verify_len, size, size)
+        costs = {block: StepCost.measured(verifying, drafting)}
+        if drafting_short:
+            assert self.short is not None
+            costs[self.short] = StepCost.measured(verifying, drafting_short)
+        for size, (verify_len, draft_len) in product(policy.sizes, policy.choices):
+            if draft_len not in costs:
+                continue
+            cost, drafts = costs[draft_len], size if verify_len > 1 else 0
+            tokens = size + self.drafts_to_verify(verify_len, size, size, draft_len)
             seconds = cost.step_seconds(tokens, drafts)
             if whole and tokens == size * policy.verify_lens[-1] and size in whole:
                 seconds = whole[size] + cost.draft_seconds(drafts)
-            policy.prior[size, verify_len] = seconds
+            policy.prior[Step(size, verify_len, draft_len)] = seconds
