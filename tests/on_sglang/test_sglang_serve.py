@@ -155,6 +155,7 @@ def test_greedy_text_with_as_many_drafts_as_pay(
     assert len(used) > 2
     assert min(used) < max(used) == DRAFTS + 1
     assert learnt["drafts_saved"] > 0
+    assert learnt["short_block_steps"] == counted["dflash:short_block_steps_total"] > 0
     assert learnt["expected_tokens"][1] > 1.4
     for rows in used:
         steps = counted[f"dflash:adaptive_steps_total[{rows}]"]

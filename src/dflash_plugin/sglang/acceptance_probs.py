@@ -8,6 +8,9 @@ from torch import Tensor
 from dflash_plugin.adaptive.acceptance_model import LEARNING, AcceptanceModel
 from dflash_plugin.kernels.predict_acceptance import predict_acceptance
 
+# Log-odds of a draft that was not made.
+NOT_MADE = -30.0
+
 
 class AcceptancePredictor:
     """Acceptance probabilities of the batch whose pass runs.
@@ -29,29 +32,46 @@ class AcceptancePredictor:
         self.drafts = drafts
         self.model = AcceptanceModel(drafts, device)
         self.confidences, self.predictions = torch.zeros(2, size, drafts, device=device).unbind()
-        self._requests = torch.arange(size, device=device).repeat_interleave(drafts)
-        self._positions = torch.arange(drafts, device=device).repeat(size)
+        # The request and the position of each row that drafts, by the drafts of a block.
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}
         self._passes = 0
 
-    def predict(self, top: Tensor, log_sum_exp: Tensor | None) -> None:
+    def predict(self, top: Tensor, log_sum_exp: Tensor | None, drafts: int | None = None) -> None:
         """Predict from the draft pass's logits.
 
         Args:
-            top: float32 [B * K], largest logit of each row that drafts, block by block.
-            log_sum_exp: float32 [B * K], log-sum-exp of each row's logits; None where ``top`` holds
+            top: float32 [B * D], largest logit of each row that drafts, block by block.
+            log_sum_exp: float32 [B * D], log-sum-exp of each row's logits; None where ``top`` holds
                 the confidences themselves.
+            drafts: D, drafts of the blocks; K if None. Further ones, which were not made, are as
+                unlikely as can be: they only fill the rows that a captured pass has to spare.
         """
         rows = top.shape[0]
+        drafts = drafts or self.drafts
+        requests, positions = self._places_of(drafts)
+        if drafts < self.drafts:
+            batch = rows // drafts
+            self.confidences[:batch, drafts:] = NOT_MADE
+            self.predictions[:batch, drafts:] = 0.0
         predict_acceptance(
             top.contiguous(),
             log_sum_exp,
-            self._requests[:rows],
-            self._positions[:rows],
+            requests[:rows],
+            positions[:rows],
             self.model.state.slope,
             self.model.state.offsets,
             self.confidences,
             self.predictions,
         )
+
+    def _places_of(self, drafts: int) -> tuple[Tensor, Tensor]:
+        if drafts not in self._places:
+            size, device = len(self.predictions), self.predictions.device
+            self._places[drafts] = (
+                torch.arange(size, device=device).repeat_interleave(drafts),
+                torch.arange(drafts, device=device).repeat(size),
+            )
+        return self._places[drafts]
 
     def compile_ahead(self, starts: Tensor) -> None:
         """Compile the launches of ``learn``, and learn nothing.

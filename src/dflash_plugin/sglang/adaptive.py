@@ -28,6 +28,8 @@ from dflash_plugin.sglang.acceptance_probs import AcceptancePredictor
 from dflash_plugin.sglang.compat import argument, current
 from dflash_plugin.sglang.options import DrafterSpec
 from dflash_plugin.sglang.protocols import ModelRunnerLike, ScheduleBatchLike
+from dflash_plugin.sglang.short_blocks import BlockModel, ShortBlocks
+from dflash_plugin.sglang.surface import is_instance
 from dflash_plugin.sglang.verify_graphs import VerifyGraphs, free_memory, graph_seconds
 
 # Bytes of GPU memory that have to be free where verification adapts unasked; its graphs take half.
@@ -69,6 +71,8 @@ class AdaptiveVerifier:
     Attributes:
         verify_len: rows of a request, on average, in the pass that runs.
         num_rows: rows of the pass that runs; None for whole blocks.
+        draft_len: rows of a block, the anchor included, in the draft pass that runs.
+        short: runs draft passes of shorter blocks; None where every pass drafts whole ones.
         whole_blocks: verify whole blocks, whatever the policy says.
         bypass: batches of no more requests than these verify whole blocks, and their drafts'
             acceptance is not predicted.
@@ -95,6 +99,8 @@ class AdaptiveVerifier:
         self.on_any_rank = on_any_rank
         self.verify_len, self.whole_blocks, self.bypass = block, False, 0
         self.num_rows: int | None = None
+        self.draft_len = block
+        self.short: ShortBlocks | None = None
         self.graphs = VerifyGraphs(block, size, device)
         self.attention: block_attention.BlockAttention | None = None
         self.cut: CutPass | None = None
@@ -112,6 +118,11 @@ class AdaptiveVerifier:
     def skips_draft(self) -> bool:
         """Whether the pass that runs verifies no draft, so that it needs none."""
         return self.verify_len == 1
+
+    @property
+    def running_short(self) -> ShortBlocks | None:
+        """``short``, where the draft pass that runs is of shorter blocks."""
+        return self.short if self.draft_len < self.block else None
 
     def predicts(self, requests: int) -> bool:
         """Whether a batch's pass may be cut, so that its drafts' acceptance is predicted."""
@@ -189,8 +200,47 @@ class AdaptiveVerifier:
         verifying = graph_seconds(self.graphs.runner, self.device)
         drafting = graph_seconds(draft_runner.decode_cuda_graph_runner, self.device)
         if verifying and drafting:
-            by_requests = graph_seconds(whole, self.device)
-            self.budget.set_costs(whole.capture_bs, verifying, drafting, by_requests)
+            by_requests, short = graph_seconds(whole, self.device), None
+            if self.short is not None:
+                short = graph_seconds(self.short.graphs, self.device)
+            self.budget.set_costs(whole.capture_bs, verifying, drafting, by_requests, short)
+
+    def draft_short_blocks(
+        self,
+        runner: ModelRunnerLike,
+        model: BlockModel,
+        attention: block_attention.BlockAttention | None,
+    ) -> None:
+        """Let steps that verify few drafts draft shorter blocks, where the drafter can.
+
+        Args:
+            runner: the drafter's, whose passes of whole blocks are captured already.
+            model: the drafter's.
+            attention: which attention its passes use, None where that is its back end's own, which
+                may take blocks of one length only.
+        """
+        rows, graphs = self.budget.short, runner.decode_cuda_graph_runner
+        if rows is None or self.whole_blocks or not self.by_request:
+            return
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and (attention is None or not attention.only_ours):
+            logger.info("every draft pass drafts whole blocks: its attention is SGLang's own")
+            return
+        if on_gpu and not is_instance(graphs, "DecodeCudaGraphRunner"):
+            return
+        self.short = ShortBlocks(rows, self.block, runner, model)
+        self.budget.draft_short_blocks()
+        if on_gpu:
+            with self._drafting(rows):
+                self.short.capture(self.bypass)
+
+    @contextmanager
+    def _drafting(self, rows: int) -> Iterator[None]:
+        self.draft_len = rows
+        try:
+            yield
+        finally:
+            self.draft_len = self.block
 
     def _compile_ahead(self) -> None:
         """Run the launches of a cut pass once, so that no request waits for their compilation."""
@@ -216,9 +266,10 @@ class AdaptiveVerifier:
         else:
             self.budget.requests = requests
             verify_len = self.policy.choose(requests, time.monotonic())
-            drafts = self.budget.drafts_to_verify(verify_len, requests, requests)
+            draft_len = self.policy.draft_len
+            drafts = self.budget.drafts_to_verify(verify_len, requests, requests, draft_len)
             if drafts < requests * (self.block - 1):
-                self.verify_len = verify_len
+                self.verify_len, self.draft_len = verify_len, draft_len
                 # A pass of anchors alone fills a captured one too.
                 self.num_rows = next(
                     (rows for rows in self.budget.capture_sizes if rows >= requests + drafts),
@@ -232,6 +283,7 @@ class AdaptiveVerifier:
                     yield
         finally:
             self.cut, self.num_rows, self.verify_len = None, None, self.block
+            self.draft_len = self.block
             if self.attention is not None:
                 self.attention.blocks, self.attention.ragged = None, False
 
@@ -304,7 +356,8 @@ class AdaptiveVerifier:
             return
         starts = None if self.cut is None else self.graphs.starts[: batch + 1]
         self.predictor.learn(committed, starts)
-        self.selection.observe(lambda: self.predictor.predictions[:batch])
+        drafts = self.draft_len - 1
+        self.selection.observe(lambda: self.predictor.predictions[:batch, :drafts])
 
 
 def agree_across_ranks(group: Any) -> Callable[[int], int] | None:

@@ -13,6 +13,7 @@ from dflash_plugin.serving.draft_tokens import Candidates
 from dflash_plugin.sglang import penalties
 from dflash_plugin.sglang.draft_estimate import Lesson
 from dflash_plugin.sglang.protocols import ScheduleBatchLike
+from dflash_plugin.sglang.short_blocks import ShortBlocks
 
 
 @dataclass
@@ -75,11 +76,20 @@ class DraftingWorker(Protocol):
 
     step: Step | None
     device: Any
-    block_size: int
 
     @property
     def num_drafts(self) -> int:
-        """Drafts of a block."""
+        """Drafts of a whole block."""
+        ...
+
+    @property
+    def draft_len(self) -> int:
+        """Rows of a block, the anchor included, in the draft pass that runs."""
+        ...
+
+    @property
+    def short_blocks(self) -> ShortBlocks | None:
+        """What runs the draft pass, where it drafts shorter blocks."""
         ...
 
     @property
@@ -122,7 +132,7 @@ class DraftGraphHead:
         self.worker = worker
         rows = max_batch * worker.num_drafts
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=worker.device)
-        self.captured: dict[int, Drafting] = {}
+        self.captured: dict[tuple[int, int], Drafting] = {}
 
     def __call__(self, hidden: Tensor, input_ids: Tensor) -> None:
         """Capture the head.
@@ -132,9 +142,9 @@ class DraftGraphHead:
             input_ids: int64 [B * block], tokens of the blocks.
         """
         rows = self.worker.drafting_rows(hidden)
-        anchors = input_ids[: len(hidden)].view(-1, int(self.worker.block_size))[:, 0]
+        anchors = input_ids[: len(hidden)].view(-1, self.worker.draft_len)[:, 0]
         drafting = self.worker.drafting(rows, anchors)
-        self.captured[len(anchors)] = drafting
+        self.captured[self.worker.draft_len, len(anchors)] = drafting
         self.tokens[: rows.shape[0]].copy_(self.worker.choose_drafts(drafting))
 
     @property
@@ -144,10 +154,13 @@ class DraftGraphHead:
         A property because SGLang reads ``.out``. For a batch that samples, reading it launches the
         kernels that draw the drafts, and sets ``step.draft_probs``.
         """
-        step = self.worker.step
-        if step is None or not self.worker.draws_drafts(step) or self.worker.skips_draft:
+        step, short = self.worker.step, self.worker.short_blocks
+        if step is None or self.worker.skips_draft:
             return self.tokens
-        size = len(step.batch.reqs)
-        captured = min(batch for batch in self.captured if batch >= size)
-        drafting = self.captured[captured].first(size, self.worker.num_drafts)
-        return self.worker.draw_drafts(drafting, step)
+        size, made = len(step.batch.reqs), self.tokens
+        if self.worker.draws_drafts(step):
+            rows = self.worker.draft_len
+            captured = min(key for key in self.captured if key[0] == rows and key[1] >= size)
+            drafting = self.captured[captured].first(size, rows - 1)
+            made = self.worker.draw_drafts(drafting, step)
+        return made if short is None else short.whole_drafts(made, size)

@@ -26,6 +26,7 @@ from dflash_plugin.sglang.protocols import (
     LogitsOutputLike,
     SamplingInfoLike,
 )
+from dflash_plugin.sglang.short_blocks import ShortBlocks
 from dflash_plugin.sglang.surface import surface
 from dflash_plugin.sglang.verify_graphs import enable_ragged_runners
 from dflash_plugin.sglang.verify_input import compacting_input, take_output
@@ -42,6 +43,11 @@ class RunningWorker(Protocol):
     in_graph: bool
     target_worker: Any
     _draft_block_tokens_buf: Tensor
+
+    @property
+    def short_blocks(self) -> ShortBlocks | None:
+        """What runs the draft pass, where it drafts shorter blocks."""
+        ...
 
     def adjust_logits(self, logits: Tensor, info: Any, rows: int) -> None:
         """Apply what the target's own sampling applies to its logits, in place."""
@@ -256,5 +262,24 @@ def skip_unused_drafts(runner: Any, worker: RunningWorker) -> None:
         return SimpleNamespace(
             logits_output=SimpleNamespace(hidden_states=nothing), can_run_graph=True
         )
+
+    runner.forward = forward
+
+
+def shorten_drafts(runner: Any, worker: RunningWorker) -> None:
+    """Run draft passes of shorter blocks in steps that ask for them.
+
+    Args:
+        runner: the drafter's.
+        worker: whose steps they are.
+    """
+    native = runner.forward
+
+    @wraps(native)
+    def forward(forward_batch: ForwardBatchLike, *args: Any, **kwargs: Any) -> Any:
+        short = worker.short_blocks
+        if worker.step is None or short is None:
+            return native(forward_batch, *args, **kwargs)
+        return short.run(native, forward_batch, *args, **kwargs)
 
     runner.forward = forward

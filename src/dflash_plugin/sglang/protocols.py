@@ -75,6 +75,7 @@ class ForwardBatchLike(Protocol):
 
     forward_mode: ForwardModeLike
     batch_size: int
+    input_ids: Tensor
     positions: Tensor
     seq_lens: Tensor
     req_pool_indices: Tensor
@@ -116,6 +117,7 @@ class ModelRunnerLike(Protocol):
     """``ModelRunner``, of the target or of the drafter."""
 
     attn_backend: Any
+    device: Any
     is_draft_worker: bool
     decode_cuda_graph_runner: Any
     init_new_workspace: bool

@@ -206,16 +206,25 @@ def shared(
     if attention is None:
         yield
         return
+    backend.supports_ragged_verify_graph = True
+    attention.blocks = blocks
+    try:
+        with keeping_metadata(backend):
+            yield
+    finally:
+        attention.blocks = None
+
+
+@contextmanager
+def keeping_metadata(backend: AttnBackendLike) -> Iterator[None]:
+    """Leave a back end's metadata as another runner of captured passes has made them."""
     names = ("init_cuda_graph_state", "init_forward_metadata_out_graph")
     kept = {name: vars(backend).get(name) for name in names}
     for name in names:
         setattr(backend, name, _nothing)
-    backend.supports_ragged_verify_graph = True
-    attention.blocks = blocks
     try:
         yield
     finally:
-        attention.blocks = None
         for name, value in kept.items():
             if value is None:
                 delattr(backend, name)

@@ -55,6 +55,7 @@ from dflash_plugin.sglang.protocols import (
     SamplingInfoLike,
     ScheduleBatchLike,
 )
+from dflash_plugin.sglang.short_blocks import ShortBlocks
 from dflash_plugin.sglang.surface import (
     ADAPTIVE,
     ADAPTIVE_GRAPHS,
@@ -135,6 +136,17 @@ class Worker(metrics.Counted, DFlashWorkerV2):
     def num_drafts(self) -> int:
         """Drafts of a block, the anchor not counted, whether they are verified or not."""
         return int(self.block_size) - 1
+
+    @property
+    def draft_len(self) -> int:
+        """Rows of a block, the anchor included, in the draft pass that runs."""
+        return int(self.block_size) if self.verifier is None else self.verifier.draft_len
+
+    @property
+    def short_blocks(self) -> ShortBlocks | None:
+        """What runs the draft pass, where it drafts shorter blocks."""
+        verifier = self.verifier
+        return None if verifier is None else verifier.running_short
 
     @property
     def facts(self) -> dict[str, str]:
@@ -251,7 +263,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             self.verify_state_bytes = state.total
             logger.info("%s", state.describe())
         attention = block_attention.install(target, device)
-        block_attention.install(drafter, device)
+        self._draft_attention = block_attention.install(drafter, device)
         self.verifier = build_verifier(
             self.info,
             target,
@@ -268,6 +280,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         if self.verifier is not None:
             features |= {ADAPTIVE, ADAPTIVE_GRAPHS} if device.type == "cuda" else {ADAPTIVE}
             patches.skip_unused_drafts(drafter, self)
+            patches.shorten_drafts(drafter, self)
         verify_features(features)
         if kernels.available(device) and block_attention.is_plain(drafter.token_to_kv_pool):
             self.graph_injects = True
@@ -280,6 +293,9 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         super().init_cuda_graphs()
         if self.verifier is not None:
             with time_limit(CAPTURE_LIMIT, "adaptive verification's capture", WITHOUT_ADAPTIVE):
+                self.verifier.draft_short_blocks(
+                    self.draft_model_runner, self.draft_model, self._draft_attention
+                )
                 self.verifier.capture(self.target_worker.model_runner, self.draft_model_runner)
 
     # Up to SGLang 0.5.20, called once the target's worker has updated whichever of both it was.
@@ -295,8 +311,8 @@ class Worker(metrics.Counted, DFlashWorkerV2):
     # Drafting.
 
     def drafting_rows(self, hidden: Tensor) -> Tensor:
-        """The rows [B * K, hidden] that draft, of all rows [B * block, hidden] of the blocks."""
-        rows = hidden.view(-1, int(self.block_size), hidden.shape[-1])[:, 1:]
+        """The rows [B * K, hidden] that draft, of all rows [B * draft_len, hidden] of blocks."""
+        rows = hidden.view(-1, self.draft_len, hidden.shape[-1])[:, 1:]
         return rows.reshape(-1, hidden.shape[-1])
 
     def drafting(self, hidden: Tensor, anchors: Tensor) -> Drafting:
@@ -313,7 +329,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         if verifier is None:
             return self.draft_model.top_tokens(drafting.hidden)
         choice = self.draft_model.best_choice(drafting.hidden)
-        verifier.predictor.predict(choice.logits[:, 0], choice.log_sum_exp)
+        verifier.predictor.predict(choice.logits[:, 0], choice.log_sum_exp, self.draft_len - 1)
         return choice.tokens[:, 0]
 
     def _predicting(self, requests: int) -> AdaptiveVerifier | None:
@@ -339,12 +355,14 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         assert params is not None
         assert step.seeded is not None
         hidden, anchors, found = drafting
-        drafter, batch = self.draft_model.drafter, len(anchors)
+        drafter, batch, drafts = self.draft_model.drafter, len(anchors), self.draft_len - 1
         factors = requests = None
         if self.estimate is not None:
             factors = self.estimate.factors(params, step.seeded)
             requests = self.estimate.learnt_from(batch)
-        u = block_noise(params.seed, step.anchors, self.num_drafts)
+        if factors is not None:
+            factors = factors[:, :drafts]
+        u = block_noise(params.seed, step.anchors, drafts)
         if found is not None:
             within = sampling.limits(params, info, factors)
             path = self._walk(drafting, params.temperature, u, within)
@@ -353,7 +371,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             step.draft_candidates = found.tokens.view(path.probs.shape)
             tokens = path.tokens
         else:
-            scores = self.draft_model.logits(hidden).view(batch, self.num_drafts, -1)
+            scores = self.draft_model.logits(hidden).view(batch, drafts, -1)
             probs = sampling.distribution(scores, params, info, factors)
             step.draft_probs = drafter.target_probabilities(probs, self.vocab_size)
             tokens = drafter.token_ids(sample(probs, u))
@@ -377,7 +395,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         path = select_drafts(self.draft_model.drafter, found, anchors, temperature, u, limits)
         verifier = self._predicting(len(anchors))
         if verifier is not None:
-            verifier.predictor.predict(path.confidence.flatten(), None)
+            verifier.predictor.predict(path.confidence.flatten(), None, self.draft_len - 1)
         return path
 
     def _greedy_sample_from_vocab_parallel_head(
@@ -389,12 +407,17 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             return hidden_states.new_zeros(len(hidden_states), dtype=torch.int64)
         # SGLang's worker has just written the blocks of this pass here.
         anchors = self._draft_block_ids_buf[: len(hidden_states) // self.num_drafts, 0]
+        short = self.short_blocks
+        if short is not None:
+            hidden_states = short.made_rows(hidden_states)
         drafting = self.drafting(hidden_states, anchors)
         if step is None or not self.draws_drafts(step):
-            return self.choose_drafts(drafting)
-        if drafting.candidates is None and self._predicting(len(anchors)) is not None:
-            self.choose_drafts(drafting)
-        return self.draw_drafts(drafting, step)
+            made = self.choose_drafts(drafting)
+        else:
+            if drafting.candidates is None and self._predicting(len(anchors)) is not None:
+                self.choose_drafts(drafting)
+            made = self.draw_drafts(drafting, step)
+        return made if short is None else short.whole_drafts(made, len(anchors))
 
     def _maybe_build_draft_sampler(self) -> DraftGraphHead:
         """The head that SGLang captures at the end of the draft pass."""
@@ -563,6 +586,11 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             None if part is None else part.contiguous()
             for part in (step.draft_probs, step.draft_candidates)
         )
+        if draft is not None and draft.shape[1] < rows - 1:
+            # Drafts of a shorter block; behind them, none was made.
+            assert row_index is not None
+            made = draft.shape[1] + 1
+            candidates, row_index = candidates[:, :made], row_index[:, :made].contiguous()
         judged = Sampled(target.contiguous(), draft, step.params.seed, row_index, tokens)
         judge = accept if draft is None else accept_block
         accepted = judge(candidates[:, 1:], judged, step.anchors)
