@@ -69,6 +69,11 @@ def test_what_differs_by_version_agrees_with_the_table(monkeypatch, version):
             "TritonAttnBackend.kv_index_translator",
         ),
         (row.plans_kv_writes, "speculative.dflash_info", "DFlashVerifyInput.kv_loc_plan"),
+        (
+            row.counts_rows_on_host,
+            "model_executor.forward_batch_info",
+            "ForwardBatch.global_num_token_non_padded_cpu",
+        ),
         (row.declares_arguments, "arg_groups.overrides", "declare_resolution"),
     ):
         assert found.has(module + name, symbol) is expected

@@ -89,7 +89,7 @@ class Schedulers:
         copies: int = 1,
         environment: dict[str, str] | None = None,
         settings: dict[str, Any] | None = None,
-        widths: list[int] | Literal["chosen"] | None = None,
+        widths: list[int | list[int]] | Literal["chosen"] | None = None,
         any_back_end: bool = False,
         steps: list[dict[str, Any]] | None = None,
         adapters: list[Path | None] | None = None,
@@ -104,8 +104,9 @@ class Schedulers:
             copies: of each.
             environment: of the scheduler.
             settings: of ``ServerArgs``.
-            widths: rows that the passes verify, in turns, or "chosen" by the policy and a clock
-                of each rank's own that runs by chance; whole blocks where there are none.
+            widths: rows that the passes verify, in turns, each alone or with the rows of the block
+                that is drafted, or "chosen" by the policy and a clock of each rank's own that runs
+                by chance; whole blocks where there are none.
             any_back_end: run the target under the attention of the settings, though SGLang has it
                 for its architecture under others alone, none of which this machine may have.
             steps: changes of weights, see ``weight_steps``; the prompts run again after each.
@@ -204,6 +205,7 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
     import torch
     from sglang.srt.managers.scheduler import Scheduler
 
+    from dflash_plugin.adaptive.policy import Lengths
     from dflash_plugin.sglang import adaptive
     from dflash_plugin.sglang.selfcheck import make_request, run
 
@@ -235,12 +237,20 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
         adaptive.time = SimpleNamespace(monotonic=lambda: next(clock))
     elif job["widths"]:
         cycle = itertools.cycle(job["widths"])
-        verifier.policy.choose = lambda *_: next(cycle)
+
+        def choose(*_: Any) -> int:
+            turn = next(cycle)
+            rows, drafted = turn if isinstance(turn, list) else (turn, verifier.block)
+            verifier.policy._chosen = Lengths(rows, drafted)
+            return rows
+
+        verifier.policy.choose = choose
         compact, generator = verifier.compact, torch.Generator().manual_seed(0)
 
         def unlike(*arguments: Any) -> Any:
             # Copies of a prompt would have as many rows each.
             verifier.predictor.predictions.uniform_(generator=generator)
+            verifier.predictor.predictions[:, verifier.draft_len - 1 :] = 0
             return compact(*arguments)
 
         verifier.compact = unlike

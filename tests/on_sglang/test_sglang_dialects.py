@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,40 @@ def test_passes_of_fewer_rows_write_and_draft_the_same(pair, schedulers, tmp_pat
     assert {width for width, _, _ in made["cut"]} == set(turns)
 
 
+@pytest.mark.parametrize("kind", ["anchor drafts, layers unsorted", "DFlash 2"])
+def test_steps_that_verify_few_drafts_draft_a_shorter_block(pair, schedulers, tmp_path, kind):
+    """Its drafts are the core's of a drafter with such a block, in turns with whole blocks."""
+    target, directory = pair
+    sizes = {**SIZES, "target_hidden_size": 64, **KINDS[kind]}
+    checkpoints = {
+        rows: write_tiny(tmp_path / str(rows), **{**sizes, "block_size": rows}) for rows in (8, 4)
+    }
+    drafters = {rows: load_drafter(path, target) for rows, path in checkpoints.items()}
+    turns = [[3, 4], [8, 8], [4, 4], [2, 4], [4, 8]]
+    made = schedulers.run(
+        directory, checkpoints[8], PROMPTS[:1], copies=3, widths=turns, temperature=0.0,
+        max_new_tokens=24, ignore_eos=True,
+    )  # fmt: skip
+    text = greedy_text(target, PROMPTS[0], 24)
+    assert made["texts"] == [3 * [text]]
+
+    @functools.cache
+    def drafts_at(place: int, rows: int) -> Any:
+        return answer(drafters[rows], target, PROMPTS[0] + text[:place])
+
+    checked = dict.fromkeys(drafters, 0)
+    for (_, rows), (_, anchors, blocks) in zip(itertools.cycle(turns), made["cut"], strict=False):
+        for anchor, drafts in zip(anchors, blocks, strict=True):
+            place = anchor - len(PROMPTS[0])
+            if place < len(text) - 8 and min(drafts_at(place, rows).margins) > 1e-4:
+                assert drafts == drafts_at(place, rows).drafts[: len(drafts)]
+                checked[rows] += 1
+    assert min(checked.values()) >= 3
+    assert any(
+        drafts_at(place, 4).drafts != drafts_at(place, 8).drafts[:3] for place in range(1, 16)
+    )
+
+
 def test_penalties_do_not_depend_on_what_is_verified(pair, schedulers, tmp_path):
     target, directory = pair
     checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
@@ -352,6 +387,7 @@ def test_a_quantised_drafter_that_keeps_what_it_stores(pair, schedulers, tmp_pat
         ("auto", None, {}, {}),
         ("probabilistic", [3, 1, 4, 2], {}, {}),
         ("probabilistic", [3, 1, 4, 2], DFLASH2, {"top_k": 5}),
+        ("auto", [[3, 4], [8, 8], [4, 4]], {"block_size": 8}, {}),
     ],
 )
 def test_sampled_text_has_the_targets_distribution(
@@ -359,7 +395,7 @@ def test_sampled_text_has_the_targets_distribution(
 ):
     """χ² at temperature 1; a drafter with no idea still loses nothing."""
     target, directory = pair
-    checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64, **changes)
+    checkpoint = write_tiny(tmp_path, **{**SIZES, "target_hidden_size": 64, **changes})
     samples = 1500
     expected = continuations(target, PROMPTS[0], 3, best=5, cut=bool(limits))
     made = schedulers.run(
@@ -435,11 +471,12 @@ def test_ranks_draw_the_same(pair, ranks, tmp_path):
 
 def test_ranks_whose_clocks_differ_verify_the_same(pair, ranks, tmp_path):
     target, _ = pair
-    checkpoint = write_tiny(tmp_path, **SIZES, target_hidden_size=64)
+    checkpoint = write_tiny(tmp_path, **{**SIZES, "block_size": 8}, target_hidden_size=64)
     made = ranks(checkpoint, widths="chosen", temperature=0.0, max_new_tokens=100)
     assert made["texts"] == [3 * [greedy_text(target, PROMPTS[0], 100)]]
     (other,) = made["others"]
     assert made["learnt"]["steps"] == other["learnt"]["steps"]
+    assert made["learnt"]["short_block_steps"] == other["learnt"]["short_block_steps"] > 0
     assert made["learnt"]["step_milliseconds"] != other["learnt"]["step_milliseconds"]
     assert len({width for width, _, _ in made["cut"]}) > 2
 

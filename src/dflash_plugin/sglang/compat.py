@@ -25,6 +25,8 @@ class Version:
             a function ``_translate_kv_loc``.
         plans_kv_writes: the input of a verify pass holds a plan of the slots that the pass writes
             (``kv_loc_plan``).
+        counts_rows_on_host: a pass tells of its rows on the host, too
+            (``global_num_token_non_padded_cpu``).
         has_sampling_masks: requests can ask for the tokens that sampling left over.
         defers_gather: the target's verify passes leave logits on the ranks that made them.
         lora: SGLang serves adapters of the target under DFLASH.
@@ -37,6 +39,7 @@ class Version:
     draft_backend: str = "_resolve_draft_attention_backend_fallback"
     has_kv_index_translator: bool = False
     plans_kv_writes: bool = False
+    counts_rows_on_host: bool = False
     has_sampling_masks: bool = False
     defers_gather: bool = False
     lora: bool = False
@@ -55,7 +58,7 @@ class Version:
 _0_5_17 = Version()
 _0_5_18 = replace(_0_5_17, log_probabilities=True, native_disaggregation=True)
 _0_5_19 = replace(_0_5_18, declares_arguments=True, has_kv_index_translator=True, lora=True)
-_0_5_20 = replace(_0_5_19, has_sampling_masks=True)
+_0_5_20 = replace(_0_5_19, counts_rows_on_host=True, has_sampling_masks=True)
 _0_5_22 = replace(
     _0_5_20, draft_backend="resolve_draft_worker_attention_backend", plans_kv_writes=True
 )

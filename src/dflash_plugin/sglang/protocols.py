@@ -123,6 +123,7 @@ class ModelRunnerLike(Protocol):
     init_new_workspace: bool
     server_args: Any
     model_config: Any
+    kv_index_translator: Any
     req_to_token_pool: Any
     token_to_kv_pool: Any
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dflash_plugin.sglang.compat import current
 from dflash_plugin.sglang.protocols import ForwardBatchLike, GraphRunnerLike, ModelRunnerLike
 from dflash_plugin.sglang.verify_graphs import free_memory, keeping_metadata
 
@@ -65,7 +66,7 @@ class ShortBlocks:
             made = make(self.runner, attn_backend=backend, speculative_num_draft_tokens=self.rows)
         self.graphs = made
         taken = before - free_memory(self._device)
-        if taken < float("inf"):
+        if self._device.type == "cuda":
             logger.info(
                 "draft passes of %d rows a request, for %s requests, take %.2f GiB",
                 self.rows,
@@ -85,10 +86,7 @@ class ShortBlocks:
             kwargs: likewise.
         """
         requests = batch.batch_size
-        for name in ("input_ids", "positions", "out_cache_loc"):
-            setattr(batch, name, self._first_rows(getattr(batch, name), requests))
-        batch.spec_info = self._info_of(batch.spec_info)
-        self._count_rows(batch, requests * self.rows)
+        self._cut(batch)
         kept = self.runner.decode_cuda_graph_runner
         if self.graphs is not None:
             self.runner.decode_cuda_graph_runner = self.graphs
@@ -133,6 +131,20 @@ class ShortBlocks:
         finally:
             self.model.set_block_size(kept)
 
+    def _cut(self, batch: Any) -> None:
+        """Leave the first rows of each block in a batch."""
+        requests, rows = batch.batch_size, batch.batch_size * self.rows
+        for name in ("input_ids", "positions", "out_cache_loc"):
+            setattr(batch, name, self._first_rows(getattr(batch, name), requests))
+        batch.spec_info = self._info_of(batch.spec_info)
+        if batch.num_token_non_padded is not None:
+            batch.num_token_non_padded = torch.full_like(batch.num_token_non_padded, rows)
+        if current().counts_rows_on_host:
+            batch.global_num_token_non_padded_cpu = rows
+        if current().plans_kv_writes and batch.kv_loc_plan is not None:
+            translator = self.runner.kv_index_translator
+            batch.kv_loc_plan.bind(batch, translator, cols=slice(0, self.rows))
+
     def _first_rows(self, values: Tensor, requests: int) -> Tensor:
         return values.view(requests, self.block)[:, : self.rows].reshape(-1)
 
@@ -143,13 +155,6 @@ class ShortBlocks:
             for name in ("draft_token_num", "num_tokens_per_req", "num_tokens_for_logprob_per_req"):
                 setattr(self._spec_info, name, self.rows)
         return self._spec_info
-
-    def _count_rows(self, batch: Any, rows: int) -> None:
-        """Put the number of rows where SGLang from 0.5.19 on keeps it."""
-        if getattr(batch, "num_token_non_padded", None) is not None:
-            batch.num_token_non_padded = torch.full_like(batch.num_token_non_padded, rows)
-        if getattr(batch, "global_num_token_non_padded_cpu", None) is not None:
-            batch.global_num_token_non_padded_cpu = rows
 
     def _padded(self, values: Tensor, requests: int, made: int, whole: int) -> Tensor:
         """Rows [B * made, …] with zeros behind each request's, [B * whole, …]."""

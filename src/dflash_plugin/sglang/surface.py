@@ -327,6 +327,11 @@ _SUBCLASSES = (
     ),
     *_rows(
         "model_executor.runner.decode_cuda_graph_runner", "subclass", ADAPTIVE_GRAPHS,
+        "captures draft passes of shorter blocks for many requests alone",
+        "DecodeCudaGraphRunner.capture", signature=(),
+    ),
+    *_rows(
+        "model_executor.runner.decode_cuda_graph_runner", "subclass", ADAPTIVE_GRAPHS,
         "gives each request its rows while a pass is captured",
         "DecodeCudaGraphRunner._capture_ragged_verify_layout", signature=("num_tokens",),
     ),
@@ -484,7 +489,8 @@ _CALLS = (
     *_rows(
         "model_executor.runner.decode_cuda_graph_runner", "call", ADAPTIVE_GRAPHS,
         "captures cut passes",
-        "DecodeCudaGraphRunner", signature=("model_runner", "*", "attn_backend"),
+        "DecodeCudaGraphRunner",
+        signature=("model_runner", "*", "attn_backend", "speculative_num_draft_tokens"),
     ),
     *_rows(
         "mem_cache.kv_index_translator", "call", ADAPTIVE, "plans the slots that a cut pass writes",
@@ -647,7 +653,33 @@ _ATTRIBUTES = (
     ),
     *_rows(
         "speculative.dflash_info", "attribute", ADAPTIVE, "cuts the input to the selected rows",
-        *_members("DFlashVerifyInput", "draft_token", "positions", "draft_token_num"),
+        *_members("DFlashVerifyInput", "draft_token", "positions"),
+    ),
+    *_rows(
+        "speculative.dflash_info", "attribute", ADAPTIVE, "tells of the rows of a shorter block",
+        *_members(
+            "DFlashVerifyInput",
+            "draft_token_num", "num_tokens_per_req", "num_tokens_for_logprob_per_req",
+        ),
+    ),
+    *_rows(
+        "model_executor.forward_batch_info", "attribute", ADAPTIVE,
+        "leaves the first rows of each block in a draft pass",
+        *_members("ForwardBatch", "input_ids", "num_token_non_padded"),
+    ),
+    *_rows(
+        "model_executor.forward_batch_info", "attribute", ADAPTIVE,
+        "leaves the first rows of each block in a draft pass",
+        "ForwardBatch.global_num_token_non_padded_cpu", since="0.5.20",
+    ),
+    *_rows(
+        "model_executor.forward_batch_info", "attribute", ADAPTIVE,
+        "leaves the first rows of each block in a draft pass",
+        "ForwardBatch.kv_loc_plan", since="0.5.22",
+    ),
+    *_rows(
+        "mem_cache.kv_loc_plan", "call", ADAPTIVE, "plans the slots of a shorter block",
+        "KVLocPlan.bind", signature=("batch", "reader", "*", "cols"), since="0.5.22",
     ),
     *_rows(
         "speculative.dflash_info", "attribute", ADAPTIVE, "plans the slots that a cut pass writes",
@@ -666,7 +698,7 @@ _ATTRIBUTES = (
         *_members(
             "ModelRunner",
             "model", "model_config", "dtype", "attn_backend", "token_to_kv_pool",
-            "req_to_token_pool", "server_args",
+            "req_to_token_pool", "server_args", "device",
         ),
     ),
     *_rows(
