@@ -280,8 +280,11 @@ def into_sglang() -> None:
                 prompts = [request_of(request.origin_input_ids) for request in batch.reqs]
                 replay_on(slots.device).begin(slots, torch.tensor(prompts).to(slots.device))
             verifier = getattr(self, "verifier", None)
+            state["drafted"] = getattr(self, "draft_len", self.block_size)
             if verifier is not None and not batch.forward_mode.is_extend():
                 sure(verifier.predictor, slots)
+                if verifier.running_short is not None:
+                    verifier.predictor.leave_out(len(slots), verifier.draft_len - 1)
             return native(self, batch, *args, **kwargs)
 
         def accept(
@@ -294,7 +297,7 @@ def into_sglang() -> None:
             **_: Any,
         ) -> None:
             slots = state["slots"]
-            verified = (candidates[:, 1:] >= 0).sum(dim=1)
+            verified = (candidates[:, 1 : state["drafted"]] >= 0).sum(dim=1)
             stood = replay_on(candidates.device).commit(slots, verified)
             accept_len.copy_(stood)
             commit_lens.copy_(stood + 1)
@@ -315,7 +318,7 @@ def into_sglang() -> None:
         torch.sigmoid(torch.addcmul(offsets, confidences, slope), out=chances.predictions[:count])
 
     def estimating(module: Any) -> None:
-        def predict(self: Any, top: Tensor, log_sum_exp: Tensor | None) -> None:
+        def predict(self: Any, *_: Any) -> None:
             """The draft pass's own confidences mean nothing."""
 
         module.AcceptancePredictor.predict = predict

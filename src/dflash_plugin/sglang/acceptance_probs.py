@@ -50,9 +50,7 @@ class AcceptancePredictor:
         drafts = drafts or self.drafts
         requests, positions = self._places_of(drafts)
         if drafts < self.drafts:
-            batch = rows // drafts
-            self.confidences[:batch, drafts:] = NOT_MADE
-            self.predictions[:batch, drafts:] = 0.0
+            self.leave_out(rows // drafts, drafts)
         predict_acceptance(
             top.contiguous(),
             log_sum_exp,
@@ -63,6 +61,11 @@ class AcceptancePredictor:
             self.confidences,
             self.predictions,
         )
+
+    def leave_out(self, batch: int, drafts: int) -> None:
+        """Note that the first ``batch`` requests have no more drafts than these."""
+        self.confidences[:batch, drafts:] = NOT_MADE
+        self.predictions[:batch, drafts:] = 0.0
 
     def _places_of(self, drafts: int) -> tuple[Tensor, Tensor]:
         if drafts not in self._places:
