@@ -171,6 +171,10 @@ _PATCHES = (
         _WORKER, "patch", VERIFYING, "compacts the input of a verify pass",
         "DFlashVerifyInput",
     ),
+    *_rows(
+        _WORKER, "patch", DRAFTING, "sends lengths of prompts without waiting for the GPU",
+        "torch", until="0.5.23",
+    ),
 )  # fmt: skip
 
 _SUBCLASSES = (

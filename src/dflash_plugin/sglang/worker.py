@@ -40,6 +40,7 @@ from dflash_plugin.sglang.adaptive import (
 from dflash_plugin.sglang.compat import argument, current
 from dflash_plugin.sglang.draft_estimate import DraftEstimate, Lesson
 from dflash_plugin.sglang.draft_step import DraftGraphHead, Drafting, Step
+from dflash_plugin.sglang.host_copies import send_without_waiting
 from dflash_plugin.sglang.model import EngineDrafter
 from dflash_plugin.sglang.new_weights import (
     KEPT,
@@ -104,6 +105,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
 
             install()
         patches.route_verification()
+        send_without_waiting()
         verify_features(ALWAYS)
         super().__init__(*args, **kwargs)
         self.draft_model: EngineDrafter
