@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dflash_plugin.serving.drafter_spec import Options
-from dflash_plugin.vllm.adaptive import CONTEXT, CONTEXT_VARIABLE, AdaptiveManager
+from dflash_plugin.vllm.adaptive import AdaptiveManager
+from dflash_plugin.vllm.step_profile import CONTEXT, CONTEXT_VARIABLE, REPEATS
 
 CPU = torch.device("cpu")
 DRAFTS, SLOTS, MOST = 7, 12, 1000
@@ -81,7 +82,8 @@ def step(manager: AdaptiveManager, counts: list[int], others: list[int]) -> dict
     assert int(tokens.sum()) == total
     assert int(queries[len(names)]) == total == int(queries[-1])
     assert int(starts[len(names)]) == len(names) + admitted
-    manager.record_confidences(torch.zeros(0), SimpleNamespace(idx_mapping=slots))
+    batch = SimpleNamespace(idx_mapping=slots, req_ids=names)
+    manager.record_confidences(torch.zeros(0), batch)
     return {
         "total": total,
         "drafts": (starts[1:] - starts[:-1] - 1).tolist(),
@@ -173,10 +175,10 @@ def test_profiled_passes_say_what_steps_take(manager):
     )  # fmt: skip
     assert manager.policy.sizes == (2, 4, 8)
     prior = manager.policy.prior
-    assert prior[8, 8] == pytest.approx(7e-3)
-    assert prior[8, 1] == pytest.approx(2e-3)
-    assert prior[4, 4] == pytest.approx(2e-3 + 1.5e-3)
-    assert prior[4, 6] == pytest.approx(3e-3 + 1.5e-3)
+    assert prior[8, 8, 8] == pytest.approx(7e-3)
+    assert prior[8, 1, 8] == pytest.approx(2e-3)
+    assert prior[4, 4, 8] == pytest.approx(2e-3 + 1.5e-3)
+    assert prior[4, 6, 8] == pytest.approx(3e-3 + 1.5e-3)
 
 
 def test_the_policy_is_told_what_the_drafts_promise(manager, monkeypatch):
