@@ -36,14 +36,25 @@ ADAPTIVE = {"enable_adaptive_verification": True}
 
 @contextmanager
 def adapting(monkeypatch: Any, target: Path, drafter: Path, turns: Any, **settings: Any) -> Any:
-    """An engine, in this process, whose steps have rows by turns."""
+    """An engine, in this process, whose steps have rows by turns, and may draft shorter blocks."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     speculative = {**ADAPTIVE, **settings.pop("speculative", {})}
     with running(target, drafter, speculative=speculative, **settings) as engine:
         budget = adaptive.latest()
         assert budget is not None
-        rows, choose = itertools.cycle(turns), budget.policy.choose
-        monkeypatch.setattr(budget.policy, "choose", lambda *args: choose(*args) and next(rows))
+        lengths, choose = itertools.cycle(turns), budget.policy.choose
+        chosen = Lengths(budget.block, budget.block)
+
+        def by_turns(*args: Any) -> int:
+            nonlocal chosen
+            choose(*args)
+            turn = next(lengths)
+            chosen = turn if isinstance(turn, Lengths) else Lengths(turn, budget.block)
+            return chosen.verify
+
+        monkeypatch.setattr(budget.policy, "choose", by_turns)
+        drafted = property(lambda _: chosen.draft)
+        monkeypatch.setattr(policy.VerifyLenPolicy, "draft_len", drafted)
         yield engine, budget
 
 
@@ -62,7 +73,8 @@ def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path, Path]:
 
 
 @pytest.mark.parametrize(
-    ("turns", "interpreted"), [((5, 5, 8, 1, 1, 4), False), ((3, 1, 8, 2), True)]
+    ("turns", "interpreted"),
+    [((5, 5, 8, 1, 1, 4), False), ((3, 1, Lengths(4, 4), 8, Lengths(2, 4), 2), True)],
 )
 def test_greedy_text_is_the_targets(pair, monkeypatch, turns, interpreted):
     target, directory, drafter = pair
