@@ -181,7 +181,8 @@ def test_sampled_text_has_the_targets_distribution(pair, monkeypatch, method):
     expected = continuations(target, PROMPTS[0], length, best=5, cut=False)
     params = SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True, n=samples)
     settings = {"speculative": {"draft_sample_method": method}, "max_model_len": 256}
-    with adapting(monkeypatch, directory, drafter, (2, 1, 8, 3), max_num_seqs=64, **settings) as (
+    turns = (2, 1, Lengths(4, 4), 8, Lengths(3, 4))
+    with adapting(monkeypatch, directory, drafter, turns, max_num_seqs=64, **settings) as (
         engine,
         _,
     ):

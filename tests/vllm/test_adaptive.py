@@ -343,10 +343,11 @@ def test_draft_passes_of_shorter_blocks_are_profiled(manager):
         {"num_tokens": size, "context_len": 8192} for size in [*sizes, 64] for _ in range(5)
     )
     assert manager.draft_short_blocks()
-    samples = []
+    samples, whole = [], []
     for batch in manager.batches_to_profile(sizes):
         tokens, is_short = batch["num_tokens"], manager.draft_len == 4
         assert is_short or manager.draft_len == 8
+        whole.append(batch.get("uniform_decode", False))
         samples.append(
             SimpleNamespace(
                 num_target_tokens=tokens, forward_ms=4.0, num_reqs=min(tokens, SLOTS),
@@ -355,7 +356,9 @@ def test_draft_passes_of_shorter_blocks_are_profiled(manager):
         )  # fmt: skip
     assert manager.draft_len == 8
     # Passes of 16 and 32 tokens have as many requests: all that there may be.
-    assert len(samples) == 5 * 5 + 3 * REPEATS
+    assert len(samples) == 5 * 5 + 3 * REPEATS + 1
+    # The last one is a request that schedules a whole block.
+    assert whole == [False] * (5 * 5 + 3 * REPEATS) + [True]
     manager.set_initial_cost_curves(samples)
     prior = manager.policy.prior
     assert manager.policy.sizes == (2, 4, SLOTS)

@@ -84,7 +84,7 @@ class AdaptiveManager:
         self.block, self.short = self.policy.block, 0
         self.verify_len, self.draft_len = self.policy.verify_lens[-1], self.block
         self.bypass, self._bypasses = 0, False
-        self._profile = StepProfile(size)
+        self._profile = StepProfile(self.block, size)
         # Requests whose drafts the last step made.
         self._drafted_for: Sequence[str] = ()
         # Tensors that were sent once and are used again.
@@ -140,8 +140,9 @@ class AdaptiveManager:
         if verifying and drafting:
             self.budget.set_costs(tuple(drafting), verifying, drafting, drafting_short=short)
             self._find_bypass(drafting, verifying)
-        if short:
-            most = max(short)
+        both = drafting.keys() & short.keys()
+        if both:
+            most = max(both)
             logger.info(
                 "drafts of %d requests take %.2f ms in blocks of %d rows and %.2f in shorter ones",
                 most, 1e3 * drafting[most], self.block, 1e3 * short[most],

@@ -36,11 +36,12 @@ class StepProfile:
     """Which steps are profiled, and what their samples say.
 
     Args:
+        block: rows of a whole block.
         max_requests: requests of a batch, at most.
     """
 
-    def __init__(self, max_requests: int) -> None:
-        self.max_requests = max_requests
+    def __init__(self, block: int, max_requests: int) -> None:
+        self.block, self.max_requests = block, max_requests
         # Whether each step drafts shorter blocks.
         self._are_short: list[bool] = []
 
@@ -65,6 +66,10 @@ class StepProfile:
                 repeats[requests] += 1
                 self._are_short.append(True)
                 yield batch, True
+        if most_tokens >= self.block:
+            # Steps that serve schedule whole blocks, for which vLLM compiles a kernel of its own.
+            self._are_short.append(True)
+            yield {"num_tokens": self.block, "uniform_decode": True}, True
 
     def seconds(self, samples: Sequence[StepTimingSample]) -> StepSeconds:
         """What the steps took.

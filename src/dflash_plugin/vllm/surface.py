@@ -471,6 +471,8 @@ _ADAPTIVE = (
     *_seams("vllm.v1.worker.gpu.spec_decode.rejection_sampler", ADAPTIVE, "attribute",
             "turns it off where vLLM finds out that it cannot",
             "RejectionSampler.enable_adaptive_verification"),
+    *_seams(RUNNER, ADAPTIVE, "call", "runs the steps that are profiled at start",
+            "GPUModelRunner._dummy_run(num_tokens, *, uniform_decode, context_len)"),
     *_seams(RUNNER, ADAPTIVE, "attribute", "attaches counts to a step's output",
             "GPUModelRunner.adaptive_verification"),
     *_seams(
