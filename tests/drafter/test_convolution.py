@@ -40,6 +40,7 @@ def test_rows_take_in_those_before_them_in_their_block(rows, block_size, taps, g
     expected = one_by_one(x, dynamic, base, block_size)
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected.to(dtype))
+    assert torch.equal(convolve_naive(x, dynamic, base, torch.tensor(block_size)), found)
     # The rows of a batch are apart.
     batch = convolve_naive(x.expand(2, -1, -1), dynamic.expand(2, -1, -1, -1), base, block_size)
     assert torch.equal(batch, found.expand(2, -1, -1))

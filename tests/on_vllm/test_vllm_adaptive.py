@@ -15,6 +15,8 @@ import torch
 from transformers import PreTrainedModel
 from vllm import SamplingParams
 
+from dflash_plugin.adaptive import policy
+from dflash_plugin.adaptive.policy import Lengths
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
 from dflash_plugin.serving import adaptive_setup, draft_tokens
 from dflash_plugin.transformers import load_drafter
@@ -34,14 +36,25 @@ ADAPTIVE = {"enable_adaptive_verification": True}
 
 @contextmanager
 def adapting(monkeypatch: Any, target: Path, drafter: Path, turns: Any, **settings: Any) -> Any:
-    """An engine, in this process, whose steps have rows by turns."""
+    """An engine, in this process, whose steps have rows by turns, and may draft shorter blocks."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     speculative = {**ADAPTIVE, **settings.pop("speculative", {})}
     with running(target, drafter, speculative=speculative, **settings) as engine:
         budget = adaptive.latest()
         assert budget is not None
-        rows, choose = itertools.cycle(turns), budget.policy.choose
-        monkeypatch.setattr(budget.policy, "choose", lambda *args: choose(*args) and next(rows))
+        lengths, choose = itertools.cycle(turns), budget.policy.choose
+        chosen = Lengths(budget.block, budget.block)
+
+        def by_turns(*args: Any) -> int:
+            nonlocal chosen
+            choose(*args)
+            turn = next(lengths)
+            chosen = turn if isinstance(turn, Lengths) else Lengths(turn, budget.block)
+            return chosen.verify
+
+        monkeypatch.setattr(budget.policy, "choose", by_turns)
+        drafted = property(lambda _: chosen.draft)
+        monkeypatch.setattr(policy.VerifyLenPolicy, "draft_len", drafted)
         yield engine, budget
 
 
@@ -60,7 +73,8 @@ def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path, Path]:
 
 
 @pytest.mark.parametrize(
-    ("turns", "interpreted"), [((5, 5, 8, 1, 1, 4), False), ((3, 1, 8, 2), True)]
+    ("turns", "interpreted"),
+    [((5, 5, 8, 1, 1, 4), False), ((3, 1, Lengths(4, 4), 8, Lengths(2, 4), 2), True)],
 )
 def test_greedy_text_is_the_targets(pair, monkeypatch, turns, interpreted):
     target, directory, drafter = pair
@@ -167,7 +181,8 @@ def test_sampled_text_has_the_targets_distribution(pair, monkeypatch, method):
     expected = continuations(target, PROMPTS[0], length, best=5, cut=False)
     params = SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True, n=samples)
     settings = {"speculative": {"draft_sample_method": method}, "max_model_len": 256}
-    with adapting(monkeypatch, directory, drafter, (2, 1, 8, 3), max_num_seqs=64, **settings) as (
+    turns = (2, 1, Lengths(4, 4), 8, Lengths(3, 4))
+    with adapting(monkeypatch, directory, drafter, turns, max_num_seqs=64, **settings) as (
         engine,
         _,
     ):
@@ -175,6 +190,44 @@ def test_sampled_text_has_the_targets_distribution(pair, monkeypatch, method):
         completions = engine.generate([prompt], params, use_tqdm=False)[0].outputs
     assert len(completions) == samples
     assert 0 < check_distribution([tuple(c.token_ids) for c in completions], expected) < samples
+
+
+def block_rows(worker: Any) -> int:
+    """Rows of a block that the layers of the last draft pass were told."""
+    return int(worker.model_runner.speculator.model.model.block_size)
+
+
+def test_shorter_blocks(pair, monkeypatch, tmp_path):
+    """Greedy text of steps that draft blocks of 8 and of 4 rows, in turns.
+
+    The drafts of the shorter ones are those of a core with blocks of 4 rows. The drafter's
+    convolutions and its selector look at a row's place in the block.
+    """
+    target, directory, _ = pair
+    drafter, short = (
+        write_tiny(tmp_path / str(size), **SIZES, target_hidden_size=64, block_size=size, **DFLASH2)
+        for size in (8, 4)
+    )
+    reference = {"target": target, "drafter": load_drafter(short, target)}
+    turns = [Lengths(*lens) for lens in ((4, 4), (2, 4), (8, 8), (4, 8), (1, 8), (4, 4), (8, 8))]
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setattr(policy, "RUN", 1)
+    with running(directory, drafter, speculative=ADAPTIVE, max_model_len=256) as engine:
+        manager = adaptive.latest()
+        chosen = itertools.cycle(turns)
+        monkeypatch.setattr(manager.policy, "_next", lambda size: next(chosen))
+        params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+        outputs = engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False
+        )
+        (summary,) = engine.collective_rpc("dflash_adaptive")
+        monkeypatch.setattr(manager, "draft_whole_blocks", lambda: setattr(manager, "draft_len", 4))
+        for prompt in PROMPTS:
+            (core,) = core_proposals(reference, prompt, [len(prompt) - 1])
+            assert on_worker(engine, draft, prompt)[:3] == core.tokens[0].tolist()
+        assert on_worker(engine, block_rows) == 4
+    assert [list(output.outputs[0].token_ids) for output in outputs] == of_target(target)
+    assert 0 < summary["short_block_steps"] < sum(summary["steps"].values())
 
 
 def proposals(worker: Any) -> torch.Tensor:

@@ -88,6 +88,15 @@ def test_costs_of_shorter_blocks_have_their_own_draft_passes():
     assert budget.drafts_to_verify(2, 4, 4) == 28
 
 
+def test_a_limit_of_drafts_leaves_whole_blocks_whole():
+    """Four rows are verified at most; they may come from blocks of 8 or of 4."""
+    budget = VerifyBudget(Options(max_draft_tokens=3), 7, 4, CPU)
+    budget.draft_short_blocks()
+    policy = budget.policy
+    assert policy.block == policy.draft_len == 8
+    assert policy.choices == [(1, 8), (2, 8), (4, 8), (2, 4), (4, 4)]
+
+
 def test_blocks_of_few_rows_are_not_halved():
     assert [short_block(rows) for rows in (2, 4, 7, 8, 15, 16)] == [None, None, None, 4, 7, 8]
     with pytest.raises(ValueError, match="no shorter one"):

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from dflash_plugin.adaptive.policy import Lengths
 from dflash_plugin.serving.drafter_spec import Options
-from dflash_plugin.vllm.adaptive import CONTEXT, CONTEXT_VARIABLE, AdaptiveManager
+from dflash_plugin.vllm.adaptive import AdaptiveManager
+from dflash_plugin.vllm.step_profile import CONTEXT, CONTEXT_VARIABLE, REPEATS
 
 CPU = torch.device("cpu")
 DRAFTS, SLOTS, MOST = 7, 12, 1000
@@ -81,7 +83,8 @@ def step(manager: AdaptiveManager, counts: list[int], others: list[int]) -> dict
     assert int(tokens.sum()) == total
     assert int(queries[len(names)]) == total == int(queries[-1])
     assert int(starts[len(names)]) == len(names) + admitted
-    manager.record_confidences(torch.zeros(0), SimpleNamespace(idx_mapping=slots))
+    batch = SimpleNamespace(idx_mapping=slots, req_ids=names)
+    manager.record_confidences(torch.zeros(0), batch)
     return {
         "total": total,
         "drafts": (starts[1:] - starts[:-1] - 1).tolist(),
@@ -173,10 +176,10 @@ def test_profiled_passes_say_what_steps_take(manager):
     )  # fmt: skip
     assert manager.policy.sizes == (2, 4, 8)
     prior = manager.policy.prior
-    assert prior[8, 8] == pytest.approx(7e-3)
-    assert prior[8, 1] == pytest.approx(2e-3)
-    assert prior[4, 4] == pytest.approx(2e-3 + 1.5e-3)
-    assert prior[4, 6] == pytest.approx(3e-3 + 1.5e-3)
+    assert prior[8, 8, 8] == pytest.approx(7e-3)
+    assert prior[8, 1, 8] == pytest.approx(2e-3)
+    assert prior[4, 4, 8] == pytest.approx(2e-3 + 1.5e-3)
+    assert prior[4, 6, 8] == pytest.approx(3e-3 + 1.5e-3)
 
 
 def test_the_policy_is_told_what_the_drafts_promise(manager, monkeypatch):
@@ -234,6 +237,138 @@ def test_a_limit_holds_for_small_batches_too():
     manager = made(max_draft_tokens=3)
     manager._find_bypass([1, 2], {8: 1.0, 16: 1.0})
     assert manager.bypass == 0
+
+
+def drafting(manager: AdaptiveManager, monkeypatch: Any, lengths: list[tuple[int, int]]) -> None:
+    """Let steps choose these lengths in turn: rows to verify, rows of the blocks to draft."""
+    assert manager.draft_short_blocks()
+    choosing_blocks(manager, monkeypatch, lengths)
+    slots = torch.arange(SLOTS)  # Whose prompts were read in the step before.
+    read = SimpleNamespace(idx_mapping=slots, req_ids=[f"{slot}" for slot in range(SLOTS)])
+    manager.record_confidences(torch.zeros(0), read)
+
+
+def choosing_blocks(
+    manager: AdaptiveManager, monkeypatch: Any, lengths: list[tuple[int, int]]
+) -> None:
+    turns = itertools.cycle(Lengths(*one) for one in lengths)
+
+    def choose(*_: Any) -> int:
+        manager.policy._chosen = next(turns)
+        return manager.policy._chosen.verify
+
+    monkeypatch.setattr(manager.policy, "choose", choose)
+
+
+def test_no_more_is_verified_than_was_drafted(manager, monkeypatch):
+    """Lengths that a step chooses: rows that the next one verifies, and rows that it drafts."""
+    drafting(manager, monkeypatch, [(8, 4), (8, 8), (8, 8), (4, 4), (4, 4)])
+    found = [step(manager, [7, 7], [1, 1])["drafts"] for _ in range(6)]
+    # A pass of 16 tokens would hold all drafts, of which 8 were made in an earlier step.
+    assert found == [[7, 7], [3, 3], [7, 7], [7, 7], [3, 3], [3, 3]]
+
+
+def test_drafts_of_shorter_blocks_are_chosen_among_themselves(manager, monkeypatch):
+    drafting(manager, monkeypatch, [(3, 4)])
+    # Behind the drafts that were made stand better ones, of an earlier step.
+    manager.acceptance_probs[:5] = torch.tensor([0.9, 0.1, 0.5, 0.8, 0.4])[:, None]
+    manager.acceptance_probs[:5, 3:] = 1.0
+    step(manager, [7] * 5, [1] * 5)
+    # A pass of 16 tokens holds 11 drafts of 5 requests.
+    assert step(manager, [7] * 5, [1] * 5)["drafts"] == [3, 0, 3, 3, 2]
+    # Requests that end soon have fewer; none is counted that was not made.
+    assert step(manager, [7, 7, 1, 2], [1] * 4)["drafts"] == [3, 3, 1, 2]
+    assert step(manager, [2, 1, 7], [1, 1, 60])["drafts"] == [2, 1, 3]
+
+
+def test_a_request_that_sat_out_has_the_drafts_of_a_shorter_block(manager, monkeypatch):
+    """It may have been drafted when blocks were short; the others are cut like it, for a step."""
+    drafting(manager, monkeypatch, [(8, 4), (8, 8), (8, 8)])
+    step(manager, [7] * 3, [1] * 3)
+    step(manager, [7] * 2, [1] * 2)
+    assert manager.draft_len == 8
+    assert step(manager, [7] * 3, [1] * 3)["drafts"] == [3, 3, 3]
+    # A request whose prompt was read in the last step has drafts from there.
+    choosing_blocks(manager, monkeypatch, [(8, 8)])
+    step(manager, [7, 7, 0], [1, 1, 50])
+    assert step(manager, [7] * 3, [1] * 3)["drafts"] == [7, 7, 7]
+
+
+def test_small_batches_draft_whole_blocks(manager, monkeypatch):
+    drafting(manager, monkeypatch, [(4, 4)])
+    manager.bypass = 2
+    step(manager, [7] * 3, [1] * 3)
+    assert step(manager, [7] * 2, [1] * 2)["drafts"] == [3, 3]
+    assert manager.draft_len == 8
+    assert step(manager, [7] * 2, [1] * 2)["drafts"] == [7, 7]
+
+
+def test_what_is_drafted_outside_of_serving_is_whole(manager, monkeypatch):
+    drafting(manager, monkeypatch, [(4, 4)])
+    step(manager, [7] * 2, [1] * 2)
+    assert (manager.verify_len, manager.draft_len) == (4, 4)
+    manager.draft_whole_blocks()
+    assert (manager.verify_len, manager.draft_len) == (8, 8)
+
+
+def test_shorter_blocks_need_limits_that_let_few_drafts_be_verified():
+    assert not made(min_draft_tokens=4).draft_short_blocks()
+    assert made(min_draft_tokens=3).draft_short_blocks()
+    assert made(max_draft_tokens=3).draft_short_blocks()
+
+
+def test_fewer_drafts_than_the_limit_make_a_smaller_pass(manager):
+    manager = made(max_draft_tokens=3)
+    assert step(manager, [7, 2], [1, 1])["drafts"] == [3, 2]
+
+
+def test_shorter_blocks_are_expected_by_themselves(manager, monkeypatch):
+    drafting(manager, monkeypatch, [(4, 4)])
+    manager.acceptance_probs[:, :3], manager.acceptance_probs[:, 3:] = 1.0, 0.0
+    step(manager, [7] * SLOTS, [1] * SLOTS)
+    before = manager.policy.expected()
+    for _ in range(1600):
+        step(manager, [7] * SLOTS, [1] * SLOTS)
+        found = manager.policy._expected_of_short()
+    # Verify lengths 1 to 4; all drafts of 12 requests fit into the pass of 32 or 64 tokens.
+    assert found == pytest.approx([1.0, 2.67, 4.0, 4.0], abs=0.01)
+    # Of whole blocks nothing was learnt.
+    assert manager.policy.expected() == before
+
+
+def test_draft_passes_of_shorter_blocks_are_profiled(manager):
+    """Three of the five steps of a number of requests run again, and draft shorter blocks."""
+    sizes = [2, 4, 16, 32]
+    manager.native.batches_to_profile = lambda captured: (
+        {"num_tokens": size, "context_len": 8192} for size in [*sizes, 64] for _ in range(5)
+    )
+    assert manager.draft_short_blocks()
+    samples, whole = [], []
+    for batch in manager.batches_to_profile(sizes):
+        tokens, is_short = batch["num_tokens"], manager.draft_len == 4
+        assert is_short or manager.draft_len == 8
+        whole.append(batch.get("uniform_decode", False))
+        samples.append(
+            SimpleNamespace(
+                num_target_tokens=tokens, forward_ms=4.0, num_reqs=min(tokens, SLOTS),
+                drafter_ms=1.0 if is_short else 3.0, full_cudagraph=tokens <= sizes[-1],
+            )
+        )  # fmt: skip
+    assert manager.draft_len == 8
+    # Passes of 16 and 32 tokens have as many requests: all that there may be.
+    assert len(samples) == 5 * 5 + 3 * REPEATS + 1
+    # The last one is a request that schedules a whole block.
+    assert whole == [False] * (5 * 5 + 3 * REPEATS) + [True]
+    manager.set_initial_cost_curves(samples)
+    prior = manager.policy.prior
+    assert manager.policy.sizes == (2, 4, SLOTS)
+    assert prior[SLOTS, 2, 8] == pytest.approx(7e-3)
+    assert prior[SLOTS, 2, 4] == pytest.approx(5e-3)
+    # Where a sample is missing, nobody knows whose the others are.
+    manager.policy.prior.clear()
+    manager.set_initial_cost_curves(samples[1:])
+    assert (SLOTS, 2, 8) in prior
+    assert (SLOTS, 2, 4) not in prior
 
 
 def test_the_users_context_of_the_profile_stays(monkeypatch, manager):

@@ -41,13 +41,15 @@ class DynamicConvolution(nn.Module):
         before, after = kernels.unflatten(-1, (2, self.taps, self.groups)).unbind(-3)
         return before, after
 
-    def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], block_size: int) -> Tensor:
+    def forward(
+        self, x: Tensor, sublayer: Callable[[Tensor], Tensor], block_size: int | Tensor
+    ) -> Tensor:
         """``sublayer`` between the two convolutions.
 
         Args:
             x: [..., T, hidden], the sublayer's input, normed.
             sublayer: takes and gives [..., T, hidden].
-            block_size: rows of a block.
+            block_size: rows of a block, as of ``Drafter.run_block``.
         """
         before, after = self.kernels(x)
         x = convolve_naive(x, before, self.base_kernel[0], block_size)

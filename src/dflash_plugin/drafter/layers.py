@@ -200,7 +200,7 @@ class DraftLayer(nn.Module):
         rotary: RotaryEmbedding,
         tables: tuple[Tensor, Tensor],
         attend: Attend,
-        block_size: int,
+        block_size: int | Tensor,
     ) -> Tensor:
         """One layer over block rows [..., T, hidden]."""
 
@@ -215,6 +215,6 @@ def _within(
     convolution: DynamicConvolution | None,
     x: Tensor,
     sublayer: Callable[[Tensor], Tensor],
-    block_size: int,
+    block_size: int | Tensor,
 ) -> Tensor:
     return sublayer(x) if convolution is None else convolution(x, sublayer, block_size)

@@ -211,7 +211,11 @@ class Drafter(nn.Module):
         return self.attentions()[layer].sinks
 
     def run_block(
-        self, embedded: Tensor, positions: Tensor, attend: Attend, block_size: int | None = None
+        self,
+        embedded: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        block_size: int | Tensor | None = None,
     ) -> Tensor:
         """Hidden states of block rows, normed.
 
@@ -219,12 +223,13 @@ class Drafter(nn.Module):
             embedded: [..., T, hidden], blocks one after the other.
             positions: int64 [..., T].
             attend: attention over the context and each row's own block.
-            block_size: rows of a block, where they are not the configuration's.
+            block_size: rows of a block, where they are not the configuration's; a tensor, int64 of
+                no dimension, where a compiled or captured pass is to follow its value.
 
         Returns:
             [..., T, hidden].
         """
-        size = block_size or self.config.block_size
+        size = self.config.block_size if block_size is None else block_size
         tables = self.rotary.tables(positions, embedded.dtype)
         hidden = embedded
         for layer in self.layers:

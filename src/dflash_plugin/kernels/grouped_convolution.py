@@ -148,14 +148,15 @@ def grouped_convolution_naive(
     return round_rows(out) if rounds else out
 
 
-def convolve_naive(x: Tensor, dynamic: Tensor, base: Tensor, block_size: int) -> Tensor:
+def convolve_naive(x: Tensor, dynamic: Tensor, base: Tensor, block_size: int | Tensor) -> Tensor:
     """``grouped_convolution`` of any number of sequences, for training and for any engine.
 
     Args:
         x: [..., T, H], blocks of ``block_size`` rows one after the other.
         dynamic: [..., T, taps, groups].
         base: [taps, H].
-        block_size: rows of a block; a last block may be shorter.
+        block_size: rows of a block; a last block may be shorter. A tensor, int64 of no dimension,
+            is not read back to the host.
 
     Returns:
         [..., T, H] in x's dtype, summed in float32 (of float64, in float64) and rounded once.

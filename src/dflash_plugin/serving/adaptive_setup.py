@@ -73,6 +73,7 @@ def make_policy(
         latency_vs_throughput=options.latency_vs_throughput,
         expected=expected,
         agree=agree,
+        block=num_drafts + 1,
     )
 
 

@@ -9,12 +9,9 @@ none, runs as vLLM prepares it.
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -36,15 +33,12 @@ from dflash_plugin.vllm.protocols import (
     StepTimingSample,
     VllmConfig,
 )
+from dflash_plugin.vllm.step_profile import StepProfile
 
 logger = logging.getLogger("vllm.dflash_plugin")
 
 # Steps between two lines in the log.
 REPORT = 20000
-# Tokens of context of the requests that are profiled, and the variable that changes them. vLLM's
-# default, 8192, is for as many requests as a pass has tokens, so that a pass of whole blocks, which
-# has far fewer, would seem to take several times as long as it does.
-CONTEXT, CONTEXT_VARIABLE = 256, "VLLM_ADAPTIVE_VERIFICATION_PROFILE_CONTEXT_LEN"
 
 
 class AdaptiveManager:
@@ -62,8 +56,11 @@ class AdaptiveManager:
 
     Attributes:
         verify_len: rows of a request in the next step, on average; 1 verifies no draft.
+        draft_len: rows of the blocks that this step drafts, the anchor included; the next step
+            verifies no more of a request.
         acceptance_probs: float32 [R, K], the probability that a draft is accepted if those before
             it are, by request slot; set when the drafter is loaded.
+        block, short: rows of a whole block and of a shorter one; 0 where there are only whole ones.
         bypass: batches of no more requests than these verify whole blocks, without a choice.
     """
 
@@ -84,15 +81,20 @@ class AdaptiveManager:
         self.acceptance_probs = torch.zeros(size, self.drafts, device=self.device)
         self.budget = VerifyBudget(options, self.drafts, size, self.device)
         self.policy, self.selection = self.budget.policy, self.budget.selection
-        self.verify_len = self.policy.verify_lens[-1]
+        self.block, self.short = self.policy.block, 0
+        self.verify_len, self.draft_len = self.policy.verify_lens[-1], self.block
         self.bypass, self._bypasses = 0, False
+        self._profile = StepProfile(self.block, size)
+        # Requests whose drafts the last step made.
+        self._drafted_for: Sequence[str] = ()
         # Tensors that were sent once and are used again.
         self._sent_starts: dict[tuple[int, int], Tensor] = {}
-        self._sent_counts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sent_counts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._steps = 0
-        # Of the step that is being prepared: drafts to verify, drafts and other tokens of each
-        # request, and where each request's logits begin.
-        self._draft_budget = 0
+        # Of the step that is being prepared: drafts to verify, drafts of a request that may be
+        # verified, scheduled drafts and other tokens of each request, and where each request's
+        # logits begin.
+        self._draft_budget, self._limit = 0, self.drafts
         self._drafts, self._starts = np.zeros(0, np.int32), np.zeros(1, np.int32)
         self._others = self._drafts
 
@@ -104,16 +106,29 @@ class AdaptiveManager:
 
     # At start.
 
+    def draft_short_blocks(self) -> bool:
+        """Let the policy choose shorter blocks, too, if the options let it verify so few drafts."""
+        short = self.budget.short
+        if short is None or not any(1 < verify <= short for verify in self.policy.verify_lens):
+            return False
+        self.budget.draft_short_blocks()
+        self.short = short
+        return True
+
     def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
-        """The batches that vLLM profiles, with less context.
+        """The batches that vLLM profiles, with less context, some of them with shorter blocks.
 
         Args:
             capture_sizes: tokens of the captured passes.
         """
         self.budget.capture_sizes = sorted(capture_sizes)
-        changed = {} if CONTEXT_VARIABLE in os.environ else {"context_len": CONTEXT}
-        for batch in self.native.batches_to_profile(capture_sizes):
-            yield {**batch, **{key: value for key, value in changed.items() if key in batch}}
+        batches = self.native.batches_to_profile(capture_sizes)
+        most = max(capture_sizes, default=0) if self.short else 0
+        # The runner runs a batch before it asks for the next one.
+        for batch, is_short in self._profile.batches(batches, most):
+            self.draft_len = self.short if is_short else self.block
+            yield batch
+        self.draft_len = self.block
 
     def set_initial_cost_curves(self, samples: Sequence[StepTimingSample]) -> None:
         """Set the policy's initial step times, and compile the launch.
@@ -121,18 +136,17 @@ class AdaptiveManager:
         Args:
             samples: profiled steps; times in milliseconds.
         """
-        verify, draft = defaultdict(list), defaultdict(list)
-        for sample in samples:
-            verify[sample.num_target_tokens].append(sample.forward_ms)
-            if sample.full_cudagraph:  # Other steps draft eagerly.
-                draft[sample.num_reqs].append(sample.drafter_ms)
-        if verify and draft:
-            verifying, drafting = (
-                {size: median(times) / 1e3 for size, times in table.items()}
-                for table in (verify, draft)
-            )
-            self.budget.set_costs(tuple(drafting), verifying, drafting)
+        verifying, drafting, short = self._profile.seconds(samples)
+        if verifying and drafting:
+            self.budget.set_costs(tuple(drafting), verifying, drafting, drafting_short=short)
             self._find_bypass(drafting, verifying)
+        both = drafting.keys() & short.keys()
+        if both:
+            most = max(both)
+            logger.info(
+                "drafts of %d requests take %.2f ms in blocks of %d rows and %.2f in shorter ones",
+                most, 1e3 * drafting[most], self.block, 1e3 * short[most],
+            )  # fmt: skip
         self.selection.compile_ahead(self.acceptance_probs)
 
     def _find_bypass(self, requests: Iterable[int], verifying: Mapping[int, float]) -> None:
@@ -167,27 +181,51 @@ class AdaptiveManager:
         drafts = sum(map(len, draft_tokens.values()))
         others = sum(num_tokens_per_req.values()) - drafts
         verify_len, verifying = self.verify_len, len(draft_tokens)
+        self._limit = self._most_verified(draft_tokens)
         decoding = others == requests and drafts == requests * self.drafts
         if not decoding:
             self.policy.interrupt()
         self._bypasses = requests <= self.bypass
         if self._bypasses:
             self.policy.leave()
-            self.verify_len = self.policy.verify_lens[-1]
+            self.verify_len, self.draft_len = self.policy.verify_lens[-1], self.block
             verify_len = self.verify_len if verify_len > 1 else 1
         else:
             # This step drafts for the next one, and skips drafting if that verifies no draft.
             self.verify_len = self.policy.choose(verifying, time.monotonic())
+            self.draft_len = self.policy.draft_len
             self._report()
         if not decoding and not self._bypasses:
             self.policy.read_prompts()  # The time until the next step includes this step's prompts.
         self.budget.requests = verifying
+        available = verifying * self._limit
+        if drafts < verifying * self.drafts:
+            available = sum(min(len(tokens), self._limit) for tokens in draft_tokens.values())
         self._draft_budget = min(
-            drafts,
-            self.budget.drafts_to_verify(verify_len, others, verifying),
+            available,
+            self.budget.drafts_to_verify(verify_len, others, verifying, self._limit + 1),
             max(0, self.max_logits - requests),
         )
         return others + self._draft_budget
+
+    def _most_verified(self, draft_tokens: Mapping[str, Sequence[int]]) -> int:
+        """Drafts of a request that the step may verify: no more than were made.
+
+        A request schedules as many drafts as a whole block has, but behind its drafts of a shorter
+        block stand those of an earlier step, of another request or none. Nearly always the last
+        step made the drafts of all requests: it is the last one with any (a preempted request
+        drafts again behind its prompt, as does every chunk of a prompt), and the host prepares
+        steps in the order in which the device runs them. A request that sat out the last step may
+        hold drafts of a shorter block; all requests have as many then, for one step.
+        """
+        drafted = self.draft_len
+        if drafted > self.short > 0 and not draft_tokens.keys() <= set(self._drafted_for):
+            drafted = self.short
+        return min(drafted, self.policy.verify_lens[-1]) - 1
+
+    def draft_whole_blocks(self) -> None:
+        """Let the step that comes next draft whole blocks, whatever was chosen before."""
+        self.verify_len, self.draft_len = self.policy.verify_lens[-1], self.block
 
     def compact_batch(
         self,
@@ -258,11 +296,15 @@ class AdaptiveManager:
             confidence_probs: vLLM's copy of the acceptance probabilities, which is not used.
             input_batch: the runner's batch.
         """
+        self._drafted_for = input_batch.req_ids
         if self._bypasses:
             return
         self._steps += 1
         if self.verify_len > 1:
-            self.selection.observe(lambda: self.acceptance_probs[input_batch.idx_mapping])
+            drafts = self.draft_len - 1
+            self.selection.observe(
+                lambda: self.acceptance_probs[input_batch.idx_mapping][:, :drafts]
+            )
 
     @property
     def learns(self) -> bool:
@@ -274,16 +316,21 @@ class AdaptiveManager:
         return self.policy.summary()
 
     def _counts_on_device(self, send: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        """Drafts and other tokens of each request; sent once where all requests have the same."""
-        counts = np.stack([self._drafts, self._others]).astype(np.int32, copy=False)
-        if (counts != [[self.drafts], [1]]).any():
+        """Drafts that may be verified and other tokens of each request.
+
+        They are sent once where all requests have the same.
+        """
+        limit = self._limit
+        counts = np.stack([np.minimum(self._drafts, limit), self._others])
+        counts = counts.astype(np.int32, copy=False)
+        if (counts != [[limit], [1]]).any():
             drafts, others = send(counts, device=self.device)
             return drafts, others
-        batch = counts.shape[1]
-        if batch not in self._sent_counts:
+        key = counts.shape[1], limit
+        if key not in self._sent_counts:
             drafts, others = send(counts, device=self.device)
-            self._sent_counts[batch] = drafts, others
-        return self._sent_counts[batch]
+            self._sent_counts[key] = drafts, others
+        return self._sent_counts[key]
 
     def _starts_on_device(self, batch: int, send: Callable[..., Tensor]) -> Tensor:
         """Where each request's logits begin; sent once where all requests have the same number."""

@@ -90,9 +90,11 @@ class DraftBlock(nn.Module):
     """Embedding, layers and final norm over the rows of all requests' blocks.
 
     Attributes:
-        block_size: rows of a block.
+        block_size: rows of a block, int64 of no dimension; see ``lay_out``.
         quantised: the linears that stay as a quantised checkpoint stores them, or None.
     """
+
+    block_size: Tensor
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
@@ -112,7 +114,9 @@ class DraftBlock(nn.Module):
                 plain = isinstance(module.quant_method, UnquantizedLinearMethod)
                 cast(Any, module)._cpu_skip_gemm_dispatch = plain
         drafts = vllm_config.speculative_config.num_speculative_tokens
-        self.block_size = int(drafts) + (not config.sample_from_anchor)
+        rows = torch.tensor(int(drafts) + (not config.sample_from_anchor), device=device)
+        # A buffer, which compiled and captured passes follow; they would keep a number.
+        self.register_buffer("block_size", rows, persistent=False)
         self.attentions = nn.ModuleList(
             DraftAttention(
                 attention.heads,
@@ -144,6 +148,11 @@ class DraftBlock(nn.Module):
         """Normed hidden states [T, hidden] of rows ``input_ids`` [T] at ``positions`` [T]."""
         embedded = self.drafter.embed(input_ids)
         return self.drafter.run_block(embedded, positions, self._attend, self.block_size)
+
+    def lay_out(self, rows: int) -> None:
+        """Run blocks of this many rows; one launch, in drafters whose layers look at the block."""
+        if self.drafter.config.convolution is not None:
+            self.block_size.fill_(rows)
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out: Tensor = self.attentions[layer](query.flatten(-2), key.flatten(-2), value.flatten(-2))

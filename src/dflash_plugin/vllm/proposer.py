@@ -83,7 +83,7 @@ class Proposer(DFlashProposer):
         anchor_drafts = self.spec.config.sample_from_anchor
         drafts = self.num_speculative_tokens
         rows = drafts + (not anchor_drafts)
-        self.model.model.block_size = rows
+        self.model.model.lay_out(rows)
         starts = cad.query_start_loc.long()
         counts = starts.diff()
         rejected = torch.zeros_like(counts)

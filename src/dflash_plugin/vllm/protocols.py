@@ -58,7 +58,22 @@ class RequestState(Protocol):
 class InputBatch(Protocol):
     """The V2 runner's batch of a step."""
 
+    req_ids: Sequence[str]
     idx_mapping: Tensor
+
+
+class Speculator(Protocol):
+    """The V2 runner's speculator, laid out for whole blocks."""
+
+    vllm_config: Any
+    device: torch.device
+    max_num_reqs: int
+    sample_from_anchor: bool
+    sample_col: Tensor
+    draft_tokens: Tensor
+    query_cudagraph_manager: Any
+    # Added by the plugin; an attribute, so that vLLM frees its graphs as it does all others.
+    short_cudagraph_manager: Any
 
 
 class StepTimingSample(Protocol):

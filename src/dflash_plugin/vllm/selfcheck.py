@@ -14,6 +14,7 @@ from typing import Any
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDraft
 from dflash_plugin.serving.drafter_spec import DrafterSpec
 from dflash_plugin.serving.reference_check import check_drafter
+from dflash_plugin.vllm import adaptive
 from dflash_plugin.vllm.options import drafter_spec
 from dflash_plugin.vllm.protocols import Method
 from dflash_plugin.vllm.surface import attach
@@ -79,6 +80,9 @@ def draft(worker: Any, tokens: list[int]) -> list[int]:
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
     runner, request = worker.model_runner, "_dflash_plugin_check"
+    manager = adaptive.latest()
+    if manager is not None:
+        manager.draft_whole_blocks()
     groups = runner.kv_cache_config.kv_cache_groups
     rows = len(tokens) + worker.vllm_config.num_speculative_tokens + 1
     blocks, next_block = [], 1

@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.predict_acceptance import predict_acceptance
+from dflash_plugin.serving.adaptive_setup import short_block
 from dflash_plugin.serving.draft_tokens import block_noise, select_drafts
 from dflash_plugin.serving.new_weights import route
 from dflash_plugin.vllm import adaptive, compat
@@ -21,6 +22,7 @@ from dflash_plugin.vllm.draft_logits import DraftLogits
 from dflash_plugin.vllm.model import EngineDrafter
 from dflash_plugin.vllm.options import required_spec
 from dflash_plugin.vllm.protocols import AcceptanceEstimator, InputBatch, KVCacheConfig, VllmConfig
+from dflash_plugin.vllm.short_blocks import ShortBlocks
 from dflash_plugin.vllm.surface import surface
 from dflash_plugin.vllm.target import require_hidden_states
 
@@ -53,6 +55,12 @@ class Speculator(DFlashSpeculator):
             shape, self.draft_logits = self.draft_logits.shape, None
             self.selector_logits = DraftLogits(shape, config.selector.top_k, device)
             self.draft_logits = self.selector_logits.logits
+        self.short_blocks: ShortBlocks | None = None
+        self.short_cudagraph_manager: Any = None
+        short = short_block(self.num_speculative_steps + 1)
+        # What drafts are drawn from is kept for whole blocks.
+        if short is not None and self.draft_logits is None:
+            self.short_blocks = ShortBlocks(self, short)
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -80,6 +88,8 @@ class Speculator(DFlashSpeculator):
             surface().verify_object(estimator)
             self.adaptive.acceptance_probs = estimator.predictions
             adaptive.compile_estimator(estimator, self.device)
+        if self.adaptive is None or not (self.short_blocks and self.adaptive.draft_short_blocks()):
+            self.short_blocks = None
         causal = dict(
             zip(
                 self.model.get_draft_kv_cache_layer_names(),
@@ -96,6 +106,23 @@ class Speculator(DFlashSpeculator):
                 "the drafter has causal and non-causal layers with the same window, which "
                 "vLLM keeps in one cache group and runs alike: use the Transformers engine"
             )
+
+    def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
+        """Prepare to capture whole blocks and, where they are drafted, shorter ones."""
+        super().init_cudagraph_manager(cudagraph_mode)
+        if self.short_blocks is not None:
+            self.short_cudagraph_manager = self.short_blocks.make_graphs(self)
+
+    def capture(self) -> None:
+        """Capture the draft passes."""
+        super().capture()
+        if self.short_blocks is not None:
+            self.short_blocks.capture(self, super().capture)
+
+    def _generate_draft(self, *args: Any, **kwargs: Any) -> None:
+        """Draft blocks of as many rows as the speculator is laid out for."""
+        self.model.model.lay_out(self.num_query_per_req)
+        super()._generate_draft(*args, **kwargs)
 
     def _estimator(self) -> AcceptanceEstimator:
         """vLLM's estimator, which it makes for adaptive verification."""
@@ -124,7 +151,13 @@ class Speculator(DFlashSpeculator):
         manager = self.adaptive
         if manager is not None and manager.verify_len == 1 and self.skips_drafts:
             kwargs["num_speculative_tokens"] = 0
-        return super().propose(input_batch, *args, **kwargs)
+        short = self.short_blocks
+        if manager is None or short is None or manager.draft_len != short.rows:
+            return super().propose(input_batch, *args, **kwargs)
+        with short.laid_out(self):
+            drafts = super().propose(input_batch, *args, **kwargs)
+        # Behind them stand drafts of earlier steps, which the manager leaves unverified.
+        return self.draft_tokens[: len(drafts)]
 
     def sample_draft(
         self,

@@ -404,6 +404,8 @@ _V2 = (
         "DFlashSpeculator.sample_draft(hidden_states, sample_src_positions, idx_mapping, "
         "temperature, seeds, draft_step, draft_logits, ...)",
         "DFlashSpeculator.observe_verification(idx_mapping, num_sampled, num_rejected)",
+        "DFlashSpeculator.init_cudagraph_manager(cudagraph_mode)", "DFlashSpeculator.capture()",
+        "DFlashSpeculator._generate_draft(...)",
     ),
     *_seams(SPECULATOR, V2, "subclass", "the V2 runner's speculator",
             "DFlashSpeculator.propose(input_batch, ...)", until="0.33"),
@@ -422,6 +424,19 @@ _V2 = (
         "DFlashSpeculator.draft_tokens", "DFlashSpeculator.input_buffers",
         "DFlashSpeculator.acceptance_estimator",
     ),
+    *_seams(
+        SPECULATOR, V2, "attribute", "drafts shorter blocks, with graphs of their own",
+        "DFlashSpeculator.sample_col", "DFlashSpeculator.max_num_reqs",
+        "DFlashSpeculator.vllm_config",
+    ),
+    *_seams("vllm.v1.worker.gpu.spec_decode.dflash.cudagraph", V2, "call",
+            "makes graphs of shorter blocks",
+            "DFlashCudaGraphManager(vllm_config, device, cudagraph_mode, *, decode_query_len)"),
+    *_seams("vllm.v1.worker.gpu.cudagraph_utils", V2, "attribute",
+            "counts the graphs of shorter blocks", "CudaGraphManager.graphs"),
+    *_seams("vllm.config.compilation", V2, "attribute", "captures few numbers of requests",
+            "CompilationConfig.cudagraph_capture_sizes",
+            "CompilationConfig.max_cudagraph_capture_size"),
     *_seams("vllm.v1.worker.gpu.input_batch", V2, "attribute", "anchors of the blocks",
             "InputBuffers.input_ids"),
 )  # fmt: skip
@@ -456,6 +471,8 @@ _ADAPTIVE = (
     *_seams("vllm.v1.worker.gpu.spec_decode.rejection_sampler", ADAPTIVE, "attribute",
             "turns it off where vLLM finds out that it cannot",
             "RejectionSampler.enable_adaptive_verification"),
+    *_seams(RUNNER, ADAPTIVE, "call", "runs the steps that are profiled at start",
+            "GPUModelRunner._dummy_run(num_tokens, *, uniform_decode, context_len)"),
     *_seams(RUNNER, ADAPTIVE, "attribute", "attaches counts to a step's output",
             "GPUModelRunner.adaptive_verification"),
     *_seams(
@@ -485,6 +502,8 @@ _ADAPTIVE = (
     ),
     *_seams("vllm.v1.worker.gpu.input_batch", ADAPTIVE, "attribute", "slots of the requests",
             "InputBatch.idx_mapping"),
+    *_seams("vllm.v1.worker.gpu.input_batch", ADAPTIVE, "attribute", "whose drafts a step made",
+            "InputBatch.req_ids"),
     *_seams("vllm.utils.torch_utils", ADAPTIVE, "call", "sends counts to the device",
             "async_tensor_h2d(data, *, device)"),
     *_seams(
