@@ -33,7 +33,7 @@ def test_few_blocks_promise_little():
     assert promise.tokens([1]) == pytest.approx([1.5], abs=1e-3)
 
 
-def test_a_shorter_block_is_expected_by_what_it_drafted_itself():
+def test_blocks_of_two_lengths_are_compared_at_the_same_time():
     promise, whole = ExpectedTokens(4, 32, CPU), [0, 1, 2, 3, 4]
     promise.add_short_blocks(2)
     assert promise.tokens(whole, 2)[2:] == promise.tokens(whole)[2:3] * 3
@@ -41,10 +41,31 @@ def test_a_shorter_block_is_expected_by_what_it_drafted_itself():
     promise.ask(torch.tensor([[0.5, 0.5, 1.0, 1.0]]).repeat(32, 1))
     assert promise.tokens(whole, 2) == pytest.approx([1, 1.5, 1.75, 1.75, 1.75])
     assert promise.tokens(whole) == pytest.approx([1, 1.5, 1.75, 2.0, 2.25])
-    # Once it was drafted, whole blocks say nothing of it, nor it of them.
-    promise.ask(torch.full((32, 2), 0.9))
-    assert promise.tokens(whole, 2) == pytest.approx([1, 1.9, 2.71, 2.71, 2.71])
-    assert promise.tokens(whole)[1] == pytest.approx(1.5)
-    promise.ask(torch.full((32, 4), 0.1))
-    assert promise.tokens(whole)[1] == pytest.approx(1.1)
-    assert promise.tokens(whole, 2)[1] == pytest.approx(1.9)
+    # A shorter block drafts as well as these: both are what they were.
+    promise.ask(torch.full((32, 2), 0.5))
+    assert promise.tokens(whole, 2) == pytest.approx([1, 1.5, 1.75, 1.75, 1.75])
+    assert promise.tokens(whole) == pytest.approx([1, 1.5, 1.75, 2.0, 2.25])
+    # The text gets easier while shorter blocks are drafted: whole ones would gain as much.
+    promise.ask(torch.full((32, 2), 0.8))
+    assert promise.tokens(whole, 2) == pytest.approx([1, 1.8, 2.44, 2.44, 2.44])
+    assert promise.tokens(whole) == pytest.approx([1, 1.8, 2.44, 2.92, 3.4])
+    # And harder, while whole ones are.
+    promise.ask(torch.full((32, 4), 0.5))
+    assert promise.tokens(whole, 2) == pytest.approx([1, 1.5, 1.75, 1.75, 1.75])
+
+
+def test_a_drafter_that_does_worse_in_shorter_blocks_is_found_out():
+    promise, whole = ExpectedTokens(4, 32, CPU), [0, 1, 2, 3, 4]
+    promise.add_short_blocks(2)
+    for _ in range(2):  # In turns, as trials come.
+        promise.ask(torch.full((32, 4), 0.8))
+        promise.tokens(whole)
+        promise.ask(torch.full((32, 2), 0.4))
+        assert promise.tokens(whole, 2) == pytest.approx([1, 1.4, 1.56, 1.56, 1.56])
+    # While whole blocks are drafted, shorter ones keep their disadvantage of 0.56 / 1.44.
+    promise.ask(torch.full((32, 4), 0.9))
+    first = 0.9 + 0.81
+    assert promise.tokens(whole, 2)[2] == pytest.approx(1 + first * 0.56 / 1.44)
+    # And while shorter ones are, whole ones their advantage.
+    promise.ask(torch.full((32, 2), 0.4))
+    assert promise.tokens(whole)[4] > 1.5 * promise.tokens(whole, 2)[4]

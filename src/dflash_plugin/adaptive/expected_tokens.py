@@ -6,14 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_plugin.adaptive.policy import AcceptanceRates
+
+Gained = NDArray[np.float64]
 
 # Blocks whose outcome predicts the next ones; a smaller batch counts in proportion.
 BLOCKS = 32
 # One of so many steps is read: the reduction takes some launches.
 ASKED = 8
+# Comparisons of shorter blocks with the first rows of whole ones that count; older ones fade.
+COMPARED = 4
+# The fewest tokens that anything is compared with.
+LEAST = 1e-3
 
 
 class ExpectedTokens:
@@ -23,9 +30,10 @@ class ExpectedTokens:
     arrived and uses earlier ones until then. A few blocks say little of the next ones, so a small
     batch is averaged with earlier ones.
 
-    Blocks of each draft length are expected by themselves: a drafter may draft a position worse in
-    a shorter block. Until a shorter block has been drafted, it is expected to draft as the first
-    rows of a whole one.
+    Texts get easier and harder, so that blocks of two lengths can only be compared at the same
+    time. A whole block tells what its first rows alone would commit; ``_quality`` is how a shorter
+    block that was drafted soon after compares with those rows, as a drafter may draft a position
+    worse in a shorter block. While one length is drafted, both follow it.
 
     Args:
         drafts: drafts of a whole block, K.
@@ -39,12 +47,17 @@ class ExpectedTokens:
         on_gpu = device.type == "cuda"
         self._sums = torch.empty(2 * size * drafts, pin_memory=on_gpu)
         self._event = torch.cuda.Event() if on_gpu else None
-        self._gained = {drafts: np.array(AcceptanceRates(drafts).expected()) - 1.0}
-        self._drafted_short = False
         self._counts = np.arange(drafts + 1)
-        # Requests of the reduction that is under way, and the draft lengths that it tells of.
-        self._asked, self._steps = 0, 0
-        self._told: tuple[int, ...] = (drafts,)
+        # Tokens beside the anchor's by verified drafts: of whole blocks, of their first rows, and
+        # of shorter blocks; and what whole blocks commit for each token of their first rows.
+        self._whole: Gained = np.array(AcceptanceRates(drafts).expected()) - 1.0
+        self._first = self._shorter = self._whole
+        self._more: Gained = np.ones(drafts + 1)
+        # What a shorter block commits for each token of the first rows of a whole one, from how
+        # many comparisons, and whether whole blocks were the last to be read.
+        self._quality, self._compared, self._was_whole = 1.0, 0, False
+        # Requests and drafts of the reduction that is under way.
+        self._asked, self._told, self._steps = 0, drafts, 0
 
     def add_short_blocks(self, drafts: int) -> None:
         """Expect the tokens of shorter blocks, too.
@@ -52,8 +65,9 @@ class ExpectedTokens:
         Args:
             drafts: of such a block, fewer than of a whole one.
         """
-        self.short, first = drafts, self._gained[self.drafts]
-        self._gained[drafts] = np.minimum(first, first[drafts])
+        self.short = drafts
+        self._first = self._shorter = np.minimum(self._whole, self._whole[drafts])
+        self._more[1:] = self._whole[1:] / self._first[1:]
 
     def is_due(self) -> bool:
         """Count a step that has drafted; whether its probabilities are to be read."""
@@ -70,20 +84,15 @@ class ExpectedTokens:
         if self._asked:
             return
         batch, drafts = acceptance_probs.shape
-        survival = acceptance_probs.cumprod(dim=1)
-        blocks: Tensor = survival[None]
-        told: tuple[int, ...] = (drafts,)
-        if drafts == self.short:
-            self._drafted_short = True
-        elif self.short is not None and not self._drafted_short:
-            first = survival.clone()
-            first[:, self.short :] = 0
-            blocks, told = torch.stack([survival, first]), (drafts, self.short)
+        blocks = acceptance_probs.cumprod(dim=1)[None]
+        if self.short is not None and drafts == self.drafts:
+            blocks = torch.cat([blocks, blocks])
+            blocks[1, :, self.short :] = 0
         sums = blocks.flatten(1).sort(dim=1, descending=True).values.cumsum(dim=1)
         self._sums[: sums.numel()].copy_(sums.flatten(), non_blocking=True)
         if self._event is not None:
             self._event.record()
-        self._asked, self._told = batch, told
+        self._asked, self._told = batch, drafts
 
     def tokens(self, drafts_each: Sequence[float], drafts: int | None = None) -> list[float]:
         """Tokens that a request commits in a pass, by how many of its drafts are verified.
@@ -94,7 +103,7 @@ class ExpectedTokens:
             drafts: drafts of the blocks, those of a whole one if None.
         """
         self._read()
-        gained = self._gained[self.drafts if drafts is None else drafts]
+        gained = self._whole if drafts in (None, self.drafts) else self._shorter
         found = 1.0 + np.interp(drafts_each, self._counts, gained)
         return [float(tokens) for tokens in found]
 
@@ -103,11 +112,30 @@ class ExpectedTokens:
         if not self._asked or (self._event is not None and not self._event.query()):
             return
         requests, self._asked = self._asked, 0
+        if self._told == self.drafts:
+            self._whole = self._averaged(self._whole, requests, 0)
+            if self.short is not None:
+                self._first = self._averaged(self._first, requests, 1)
+                self._shorter = self._quality * self._first
+                self._more[1:] = self._whole[1:] / np.maximum(self._first[1:], LEAST)
+            self._was_whole = True
+            return
+        self._shorter = self._averaged(self._shorter, requests, 0)
+        if self._was_whole:
+            self._compared = min(self._compared + 1, COMPARED)
+            found = float(self._shorter[-1] / max(self._first[-1], LEAST))
+            self._quality += (found - self._quality) / self._compared
+            self._was_whole = False
+        self._first = self._shorter / max(self._quality, LEAST)
+        self._whole = self._first * self._more
+
+    def _averaged(self, before: Gained, requests: int, block: int) -> Gained:
+        """The sums of a block that were read, with earlier ones where they are of few requests."""
+        width = requests * self._told
+        sums = self._sums[block * width : (block + 1) * width].numpy()
+        by_drafts = sums[requests - 1 :: requests] / requests
+        more = self.drafts - len(by_drafts)
+        gained = np.concatenate([[0.0], by_drafts, np.repeat(by_drafts[-1:], more)])
         weight = min(1.0, requests / BLOCKS)
-        width = requests * self._told[0]
-        for index, drafts in enumerate(self._told):
-            sums = self._sums[index * width : (index + 1) * width].numpy()
-            by_drafts = sums[requests - 1 :: requests] / requests
-            more = self.drafts - len(by_drafts)
-            gained = np.concatenate([[0.0], by_drafts, np.repeat(by_drafts[-1:], more)])
-            self._gained[drafts] = (1 - weight) * self._gained[drafts] + weight * gained
+        found: Gained = (1 - weight) * before + weight * gained
+        return found
