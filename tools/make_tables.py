@@ -727,6 +727,8 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "sglang-fair": lambda: fair(FAIR["sglang"]),
         "vllm-default": lambda: serving(FAIR["vllm"]),
         "sglang-busy": lambda: serving("sglang-h200-qwen3-8b-busy"),
+        "sglang-short-blocks": lambda: fair("sglang-h200-qwen3-8b-short-blocks"),
+        "sglang-whole-blocks": lambda: fair("sglang-h200-qwen3-8b-whole-blocks"),
         "vllm-profile": lambda: serving("vllm-h200-qwen3-8b-profile-8192"),
         "vllm-options": lambda: fair("vllm-h200-qwen3-8b-fair"),
         "sglang-options": lambda: fair("sglang-h200-qwen3-8b-fair"),
