@@ -24,6 +24,8 @@ COLUMN = "sglang"
 ON_ANY_BACK_END = ("Gemma 4", "gpt-oss", "DeepSeek V2", "DeepSeek V3, Kimi K2")
 # Text alone runs: an image processor is not asked for.
 SETTINGS: dict[str, dict[str, Any]] = {
+    # Its prefix cache beside recurrent states needs a GPU.
+    "Qwen3-Next": {"disable_radix_cache": True},
     "Gemma 4": {"disable_hybrid_swa_memory": True},
     "gpt-oss": {"disable_hybrid_swa_memory": True},
     "Qwen3-VL": {"skip_tokenizer_init": True},
@@ -39,6 +41,7 @@ YARN = {
 DEEPSEEK = {"moe_layer_freq": 1, "scoring_func": "softmax", "topk_method": "greedy"}
 # What SGLang reads, and published configurations of the family have.
 CHANGES: dict[str, dict[str, Any]] = {
+    "Qwen3-Next": {"full_attention_interval": 2},
     "Gemma 2": {"hidden_act": "gelu_pytorch_tanh"},
     "Gemma 4": {"global_head_dim": 8, "num_global_key_value_heads": 2, "enable_moe_block": False},
     "gpt-oss": {"swiglu_limit": 7.0},

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dflash_plugin.kernels.draft_attention import Blocks
+from dflash_plugin.sglang import recurrent_verify
 from dflash_plugin.sglang.block_attention import BlockAttention, install_for_cut_passes
 from dflash_plugin.sglang.protocols import AttnBackendLike, GraphRunnerLike, ModelRunnerLike
 from dflash_plugin.sglang.surface import is_instance, surface
@@ -78,6 +79,7 @@ class VerifyGraphs:
         if attention is None:
             backend = runner._get_attention_backend(init_new_workspace=True)
             used = install_for_cut_passes(backend, runner, self.device, self.blocks)
+            recurrent_verify.install(backend)
         token = _is_ragged.set(True)
         try:
             with shared(backend, attention, self.blocks):
@@ -121,14 +123,18 @@ class VerifyGraphs:
 
     @contextmanager
     def swapped_in(self, runner: ModelRunnerLike) -> Iterator[None]:
-        """Let the target replay these passes instead of those of whole blocks, if there are any."""
-        kept = runner.decode_cuda_graph_runner
+        """Let the target replay these passes instead of those of whole blocks, if there are any.
+
+        Their back end is the target's meanwhile: it knows which recurrent states the pass has left.
+        """
+        kept = runner.decode_cuda_graph_runner, runner.attn_backend
         if self.runner is not None:
             runner.decode_cuda_graph_runner = self.runner
+            runner.attn_backend = self.runner.attn_backend
         try:
             yield
         finally:
-            runner.decode_cuda_graph_runner = kept
+            runner.decode_cuda_graph_runner, runner.attn_backend = kept
 
 
 def enable_ragged_runners() -> None:
