@@ -22,17 +22,53 @@ def turn_on() -> None:
     operators.fused_gdn_gating_cpu = gates
     operators.fused_rmsnorm_gated_cpu = gated_norm
     operators.fused_sigmoid_gating_delta_rule_update_cpu = update
-    from sglang.kernels.ops.attention.fla import fused_norm_gate
+    operators.fused_qkvzba_split_reshape_cat_contiguous_cpu = split_projections
+    operators.fused_qk_gemma_rmsnorm_cpu = None  # Of targets without an output gate.
+    operators.fused_qk_gemma_rmsnorm_with_gate_cpu = norm_with_gate
+    operators.fused_sigmoid_mul_cpu = lambda x, gate: x.mul_(gate.sigmoid())
+    from sglang.kernels.ops.attention.fla import fused_norm_gate, layernorm_gated
     from sglang.srt.layers.attention import hybrid_linear_attn_backend
-    from sglang.srt.models import qwen2_moe
+    from sglang.srt.models import qwen2_moe, qwen3_5, qwen3_5_text
+    from sglang.srt.models.registry import ModelRegistry
 
-    fused_norm_gate._use_cpu = True
+    fused_norm_gate._use_cpu = layernorm_gated._use_cpu = True
     qwen2_moe.fused_gate_sigmoid_mul_add = add_shared_expert
     hybrid_linear_attn_backend.scatter_mamba_states_after_mtp_verify = commit
+    # They could not be imported before.
+    for module in (qwen3_5, qwen3_5_text):
+        ModelRegistry.models.update({model.__name__: model for model in module.EntryClass})
 
 
 def gated_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, eps) * F.silu(gate)
+
+
+def split_projections(
+    qkvz: Tensor, ba: Tensor, key_heads: int, heads: int, key_dim: int, value_dim: int
+) -> tuple[Tensor, ...]:
+    """The convolution's input, the output gate by head, and what ``gates`` takes."""
+    rest = heads * value_dim
+    qkv, z = qkvz.split([2 * key_heads * key_dim + rest, rest], dim=1)
+    b, a = ba.split(heads, dim=1)
+    return qkv.contiguous(), z.reshape(-1, heads, value_dim), b.contiguous(), a.contiguous()
+
+
+def norm_with_gate(
+    q_gate: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    head_dim: int,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normed queries and keys by head, and the output gate, which stands behind each query."""
+    q, gate = q_gate.view(len(q_gate), heads, 2, head_dim).unbind(2)
+    q, k = (
+        F.rms_norm(x, x.shape[-1:], 1 + weight, eps).contiguous().view(-1, head_dim)
+        for x, weight in ((q, q_weight), (k.view(len(k), -1, head_dim), k_weight))
+    )
+    return q, k, gate.contiguous().view(-1, head_dim)
 
 
 def add_shared_expert(hidden: Tensor, gate: Tensor, shared: Tensor, out: Tensor) -> None:
