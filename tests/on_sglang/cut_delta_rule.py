@@ -1,7 +1,7 @@
-"""A cut pass through SGLang's own kernel of the gated delta rule, beside one of whole blocks.
+"""A cut pass through SGLang's own kernels of the gated delta rule, beside one of whole blocks.
 
 The process has to start with TRITON_INTERPRET=1, and without SGLang's engine for a CPU. Prints
-what differs. Triton's interpreter does not run SGLang's convolution, which is in torch.
+what differs.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
-from delta_rule import convolve_blocks
 from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateDType, Mamba2StateShape
 from sglang.srt.layers.attention.linear import gdn_backend
 from sglang.srt.layers.attention.linear.kernels.gdn_triton import TritonGDNKernel
 from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
 from torch import Tensor
+from triton.runtime import interpreter
 
 from dflash_plugin.sglang.recurrent_verify import CutPasses
 
@@ -141,5 +142,22 @@ def differing() -> list[str]:
     return found
 
 
-gdn_backend.causal_conv1d_update = convolve_blocks
+def take_masks_of_integers() -> None:
+    """Let the interpreter take masks that are integers, as a GPU does."""
+
+    def with_truth(native: Any, at: int) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            mask = args[at]
+            if mask is not None and mask.data.dtype != np.bool_:
+                mask = interpreter.TensorHandle(mask.data.astype(bool), interpreter.tl.int1)
+            return native(self, *args[:at], mask, *args[at + 1 :], **kwargs)
+
+        return call
+
+    for name, at in (("create_masked_load", 1), ("create_masked_store", 2)):
+        native = getattr(interpreter.InterpreterBuilder, name)
+        setattr(interpreter.InterpreterBuilder, name, with_truth(native, at))
+
+
+take_masks_of_integers()
 print(differing())

@@ -111,7 +111,7 @@ def found(family: Family, place: Path, dtype: str) -> dict[str, str]:
         return {"text": "not on a CPU", "message": "vLLM's n-gram drafts change its text too"}
     (place / SERVED).touch()
     ways = [False]
-    if ON_V2 and is_recurrent(family):
+    if ON_V2 and is_recurrent(family) and "delta" not in family.trait:
         parts.append("not adaptive")
         message = {"message": f"adaptive: {SHORTER_PASSES}"}
     elif ON_V2:

@@ -501,6 +501,10 @@ _CALLS = (
         "DecodeCudaGraphRunner", signature=("model_runner", "*", "attn_backend"),
     ),
     *_rows(
+        "models.qwen3_5", "call", OTHER_TARGETS, "tells the target its layers",
+        "Qwen3_5ForCausalLM.set_dflash_layers_to_capture", signature=("layers_to_capture",),
+    ),
+    *_rows(
         _GDN, "call", ADAPTIVE_RECURRENT, "the convolution of whole blocks",
         "causal_conv1d_update",
     ),

@@ -39,7 +39,7 @@ def enable(target: nn.Module) -> bool:
         # Qwen3-VL's own method calls it.
         setattr(stack, METHOD, partial(setattr, stack, "layers_to_capture"))
     name, lacked = type(target).__name__, surface.method_of(target, METHOD) is None
-    if name in TOLD_OUTPUTS:
+    if name in TOLD_OUTPUTS and surface.can_return_layers(target):
         setattr(target, METHOD, partial(_tell, target))
         return lacked
     if not lacked:
