@@ -13,7 +13,11 @@ from tests.on_vllm.vllm_helpers import ON_V2
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "targets.json"
 # Recurrent states and experts, sinks, positions on several axes, one window for all; and a refusal.
-TESTED = ["Llama"] if ON_V2 else ["Qwen3.5-MoE", "gpt-oss", "Qwen3-VL", "Mistral", "Gemma 3"]
+TESTED = (
+    ["Llama", "Qwen3.5 text"]
+    if ON_V2
+    else ["Qwen3.5-MoE", "gpt-oss", "Qwen3-VL", "Mistral", "Gemma 3"]
+)
 
 
 @pytest.fixture(scope="module")
