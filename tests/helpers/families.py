@@ -44,6 +44,7 @@ DELTA_RULE: dict[str, Any] = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"] * 2,
+    "full_attention_interval": 2,  # The same, for SGLang.
 }
 SHARED_EXPERT: dict[str, Any] = {**EXPERTS, "shared_expert_intermediate_size": 24}
 MAMBA2: dict[str, Any] = {

@@ -194,10 +194,20 @@ def stand_in(args: Any) -> None:
         import host_copies
 
         host_copies.turn_on()
+    if has_delta_rule(args.model_path):
+        import delta_rule
+
+        delta_rule.turn_on()
     if args.quantization == "w8a8_int8":
         import int8_products
 
         int8_products.turn_on()
+
+
+def has_delta_rule(model: str) -> bool:
+    """Whether a target's directory says that it has gated delta rules."""
+    config = Path(model) / "config.json"
+    return config.exists() and "linear_num_value_heads" in config.read_text()
 
 
 def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[str, Any]:

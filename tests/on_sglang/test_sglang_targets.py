@@ -16,12 +16,15 @@ from tests.on_sglang.target_families import COLUMN, outcome
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "targets.json"
 # A method of EAGLE 3's; inputs by layer and shared keys; latent attention and experts; positions on
-# several axes. Then one that is refused, and two that SGLang does not run here without a drafter.
+# several axes; gated delta rules, with a model that SGLang tells the wrong layers. Then one that is
+# refused, and two that SGLang does not run here without a drafter.
 SHOWN = (
     "Qwen2, Qwen2.5",
     "Gemma 4",
     "DeepSeek V3, Kimi K2",
     "Qwen3-VL",
+    "Qwen3-Next",
+    "Qwen3.5 text",
     "Gemma 3",
     "Qwen3.5-MoE",
     "Zamba 2",

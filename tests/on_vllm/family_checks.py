@@ -15,6 +15,7 @@ from dflash_plugin.transformers.loading import load_drafter
 from tests.helpers.core_drafts import core_drafts
 from tests.helpers.families import Family
 from tests.helpers.tiny import ENGINE_SIZES, VOCABULARY, write_tiny
+from tests.on_vllm import rows_on_cpu
 from tests.on_vllm.family_targets import settings
 from tests.on_vllm.vllm_helpers import ON_V2, counter, on_worker, running
 
@@ -203,6 +204,8 @@ def drafted(
     texts = [prompt + text for prompt, text in zip(prompts(), own.batched, strict=True)]
     speculative = {"enable_adaptive_verification": True} if adapts else {}
     faults = []
+    if adapts and "delta" in family.trait:
+        rows_on_cpu.turn_on()
     with served(family, place / "target", dtype, checkpoint, speculative=speculative) as engine:
         if adapts:
             turn_by_turn()

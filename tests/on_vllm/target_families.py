@@ -38,7 +38,7 @@ from tests.on_vllm.family_checks import (
     served,
     write,
 )
-from tests.on_vllm.family_targets import dtypes, is_recurrent, write_family
+from tests.on_vllm.family_targets import dtypes, write_family
 from tests.on_vllm.vllm_helpers import ON_V2
 
 RIG = Path(__file__).with_name("v2_rig")
@@ -63,10 +63,6 @@ ENVIRONMENT = {
 # Made once vLLM has run the target without this project's drafter.
 SERVED = "served"
 UNSERVED = ("not on a CPU", "vLLM does not have it")
-# Said of adaptive verification beside recurrent layers.
-SHORTER_PASSES = (
-    "vLLM's convolution on a CPU takes no pass of fewer rows than were accepted in the one before"
-)
 
 
 def refusal(error: BaseException | None) -> DFlashError | None:
@@ -111,10 +107,7 @@ def found(family: Family, place: Path, dtype: str) -> dict[str, str]:
         return {"text": "not on a CPU", "message": "vLLM's n-gram drafts change its text too"}
     (place / SERVED).touch()
     ways = [False]
-    if ON_V2 and is_recurrent(family):
-        parts.append("not adaptive")
-        message = {"message": f"adaptive: {SHORTER_PASSES}"}
-    elif ON_V2:
+    if ON_V2:
         ways.append(True)
     for adapts in ways:
         what = "adaptive: " if adapts else ""

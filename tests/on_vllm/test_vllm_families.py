@@ -13,7 +13,9 @@ from tests.on_vllm.vllm_helpers import ON_V2
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "targets.json"
 # Recurrent states and experts, sinks, positions on several axes, one window for all; and a refusal.
-TESTED = ["Llama"] if ON_V2 else ["Qwen3.5-MoE", "gpt-oss", "Qwen3-VL", "Mistral", "Gemma 3"]
+ON_V1 = ["Qwen3.5-MoE", "gpt-oss", "Qwen3-VL", "Mistral", "Gemma 3"]
+# Attention, and gated delta rules; in passes of fewer rows too.
+TESTED = ["Llama", "Qwen3.5 text"] if ON_V2 else ON_V1
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ class Graphs:
     """SGLang's runner of captured passes, in its ragged verify mode where that is on."""
 
     def __init__(self, runner: Any, *, attn_backend: Any = None) -> None:
-        self.backend_of_passes, self.staged = attn_backend, []
+        self.attn_backend, self.staged = attn_backend, []
         self.capture_bs = [1, 2, 4, 5]
         self.max_bs = 5
         self.is_ragged = verify_graphs._is_ragged.get()
@@ -137,7 +137,7 @@ def test_passes_are_captured_by_their_rows_with_the_targets_own_back_end():
     assert not whole.is_ragged
     assert made.is_ragged
     assert isinstance(made, Graphs)
-    assert made.backend_of_passes is backend
+    assert made.attn_backend is backend
     assert verifier.budget.capture_sizes == [4, 8, 16, 20]
     # Its metadata stay those of whole blocks, and captured passes read our rows.
     assert backend.asked == []
@@ -157,8 +157,8 @@ def test_a_back_end_whose_own_attention_takes_layouts_is_made_anew():
     verifier.attention = attention_of(used_native=True)
     verifier.capture(runner, Runner())
     made = verifier.graphs.runner
-    assert made.backend_of_passes is not runner.attn_backend
-    assert made.backend_of_passes.asked == ["state", "metadata"]
+    assert made.attn_backend is not runner.attn_backend
+    assert made.attn_backend.asked == ["state", "metadata"]
     layout = object()
     for _ in range(2):  # As SGLang plans the pass, and as it runs it.
         made._stage_ragged_verify_layout(layout, 8)
@@ -166,6 +166,13 @@ def test_a_back_end_whose_own_attention_takes_layouts_is_made_anew():
     made._stage_ragged_verify_layout(object(), 8)
     assert made.staged == [8, 8]
     assert not runner.init_new_workspace
+    # What the pass has left of a recurrent target is read from the back end that ran it.
+    whole = runner.attn_backend
+    for keeps_state, expected in ((False, whole), (True, made.attn_backend)):
+        verifier.graphs.keeps_state = keeps_state
+        with verifier.graphs.swapped_in(runner):
+            assert runner.attn_backend is expected
+        assert runner.attn_backend is whole
 
 
 def test_captured_sizes_are_thinned():
@@ -332,7 +339,7 @@ def test_a_pass_of_anchors_alone(captured, rows):
     """A captured pass is filled with rows that nothing drafted for."""
     verifier = verifier_choosing(1)
     verifier.budget.capture_sizes = captured
-    verifier.graphs.runner = SimpleNamespace(max_bs=SIZE) if captured else None
+    verifier.graphs.runner = SimpleNamespace(max_bs=SIZE, attn_backend=None) if captured else None
     verifier.predictor.predictions[:BATCH] = PROBABILITIES
     with verifier.verifying(worker_of(verifier), batch_of()):
         assert verifier.skips_draft
@@ -346,7 +353,7 @@ def test_a_limit_of_drafts_leaves_padding_in_a_captured_pass():
     """One draft each fills six rows of eight."""
     verifier = verifier_choosing(2, max_draft_tokens=1)
     verifier.budget.capture_sizes = [4, 8, 16]
-    verifier.graphs.runner = SimpleNamespace(max_bs=SIZE)
+    verifier.graphs.runner = SimpleNamespace(max_bs=SIZE, attn_backend=None)
     verifier.predictor.predictions[:BATCH] = PROBABILITIES
     with verifier.verifying(worker_of(verifier), batch_of()):
         cut = verifier.compact(rows_of_batch() + 50, rows_of_batch(), rows_of_batch() + 100)
@@ -458,7 +465,8 @@ def test_blocks_are_not_embedded_for_a_drafter_that_embeds_itself():
 
 
 @pytest.mark.parametrize("captured", [False, True])
-def test_the_input_of_a_pass_is_cut(captured):
+@pytest.mark.parametrize("by_request", [False, True])
+def test_the_input_of_a_pass_is_cut(captured, by_request):
     class DFlashVerifyInput:
         ragged_verify_layout: Any = None
 
@@ -469,15 +477,15 @@ def test_the_input_of_a_pass_is_cut(captured):
         def prepare_for_verify(self, batch: Any, target_worker: Any) -> Any:
             return batch.out_cache_loc
 
-    verifier = verifier_choosing(2)
+    verifier = verifier_choosing(2, by_request=by_request)
     worker: Any = worker_of(verifier)
     running: list[Any] = [None]
     compacted = compacting_input(DFlashVerifyInput, lambda: running[0], plans_kv_writes=False)
     rows = rows_of_batch()
     verifier.predictor.predictions[:BATCH] = PROBABILITIES
     if captured:
-        verifier.graphs.runner = SimpleNamespace(max_bs=SIZE)
-        verifier.graphs.layout = lambda requests, rows: ("a layout", requests, rows)
+        verifier.graphs.runner = SimpleNamespace(max_bs=SIZE, attn_backend=None)
+    verifier.graphs.layout = lambda requests, rows: ("a layout", requests, rows)
 
     def made() -> tuple[int, list[int], list[int], Any, Any]:
         found = compacted(draft_token=rows, positions=rows, draft_token_num=BLOCK)
@@ -487,14 +495,17 @@ def test_the_input_of_a_pass_is_cut(captured):
         counts, layout = getattr(found, "row_counts", None), found.ragged_verify_layout
         return found.draft_token_num, found.positions.tolist(), slots.tolist(), counts, layout
 
-    everything, cut = rows.tolist(), [0, 1, 2, 4, 8, 9]
+    everything = rows.tolist()
     assert made() == (BLOCK, everything, everything, None, None)
     running[0] = verifier
     assert made() == (BLOCK, everything, everything, None, None)
-    # A captured pass goes by its layout, another one by the rows of a request.
-    number, layout = (BLOCK, ("a layout", BATCH, 6)) if captured else (2, None)
+    # Rows that differ go by a layout, others by their number.
+    cut, counts, number, layout = [0, 1, 4, 5, 8, 9], [2, 2, 2], 2, None
+    if by_request:
+        cut, counts, number = [0, 1, 2, 4, 8, 9], [3, 1, 2], BLOCK
+        layout = ("a layout", BATCH, 6)
     with verifier.verifying(worker, batch_of()):
-        assert made() == (number, cut, cut, [3, 1, 2], layout)
+        assert made() == (number, cut, cut, counts, layout)
 
 
 def info_of(**options: Any) -> Any:
@@ -502,11 +513,10 @@ def info_of(**options: Any) -> Any:
     return SimpleNamespace(options=Options(**{**values, **options}))
 
 
-def runner_of(mrope: bool = False, size: int = SIZE, **changes: Any) -> SimpleNamespace:
+def runner_of(size: int = SIZE, **changes: Any) -> SimpleNamespace:
     values = {"enable_lora": False, "disable_cuda_graph_padding": False}
     return SimpleNamespace(
         server_args=SimpleNamespace(**{**values, **changes}),
-        model_config=SimpleNamespace(model_is_mrope=mrope),
         req_to_token_pool=SimpleNamespace(size=size),
     )
 
@@ -528,40 +538,50 @@ def test_one_rank_asks_nobody():
     assert [adaptive.any_across_ranks(alone)(here) for here in (False, True)] == [False, True]
 
 
-@pytest.mark.parametrize("changes", [{"enable_lora": True}, {"mrope": True}])
-def test_targets_that_lay_out_rows_by_themselves_have_as_many_of_each_request(changes):
-    found = build_verifier(info_of(), runner_of(**changes), 16, CPU, None)
+def test_targets_that_lay_out_rows_by_themselves_have_as_many_of_each_request():
+    found = build_verifier(info_of(), runner_of(enable_lora=True), 16, CPU, None)
     assert found is not None
     assert not found.by_request
 
 
-def test_what_recurrent_layers_keep_is_not_cut():
-    with pytest.raises(DFlashError, match=r"the target keeps state .*, or turn"):
-        build_verifier(info_of(), runner_of(), 16, CPU, None, keeps_state=True)
+def test_recurrent_layers_that_take_whole_blocks_are_told():
+    with pytest.raises(DFlashError, match=r"is on, but its layers differ: use .*, or turn"):
+        build_verifier(
+            info_of(), runner_of(), 16, CPU, None, recurrent="its layers differ: use another"
+        )
 
 
 @pytest.mark.parametrize(
-    ("changes", "device", "keeps_state", "why"),
+    ("changes", "device", "recurrent", "why"),
     [
-        ({}, "cuda", False, None),
-        ({}, "cpu", False, "not measured on this device"),
-        ({"mrope": True}, "cuda", False, "several position axes"),
-        ({"enable_lora": True}, "cuda", False, "LoRA"),
-        ({"disable_cuda_graph_padding": True}, "cuda", False, "disable_cuda_graph_padding is on"),
-        ({}, "cuda", True, "keeps state"),
-        ({"agree": int}, "cuda", False, None),
-        ({"dp_size": 2}, "cuda", False, None),
+        ({}, "cuda", None, None),
+        ({}, "cpu", None, "not measured on this device"),
+        ({"enable_lora": True}, "cuda", None, "LoRA"),
+        ({"disable_cuda_graph_padding": True}, "cuda", None, "disable_cuda_graph_padding is on"),
+        ({}, "cuda", "its layers differ", "its layers differ"),
+        ({"agree": int}, "cuda", None, None),
+        ({"dp_size": 2}, "cuda", None, None),
+        ({"is_mrope": True}, "cuda", None, "was not run on a GPU yet"),
+        ({"keeps_state": True}, "cuda", None, "was not run on a GPU yet"),
     ],
 )
-def test_where_verification_adapts_unasked(monkeypatch, caplog, changes, device, keeps_state, why):
+def test_where_verification_adapts_unasked(monkeypatch, caplog, changes, device, recurrent, why):
     monkeypatch.setattr(adaptive, "AdaptiveVerifier", lambda *_, **__: SimpleNamespace())
     monkeypatch.setattr(adaptive, "VerifyBudget", lambda *_, **__: None)
     runner = runner_of(**{"size": 9, **changes})
-    agree = changes.get("agree")
+    runner.model_config = SimpleNamespace(model_is_mrope=changes.get("is_mrope", False))
+    agree, keeps_state = changes.get("agree"), changes.get("keeps_state", False)
     info = info_of(adaptive_verification=None)
     with caplog.at_level("INFO"):
         found = build_verifier(
-            info, runner, 16, torch.device(device), None, agree=agree, keeps_state=keeps_state
+            info,
+            runner,
+            16,
+            torch.device(device),
+            None,
+            agree=agree,
+            keeps_state=keeps_state,
+            recurrent=recurrent,
         )
     assert (found is None) == (why is not None)
     assert why is None or why in caplog.text

@@ -45,8 +45,23 @@ class OfText(KeepsInputs):
         self.model.set_dflash_layers_to_capture([layer + 1 for layer in layer_ids])
 
 
+class Qwen3_5ForCausalLM(OfText):
+    """As in SGLang 0.5.20: tells its layers the ones that it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.set_dflash_layers_to_capture = self.keep
+
+    def keep(self, layers: list[int]) -> None:
+        self.model.layers_to_capture = layers
+
+    def set_dflash_layers_to_capture(self, layer_ids: list[int]) -> None:
+        self.keep(layer_ids)
+
+
 @pytest.mark.parametrize(
-    ("kind", "lacked"), [(KeepsInputs, True), (ForEagle, True), (OfText, False)]
+    ("kind", "lacked"),
+    [(KeepsInputs, True), (ForEagle, True), (OfText, False), (Qwen3_5ForCausalLM, False)],
 )
 def test_a_target_keeps_what_goes_into_the_layer_behind(kind, lacked):
     target = kind()

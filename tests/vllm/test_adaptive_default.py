@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.drafter_spec import Options
-from dflash_plugin.vllm import adaptive, adaptive_default
+from dflash_plugin.vllm import adaptive, adaptive_default, compat
 from dflash_plugin.vllm.arguments import with_switch
 
 ALWAYS, UNIFORM = "ALWAYS", "UNIFORM_BATCH"
@@ -54,6 +55,8 @@ def config(monkeypatch, options: Options | None = None, **changed: Any) -> Any:
     """An engine's settled configuration that can run it, but for what is changed."""
     spec = SimpleNamespace(options=options or Options())
     monkeypatch.setattr(adaptive_default, "drafter_spec", lambda speculative: spec)
+    monkeypatch.setattr(adaptive, "drafter_spec", lambda speculative: spec)
+    monkeypatch.setattr(compat, "installed", lambda: "0.32.0")
     model = SimpleNamespace(
         is_hybrid=False,
         use_mla=False,
@@ -181,15 +184,17 @@ def runner(settled: Any) -> Any:
     return Runner(settled)
 
 
-def created(settled: Any) -> Any:
-    """What vLLM's runner gets of the manager, of a model whose back end cannot."""
+def created(settled: Any, *backends: str) -> Any:
+    """What vLLM's runner gets of the manager, of a model whose back ends cannot."""
 
-    def native(**_: Any) -> Any:
-        raise ValueError("the OWN attention back end does not")
+    def native(*, attn_groups: Any, **_: Any) -> Any:
+        for group in itertools.chain(*attn_groups):
+            raise ValueError(f"the {group.backend.__name__} attention back end does not")
 
     make = adaptive.create_manager(native)
     return make(
         vllm_config=settled,
+        attn_groups=[[SimpleNamespace(backend=type(name, (), {}))] for name in backends],
         req_states=None,
         query_start_loc=None,
         num_bonus_tokens=1,
@@ -200,7 +205,7 @@ def created(settled: Any) -> Any:
 def test_a_back_end_that_vllm_finds_late_leaves_blocks_whole(engine, monkeypatch, caplog):
     settled = config(monkeypatch)
     made = runner(settled)
-    assert created(settled) is None
+    assert created(settled, "OWN") is None
     assert made.speculator.whole
     assert made.rejection_sampler.enable_adaptive_verification is False
     assert made.speculative_config.enable_adaptive_verification is False
@@ -211,5 +216,21 @@ def test_who_asks_for_it_is_told(engine, monkeypatch):
     settled = config(monkeypatch, Options(adaptive_verification=True))
     made = runner(settled)
     with pytest.raises(ValueError, match="OWN attention"):
-        created(settled)
+        created(settled, "OWN")
     assert not made.speculator.whole
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.32.0"])
+def test_passes_over_gated_delta_rules_are_cut_where_all_requests_keep_verifying(
+    engine, monkeypatch, version
+):
+    settled = config(monkeypatch, Options(adaptive_verification=True))
+    monkeypatch.setattr(compat, "installed", lambda: version)
+    backends = ["GDNAttentionBackend", "GDNAttentionBackend"]
+    if version == "0.31.0":
+        with pytest.raises(ValueError, match="GDNAttentionBackend attention"):
+            created(settled, *backends)
+    else:
+        assert created(settled, *backends) is None
+        with pytest.raises(ValueError, match="OWN attention"):
+            created(settled, *backends, "OWN")

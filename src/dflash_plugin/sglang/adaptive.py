@@ -23,7 +23,7 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.accept_greedy import accept_greedy
 from dflash_plugin.kernels.cut_blocks import CutBlocks, cut_blocks
 from dflash_plugin.serving.adaptive_setup import VerifyBudget, bypass_of
-from dflash_plugin.sglang import block_attention
+from dflash_plugin.sglang import block_attention, recurrent_verify
 from dflash_plugin.sglang.acceptance_probs import AcceptancePredictor
 from dflash_plugin.sglang.compat import argument, current
 from dflash_plugin.sglang.options import DrafterSpec
@@ -167,8 +167,9 @@ class AdaptiveVerifier:
         if attention is not None and attention.only_ours:
             return None
         if not current().supports_ragged_verify(backend):
+            full = recurrent_verify.full_attention_of(backend)
             return (
-                f"{type(backend).__name__}'s own attention takes whole blocks only: start SGLang "
+                f"{type(full).__name__}'s own attention takes whole blocks only: start SGLang "
                 "with --attention-backend fa3"
             )
         return None
@@ -405,6 +406,7 @@ def build_verifier(
     agree: Callable[[int], int] | None = None,
     on_any_rank: Callable[[bool], bool] = bool,
     keeps_state: bool = False,
+    recurrent: str | None = None,
 ) -> AdaptiveVerifier | None:
     """The verifier that the options ask for, or None where every pass verifies whole blocks.
 
@@ -419,7 +421,8 @@ def build_verifier(
         attention: which attention the target's passes use, None where that is its back end's own.
         agree: ``agree_across_ranks`` of the ranks.
         on_any_rank: ``any_across_ranks`` of the ranks.
-        keeps_state: the target keeps state that a shorter pass would leave behind.
+        keeps_state: the target has recurrent layers.
+        recurrent: what keeps passes over the target's recurrent layers from being cut, if anything.
 
     Raises:
         DFlashError: the options ask for it, and the server's settings or the limits do not allow
@@ -428,18 +431,21 @@ def build_verifier(
     options, server_args = info.options, runner.server_args
     if options.adaptive_verification is False:
         return None
-    # Both lay out their own inputs for requests with the same number of rows.
-    same_rows = argument(server_args, "enable_lora") or runner.model_config.model_is_mrope
+    # It lays out its own inputs for requests with the same number of rows.
+    same_rows = argument(server_args, "enable_lora")
     size = int(runner.req_to_token_pool.size)
-    obstacle = _obstacle(server_args, keeps_state)
+    obstacle = _obstacle(server_args, recurrent)
     is_optional = options.adaptive_verification is None
     if device.type == "cuda" and same_rows:
-        obstacle = obstacle or (
-            "a target with LoRA or several position axes takes whole blocks only: serve it without"
-        )
+        obstacle = obstacle or "a target with LoRA takes whole blocks only: serve it without"
     if is_optional:
         if device.type != "cuda" and attention is None:
             obstacle = obstacle or "it was not measured on this device"
+        if device.type == "cuda" and (keeps_state or runner.model_config.model_is_mrope):
+            obstacle = obstacle or (
+                "with recurrent layers or several position axes it was not run on a GPU yet; "
+                "DFLASH_PLUGIN_ADAPTIVE_VERIFICATION=1 turns it on"
+            )
         if obstacle is not None:
             logger.info("adaptive verification is off: %s", obstacle)
             return None
@@ -461,10 +467,8 @@ def build_verifier(
     return verifier
 
 
-def _obstacle(server_args: Any, keeps_state: bool) -> str | None:
+def _obstacle(server_args: Any, recurrent: str | None) -> str | None:
     """What keeps passes from being cut, and what to do about it."""
     if argument(server_args, "disable_cuda_graph_padding"):
         return "disable_cuda_graph_padding is on: leave it out"
-    if keeps_state:
-        return "the target keeps state that a shorter pass would leave behind: use another target"
-    return None
+    return recurrent

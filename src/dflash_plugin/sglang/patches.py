@@ -29,7 +29,7 @@ from dflash_plugin.sglang.protocols import (
 from dflash_plugin.sglang.short_blocks import ShortBlocks
 from dflash_plugin.sglang.surface import surface
 from dflash_plugin.sglang.verify_graphs import enable_ragged_runners
-from dflash_plugin.sglang.verify_input import compacting_input, take_output
+from dflash_plugin.sglang.verify_input import compacting_input, cut_position_axes, take_output
 
 # Where SGLang's worker looks up the functions that it verifies with.
 WORKER_MODULE = "sglang.srt.speculative.dflash_worker_v2"
@@ -142,6 +142,7 @@ def route_verification() -> None:
     ):
         surface().patch(WORKER_MODULE, name, make)
     enable_ragged_runners()
+    cut_position_axes()
 
 
 @contextmanager

@@ -39,6 +39,7 @@ FLASH_ATTENTION = "attention of blocks under the FlashAttention back end"
 FLASHINFER = "attention of blocks under the FlashInfer back end"
 ADAPTIVE = "adaptive verification"
 ADAPTIVE_GRAPHS = "adaptive verification in CUDA graphs"
+ADAPTIVE_RECURRENT = "adaptive verification of a target with recurrent layers"
 LORA = "a target with LoRA"
 LAST_LAYER = "reading the target's last layer"
 OTHER_TARGETS = "a target that SGLang itself does not serve with DFlash"
@@ -137,6 +138,7 @@ _HOOKS = (
 )  # fmt: skip
 
 _WORKER = "speculative.dflash_worker_v2"
+_GDN = "layers.attention.linear.gdn_backend"
 _UPDATER = "model_executor.model_runner_components.weight_updater"
 
 _PATCHES = (
@@ -162,6 +164,12 @@ _PATCHES = (
         "model_executor.runner.decode_cuda_graph_runner", "patch", ADAPTIVE_GRAPHS,
         "lets the runner of cut passes have the ragged verify mode",
         "ragged_verify_compact_graphs_enabled", signature=("spec_algorithm",),
+    ),
+    *_rows(
+        "model_executor.forward_batch_info", "patch", ADAPTIVE,
+        "cuts positions on several axes to the rows of a pass",
+        "ForwardBatch.compute_spec_mrope_positions",
+        signature=("model_runner", "batch", "seq_positions"),
     ),
     *_rows(
         _WORKER, "patch", VERIFYING, "samples on every device",
@@ -346,6 +354,12 @@ _SUBCLASSES = (
         signature=("ragged_layout", "graph_size_key"),
     ),
     *_rows(
+        _GDN, "subclass", ADAPTIVE_RECURRENT,
+        "replaced on back ends: takes requests with different numbers of rows",
+        "GDNAttnBackend.forward_extend",
+        signature=("layer", "forward_batch", "mixed_qkv", "a", "b", "..."),
+    ),
+    *_rows(
         "managers.scheduler_components.output_streamer", "subclass", KNOWN_ANSWERS,
         "replaced while the drafter is checked: no client gets these tokens",
         "SchedulerOutputStreamer.stream_output", signature=("reqs", "return_logprob", "..."),
@@ -495,6 +509,28 @@ _CALLS = (
         "captures cut passes",
         "DecodeCudaGraphRunner",
         signature=("model_runner", "*", "attn_backend", "speculative_num_draft_tokens"),
+    ),
+    *_rows(
+        "models.qwen3_5", "call", OTHER_TARGETS, "tells the target its layers",
+        "Qwen3_5ForCausalLM.set_dflash_layers_to_capture", signature=("layers_to_capture",),
+    ),
+    *_rows(
+        _GDN, "call", ADAPTIVE_RECURRENT, "the convolution of whole blocks",
+        "causal_conv1d_update",
+    ),
+    *_rows(
+        "layers.attention.linear.kernels.gdn_triton", "call", ADAPTIVE_RECURRENT,
+        "the delta rule of rows",
+        "TritonGDNKernel.target_verify",
+        signature=(
+            "*", "A_log", "dt_bias", "q", "k", "v", "a", "b", "ssm_states", "cache_indices",
+            "query_start_loc", "intermediate_states_buffer", "intermediate_state_indices",
+            "cache_steps", "retrieve_parent_token",
+        ),
+    ),
+    *_rows(
+        "mem_cache.memory_pool", "call", ADAPTIVE_RECURRENT, "a layer's states",
+        "HybridReqToTokenPool.mamba2_layer_cache", signature=("layer_id",),
     ),
     *_rows(
         "mem_cache.kv_index_translator", "call", ADAPTIVE, "plans the slots that a cut pass writes",
@@ -759,12 +795,28 @@ _ATTRIBUTES = (
         "ModelConfig.context_len",
     ),
     *_rows(
-        "configs.model_config", "attribute", ADAPTIVE, "whether rows can differ by request",
-        "ModelConfig.model_is_mrope",
-    ),
-    *_rows(
         "mem_cache.memory_pool", "attribute", DRAFTING, "the largest batch",
         *_members("ReqToTokenPool", "size"),
+    ),
+    *_rows(
+        "model_executor.runner.decode_cuda_graph_runner", "attribute", ADAPTIVE_GRAPHS,
+        "its back end knows which states a pass left", "DecodeCudaGraphRunner.attn_backend",
+    ),
+    *_rows(
+        "layers.attention.hybrid_linear_attn_backend", "attribute", ADAPTIVE_RECURRENT,
+        "the recurrent layers and the others",
+        *_members("HybridLinearAttnBackend", "linear_attn_backend", "full_attn_backend"),
+        *_members("ForwardMetadata", "query_start_loc", "mamba_cache_indices"),
+        "MambaAttnBackendBase.forward_metadata",
+    ),
+    *_rows(
+        _GDN, "attribute", ADAPTIVE_RECURRENT, "the rows and the kernel of a pass",
+        *_members("GDNAttnBackend", "verify_intermediate_state_indices", "kernel_dispatcher"),
+        "GDNKernelDispatcher.tree_verify_kernel",
+    ),
+    *_rows(
+        "mem_cache.memory_pool", "attribute", ADAPTIVE_RECURRENT, "a layer's states",
+        "HybridReqToTokenPool.mamba_map",
     ),
     *_rows(
         "mem_cache.memory_pool", "attribute", VERIFY_STATE, "the size of a verify pass's state",

@@ -17,6 +17,9 @@ from dflash_plugin.sglang import surface
 METHOD = "set_dflash_layers_to_capture"
 # Models that keep layers' outputs without the residual.
 WITHOUT_RESIDUAL = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
+# Models that keep inputs of layers. SGLang 0.5.20 tells them the layers themselves, so that they
+# keep the outputs of the layers before.
+TOLD_OUTPUTS = ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
 
 
 def enable(target: nn.Module) -> bool:
@@ -35,9 +38,12 @@ def enable(target: nn.Module) -> bool:
     if stack is not None and surface.method_of(stack, METHOD) is None:
         # Qwen3-VL's own method calls it.
         setattr(stack, METHOD, partial(setattr, stack, "layers_to_capture"))
-    if surface.method_of(target, METHOD) is not None:
+    name, lacked = type(target).__name__, surface.method_of(target, METHOD) is None
+    if name in TOLD_OUTPUTS and surface.can_return_layers(target):
+        setattr(target, METHOD, partial(_tell, target))
+        return lacked
+    if not lacked:
         return False
-    name = type(target).__name__
     if name in WITHOUT_RESIDUAL:
         raise DFlashError(
             f"SGLang's {name} gives the outputs of its layers without the residual, so that a "
@@ -60,3 +66,9 @@ def _keep(model: Any, layer_ids: list[int]) -> None:
     """Let a model keep the outputs of layers: the inputs of the layers behind them."""
     model.capture_aux_hidden_states = True
     model.model.layers_to_capture = [layer + 1 for layer in layer_ids]
+
+
+def _tell(model: Any, layer_ids: list[int]) -> None:
+    """Let a model's layers keep the outputs of layers: the inputs of the layers behind them."""
+    model.capture_aux_hidden_states = True
+    model.model.set_dflash_layers_to_capture([layer + 1 for layer in layer_ids])

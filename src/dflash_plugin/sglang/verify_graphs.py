@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dflash_plugin.kernels.draft_attention import Blocks
+from dflash_plugin.sglang import recurrent_verify
 from dflash_plugin.sglang.block_attention import BlockAttention, install_for_cut_passes
 from dflash_plugin.sglang.protocols import AttnBackendLike, GraphRunnerLike, ModelRunnerLike
 from dflash_plugin.sglang.surface import is_instance, surface
@@ -44,6 +45,7 @@ class VerifyGraphs:
 
     Attributes:
         runner: SGLang's runner of these passes; None until ``capture``, and where graphs are off.
+        keeps_state: the passes run over recurrent layers, with a back end of their own.
         starts: int32 [size + 1], the first row of each request of the pass, and the end of the
             last; captured passes read it.
         requests: int32 [size * block], the request of each row; captured passes read it.
@@ -52,6 +54,7 @@ class VerifyGraphs:
     def __init__(self, block: int, size: int, device: torch.device) -> None:
         self.block, self.size, self.device = block, size, device
         self.runner: Any = None
+        self.keeps_state = False
         self.starts = torch.zeros(size + 1, dtype=torch.int32, device=device)
         self.requests = torch.zeros(size * block, dtype=torch.int32, device=device)
 
@@ -78,6 +81,7 @@ class VerifyGraphs:
         if attention is None:
             backend = runner._get_attention_backend(init_new_workspace=True)
             used = install_for_cut_passes(backend, runner, self.device, self.blocks)
+            self.keeps_state = recurrent_verify.install(backend)
         token = _is_ragged.set(True)
         try:
             with shared(backend, attention, self.blocks):
@@ -121,14 +125,20 @@ class VerifyGraphs:
 
     @contextmanager
     def swapped_in(self, runner: ModelRunnerLike) -> Iterator[None]:
-        """Let the target replay these passes instead of those of whole blocks, if there are any."""
-        kept = runner.decode_cuda_graph_runner
+        """Let the target replay these passes instead of those of whole blocks, if there are any.
+
+        Over recurrent layers their back end is the target's meanwhile: it knows which states the
+        pass has left.
+        """
+        kept = runner.decode_cuda_graph_runner, runner.attn_backend
         if self.runner is not None:
             runner.decode_cuda_graph_runner = self.runner
+        if self.keeps_state:
+            runner.attn_backend = self.runner.attn_backend
         try:
             yield
         finally:
-            runner.decode_cuda_graph_runner = kept
+            runner.decode_cuda_graph_runner, runner.attn_backend = kept
 
 
 def enable_ragged_runners() -> None:

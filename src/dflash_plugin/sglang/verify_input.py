@@ -8,12 +8,28 @@ for acceptance and injection, and leaves SGLang's worker placeholders of the sha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dflash_plugin.sglang.adaptive import AdaptiveVerifier, CutPass
 from dflash_plugin.sglang.protocols import LogitsOutputLike
+from dflash_plugin.sglang.surface import is_instance, surface
+
+BATCH_MODULE = "sglang.srt.model_executor.forward_batch_info"
+
+
+class CutFrom(NamedTuple):
+    """The whole blocks that a pass was cut from.
+
+    Attributes:
+        positions: [B * block].
+        sources: int64 [N], the row of the whole blocks that each row of the pass was.
+    """
+
+    positions: Tensor
+    sources: Tensor
 
 
 def compacting_input(
@@ -40,8 +56,8 @@ def compacting_input(
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             verifier = cutting()
-            # Captured passes go by the layout, others by this number.
-            if verifier is not None and verifier.graphs.runner is None:
+            # Requests with as many rows each go by this number, others by the layout.
+            if verifier is not None and not verifier.by_request:
                 kwargs["draft_token_num"] = verifier.verify_len
             super().__init__(*args, **kwargs)
 
@@ -51,9 +67,10 @@ def compacting_input(
             verifier = cutting()
             if verifier is not None:
                 cut = verifier.compact(self.draft_token, self.positions, batch.out_cache_loc)
+                self.cut_from = CutFrom(self.positions, cut.sources)
                 self.draft_token, self.positions = cut.tokens, cut.positions
                 batch.out_cache_loc = cut.slots
-                if verifier.graphs.runner is not None:
+                if verifier.by_request:
                     self.ragged_verify_layout = verifier.layout()
                 if verifier.device.type == "cpu":
                     self.row_counts = verifier.row_counts()
@@ -79,6 +96,30 @@ def compacting_input(
 
     CompactInput.__name__ = CompactInput.__qualname__ = native.__name__
     return CompactInput
+
+
+def cut_position_axes() -> None:
+    """Let the positions of a target that counts on several axes be those of the rows of a pass.
+
+    SGLang makes them for requests with the same number of rows.
+    """
+
+    def make(native: Callable[..., None]) -> Callable[..., None]:
+        @wraps(native)
+        def compute(
+            self: Any, model_runner: Any, batch: Any, seq_positions: Tensor | None = None
+        ) -> None:
+            info = batch.spec_info
+            cut = vars(info).get("cut_from") if is_instance(info, "DFlashVerifyInput") else None
+            if seq_positions is not None or cut is None:
+                native(self, model_runner, batch, seq_positions)
+                return
+            native(self, model_runner, batch, cut.positions)
+            self.mrope_positions = self.mrope_positions[:, cut.sources]
+
+        return compute
+
+    surface().patch(BATCH_MODULE, "ForwardBatch.compute_spec_mrope_positions", make)
 
 
 def take_output(output: LogitsOutputLike, cut: CutPass, tokens: Tensor) -> None:

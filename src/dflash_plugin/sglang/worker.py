@@ -29,7 +29,14 @@ from dflash_plugin.serving.draft_tokens import block_noise, select_drafts
 from dflash_plugin.serving.new_weights import route
 from dflash_plugin.serving.prometheus import WORKER_FACTS
 from dflash_plugin.serving.time_limit import time_limit
-from dflash_plugin.sglang import block_attention, metrics, patches, penalties, sampling
+from dflash_plugin.sglang import (
+    block_attention,
+    metrics,
+    patches,
+    penalties,
+    recurrent_verify,
+    sampling,
+)
 from dflash_plugin.sglang.adaptive import (
     AdaptiveVerifier,
     CutPass,
@@ -60,6 +67,7 @@ from dflash_plugin.sglang.short_blocks import ShortBlocks
 from dflash_plugin.sglang.surface import (
     ADAPTIVE,
     ADAPTIVE_GRAPHS,
+    ADAPTIVE_RECURRENT,
     ALWAYS,
     BLOCK_ATTENTION,
     FLASH_ATTENTION,
@@ -266,6 +274,9 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             logger.info("%s", state.describe())
         attention = block_attention.install(target, device)
         self._draft_attention = block_attention.install(drafter, device)
+        recurrent = None
+        if self._need_mamba_verify_commit:
+            recurrent = recurrent_verify.obstacle(target.attn_backend)
         self.verifier = build_verifier(
             self.info,
             target,
@@ -275,6 +286,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             agree=agree_across_ranks(get_tp_group()),
             on_any_rank=any_across_ranks(get_tp_group()),
             keeps_state=self._need_mamba_verify_commit,
+            recurrent=recurrent,
         )
         features = set()
         if attention is not None:
@@ -283,6 +295,8 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             features |= {ADAPTIVE, ADAPTIVE_GRAPHS} if device.type == "cuda" else {ADAPTIVE}
             patches.skip_unused_drafts(drafter, self)
             patches.shorten_drafts(drafter, self)
+            if recurrent_verify.install(target.attn_backend):
+                features.add(ADAPTIVE_RECURRENT)
         verify_features(features)
         if kernels.available(device) and block_attention.is_plain(drafter.token_to_kv_pool):
             self.graph_injects = True

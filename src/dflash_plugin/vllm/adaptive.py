@@ -37,6 +37,8 @@ from dflash_plugin.vllm.step_profile import StepProfile
 
 logger = logging.getLogger("vllm.dflash_plugin")
 
+# vLLM's back end of the layers whose state follows a gated delta rule; others' are their own.
+GATED_DELTA_RULE = "GDNAttentionBackend"
 # Steps between two lines in the log.
 REPORT = 20000
 
@@ -386,6 +388,21 @@ def compile_estimator(estimator: AcceptanceEstimator, device: torch.device) -> N
         estimator.step(slots, torch.ones_like(rejected), rejected)
 
 
+def without_delta_rules(groups: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """The groups of layers of which vLLM asks whether passes over them can be cut.
+
+    vLLM says no of every back end of gated delta rules. But of a cut pass their metadata take from
+    the host what holds there too: the number of tokens, and which requests verify. The rows of each
+    request are read on the device.
+
+    Args:
+        groups: vLLM's ``AttentionGroup`` of each KV cache group.
+    """
+    return [
+        [group for group in part if group.backend.__name__ != GATED_DELTA_RULE] for part in groups
+    ]
+
+
 def create_manager(native: Callable[..., Any]) -> Callable[..., Any]:
     """``maybe_create_adaptive_verification_manager`` that wraps what vLLM makes.
 
@@ -397,6 +414,7 @@ def create_manager(native: Callable[..., Any]) -> Callable[..., Any]:
     def create(
         *,
         vllm_config: VllmConfig,
+        attn_groups: Sequence[Sequence[Any]],
         req_states: RequestState,
         query_start_loc: Tensor,
         num_bonus_tokens: int,
@@ -405,9 +423,13 @@ def create_manager(native: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         global _latest
         _latest = None
+        spec = drafter_spec(vllm_config.speculative_config)
+        if spec is not None and compat.current().keeps_verifying:
+            attn_groups = without_delta_rules(attn_groups)
         try:
             made = native(
                 vllm_config=vllm_config,
+                attn_groups=attn_groups,
                 req_states=req_states,
                 query_start_loc=query_start_loc,
                 num_bonus_tokens=num_bonus_tokens,
@@ -418,7 +440,6 @@ def create_manager(native: Callable[..., Any]) -> Callable[..., Any]:
             if adaptive_default.turn_off(error):
                 return None
             raise
-        spec = drafter_spec(vllm_config.speculative_config)
         parallel = vllm_config.parallel_config
         ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
         if made is None or spec is None or ranks > 1 or num_bonus_tokens != 1:

@@ -95,7 +95,7 @@ def reason_against(vllm_config: VllmConfig) -> str | None:
             vllm_config.speculative_config.num_speculative_tokens_per_batch_size is not None,
             "num_speculative_tokens_per_batch_size chooses the number of drafts",
         ),
-        (model.is_hybrid, "the target has recurrent layers"),
+        (model.is_hybrid, "the target has recurrent layers, over which it is unmeasured"),
         (model.use_mla, "the target has latent attention, whose back ends are unmeasured"),
         (
             vars(model.hf_text_config).get("attention_chunk_size") is not None,

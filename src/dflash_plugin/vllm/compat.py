@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -24,6 +24,7 @@ class Version:
             None, from adaptive verification.
         takes_local_verifiers: a speculators checkpoint that is the main model may name a directory
             as its target.
+        keeps_verifying: a request without drafts goes on from the recurrent state that it accepted.
         verifies_blocks: ``rejection_sample_method: "block"`` is exact on the V2 runner. Before, it
             judges a position that is drafted again with the noise that rejected it.
     """
@@ -32,24 +33,27 @@ class Version:
     skips_drafts: bool
     admits_on_host: bool
     takes_local_verifiers: bool
+    keeps_verifying: bool
     verifies_blocks: bool
 
 
-_BEFORE_0_33 = Version(
+_0_31 = Version(
     drops_cached_block=True,
     skips_drafts=False,
     admits_on_host=False,
     takes_local_verifiers=True,
+    keeps_verifying=False,
     verifies_blocks=False,
 )
 SUPPORTED: dict[tuple[int, int], Version] = {
-    (0, 31): _BEFORE_0_33,
-    (0, 32): _BEFORE_0_33,
+    (0, 31): _0_31,
+    (0, 32): replace(_0_31, keeps_verifying=True),
     (0, 33): Version(
         drops_cached_block=False,
         skips_drafts=True,
         admits_on_host=True,
         takes_local_verifiers=False,
+        keeps_verifying=True,
         verifies_blocks=True,
     ),
 }

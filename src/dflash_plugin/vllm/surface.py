@@ -444,9 +444,11 @@ _V2 = (
 _ADAPTIVE = (
     *_seams(
         RUNNER, ADAPTIVE, "patch", "wraps vLLM's manager",
-        "maybe_create_adaptive_verification_manager(*, vllm_config, req_states, query_start_loc, "
-        "num_bonus_tokens, max_total_logits, ...)",
+        "maybe_create_adaptive_verification_manager(*, vllm_config, attn_groups, req_states, "
+        "query_start_loc, num_bonus_tokens, max_total_logits, ...)",
     ),
+    *_seams("vllm.v1.worker.utils", ADAPTIVE, "attribute", "leaves out gated delta rules",
+            "AttentionGroup.backend"),
     *_seams(
         RUNNER, ADAPTIVE, "patch", "turns it on where vLLM can run it",
         "GPUModelRunner.__init__(vllm_config, ...)",
