@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from dflash_plugin.vllm import attention, cache_groups
 from dflash_plugin.vllm.selfcheck import draft
@@ -58,9 +59,10 @@ def target(tmp_path_factory) -> Path:
 
 
 def division(worker: Any) -> tuple[list[int], int]:
-    """Layers of each group of the cache, and the number of block sizes."""
+    """Layers of each group of the cache, and the number of block sizes of attention."""
     groups = worker.model_runner.kv_cache_config.kv_cache_groups
-    blocks = {group.kv_cache_spec.block_size for group in groups}
+    kinds = [group.kv_cache_spec for group in groups]
+    blocks = {kind.block_size for kind in kinds if not isinstance(kind, MambaSpec)}
     return [len(group.layer_names) for group in groups], len(blocks)
 
 
