@@ -40,9 +40,9 @@ class Kind(NamedTuple):
     layers: list[str]
     groups: int
 
-    def size(self) -> int:
-        """Layers of the largest group."""
-        return -(-len(self.layers) // self.groups)
+    def sizes(self) -> set[int]:
+        """Layers of the largest group, for each number of groups."""
+        return {-(-len(self.layers) // count) for count in range(1, self.groups + 1)}
 
     def divided(self, size: int) -> list[list[str]]:
         """As few groups of up to ``size`` layers as the kind needs."""
@@ -72,15 +72,14 @@ def keep_target_groups(native: Divide) -> Divide:
             divided = native(vllm_config, {name: even[name] for name in target})
             frees = not hits_end_in_blocks(vllm_config)
             plans = plans_beside(divided, even, draft, frees_blocks=frees)
-            if even != kv_cache_spec:
+            if even != kv_cache_spec and len(together) <= len(alone) + 1:
                 # A layout may take uneven pages as they are.
                 plans.append(together)
             plans = [plan for plan in plans if runs(plan)]
 
-        def cost(plan: Groups) -> tuple[int, int, int]:
+        def cost(plan: Groups) -> tuple[int, int]:
             needed = Capacity.of(plan, vllm_config)
-            more = max(needed.groups - len(alone), 1)
-            return more, needed.block_bytes * needed.blocks, needed.groups
+            return needed.block_bytes * needed.blocks, needed.groups
 
         best = min(plans, key=cost, default=together)
         remember(vllm_config, best, alone)
@@ -146,11 +145,14 @@ def plans_beside(
         if frees_blocks and set(apart) <= set(windowed):
             apart = {name: _recycling(spec) for name, spec in apart.items()}
         alike = [apart] if not apart or _group(apart) else list(_by_window(apart))
-        size = max(*map(len, alike), *(kind.size() for kind in joined))
-        layers = [{n: specs[n] for n in names} for kind in joined for names in kind.divided(size)]
-        groups = [_group(one) for one in (*layers, *alike) if one]
-        if all(groups):
-            plans.append([group for group in groups if group is not None])
+        least = max(*map(len, alike), *(min(kind.sizes()) for kind in joined))
+        sizes = {least}.union(*(kind.sizes() for kind in joined))
+        for size in sorted(size for size in sizes if size >= least):
+            parts = [part for kind in joined for part in kind.divided(size)]
+            layers = [{name: specs[name] for name in part} for part in parts]
+            groups = [_group(one) for one in (*layers, *alike) if one]
+            if all(groups):
+                plans.append([group for group in groups if group is not None])
     return plans
 
 
