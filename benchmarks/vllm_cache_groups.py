@@ -4,8 +4,9 @@
 
 Nothing is run: layers ask for the pages that they ask for in an engine, and vLLM's own functions
 divide them. "native" is vLLM's DFlash, "alone" the target without speculative decoding. Tokens are
-counted as vLLM counts them in "KV cache size", in the same memory for all. "hits" are the tokens
-that a prefix hit is a multiple of.
+counted as vLLM counts them in "KV cache size", in the same memory for all. "cached" are the tokens
+of a repeated prompt that vLLM's manager finds again; "cached_dropping" is the same where the last
+block is dropped, as vLLM 0.31 and 0.32 do for a method that reads hidden states.
 """
 
 from __future__ import annotations
@@ -22,14 +23,24 @@ from typing import Any, NamedTuple
 import torch
 import vllm
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    MambaSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.request import Request
 
 from dflash_plugin.vllm import cache_groups, compat, register, surface
 from dflash_plugin.vllm.attention import as_large_as_target, page_count
 from dflash_plugin.vllm.cache_capacity import Capacity
 
 HALF = torch.bfloat16
-DRAFTS, BATCHED_TOKENS, GIB = 15, 8192, 1 << 30
+DRAFTS, BATCHED_TOKENS, PROMPT, GIB = 15, 8192, 8192, 1 << 30
 # Tokens of a block are a multiple of it, for FlashAttention.
 ALIGNMENT = 16
 
@@ -147,7 +158,7 @@ def layers_of_drafter(drafter: Drafter, target: Target, settings: Any) -> dict[s
 
 
 def divided(target: Target, drafter: Drafter | None, length: int, ours: bool) -> dict[str, Any]:
-    """Groups, tokens and the unit of prefix hits."""
+    """Groups, tokens that they hold, and tokens of a prompt that they find again."""
     layers = layers_of_target(target, 0 if drafter is None else DRAFTS)
     settings = config(target, layers, length, drafts=ours)
     if drafter is not None:
@@ -158,8 +169,36 @@ def divided(target: Target, drafter: Drafter | None, length: int, ours: bool) ->
     return {
         "groups": len(groups),
         "tokens_in_gib": Capacity.of(groups, settings).tokens(GIB, length),
-        "hits": math.lcm(*(group.kv_cache_spec.block_size for group in groups)),
+        "cached": cached_tokens(groups, length, drops=False),
+        "cached_dropping": cached_tokens(groups, length, drops=True),
     }
+
+
+def cached_tokens(groups: list[Any], length: int, *, drops: bool) -> int:
+    """Tokens of a repeated prompt that vLLM's manager finds, after steps that end at blocks."""
+    cache = KVCacheConfig(num_blocks=4000, kv_cache_tensors=[], kv_cache_groups=groups)
+    blocks = [group.kv_cache_spec.block_size for group in groups]
+    manager = KVCacheManager(
+        kv_cache_utils.generate_scheduler_kv_cache_config([cache]),
+        max_model_len=length,
+        scheduler_block_size=math.lcm(*blocks),
+        hash_block_size=math.gcd(*blocks),
+        max_in_flight_tokens=BATCHED_TOKENS,
+        use_eagle=drops,
+    )
+    kv_cache_utils.init_none_hash(sha256)
+    hasher = kv_cache_utils.get_request_block_hasher(math.gcd(*blocks), sha256)
+    first, again = (
+        Request(name, list(range(PROMPT)), SamplingParams(max_tokens=1), None, block_hasher=hasher)
+        for name in ("first", "again")
+    )
+    while (left := PROMPT - first.num_computed_tokens) > 0:
+        step = min(left, *blocks)
+        assert manager.allocate_slots(first, step) is not None, "more blocks are needed"
+        first.num_computed_tokens += step
+    manager.free(first)
+    found: int = manager.get_computed_blocks(again)[1]
+    return found
 
 
 def main() -> None:
@@ -187,6 +226,7 @@ def main() -> None:
         "vllm": vllm.__version__,
         "date": datetime.date.today().isoformat(),
         "drafts": DRAFTS,
+        "prompt": PROMPT,
         "rows": rows,
     }
     args.output.write_text(json.dumps(record, indent=1) + "\n")
