@@ -12,7 +12,6 @@ import pytest
 import torch
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
-from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.core import kv_cache_utils as utils
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import (
@@ -177,55 +176,6 @@ def test_pages_of_two_sizes_and_one_window_in_a_group_make_two_more(layers, shap
     groups = divided(target, drafter)
     assert len(groups) == 6
     check_partition(groups, {**target, **drafter})
-
-
-@pytest.mark.parametrize(
-    ("heads", "width", "pages"),
-    [(4, 256, 1), (8, 128, 1), (4, 128, 1), (8, 256, 2), (16, 128, 2), (12, 256, 3), (6, 192, 2),
-     (5, 256, 5), (1, 2048, 1)],
-)  # fmt: skip
-def test_heads_are_divided_among_pages_that_fit_the_targets(heads, width, pages):
-    assert page_count(heads, width, config({})) == pages
-
-
-@pytest.mark.parametrize("setting", ["is_hybrid", "use_mla"])
-def test_other_targets_get_whole_pages_of_any_size(setting):
-    settings = config({})
-    setattr(settings.model_config, setting, not getattr(settings.model_config, setting))
-    assert page_count(8, 256, settings) == 1
-    assert as_large_as_target(attention(4, 128), settings) == attention(4, 128)
-
-
-def test_a_smaller_page_is_padded_unless_blocks_are_divided_or_moved():
-    settings, small, page = config({}), attention(4, 128), attention().page_size_bytes
-    padded = as_large_as_target(small, settings)
-    assert (padded.page_size_bytes, padded.block_size) == (page, BLOCK)
-    assert (padded.num_kv_heads, padded.head_size) == (4, 128)
-    for same in (attention(8, 128), attention(8, 256)):
-        assert as_large_as_target(same, settings) == same
-    settings.kv_transfer_config = object()
-    assert as_large_as_target(small, settings) == small
-
-
-def test_a_back_end_that_divides_blocks_gets_no_padded_page(monkeypatch):
-    class Whole(AttentionBackend):
-        @staticmethod
-        def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-            return [MultipleOf(16)]
-
-    class Divides(Whole):
-        @staticmethod
-        def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-            return [16, 48]
-
-    for backend, is_padded in ((Whole, True), (Divides, False)):
-        layer = SimpleNamespace(get_attn_backend=lambda backend=backend: backend)
-        monkeypatch.setattr(
-            "dflash_plugin.vllm.attention.get_layers_from_vllm_config",
-            lambda vllm_config, kind, layer=layer: {"layer": layer},
-        )
-        padded = as_large_as_target(attention(4, 128), config({}))
-        assert (padded.page_size_padded is not None) == is_padded
 
 
 def test_natively_it_is_a_group_for_each_layer():
