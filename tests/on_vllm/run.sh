@@ -8,4 +8,5 @@ python="$1/bin/python"
 "$python" -m pytest "$here"
 export VLLM_V2_ON_CPU=1 VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH="$here/v2_rig"
 "$python" -m pytest "$here/test_vllm_engine.py" "$here/test_vllm_dialects.py" \
-  "$here/test_vllm_adaptive.py" "$here/test_vllm_families.py" "$here/test_vllm_lora.py"
+  "$here/test_vllm_adaptive.py" "$here/test_vllm_families.py" "$here/test_vllm_lora.py" \
+  "$here/test_vllm_hybrid_prefixes.py"

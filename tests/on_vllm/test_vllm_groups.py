@@ -23,6 +23,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from dflash_plugin.vllm import cache_groups, compat, register, surface
+from dflash_plugin.vllm.attention import as_large_as_target, page_count
 from dflash_plugin.vllm.cache_capacity import report_capacity
 
 HALF, BLOCK, WINDOW = torch.bfloat16, 528, 4096
@@ -67,17 +68,32 @@ def layers_of_target(recurrent: int, full: int) -> dict[str, Any]:
     return found
 
 
-def layers_of_drafter(first: int, windowed: int, full: int, heads: int, width: int, joins: bool):
-    """As ``DraftAttention`` asks: windows allocate like full layers where they may join them."""
-    plain = attention(heads, width)
-    shape = {"block_size": BLOCK, "num_kv_heads": heads, "head_size": width, "dtype": HALF}
+def layers_of_drafter(
+    first: int, windowed: int, full: int, heads: int, width: int, joins: bool, fits: bool = True
+) -> dict[str, Any]:
+    """As ``DraftAttention`` asks.
+
+    Args:
+        joins: windows allocate like full layers, which they may join.
+        fits: pages are made as large as the target's.
+    """
+    settings = config({})
+    pages = page_count(heads, width, settings) if fits else 1
+    shape = {"block_size": BLOCK, "num_kv_heads": heads // pages, "head_size": width, "dtype": HALF}
     window = (
         FullAttentionSpec(**shape, sliding_window=WINDOW)
         if joins
         else SlidingWindowSpec(**shape, sliding_window=WINDOW)
     )
-    kinds = [window] * windowed + [plain] * full
-    return {f"model.layers.{first + i}.self_attn.attn": kind for i, kind in enumerate(kinds)}
+    kinds = [window] * windowed + [FullAttentionSpec(**shape)] * full
+    if fits:
+        kinds = [as_large_as_target(kind, settings) for kind in kinds]
+    names = [f"model.layers.{first + i}.self_attn.attn" for i in range(len(kinds))]
+    return {
+        f"{name}_{page}" if page else name: kind
+        for name, kind in zip(names, kinds, strict=True)
+        for page in range(pages)
+    }
 
 
 def config(
@@ -89,13 +105,17 @@ def config(
             use_eagle=lambda: False, use_eagle_block_drop=lambda: False, is_ours=drafts
         ),
         model_config=SimpleNamespace(
-            get_total_num_hidden_layers=lambda: len(target), is_hybrid=True, max_model_len=length
+            get_total_num_hidden_layers=lambda: len(target), is_hybrid=True, max_model_len=length,
+            use_mla=False, get_num_kv_heads=lambda parallel: 4, get_head_size=lambda: 256,
         ),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         cache_config=SimpleNamespace(
-            get_resolved_kv_cache_layout=lambda: layout, mamba_cache_mode="align"
+            get_resolved_kv_cache_layout=lambda: layout, mamba_cache_mode="align",
+            block_size=BLOCK, enable_prefix_caching=True, prefix_match_unit=None,
         ),
+        compilation_config=SimpleNamespace(static_forward_context={}),
+        kv_transfer_config=None,
         attention_config=SimpleNamespace(hisparse_config=None),
         max_in_flight_tokens=8192,
         use_v2_model_runner=is_v2,
@@ -133,7 +153,7 @@ def check_partition(groups: list[Any], layers: dict[str, Any]) -> None:
 @pytest.mark.parametrize("length", [SHORT, LONG])
 @pytest.mark.parametrize("joins", [True, False])
 @pytest.mark.parametrize("windowed_and_full", [(5, 1), (5, 0), (0, 5), (4, 1), (8, 0)])
-@pytest.mark.parametrize("shape", [(8, 128), (4, 256), (4, 128), (8, 256)])
+@pytest.mark.parametrize("shape", [(8, 128), (4, 256), (4, 128), (8, 256), (6, 128)])
 @pytest.mark.parametrize("layers", TARGETS)
 def test_a_drafter_makes_one_group_more_at_most(layers, shape, windowed_and_full, joins, length):
     target = layers_of_target(*layers)
@@ -141,9 +161,20 @@ def test_a_drafter_makes_one_group_more_at_most(layers, shape, windowed_and_full
     alone = planning().get_kv_cache_groups(config(target, length), dict(target))
     groups = divided(target, drafter, length=length)
     assert len(alone) == 4
-    # Pages of two sizes and a back end that wants one window in a group leave no room.
-    apart = not joins and all(windowed_and_full) and shape in ((4, 128), (8, 256))
-    assert apart or len(groups) <= 5
+    assert len(groups) <= 5
+    check_partition(groups, {**target, **drafter})
+    # So prefix hits end where they end without a drafter.
+    assert {group.kv_cache_spec.block_size for group in groups} == {BLOCK}
+
+
+@pytest.mark.parametrize("shape", [(4, 128), (8, 256)])
+@pytest.mark.parametrize("layers", TARGETS)
+def test_pages_of_two_sizes_and_one_window_in_a_group_make_two_more(layers, shape):
+    """As under a back end that divides blocks, which takes no padded pages."""
+    target = layers_of_target(*layers)
+    drafter = layers_of_drafter(len(target), 5, 1, *shape, joins=False, fits=False)
+    groups = divided(target, drafter)
+    assert len(groups) == 6
     check_partition(groups, {**target, **drafter})
 
 
@@ -219,7 +250,7 @@ def test_other_targets_and_drafters_are_left_to_vllm():
     )
 
 
-def cached_tokens(groups: list[Any], prompt: int, drops: bool) -> int:
+def cached_tokens(groups: list[Any], prompt: int, drops: bool, unit: int = BLOCK) -> int:
     """Tokens of a repeated prompt that vLLM's manager finds, after steps that end at blocks."""
     cache = KVCacheConfig(num_blocks=400, kv_cache_tensors=[], kv_cache_groups=groups)
     cache = utils.generate_scheduler_kv_cache_config([cache])
@@ -227,35 +258,57 @@ def cached_tokens(groups: list[Any], prompt: int, drops: bool) -> int:
         cache,
         max_model_len=LONG,
         scheduler_block_size=BLOCK,
-        hash_block_size=BLOCK,
+        hash_block_size=unit,
         max_in_flight_tokens=8192,
         use_eagle=drops,
     )
     utils.init_none_hash(sha256)
-    hasher = utils.get_request_block_hasher(BLOCK, sha256)
+    hasher = utils.get_request_block_hasher(unit, sha256)
     tokens = list(range(prompt))
     first, again = (
         Request(name, tokens, SamplingParams(max_tokens=8), None, block_hasher=hasher)
         for name in ("first", "again")
     )
-    while (left := prompt - first.num_computed_tokens) > 0:
-        assert manager.allocate_slots(first, min(left, BLOCK)) is not None
-        first.num_computed_tokens += min(left, BLOCK)
+    # The scheduler ends a step where the last state that may be found again is.
+    last = (prompt - 1) // unit * unit
+    while (done := first.num_computed_tokens) < prompt:
+        end = min(done + BLOCK, last if done < last else prompt)
+        assert manager.allocate_slots(first, end - done) is not None
+        first.num_computed_tokens = end
     manager.free(first)
     return manager.get_computed_blocks(again)[1]
 
 
 @pytest.mark.parametrize("blocks", [3, 20])
 @pytest.mark.parametrize(("windowed", "full"), [(5, 1), (5, 0), (0, 5)])
-def test_prefix_hits_beside_a_hybrid_target_are_whole(windowed, full, blocks):
+@pytest.mark.parametrize("shape", [(8, 128), (4, 128), (8, 256)])
+def test_prefix_hits_beside_a_hybrid_target_are_whole(shape, windowed, full, blocks):
     """As without a drafter; vLLM's drop of the last block, which is off, would cost one."""
     target = layers_of_target(24, 8)
-    drafter = layers_of_drafter(32, windowed, full, 8, 128, joins=True)
+    drafter = layers_of_drafter(32, windowed, full, *shape, joins=True)
     alone = planning().get_kv_cache_groups(config(target), dict(target))
     groups, prompt = divided(target, drafter), blocks * BLOCK + 40
     assert cached_tokens(alone, prompt, drops=False) == blocks * BLOCK
     assert cached_tokens(groups, prompt, drops=False) == blocks * BLOCK
     assert cached_tokens(groups, prompt, drops=True) < blocks * BLOCK
+
+
+@pytest.mark.parametrize(("windowed", "full"), [(5, 1), (5, 0), (0, 5)])
+def test_prefix_hits_within_blocks_stay_with_a_drafter(windowed, full):
+    """Those of ``--prefix-match-unit``, which a group that frees blocks would end."""
+    target, unit = layers_of_target(24, 8), 48
+    settings = config(target)
+    settings.cache_config.prefix_match_unit = unit
+    drafter = layers_of_drafter(32, windowed, full, 8, 128, joins=True)
+    divide, prompt = planning().get_kv_cache_groups, 3 * BLOCK + 5 * unit + 7
+    alone = divide(settings, dict(target))
+    groups = divide(settings, {**target, **drafter})
+    found = cached_tokens(alone, prompt, False, unit)
+    assert found == 3 * BLOCK + 5 * unit
+    assert cached_tokens(groups, prompt, False, unit) == found
+    if windowed:
+        freeing = divided(target, drafter)
+        assert cached_tokens(freeing, prompt, False, unit) == 3 * BLOCK
 
 
 def test_the_log_and_the_metrics_say_what_the_drafter_takes(caplog, monkeypatch):

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.v1.kv_cache_interface import MambaSpec
 
-from dflash_plugin.vllm import cache_groups
+from dflash_plugin.vllm import attention, cache_groups
 from dflash_plugin.vllm.selfcheck import draft
 from tests.helpers.tiny import ENGINE_SIZES, tiny_target, write_target, write_tiny
 from tests.on_vllm.vllm_helpers import ON_V2, on_worker, running
@@ -39,12 +40,19 @@ PROMPTS = [
     [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 30, 40],
     *([5 + step * i % 91 for i in range(90)] for step in (7, 11, 17, 23)),
 ]
-# Layers of the drafter, and groups of the plugin and of vLLM.
-KINDS: dict[str, tuple[Any, list[int], int]] = {
-    "full": (({},), [3, 3, 3], 9),
-    "windowed": ((WINDOW,), [2, 2, 2, 2, 1], 9),
+# Changes to the drafter, layers of the plugin's groups, and vLLM's groups and block sizes.
+KINDS: dict[str, tuple[dict[str, Any], list[int], tuple[int, int]]] = {
+    "full": ({"layers": ({},)}, [3, 3, 3], (9, 1)),
+    "windowed": ({"layers": (WINDOW,)}, [2, 2, 2, 2, 1], (9, 1)),
+    # Twice the target's bytes, so two pages; half of them, so a padded one.
+    "wide": ({"layers": (WINDOW,), "head_dim": 64}, [2, 2, 2, 2, 2], (9, 2)),
+    "narrow": ({"layers": (WINDOW,), "num_key_value_heads": 2}, [2, 2, 2, 2, 1], (9, 2)),
 }
-MIXED = {"windowed and full": ((WINDOW, {}), [2, 2, 2, 3, 1], 5)}
+# Which division holds the most tokens depends on the back end's blocks.
+MIXED: dict[str, tuple[dict[str, Any], None, tuple[int, int]]] = {
+    "windowed and full": ({"layers": (WINDOW, {})}, None, (5, 1)),
+    "wide, windowed and full": ({"layers": (WINDOW, {}), "head_dim": 64}, None, (5, 2)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +62,18 @@ def target(tmp_path_factory) -> Path:
     return directory
 
 
-def sizes(worker: Any) -> list[int]:
-    """Layers of each group of the cache."""
-    return [len(group.layer_names) for group in worker.model_runner.kv_cache_config.kv_cache_groups]
+def division(worker: Any) -> tuple[list[int], int]:
+    """Layers of each group of the cache, and the number of block sizes of attention."""
+    groups = worker.model_runner.kv_cache_config.kv_cache_groups
+    kinds = [group.kv_cache_spec for group in groups]
+    blocks = {kind.block_size for kind in kinds if not isinstance(kind, MambaSpec)}
+    return [len(group.layer_names) for group in groups], len(blocks)
 
 
-def served(target: Path, drafter: Path) -> tuple[list[int], list[list[int]], list[list[int]]]:
-    """Layers by group, texts, and drafts after the prompts."""
+def served(
+    target: Path, drafter: Path
+) -> tuple[tuple[list[int], int], list[list[int]], list[list[int]]]:
+    """Division of the cache, texts, and drafts after the prompts."""
     params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
     # The V1 runner copies states of cached prefixes with a Triton kernel.
     settings = {"enable_prefix_caching": False, "max_num_batched_tokens": 1024}
@@ -70,20 +83,24 @@ def served(target: Path, drafter: Path) -> tuple[list[int], list[list[int]], lis
         prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
         outputs = engine.generate(prompts, params, use_tqdm=False)
         texts = [list(output.outputs[0].token_ids) for output in outputs]
-        return on_worker(engine, sizes), texts, drafts
+        return on_worker(engine, division), texts, drafts
 
 
 @pytest.mark.skipif(ON_V2 and not torch.cuda.is_available(), reason="too slow interpreted")
 @pytest.mark.parametrize("kind", KINDS if not ON_V2 else MIXED)
 def test_fewer_groups_change_neither_text_nor_drafts(target, tmp_path, monkeypatch, kind):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    layers, expected, natively = {**KINDS, **MIXED}[kind]
-    drafter = write_tiny(tmp_path, **{**DRAFTER, "layers": layers, "num_target_layers": 8})
+    changes, expected, natively = {**KINDS, **MIXED}[kind]
+    drafter = write_tiny(tmp_path, **{**DRAFTER, **changes, "num_target_layers": 8})
     groups, texts, drafts = served(target, drafter)
-    assert groups == expected
+    assert len(groups[0]) <= 5
+    assert groups[1] == 1
+    assert expected in (None, groups[0])
     monkeypatch.setattr(cache_groups, "split", lambda config, specs: (list(specs), []))
+    monkeypatch.setattr(attention, "page_count", lambda *sizes: 1)
+    monkeypatch.setattr(attention, "as_large_as_target", lambda spec, config: spec)
     native_groups, native_texts, native_drafts = served(target, drafter)
-    assert len(native_groups) == natively
+    assert (len(native_groups[0]), native_groups[1]) == natively
     assert drafts == native_drafts
     assert texts == native_texts
     assert len({tuple(one) for one in drafts}) > 1, "the context matters"

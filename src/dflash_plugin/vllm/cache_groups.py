@@ -25,7 +25,8 @@ Specs = dict[str, KVCacheSpec]
 Groups = list[KVCacheGroup]
 Divide = Callable[[VllmConfig, Specs], Groups]
 
-LAYER = re.compile(r"layers\.(\d+)\.self_attn\.attn$")
+# A draft layer may be several of vLLM's; see ``attention.PagedAttention``.
+LAYER = re.compile(r"layers\.(\d+)\.self_attn\.attn(_\d+)?$")
 
 
 class Kind(NamedTuple):
@@ -39,9 +40,9 @@ class Kind(NamedTuple):
     layers: list[str]
     groups: int
 
-    def size(self) -> int:
-        """Layers of the largest group."""
-        return -(-len(self.layers) // self.groups)
+    def sizes(self) -> set[int]:
+        """Layers of the largest group, for each number of groups."""
+        return {-(-len(self.layers) // count) for count in range(1, self.groups + 1)}
 
     def divided(self, size: int) -> list[list[str]]:
         """As few groups of up to ``size`` layers as the kind needs."""
@@ -69,11 +70,12 @@ def keep_target_groups(native: Divide) -> Divide:
         if vllm_config.model_config.is_hybrid or not runs(together):
             even = with_even_pages(native, kv_cache_spec)
             divided = native(vllm_config, {name: even[name] for name in target})
-            plans = plans_beside(divided, even, draft)
-            if even != kv_cache_spec:
+            frees = not hits_end_in_blocks(vllm_config)
+            plans = plans_beside(divided, even, draft, frees_blocks=frees)
+            if even != kv_cache_spec and len(together) <= len(alone) + 1:
                 # A layout may take uneven pages as they are.
                 plans.append(together)
-            plans = [plan for plan in plans if runs(plan) and len(plan) <= len(alone) + 1]
+            plans = [plan for plan in plans if runs(plan)]
 
         def cost(plan: Groups) -> tuple[int, int]:
             needed = Capacity.of(plan, vllm_config)
@@ -96,6 +98,12 @@ def split(vllm_config: VllmConfig, specs: Specs) -> tuple[list[str], list[str]]:
     return [name for name in specs if name not in draft], draft
 
 
+def hits_end_in_blocks(vllm_config: VllmConfig) -> bool:
+    """Whether prefix hits may end within a block, which no group that frees blocks allows."""
+    cache = vllm_config.cache_config
+    return bool(cache.enable_prefix_caching and cache.prefix_match_unit is not None)
+
+
 def with_even_pages(native: Divide, specs: Specs) -> Specs:
     """``specs`` with pages of one size, as vLLM makes them, or as they are where it cannot."""
     unify = vars(sys.modules[native.__module__])["unify_kv_cache_spec_page_size"]
@@ -106,13 +114,16 @@ def with_even_pages(native: Divide, specs: Specs) -> Specs:
     return even
 
 
-def plans_beside(divided: Groups, specs: Specs, draft: Sequence[str]) -> list[Groups]:
-    """Ways to lay a drafter's layers beside a target's groups, with at most one group more.
+def plans_beside(
+    divided: Groups, specs: Specs, draft: Sequence[str], *, frees_blocks: bool
+) -> list[Groups]:
+    """Ways to lay a drafter's layers beside a target's groups.
 
     Args:
         divided: the target's groups.
         specs: kinds of cache of all layers.
         draft: names of the drafter's layers.
+        frees_blocks: whether a group of layers with windows may free blocks behind them.
 
     Returns:
         Groups of each way; no way where pages differ in size, or the target has no attention over
@@ -125,20 +136,30 @@ def plans_beside(divided: Groups, specs: Specs, draft: Sequence[str]) -> list[Gr
     if full is None or len({spec.page_size_bytes for spec in specs.values()}) > 1:
         return []
     windowed = [name for name in draft if specs[name].sliding_window is not None]
-    # Layers that allocate for all tokens may have a window too; see ``model.DraftAttention``.
+    # Layers that allocate for all tokens may have a window too; see ``attention.DraftAttention``.
     able = [name for name in draft if isinstance(specs[name], FullAttentionSpec)]
     plans = []
     for joining in (able, [name for name in able if name not in windowed], []):
         joined = [k._replace(layers=k.layers + joining) if k is full else k for k in kinds]
         apart = {name: specs[name] for name in draft if name not in joining}
-        if set(apart) <= set(windowed):
+        if frees_blocks and set(apart) <= set(windowed):
             apart = {name: _recycling(spec) for name, spec in apart.items()}
-        size = max(len(apart), *(kind.size() for kind in joined))
-        layers = [{n: specs[n] for n in names} for kind in joined for names in kind.divided(size)]
-        groups = [_group(one) for one in (*layers, apart) if one]
-        if all(groups):
-            plans.append([group for group in groups if group is not None])
+        alike = [apart] if not apart or _group(apart) else list(_by_window(apart))
+        least = max(*map(len, alike), *(min(kind.sizes()) for kind in joined))
+        sizes = {least}.union(*(kind.sizes() for kind in joined))
+        for size in sorted(size for size in sizes if size >= least):
+            parts = [part for kind in joined for part in kind.divided(size)]
+            layers = [{name: specs[name] for name in part} for part in parts]
+            groups = [_group(one) for one in (*layers, *alike) if one]
+            if all(groups):
+                plans.append([group for group in groups if group is not None])
     return plans
+
+
+def _by_window(specs: Specs) -> Iterator[Specs]:
+    """Layers with each window apart, for a back end that wants one window in a group."""
+    for window in dict.fromkeys(spec.sliding_window for spec in specs.values()):
+        yield {name: spec for name, spec in specs.items() if spec.sliding_window == window}
 
 
 def _kinds(groups: Groups, order: Collection[str]) -> Iterator[Kind]:

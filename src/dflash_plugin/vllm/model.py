@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,7 +18,6 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 from vllm.lora.layers.base import BaseLayerWithLoRA
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
@@ -33,6 +32,7 @@ from dflash_plugin.serving.fp8_weights import is_rounded, product
 from dflash_plugin.serving.new_weights import take_weights
 from dflash_plugin.serving.quantised_linears import quantised_linears
 from dflash_plugin.serving.weights import check_features, draft_columns
+from dflash_plugin.vllm.attention import PagedAttention
 from dflash_plugin.vllm.layers import VllmLayers, quant_config
 from dflash_plugin.vllm.options import required_spec
 from dflash_plugin.vllm.scale_out import draft_shards
@@ -44,45 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.dflash_plugin")
 
 Slots = Tensor | Sequence[Tensor | None] | None
-
-
-# A back end that wants one window for all layers of a cache group.
-ONE_WINDOW = "FLASHINFER"
-
-
-class DraftAttention(Attention):
-    """A draft layer's attention, whose window is no matter of the cache's allocation.
-
-    vLLM makes cache groups of layers with the same kind of cache, as large as the smallest kind has
-    layers. A few draft layers with windows would therefore break the target's one group into many,
-    each of which has a block table and metadata in every step. A layer that allocates like one
-    without a window joins the target's group. ``cache_groups`` decides it for hybrid targets.
-    """
-
-    sliding_window: int | None
-    # Set by ``DraftBlock``; layers of one group run alike, causal or not.
-    joins_full_layers = False
-
-    def __init__(self, *args: Any, cache_config: Any, **kwargs: Any) -> None:
-        # A layer without a window would take the one that Mistral gives all of the target's layers.
-        of_target, cache_config.sliding_window = cache_config.sliding_window, None
-        try:
-            super().__init__(*args, cache_config=cache_config, **kwargs)
-        finally:
-            cache_config.sliding_window = of_target
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> Any:
-        """The kind of cache of this layer."""
-        window, joins = self.sliding_window, self.joins_full_layers
-        if window is None or not joins or self.attn_backend.get_name() == ONE_WINDOW:
-            return super().get_kv_cache_spec(vllm_config)
-        self.sliding_window = None
-        try:
-            spec = super().get_kv_cache_spec(vllm_config)
-        finally:
-            self.sliding_window = window
-        # Known to it are windows of one size only; it looks whether there is one.
-        return replace(spec, sliding_window=window)
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
@@ -117,27 +78,22 @@ class DraftBlock(nn.Module):
         rows = torch.tensor(int(drafts) + (not config.sample_from_anchor), device=device)
         # A buffer, which compiled and captured passes follow; they would keep a number.
         self.register_buffer("block_size", rows, persistent=False)
-        self.attentions = nn.ModuleList(
-            DraftAttention(
-                attention.heads,
-                attention.head_dim,
-                config.attention_scale,
-                num_kv_heads=attention.kv_heads,
-                cache_config=vllm_config.cache_config,
-                # Not the target's: a drafter stays as its own checkpoint says.
-                quant_config=None,
-                per_layer_sliding_window=_window(config.layers[index], config.window_from),
-                prefix=layers.full_name(f"layers.{index}.self_attn.attn"),
-                **({} if attention.sinks is None else {"sinks": attention.sinks}),
-            )
-            for index, attention in enumerate(self.drafter.attentions())
-        )
+        # Layers of one group run alike, causal or not.
         joins = (
             len({layer.causal for layer in config.layers}) == 1
             and len({layer.sliding_window for layer in config.layers} - {None}) == 1
         )
-        for attention in self.attentions:
-            cast(DraftAttention, attention).joins_full_layers = joins
+        self.attentions = nn.ModuleList(
+            PagedAttention(
+                vllm_config,
+                layers.full_name(f"layers.{index}.self_attn.attn"),
+                attention,
+                scale=config.attention_scale,
+                window=_window(config.layers[index], config.window_from),
+                joins_full_layers=joins,
+            )
+            for index, attention in enumerate(self.drafter.attentions())
+        )
 
     def forward(
         self,
@@ -155,7 +111,7 @@ class DraftBlock(nn.Module):
             self.block_size.fill_(rows)
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out: Tensor = self.attentions[layer](query.flatten(-2), key.flatten(-2), value.flatten(-2))
+        out: Tensor = self.attentions[layer](query, key, value)
         return out.view_as(query)
 
 
@@ -229,13 +185,10 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         columns = draft_columns(self.drafter)
         if columns is not None and self._draft_columns is not None:
             self._draft_columns.copy_(columns)
-        for index, layer in enumerate(self.model.attentions):
+        for index, layer in enumerate(self._attentions()):
             sinks = self.drafter.sinks(index)
-            if sinks is None:
-                continue
-            kept = cast(Any, layer).impl.sinks
-            if kept is not None and kept.data_ptr() != sinks.data_ptr():
-                kept.copy_(sinks)
+            if sinks is not None:
+                layer.take_sinks(sinks)
 
     def bind(self, target_model: nn.Module) -> None:
         """Borrow the target's embedding and head, and prepare the drafter's weights.
@@ -290,20 +243,17 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         Args:
             context_states: [T, hidden], from ``combine_hidden_states``.
             context_positions: int64 [T].
-            context_slot_mapping: cache slots [T], one tensor or one per layer; rows at -1 are
-                dropped. None computes and stores nothing, for memory profiling.
+            context_slot_mapping: cache slots [T], one tensor or one for each name of
+                ``get_draft_kv_cache_layer_names``; rows at -1 are dropped. None computes and
+                stores nothing, for memory profiling.
         """
         pairs = self._context(context_states, context_positions)
-        for index, (key, value) in enumerate(pairs):
-            slots = (
-                context_slot_mapping[index]
-                if isinstance(context_slot_mapping, list | tuple)
-                else context_slot_mapping
-            )
-            if slots is None:
-                continue
-            layer = cast(Any, self.model.attentions[index])
-            layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
+        if isinstance(context_slot_mapping, Sequence):
+            slots = iter(context_slot_mapping)
+        else:
+            slots = repeat(context_slot_mapping)
+        for attention, (key, value) in zip(self._attentions(), pairs, strict=True):
+            attention.store(key, value, list(islice(slots, len(attention.pages))))
 
     def _context(self, context: Tensor, positions: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
         """Per layer, keys and values [T, kv_heads, head_dim] of context rows."""
@@ -362,12 +312,17 @@ class EngineDrafter(EngineDrafterMixin, DFlashQwen3ForCausalLM):
         return logits[:, : self.shard_rows()]
 
     def get_draft_kv_cache_layer_names(self) -> list[str]:
-        """Names of the attention layers, in the drafter's order."""
-        return [cast(Any, layer).layer_name for layer in self.model.attentions]
+        """Names of vLLM's layers, in the drafter's order; a draft layer may be several."""
+        return [page.layer_name for attention in self._attentions() for page in attention]
 
     def get_draft_attn_causal(self) -> list[bool]:
-        """Whether each layer's block rows are kept from later rows."""
-        return [layer.causal for layer in self.spec.config.layers]
+        """Whether the block rows of each of them are kept from later rows."""
+        layers = zip(self._attentions(), self.spec.config.layers, strict=True)
+        return [layer.causal for attention, layer in layers for _ in attention]
+
+    def _attentions(self) -> list[PagedAttention]:
+        """The attention of each draft layer."""
+        return [cast(PagedAttention, attention) for attention in self.model.attentions]
 
 
 def _window(layer: LayerAttention, window_from: str) -> int | None:

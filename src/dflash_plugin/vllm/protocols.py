@@ -44,6 +44,7 @@ class VllmConfig(Protocol):
     cache_config: Any
     lora_config: Any
     aux_output_config: Any
+    kv_transfer_config: Any
     use_v2_model_runner: bool
 
 
