@@ -49,6 +49,11 @@ def test_blocks_of_two_lengths_are_compared_at_the_same_time():
     promise.ask(torch.full((32, 2), 0.8))
     assert promise.tokens(whole, 2) == pytest.approx([1, 1.8, 2.44, 2.44, 2.44])
     assert promise.tokens(whole) == pytest.approx([1, 1.8, 2.44, 2.92, 3.4])
+    # Few requests, as at the end of a load, are not compared with many.
+    for requests, drafts in ((8, 4), (32, 2)):
+        promise.ask(torch.full((requests, drafts), 0.1 if drafts == 4 else 0.5))
+        promise.tokens(whole)
+    assert promise.tokens(whole, 2) == pytest.approx([1, 1.5, 1.75, 1.75, 1.75])
     # And harder, while whole ones are.
     promise.ask(torch.full((32, 4), 0.5))
     assert promise.tokens(whole, 2) == pytest.approx([1, 1.5, 1.75, 1.75, 1.75])
@@ -57,15 +62,28 @@ def test_blocks_of_two_lengths_are_compared_at_the_same_time():
 def test_a_drafter_that_does_worse_in_shorter_blocks_is_found_out():
     promise, whole = ExpectedTokens(4, 32, CPU), [0, 1, 2, 3, 4]
     promise.add_short_blocks(2)
-    for _ in range(2):  # In turns, as trials come.
+    for _ in range(20):  # In turns, as trials come.
         promise.ask(torch.full((32, 4), 0.8))
         promise.tokens(whole)
         promise.ask(torch.full((32, 2), 0.4))
         assert promise.tokens(whole, 2) == pytest.approx([1, 1.4, 1.56, 1.56, 1.56])
     # While whole blocks are drafted, shorter ones keep their disadvantage of 0.56 / 1.44.
+    promise.ask(torch.full((32, 4), 0.8))
+    assert promise.tokens(whole, 2)[2] == pytest.approx(1.56, rel=0.02)
     promise.ask(torch.full((32, 4), 0.9))
-    first = 0.9 + 0.81
-    assert promise.tokens(whole, 2)[2] == pytest.approx(1 + first * 0.56 / 1.44)
+    assert promise.tokens(whole, 2)[2] == pytest.approx(1 + 1.71 * 0.56 / 1.44, rel=0.02)
     # And while shorter ones are, whole ones their advantage.
     promise.ask(torch.full((32, 2), 0.4))
     assert promise.tokens(whole)[4] > 1.5 * promise.tokens(whole, 2)[4]
+
+
+def test_predictions_that_get_better_all_the_while_favour_no_length():
+    """As they are learnt; in turns, the later one would look better each time."""
+    promise, whole = ExpectedTokens(4, 32, CPU), [0, 1, 2, 3, 4]
+    promise.add_short_blocks(2)
+    for turn in range(40):
+        for later, drafts in ((0.0, 4), (0.01, 2)):
+            promise.ask(torch.full((32, drafts), 0.3 + 0.01 * turn + later))
+            promise.tokens(whole)
+    promise.ask(torch.full((32, 4), 0.7))
+    assert promise.tokens(whole, 2)[2] == pytest.approx(1 + 0.7 + 0.49, rel=0.02)

@@ -18,7 +18,9 @@ BLOCKS = 32
 # One of so many steps is read: the reduction takes some launches.
 ASKED = 8
 # Comparisons of shorter blocks with the first rows of whole ones that count; older ones fade.
-COMPARED = 4
+COMPARED = 8
+# Batches are of about as many requests where one has this share of the other's at least.
+ALIKE = 0.8
 # The fewest tokens that anything is compared with.
 LEAST = 1e-3
 
@@ -53,9 +55,9 @@ class ExpectedTokens:
         self._whole: Gained = np.array(AcceptanceRates(drafts).expected()) - 1.0
         self._first = self._shorter = self._whole
         self._more: Gained = np.ones(drafts + 1)
-        # What a shorter block commits for each token of the first rows of a whole one, from how
-        # many comparisons, and whether whole blocks were the last to be read.
-        self._quality, self._compared, self._was_whole = 1.0, 0, False
+        # What a shorter block commits for each token of the first rows of a whole one, and the
+        # drafts and requests that were read last.
+        self._quality, self._last = 1.0, (0, 0)
         # Requests and drafts of the reduction that is under way.
         self._asked, self._told, self._steps = 0, drafts, 0
 
@@ -112,22 +114,36 @@ class ExpectedTokens:
         if not self._asked or (self._event is not None and not self._event.query()):
             return
         requests, self._asked = self._asked, 0
+        (drafts, batch), self._last = self._last, (self._told, requests)
+        changed = drafts not in (0, self._told)
+        compares = changed and ALIKE * max(batch, requests) <= min(batch, requests)
         if self._told == self.drafts:
             self._whole = self._averaged(self._whole, requests, 0)
-            if self.short is not None:
-                self._first = self._averaged(self._first, requests, 1)
-                self._shorter = self._quality * self._first
-                self._more[1:] = self._whole[1:] / np.maximum(self._first[1:], LEAST)
-            self._was_whole = True
-            return
-        self._shorter = self._averaged(self._shorter, requests, 0)
-        if self._was_whole:
-            self._compared = min(self._compared + 1, COMPARED)
+            if self.short is None:
+                return
+            self._first = self._averaged(self._first, requests, 1)
+            self._more[1:] = self._whole[1:] / np.maximum(self._first[1:], LEAST)
+            self._compare(compares)
+            self._shorter = self._quality * self._first
+        else:
+            self._shorter = self._averaged(self._shorter, requests, 0)
+            self._compare(compares)
+            self._first = self._shorter / max(self._quality, LEAST)
+            self._whole = self._first * self._more
+
+    def _compare(self, compares: bool) -> None:
+        """Compare shorter blocks with the first rows of whole ones, read one after the other.
+
+        Either may have been read first, so that texts and predictions that get better do not count
+        in the end. Batches of other sizes are not compared: the last texts of a load are its
+        hardest.
+
+        Args:
+            compares: the last two were of both kinds, and of about as many requests.
+        """
+        if compares:
             found = float(self._shorter[-1] / max(self._first[-1], LEAST))
-            self._quality += (found - self._quality) / self._compared
-            self._was_whole = False
-        self._first = self._shorter / max(self._quality, LEAST)
-        self._whole = self._first * self._more
+            self._quality += (found - self._quality) / COMPARED
 
     def _averaged(self, before: Gained, requests: int, block: int) -> Gained:
         """The sums of a block that were read, with earlier ones where they are of few requests."""
