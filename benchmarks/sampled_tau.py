@@ -45,7 +45,7 @@ class Name(StrEnum):
 def in_transformers(
     directory: Path, drafter: Path, way: Any, prompts: list[list[int]], tokens: int
 ) -> Iterator[Answers]:
-    """The Transformers engine; tells the passes, and how far their tokens lie apart."""
+    """The Transformers engine; tells the passes and τ's standard error, too."""
     model, _ = load_target(directory, torch.float32, "cpu")
     engine = Engine(
         model,
@@ -67,11 +67,26 @@ def in_transformers(
                 for seed, prompt in enumerate(prompts)
             ]
         )
-        accepted = [count for result in results for count in result.accepted]
-        tau = 1 + sum(accepted) / len(accepted)
-        return {"tau": tau, "passes": len(accepted), "deviation": round(pstdev(accepted), 4)}
+        accepted = [result.accepted for result in results]
+        return {
+            "tau": tau_of(accepted),
+            "passes": sum(map(len, accepted)),
+            "error": round(standard_error(accepted), 4),
+        }
 
     yield answers
+
+
+def tau_of(accepted: list[list[int]]) -> float:
+    """τ of texts, from the accepted drafts of their passes, those cut off at a limit included."""
+    return 1 + sum(map(sum, accepted)) / sum(map(len, accepted))
+
+
+def standard_error(accepted: list[list[int]]) -> float:
+    """Of τ, by the jackknife over texts: the passes of one text are alike."""
+    count = len(accepted)
+    without = [tau_of(accepted[:place] + accepted[place + 1 :]) for place in range(count)]
+    return (count - 1) ** 0.5 * pstdev(without)
 
 
 @contextmanager

@@ -194,7 +194,7 @@ def apart(found: dict, engines: list[str]) -> list[str]:
             if not pairs:
                 continue
             ratios = [row["tau"] / ours["tau"] - 1 for row, ours in pairs]
-            errors = [ours["deviation"] / ours["tau"] / ours["passes"] ** 0.5 for _, ours in pairs]
+            errors = [ours["error"] / ours["tau"] for _, ours in pairs]
             mean, most = sum(ratios) / len(ratios), max(ratios, key=abs)
             # Of a difference between two engines that draw independently.
             chance = (2 * sum(error**2 for error in errors)) ** 0.5 / len(errors)

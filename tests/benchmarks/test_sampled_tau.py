@@ -35,6 +35,14 @@ def test_a_row_for_each_temperature_and_limit(tmp_path):
     assert all(1 < row["tau"] <= 8 and row["passes"] > 1 for row in rows)
 
 
+def test_the_error_is_that_of_texts():
+    """Passes of a text that are alike tell no more than one of them."""
+    assert sampled_tau.tau_of([[1, 3], [2]]) == 3
+    alike = [[0] * 50, [4] * 50]
+    assert sampled_tau.standard_error(alike) == pytest.approx(2)
+    assert sampled_tau.standard_error([[1, 3], [3, 1]]) == 0
+
+
 def test_rows_are_kept_and_the_missing_ones_are_added(tmp_path, monkeypatch):
     asked = []
 

@@ -137,7 +137,7 @@ def test_engines_are_compared_where_both_have_a_cell(tables, tmp_path):
     def write_taus(engine: str, *taus: float) -> None:
         rows = [
             {"drafter": "smollm2-135m-dflash", "draft_sampling": "greedy", "temperature": 0.1 * t,
-             "limits": "none", "tau": tau, "passes": 100, "deviation": 2.0}
+             "limits": "none", "tau": tau, "error": 0.2}
             for t, tau in enumerate(taus, 1)
         ]  # fmt: skip
         record = {

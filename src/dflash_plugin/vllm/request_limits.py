@@ -48,7 +48,8 @@ class RequestLimits:
 
     def of(self, requests: Tensor) -> Limits:
         """Limits of requests int64 [B], their slots given."""
-        return Limits(self._top_k[requests], self._top_p[requests], self._min_p[requests])
+        no_min_p = self._min_p[: len(requests)]
+        return Limits(self._top_k[requests], self._top_p[requests], no_min_p)
 
 
 def give_limits(native: Method) -> Method:
