@@ -182,7 +182,13 @@ def main(
                     row |= {"temperature": temperature, "limits": limits, **found}
                     rows.append({**row, "tau": round(found["tau"], 4)})
                     print(rows[-1], flush=True)
-                    output.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
+                    write(output, record, rows)
+    write(output, record, rows)
+
+
+def write(output: Path, record: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Keep the circumstances of the last run, and the rows of all."""
+    output.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
 
 
 def kept_rows(output: Path, record: dict[str, Any]) -> list[dict[str, Any]]:

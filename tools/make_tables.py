@@ -187,17 +187,21 @@ def apart(found: dict, engines: list[str]) -> list[str]:
     for engine in engines[1:]:
         for way in ("greedy", "probabilistic"):
             pairs = [
-                (row, found[(*key[:3], way, "transformers")])
+                (row, found[(*key[:3], way, "transformers")], key[1:3])
                 for key, row in found.items()
                 if key[3:] == (way, engine) and (*key[:3], way, "transformers") in found
             ]
             if not pairs:
                 continue
-            ratios = [row["tau"] / ours["tau"] - 1 for row, ours in pairs]
-            errors = [ours["error"] / ours["tau"] for _, ours in pairs]
+            ratios = [row["tau"] / ours["tau"] - 1 for row, ours, _ in pairs]
+            errors = [ours["error"] / ours["tau"] for _, ours, _ in pairs]
             mean, most = sum(ratios) / len(ratios), max(ratios, key=abs)
-            # Of a difference between two engines that draw independently.
-            chance = (2 * sum(error**2 for error in errors)) ** 0.5 / len(errors)
+            # Of a difference between two engines that draw independently. Drafters have the same
+            # noise, so that their cells differ together.
+            together: dict[tuple, float] = {}
+            for error, (_, _, cell) in zip(errors, pairs, strict=True):
+                together[cell] = together.get(cell, 0.0) + error
+            chance = (2 * sum(error**2 for error in together.values())) ** 0.5 / len(errors)
             lines.append(
                 f"- {ENGINES[engine]}, {'argmax' if way == 'greedy' else 'drawn'}: "
                 f"{100 * mean:+.1f} % on average over {len(pairs)} cells (independent draws would "
