@@ -79,6 +79,16 @@ def fixed_drafts(mode: str) -> int | None:
     return None if found is None else int(found[1])
 
 
+def each(
+    sampling: dict[str, Any], prompts: int, seeds: dict[str, list[int]] | None
+) -> list[dict[str, Any]]:
+    """Sampling parameters of each prompt, which share all but their seeds."""
+    return [
+        {**sampling, **{name: of_prompts[index] for name, of_prompts in (seeds or {}).items()}}
+        for index in range(prompts)
+    ]
+
+
 def claim_stdout() -> TextIO:
     """The child's end of the pipe; what it and its own children print goes to the log."""
     pipe = os.fdopen(os.dup(1), "w")

@@ -354,37 +354,80 @@ def quantize_rows(rows: int) -> Case:
     return Case(lambda: quantize_rows(x), lambda: quantize_rows_naive(x), moved)
 
 
-def accept(batch: int) -> Case:
-    """Blocks whose drafts were drawn; the bytes are the probabilities, read twice where judged."""
-    from dflash_plugin.kernels.accept import Sampled, accept, accept_naive
+def sampled_blocks(batch: int, candidates: int | None = None) -> tuple[Any, ...]:
+    """Arguments of ``accept`` and ``accept_block`` for drawn blocks, of a drafter near the target.
 
-    target = torch.randn(batch, DRAFTS + 1, VOCABULARY, device=DEVICE).softmax(dim=-1)
-    draft_probs = target[:, :-1].contiguous()
-    drafts = draft_probs.argmax(dim=-1)
-    sampled = Sampled(target, draft_probs, torch.arange(batch, device=DEVICE))
-    positions = torch.arange(batch, device=DEVICE)
+    Args:
+        batch: requests.
+        candidates: of a selector; None for distributions over the vocabulary.
+    """
+    from dflash_plugin.kernels.accept import Sampled
+
+    logits = 3 * torch.randn(batch, DRAFTS + 1, VOCABULARY, device=DEVICE)
+    target = logits.softmax(dim=-1)
+    logits += torch.randn_like(logits)
+    likeliest = None
+    if candidates is None:
+        draft_probs = logits[:, :-1].softmax(dim=-1)
+        drafts = draft_probs.argmax(dim=-1)
+    else:
+        best = logits[:, :-1].topk(candidates, dim=-1)
+        draft_probs, likeliest = best.values.softmax(dim=-1), best.indices
+        drafts = likeliest[..., 0].contiguous()
+    seeds = torch.arange(batch, device=DEVICE)
+    return drafts, Sampled(target, draft_probs, seeds, None, likeliest), seeds
+
+
+def accept(batch: int) -> Case:
+    """The bytes are the probabilities of one row, read twice where the next token is drawn."""
+    from dflash_plugin.kernels.accept import accept, accept_naive
+
+    arguments = sampled_blocks(batch)
     return Case(
-        lambda: accept(drafts, sampled, positions),
-        lambda: accept_naive(drafts, sampled, positions),
-        4 * batch * VOCABULARY * 4,
+        lambda: accept(*arguments), lambda: accept_naive(*arguments), 4 * batch * VOCABULARY * 4
     )
 
 
 def accept_block(batch: int) -> Case:
-    """The same blocks, read whole once and twice where the next token is drawn."""
-    from dflash_plugin.kernels.accept import Sampled
+    """The same blocks, read whole once and twice where the next token is drawn.
+
+    "Engine" is draft by draft.
+    """
+    from dflash_plugin.kernels.accept import accept
     from dflash_plugin.kernels.accept_block import accept_block, accept_block_naive
 
-    target = torch.randn(batch, DRAFTS + 1, VOCABULARY, device=DEVICE).softmax(dim=-1)
-    draft_probs = torch.randn(batch, DRAFTS, VOCABULARY, device=DEVICE).softmax(dim=-1)
-    drafts = draft_probs.argmax(dim=-1)
-    sampled = Sampled(target, draft_probs, torch.arange(batch, device=DEVICE))
-    positions = torch.arange(batch, device=DEVICE)
+    arguments = sampled_blocks(batch)
     return Case(
-        lambda: accept_block(drafts, sampled, positions),
-        lambda: accept_block_naive(drafts, sampled, positions),
-        2 * batch * (DRAFTS + 1) * VOCABULARY * 4,
+        lambda: accept_block(*arguments),
+        lambda: accept_block_naive(*arguments),
+        (2 * DRAFTS + 4) * batch * VOCABULARY * 4,
+        lambda: accept(*arguments),
     )
+
+
+def accept_block_candidates(batch: int) -> Case:
+    """Blocks of a selector, of which a row of the target is read whole; "engine" as before."""
+    from dflash_plugin.kernels.accept import accept
+    from dflash_plugin.kernels.accept_block import accept_block, accept_block_naive
+
+    arguments = sampled_blocks(batch, CANDIDATES)
+    return Case(
+        lambda: accept_block(*arguments),
+        lambda: accept_block_naive(*arguments),
+        2 * batch * VOCABULARY * 4,
+        lambda: accept(*arguments),
+    )
+
+
+def target_softmax(batch: int) -> Case:
+    """The target's distributions, which acceptance reads; both ways are torch's."""
+    logits = random(batch, DRAFTS + 1, VOCABULARY)
+    temperature = torch.full((batch, 1, 1), 0.8, device=DEVICE)
+
+    def run() -> object:
+        return torch.softmax(logits.float() / temperature, dim=-1)
+
+    return Case(run, run, logits.nbytes * 3)
 
 
 def accept_greedy(batch: int) -> Case:
@@ -547,6 +590,8 @@ OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     fp8_product_down: (16, 32, 64, 128, 256),
     accept: REQUESTS,
     accept_block: REQUESTS,
+    accept_block_candidates: REQUESTS,
+    target_softmax: REQUESTS,
     accept_greedy: REQUESTS,
     admit_drafts: REQUESTS,
     cut_blocks: REQUESTS,

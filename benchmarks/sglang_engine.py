@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine_process import Served, answer, claim_stdout, fixed_drafts
+from engine_process import Served, answer, claim_stdout, each, fixed_drafts
 
 FLOAT32 = Path(__file__).parent / "sglang_float32"
 
@@ -56,16 +56,20 @@ def in_float32() -> dict[str, str]:
 
 
 async def generate(
-    engine: Any, prompts: list[list[int]], concurrency: int, **request: Any
+    engine: Any,
+    prompts: list[list[int]],
+    concurrency: int,
+    sampling: list[dict[str, Any]],
+    **request: Any,
 ) -> list[dict[str, Any]]:
     """Keep ``concurrency`` requests in flight until every prompt is answered."""
     free = asyncio.Semaphore(concurrency)
 
-    async def one(prompt: list[int]) -> dict[str, Any]:
+    async def one(prompt: list[int], params: dict[str, Any]) -> dict[str, Any]:
         async with free:
-            return await engine.async_generate(input_ids=prompt, **request)
+            return await engine.async_generate(input_ids=prompt, sampling_params=params, **request)
 
-    return await asyncio.gather(*map(one, prompts))
+    return await asyncio.gather(*map(one, prompts, sampling))
 
 
 async def traced(engine: Any, directory: str, steps: int, answering: Any) -> Any:
@@ -90,17 +94,20 @@ def run(
     concurrency: int,
     sampling: dict[str, Any],
     trace: dict[str, Any] | None = None,
+    seeds: dict[str, list[int]] | None = None,
 ) -> dict[str, Any]:
     """Answer prompts; ``top_logprobs_num`` among the sampling parameters asks for margins.
 
-    With ``trace``, which holds a "directory" and a number of "steps", a profile is left there.
+    ``seeds`` holds the seed of each prompt, by the name of SGLang's parameter. With
+    ``trace``, which holds a "directory" and a number of "steps", a profile is left there.
     """
     top = sampling.pop("top_logprobs_num", None)
-    request = {"sampling_params": sampling}
+    request = {}
     if top is not None:
         request |= {"return_logprob": True, "top_logprobs_num": top}
     start = time.perf_counter()
-    answering = generate(engine, prompts, concurrency, **request)
+    params = each(sampling, len(prompts), seeds)
+    answering = generate(engine, prompts, concurrency, params, **request)
     if trace is not None:
         answering = traced(engine, answering=answering, **trace)
     answers = engine.loop.run_until_complete(answering)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine_process import Served, answer, claim_stdout, fixed_drafts
+from engine_process import Served, answer, claim_stdout, each, fixed_drafts
 
 ADAPTIVE = {"enable_adaptive_verification": True}
 
@@ -93,16 +93,19 @@ def run(
     concurrency: int,
     sampling: dict[str, Any],
     trace: dict[str, Any] | None = None,
+    seeds: dict[str, list[int]] | None = None,
 ) -> dict[str, Any]:
     """Keep ``concurrency`` requests in flight until every prompt is answered.
 
-    With ``trace``, which holds a "directory" and a number of "steps", a profile is left there.
+    ``seeds`` holds the seed of each prompt, by the name of vLLM's parameter. With
+    ``trace``, which holds a "directory" and a number of "steps", a profile is left there.
     """
     from vllm import SamplingParams
 
     profiled = Trace(**(trace or {}))
 
     core = engine.llm_engine
+    params = [SamplingParams(**one) for one in each(sampling, len(prompts), seeds)]
     waiting = deque(enumerate(prompts))
     outputs: dict[int, Any] = {}
     before, running = counters(engine), 0
@@ -110,7 +113,7 @@ def run(
     while waiting or running:
         while waiting and running < concurrency:
             index, prompt = waiting.popleft()
-            core.add_request(f"{index}", {"prompt_token_ids": prompt}, SamplingParams(**sampling))
+            core.add_request(f"{index}", {"prompt_token_ids": prompt}, params[index])
             running += 1
         for output in core.step():
             if output.finished:

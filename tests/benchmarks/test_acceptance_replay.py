@@ -11,8 +11,8 @@ import torch
 from dflash_plugin.adaptive.simulation.traces import Traces
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS / "acceptance_replay"))
-from acceptance_replay import Replay, longer, request_of, weights  # noqa: E402
+sys.path.insert(0, str(BENCHMARKS))
+from acceptance_replay.acceptance_replay import Replay, longer, request_of, weights  # noqa: E402
 
 CPU = torch.device("cpu")
 RECORDED = BENCHMARKS / "results" / "traces-smollm2-250.safetensors"

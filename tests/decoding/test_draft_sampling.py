@@ -16,6 +16,7 @@ from dflash_plugin.decoding.draft_sampling import (
 from dflash_plugin.decoding.sampling import SamplingParams, SamplingTensors
 from dflash_plugin.decoding.verify import verify_drawn
 from dflash_plugin.kernels.reference import sample
+from dflash_plugin.kernels.select_path import Limits, select_path_naive
 from tests.decoding.test_verify import DRAFTS, TRIALS, VOCABULARY, p_value, tables
 
 CPU = torch.device("cpu")
@@ -131,15 +132,16 @@ def test_a_change_of_traffic_is_followed():
     assert chosen(estimate, params) == [0.0]
 
 
-def pairs(choose) -> tuple:
-    """Counts of the first two committed tokens behind token 0, with changing proposals.
+def pairs(propose, said=None, learn=None) -> tuple:
+    """Counts of the first two committed tokens behind token 0, and what the target alone gives.
 
     Args:
-        choose: gives the factors [TRIALS, K] of a pass from what earlier passes committed, the
-            drafts that would be drawn and the likeliest ones.
+        propose: gives the drafts [TRIALS, K] of a pass and what they are drawn from [TRIALS, K, V],
+            from the last committed tokens and noise [TRIALS, K].
+        said: gives what verification is told that they were drawn from; the truth where None.
+        learn: gets a pass's target rows and numbers of accepted drafts.
     """
-    p, q = tables(1)
-    own = q.expand(TRIALS, -1, -1)
+    p, _ = tables(1)
     generator = torch.Generator().manual_seed(5)
 
     def uniform(*shape: int) -> torch.Tensor:
@@ -150,14 +152,14 @@ def pairs(choose) -> tuple:
     length = torch.zeros(TRIALS, dtype=torch.int64)
     rows = torch.arange(TRIALS)
     while bool((committed < 0).any()):
-        u = uniform(TRIALS, DRAFTS)
-        factors = choose(last, sample(own, u), own.argmax(-1))
-        proposal = sharpen(own, factors)
-        drafts = sample(proposal, u)
+        drafts, proposal = propose(last, uniform(TRIALS, DRAFTS))
         target = p[torch.cat([last[:, None], drafts], dim=1)]
+        told = proposal if said is None else said(proposal)
         verdict = verify_drawn(
-            drafts, target, proposal, uniform(TRIALS, DRAFTS), uniform(TRIALS, DRAFTS + 1)
+            drafts, target, told, uniform(TRIALS, DRAFTS), uniform(TRIALS, DRAFTS + 1)
         )
+        if learn is not None:
+            learn(target[:, :-1], verdict.num_accepted)
         for token in verdict.tokens.unbind(1):
             place = (token >= 0) & (length < 2)
             committed[rows[place], length[place]] = token[place]
@@ -167,6 +169,21 @@ def pairs(choose) -> tuple:
     counts = torch.bincount(both, minlength=VOCABULARY**2)
     expected = (p[0][:, None] * p).flatten() * TRIALS
     return counts.double().numpy(), expected.double().numpy()
+
+
+def sharpened(choose, own=None):
+    """Drafts of a drafter without a selector, whose factors [TRIALS, K] ``choose`` gives.
+
+    From the last committed tokens, the drafts that would be drawn and the likeliest ones. ``own``
+    [K, V] is the drafter's distribution.
+    """
+    own = (tables(1)[1] if own is None else own).expand(TRIALS, -1, -1)
+
+    def propose(last, u):
+        proposal = sharpen(own, choose(last, sample(own, u), own.argmax(-1)))
+        return sample(proposal, u), proposal
+
+    return propose
 
 
 def by_the_text(last, drawn, likeliest) -> torch.Tensor:
@@ -181,8 +198,79 @@ def by_the_draw(last, drawn, likeliest) -> torch.Tensor:
 
 
 def test_a_choice_by_what_precedes_the_draws_keeps_the_distribution():
-    assert p_value(*pairs(by_the_text)) > 1e-3
+    assert p_value(*pairs(sharpened(by_the_text))) > 1e-3
 
 
 def test_a_choice_that_looks_at_the_draws_does_not():
-    assert p_value(*pairs(by_the_draw)) < 1e-6
+    assert p_value(*pairs(sharpened(by_the_draw))) < 1e-6
+
+
+def blurred(proposal: torch.Tensor) -> torch.Tensor:
+    """Broken: what verification is told is a tenth too close to uniform."""
+    return 0.9 * proposal + 0.1 / VOCABULARY
+
+
+@pytest.mark.parametrize(("said", "is_exact"), [(None, True), (blurred, False)])
+@pytest.mark.parametrize("factor", FACTORS)
+def test_every_factor_is_exact_with_what_drafts_were_drawn_from(factor, said, is_exact):
+    factors = torch.full((TRIALS, DRAFTS), factor)
+    fit = p_value(*pairs(sharpened(lambda *_: factors), said))
+    assert fit > 1e-3 if is_exact else fit < 1e-6
+
+
+@pytest.mark.parametrize(("said", "is_exact"), [(None, True), (blurred, False)])
+def test_the_running_estimate_is_exact(said, is_exact):
+    """It learns from every pass, and takes other factors in the next, of a drafter too unsure."""
+    estimate = AcceptanceEstimate(DRAFTS, CPU)
+    unsure = tables(1)[0][0].sqrt()
+    own = (unsure / unsure.sum()).expand(DRAFTS, -1)
+    params = tensors(SamplingParams(1.0)).of_rows(torch.zeros(TRIALS, dtype=torch.int64))
+    none, every = torch.zeros(TRIALS, dtype=torch.bool), torch.ones(TRIALS, dtype=torch.bool)
+    taken = []
+
+    def choose(*_):
+        factors = estimate.factors(params, none)
+        taken.append(tuple(factors[0].tolist()))
+        return factors
+
+    def learn(target, accepted):
+        estimate.observe(params, target, own.expand(TRIALS, -1, -1), accepted, every)
+
+    fit = p_value(*pairs(sharpened(choose, own), said, learn))
+    assert len(set(taken)) > 1
+    assert fit > 1e-3 if is_exact else fit < 1e-6
+
+
+def walk(limits: Limits):
+    """Drafts along a selector's path through the four likeliest tokens of each position."""
+    generator = torch.Generator().manual_seed(2)
+    best = tables(1)[1].log().topk(4, dim=-1)
+    candidates = best.indices.expand(TRIALS, -1, -1)
+    gates = torch.randn(DRAFTS, 6, generator=generator).expand(TRIALS, -1, -1)
+    codebooks = torch.randn(2, VOCABULARY, 6, generator=generator).unbind()
+    temperature = torch.ones(TRIALS)
+
+    def propose(last, u):
+        path = select_path_naive(
+            candidates,
+            best.values.expand(TRIALS, -1, -1),
+            gates,
+            last,
+            *codebooks,
+            temperature,
+            u,
+            Limits(*(None if part is None else part.expand(TRIALS) for part in limits)),
+        )
+        spread = torch.zeros(TRIALS, DRAFTS, VOCABULARY)
+        return path.tokens, spread.scatter_(-1, candidates, path.probs)
+
+    return propose
+
+
+@pytest.mark.parametrize(("said", "is_exact"), [(None, True), (blurred, False)])
+@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_a_selectors_walk_within_limits_is_exact(top_k, top_p, said, is_exact):
+    limits = Limits(torch.tensor([top_k]), torch.tensor([top_p]), torch.zeros(1))
+    fit = p_value(*pairs(walk(limits), said))
+    assert fit > 1e-3 if is_exact else fit < 1e-6

@@ -71,3 +71,14 @@ def test_acceptance_by_how_drafts_are_made(tmp_path):
     )
     assert [row["temperature"] for row in record["rows"]] == [0.6, 1.0]
     assert all(row["tokens"] == 24 and row["tau"] > 1 for row in record["rows"])
+
+
+def test_acceptance_by_temperature_and_limits(tmp_path):
+    record = run(
+        "sampled_tau.py",
+        tmp_path / "result.json",
+        *("--engine", "sglang", "--prompts", "2", "--new-tokens", "8", "--temperatures", "0.6"),
+        *("--drafters", "examples/smollm2-135m-dflash2", "--ways", "probabilistic"),
+    )
+    assert [row["limits"] for row in record["rows"]] == ["none", "top-p 0.95, top-k 20"]
+    assert all(row["tau"] > 1 for row in record["rows"])

@@ -235,10 +235,17 @@ def proposals(worker: Any) -> torch.Tensor:
     return worker.model_runner.speculator.draft_logits
 
 
-def test_a_dflash2_drafter(pair, monkeypatch, tmp_path):
-    """χ² of what its path draws, in cut passes; then the path by the kernels, interpreted.
+def slots_limited_to_three(engine: Any) -> int:
+    """Request slots whose drafts were each drawn from three tokens."""
+    counts = on_worker(engine, proposals).isfinite().sum(-1)
+    return int((counts == 3).all(-1).sum())
 
-    Blocks are shorter than the drafter's: those of a core with blocks of that size.
+
+def test_a_dflash2_drafter(pair, monkeypatch, tmp_path):
+    """χ² of what its path draws, in cut passes; then within a request's own top-k.
+
+    Last the path by the kernels, interpreted. Blocks are shorter than the drafter's: those of a
+    core with blocks of that size.
     """
     target, directory, _ = pair
     whole, short = (
@@ -256,6 +263,10 @@ def test_a_dflash2_drafter(pair, monkeypatch, tmp_path):
     ) as (engine, _):  # fmt: skip
         prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
         completions = engine.generate(prompts[:1], params, use_tqdm=False)[0].outputs
+        assert slots_limited_to_three(engine) == 0
+        params = SamplingParams(temperature=1.0, top_k=3, max_tokens=3, ignore_eos=True, n=2)
+        limited = engine.generate(prompts[:1], params, use_tqdm=False)[0].outputs
+        assert slots_limited_to_three(engine) == 2
         monkeypatch.setattr(draft_tokens.kernels, "available", lambda device: True)
         for prompt in PROMPTS:
             (core,) = core_proposals(reference, prompt, [len(prompt) - 1])
@@ -269,4 +280,6 @@ def test_a_dflash2_drafter(pair, monkeypatch, tmp_path):
         outputs = engine.generate(prompts, greedy, use_tqdm=False)
     assert len(completions) == samples
     assert 0 < check_distribution([tuple(c.token_ids) for c in completions], expected) < samples
+    within = continuations(target, PROMPTS[0], length, best=3, cut=True)
+    assert all(tuple(c.token_ids[:length]) in within for c in limited)
     assert [list(output.outputs[0].token_ids) for output in outputs] == of_target(target)

@@ -53,3 +53,14 @@ def test_random_load_with_new_weights_on_the_way(tmp_path):
     assert record["mismatches"] == []
     assert record["finished"] > 5
     assert record["tau"] > 1.5
+
+
+def test_acceptance_by_temperature_and_limits(tmp_path):
+    record = run(
+        "sampled_tau.py",
+        tmp_path / "result.json",
+        *("--engine", "vllm", "--prompts", "2", "--new-tokens", "8", "--temperatures", "0.6"),
+        *("--drafters", "examples/smollm2-135m-dflash2", "--ways", "probabilistic"),
+    )
+    assert [row["limits"] for row in record["rows"]] == ["none", "top-p 0.95, top-k 20"]
+    assert all(row["tau"] > 1 for row in record["rows"])

@@ -287,7 +287,10 @@ def test_sampled_text_has_the_targets_distribution(tmp_path, method):
 
 @pytest.mark.skipif(ON_V2 and not torch.cuda.is_available(), reason="test_vllm_adaptive has it")
 def test_a_dflash2_drafter_drafts_with_a_shorter_block(tmp_path):
-    """What the core does with a block of that size, and χ² of what is drawn from its candidates."""
+    """What the core does with a block of that size, and χ² of what is drawn from its candidates.
+
+    Once without limits and once within a request's own top-k.
+    """
     directory = write_target(tmp_path / "target")
     target = tiny_target(**SIZES)
     target.save_pretrained(directory)
@@ -301,6 +304,7 @@ def test_a_dflash2_drafter_drafts_with_a_shorter_block(tmp_path):
     drafter = load_drafter(short, target)
     length, samples = 2, 1500
     expected = continuations(target, PROMPTS[0], length, best=5, cut=False)
+    within = continuations(target, PROMPTS[0], length, best=3, cut=True)
     params = SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True, n=samples)
     settings = {"draft_sample_method": "probabilistic", "num_speculative_tokens": 3}
     with running(
@@ -313,5 +317,19 @@ def test_a_dflash2_drafter_drafts_with_a_shorter_block(tmp_path):
         check_text(engine, target)
         prompt = {"prompt_token_ids": PROMPTS[0]}
         completions = engine.generate([prompt], params, use_tqdm=False)[0].outputs
+        assert on_worker(engine, drawn_from) > 3
+        params = SamplingParams(temperature=1.0, top_k=3, max_tokens=4, ignore_eos=True, n=samples)
+        limited = engine.generate([prompt], params, use_tqdm=False)[0].outputs
+        assert on_worker(engine, drawn_from) == 3
     assert len(completions) == samples
     assert 0 < check_distribution([tuple(c.token_ids) for c in completions], expected) < samples
+    limited = [tuple(c.token_ids[:length]) for c in limited]
+    assert check_distribution(limited, within) == samples
+
+
+def drawn_from(worker: Any) -> int:
+    """The most tokens that one of the last drafts may have been."""
+    runner = worker.model_runner
+    if ON_V2:  # Slots of earlier requests keep theirs.
+        return int(runner.speculator.draft_logits.isfinite().sum(-1)[0].max())
+    return int((runner.drafter.take_last_draft_probs() > 0).sum(-1).max())

@@ -109,3 +109,16 @@ def test_this_runner_draws_drafts_beside_block_verification(monkeypatch):
         config = SimpleNamespace(speculative_config=settings, model_config=None)
         Proposer.__init__(object.__new__(Proposer), config, torch.device("cpu"))
     assert seen == ["standard", "synthetic"]
+
+
+def test_limits_of_a_batch():
+    def limits(**given):
+        metadata = {"temperature": torch.tensor([1.0, 0.5]), "top_k": None, "top_p": None}
+        return module.limits_of(SimpleNamespace(**{**metadata, **given}))
+
+    assert limits() is None
+    top_k, top_p = torch.tensor([5, 97], dtype=torch.int32), torch.tensor([1.0, 0.9])
+    assert [part.tolist() for part in limits(top_k=top_k)[:3]] == [[5, 97], [1, 1], [0, 0]]
+    found = limits(top_p=top_p)
+    assert (found.top_k.tolist(), found.top_k.dtype) == ([0, 0], torch.int64)
+    assert torch.equal(found.top_p, top_p)

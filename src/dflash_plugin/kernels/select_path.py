@@ -79,20 +79,25 @@ def _within(scaled, choice, request, top_k, top_p, min_p, BLOCK: tl.constexpr):
     share = tl.load(top_p + request)
     share = tl.where(share == 1.0, 2.0, share)  # Off: rounding may reach one early.
     least = tl.load(min_p + request)
-    rank = tl.zeros(scaled.shape, dtype=tl.int32)
-    for other in range(BLOCK):
-        score = tl.sum(tl.where(choice[None, :] == other, scaled, 0.0), axis=1)[:, None]
-        is_before = (score > scaled) | ((score == scaled) & (choice[None, :] > other))
-        rank += is_before.to(tl.int32)
-    kept = rank < most
-    probs = _softmax(tl.where(kept, scaled, float("-inf")), 1.0, 1)
-    before = tl.zeros(scaled.shape, dtype=tl.float32)
-    for other in range(BLOCK):
-        here = choice[None, :] == other
-        place = tl.sum(tl.where(here, rank, 0), axis=1)[:, None]
-        before += tl.where(place < rank, tl.sum(tl.where(here, probs, 0.0), axis=1)[:, None], 0.0)
-    kept = kept & (before < share) & (probs >= least * tl.max(probs, axis=1)[:, None])
-    return tl.where(kept | (rank == 0), scaled, float("-inf"))
+    within = scaled
+    # In a captured pass every request has limits, and most are off.
+    if (most < BLOCK) | (share <= 1.0) | (least > 0.0):
+        rank = tl.zeros(scaled.shape, dtype=tl.int32)
+        for other in range(BLOCK):
+            score = tl.sum(tl.where(choice[None, :] == other, scaled, 0.0), axis=1)[:, None]
+            is_before = (score > scaled) | ((score == scaled) & (choice[None, :] > other))
+            rank += is_before.to(tl.int32)
+        kept = rank < most
+        probs = _softmax(tl.where(kept, scaled, float("-inf")), 1.0, 1)
+        before = tl.zeros(scaled.shape, dtype=tl.float32)
+        for other in range(BLOCK):
+            here = choice[None, :] == other
+            place = tl.sum(tl.where(here, rank, 0), axis=1)[:, None]
+            chance = tl.sum(tl.where(here, probs, 0.0), axis=1)[:, None]
+            before += tl.where(place < rank, chance, 0.0)
+        kept = kept & (before < share) & (probs >= least * tl.max(probs, axis=1)[:, None])
+        within = tl.where(kept | (rank == 0), scaled, float("-inf"))
+    return within
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
+from dflash_plugin.kernels.select_path import Limits
 from dflash_plugin.serving.draft_tokens import block_noise, select_drafts
 from dflash_plugin.serving.new_weights import route
 from dflash_plugin.vllm.model import EngineDrafter
@@ -157,14 +158,15 @@ class Proposer(DFlashProposer):
         drafts = self.num_speculative_tokens
         batch, rows = len(hidden_states) // drafts, drafts + 1
         anchors = self.input_ids[: batch * rows : rows].long()
-        temperature, u = None, None
+        temperature, u, limits = None, None, None
         if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
             given = sampling_metadata.temperature
             temperature = torch.where(given < MIN_TEMPERATURE, 0.0, given)
             seeds = torch.randint(1 << 62, (batch,), device=given.device)
             u = block_noise(seeds, torch.zeros_like(seeds), drafts)
+            limits = limits_of(sampling_metadata)
         drafter, found = self.model.drafter, self.model.candidates(hidden_states)
-        path = select_drafts(drafter, found, anchors, temperature, u)
+        path = select_drafts(drafter, found, anchors, temperature, u, limits)
         if path.probs is None:
             return path.tokens.flatten(), None
         of_candidates = path.probs.flatten(0, 1)
@@ -178,3 +180,19 @@ class Proposer(DFlashProposer):
         block = (positions // self.block_size).clamp(max=table.shape[1] - 1)
         slot: Tensor = table[request, block].long() * self.block_size + positions % self.block_size
         return slot
+
+
+def limits_of(metadata: SamplingMetadata) -> Limits | None:
+    """What drafts of a batch are drawn within; None where no request has top-k or top-p.
+
+    vLLM refuses min-p beside a drafter.
+    """
+    top_k, top_p = metadata.top_k, metadata.top_p
+    if top_k is None and top_p is None:
+        return None
+    off = torch.zeros_like(metadata.temperature)
+    return Limits(
+        off.long() if top_k is None else top_k.long(),
+        off + 1 if top_p is None else top_p,
+        off,
+    )

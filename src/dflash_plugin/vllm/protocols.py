@@ -87,6 +87,21 @@ class StepTimingSample(Protocol):
     full_cudagraph: bool
 
 
+class UvaBackedTensor(Protocol):
+    """Values of the V2 runner's request slots, on the host and as the device reads them."""
+
+    np: NDArray[Any]
+    gpu: Tensor
+
+
+class SamplingStates(Protocol):
+    """Sampling parameters of the V2 runner's request slots; off are a top-k of all tokens and a
+    top-p of 1."""
+
+    top_k: UvaBackedTensor
+    top_p: UvaBackedTensor
+
+
 class AdaptiveVerificationManager(Protocol):
     """vLLM's own choice of drafts."""
 
@@ -148,6 +163,9 @@ class SamplingMetadata(Protocol):
 
     all_greedy: bool
     temperature: Tensor
+    # None where no request of the batch has it.
+    top_k: Tensor | None
+    top_p: Tensor | None
 
 
 class SpecDecodingStats(Protocol):

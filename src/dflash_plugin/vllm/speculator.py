@@ -22,6 +22,7 @@ from dflash_plugin.vllm.draft_logits import DraftLogits
 from dflash_plugin.vllm.model import EngineDrafter
 from dflash_plugin.vllm.options import required_spec
 from dflash_plugin.vllm.protocols import AcceptanceEstimator, InputBatch, KVCacheConfig, VllmConfig
+from dflash_plugin.vllm.request_limits import RequestLimits
 from dflash_plugin.vllm.short_blocks import ShortBlocks
 from dflash_plugin.vllm.surface import surface
 from dflash_plugin.vllm.target import require_hidden_states
@@ -50,11 +51,13 @@ class Speculator(DFlashSpeculator):
         self.num_query_per_req = self.num_speculative_steps + (not config.sample_from_anchor)
         self._avoid_logits()
         self.selector_logits: DraftLogits | None = None
+        self.limits: RequestLimits | None = None
         if config.selector is not None and self.draft_logits is not None:
             # Free vLLM's tensor first, to use its memory.
             shape, self.draft_logits = self.draft_logits.shape, None
             self.selector_logits = DraftLogits(shape, config.selector.top_k, device)
             self.draft_logits = self.selector_logits.logits
+            self.limits = RequestLimits(shape[0], device)
         self.short_blocks: ShortBlocks | None = None
         self.short_cudagraph_manager: Any = None
         short = short_block(self.num_speculative_steps + 1)
@@ -148,6 +151,8 @@ class Speculator(DFlashSpeculator):
     def propose(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> Any:
         """Inject, and draft unless the next step verifies no draft."""
         self.model.follow_target()
+        if self.limits is not None:
+            self.limits.refresh()
         manager = self.adaptive
         if manager is not None and manager.verify_len == 1 and self.skips_drafts:
             kwargs["num_speculative_tokens"] = 0
@@ -221,15 +226,18 @@ class Speculator(DFlashSpeculator):
         drafts, rows = self.num_speculative_steps, self.num_query_per_req
         batch = len(hidden) // drafts
         anchors = self.input_buffers.input_ids[: batch * rows : rows].long()
-        of_blocks, u = None, None
-        if self.selector_logits is not None:
+        of_blocks, u, limits = None, None, None
+        if self.selector_logits is not None and self.limits is not None:
             requests = slots[::drafts].clamp(min=0)
             of_blocks = temperature[requests]
             u = block_noise(seeds[requests] ^ SALT, before[::drafts], drafts)
+            limits = self.limits.of(requests)
         found = self.model.candidates(hidden)
-        path = select_drafts(self.model.drafter, found, anchors, of_blocks, u)
-        if self.selector_logits is not None:
-            scores = path.scores.flatten(0, 1)
+        path = select_drafts(self.model.drafter, found, anchors, of_blocks, u, limits)
+        if self.selector_logits is not None and path.probs is not None and of_blocks is not None:
+            # Verification must know that nothing is drawn beyond a request's limits.
+            beyond = (path.probs == 0) & (of_blocks > 0)[:, None, None]
+            scores = path.scores.masked_fill(beyond, float("-inf")).flatten(0, 1)
             self.selector_logits.write(found.tokens, scores, slots, draft_step)
         if self.adaptive is not None:
             self._predict(path.confidence.flatten(), None, slots, draft_step)

@@ -459,6 +459,18 @@ _V2 = (
             "CompilationConfig.max_cudagraph_capture_size"),
     *_seams("vllm.v1.worker.gpu.input_batch", V2, "attribute", "anchors of the blocks",
             "InputBuffers.input_ids"),
+    *_seams(RUNNER, V2, "patch", "a selector draws within the requests' top-k and top-p",
+            "GPUModelRunner.load_model(...)"),
+    *_seams(RUNNER, V2, "attribute", "a selector draws within the requests' top-k and top-p",
+            "GPUModelRunner.sampler"),
+    *_seams("vllm.v1.worker.gpu.sample.sampler", V2, "attribute",
+            "a selector draws within the requests' top-k and top-p", "Sampler.sampling_states"),
+    *_seams("vllm.v1.worker.gpu.sample.states", V2, "attribute",
+            "a selector draws within the requests' top-k and top-p",
+            "SamplingStates.top_k", "SamplingStates.top_p"),
+    *_seams("vllm.v1.worker.gpu.buffer_utils", V2, "attribute",
+            "a selector draws within the requests' top-k and top-p",
+            "UvaBackedTensor.np", "UvaBackedTensor.gpu"),
 )  # fmt: skip
 
 _ADAPTIVE = (
@@ -593,8 +605,9 @@ _V1 = (
         "block_table_tensor, slot_mapping, causal)",
         "CommonAttentionMetadata.batch_size()",
     ),
-    *_seams("vllm.v1.sample.metadata", V1, "attribute", "temperatures of the drafts",
-            "SamplingMetadata.all_greedy", "SamplingMetadata.temperature"),
+    *_seams("vllm.v1.sample.metadata", V1, "attribute", "temperatures and limits of the drafts",
+            "SamplingMetadata.all_greedy", "SamplingMetadata.temperature",
+            "SamplingMetadata.top_k", "SamplingMetadata.top_p"),
     *_seams(CPU_KERNELS, V1_ON_CPU, "patch", "temperatures were expanded into a copy",
             "_expand_kernel_impl(output, input_val, cu_num_tokens, replace_from, replace_to, "
             "MAX_NUM_TOKENS)"),

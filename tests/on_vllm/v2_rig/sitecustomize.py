@@ -82,6 +82,10 @@ if os.environ.get("VLLM_V2_ON_CPU"):
     _with_boolean_mask("create_masked_load", 1)
     _with_boolean_mask("create_masked_store", 2)
 
+    def _sort_for_top_k(module):
+        """vLLM's kernel for top-k and top-p counts in Python's integers when interpreted."""
+        module.HAS_TRITON = False
+
     def _adapt_without_graphs(module):
         module.resolve_adaptive_cudagraph_mode = lambda mode, **_: mode
         module.maybe_create_adaptive_verification_manager = _manager_without_streams
@@ -101,5 +105,6 @@ if os.environ.get("VLLM_V2_ON_CPU"):
 
     after_import("vllm.v1.worker.gpu.spec_decode.adaptive_verification", _adapt_without_graphs)
     after_import("vllm.config.vllm", _allow_adapting)
+    after_import("vllm.v1.sample.ops.topk_topp_sampler", _sort_for_top_k)
     # External functions return None under the interpreter.
     libdevice.log1p = lambda x, **kwargs: tl.log(x + 1.0)
