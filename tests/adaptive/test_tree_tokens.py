@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from dflash_plugin.adaptive.policy import PRIOR, AcceptanceRates, VerifyLenPolicy
+from dflash_plugin.adaptive.acceptance_rates import PRIOR, AcceptanceRates
+from dflash_plugin.adaptive.policy import VerifyLenPolicy
 from dflash_plugin.adaptive.tree_tokens import TreeTokens, reached
 
 # Of a chain of 3: its rows are 1 to 3, the rows beside it follow.

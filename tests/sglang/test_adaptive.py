@@ -11,7 +11,7 @@ import torch
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.adaptive_setup import VerifyBudget
 from dflash_plugin.serving.drafter_spec import Options
-from dflash_plugin.sglang import adaptive, compat, verify_graphs
+from dflash_plugin.sglang import adaptive, compat, ranks, verify_graphs
 from dflash_plugin.sglang.adaptive import AdaptiveVerifier, build_verifier
 from dflash_plugin.sglang.block_attention import BlockAttention
 from dflash_plugin.sglang.draft_step import Step
@@ -534,8 +534,8 @@ def test_widths_follow_the_options():
 
 def test_one_rank_asks_nobody():
     alone = SimpleNamespace(world_size=1)
-    assert adaptive.agree_across_ranks(alone) is None
-    assert [adaptive.any_across_ranks(alone)(here) for here in (False, True)] == [False, True]
+    assert ranks.agree_across_ranks(alone) is None
+    assert [ranks.any_across_ranks(alone)(here) for here in (False, True)] == [False, True]
 
 
 def test_targets_that_lay_out_rows_by_themselves_have_as_many_of_each_request():

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dflash_plugin.adaptive.policy import AcceptanceRates
+from dflash_plugin.adaptive.acceptance_rates import AcceptanceRates
 
 Gained = NDArray[np.float64]
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
+from dflash_plugin.adaptive.acceptance_rates import AcceptanceRates
 from dflash_plugin.adaptive.prompt_load import PromptLoad
 from dflash_plugin.errors import DFlashError
 
@@ -33,12 +34,6 @@ SETTLED = 3
 TIMES = 3
 # Times of a kind that count, the last ones; their median does.
 KEPT = 32
-# Passes of requests whose outcomes count; older ones fade.
-MEMORY = 20000.0
-# How many outcomes a position's prior weighs; the prior is the rate of the position before it.
-PRIOR = 8.0
-# The prior of the first position.
-FIRST = 0.7
 # Another verify length has to be better by this factor to replace the one in use.
 GAIN = 1.01
 # Steps between two trials of a verify length other than the best, at first and later: in the end
@@ -91,44 +86,6 @@ def choose_verify_lens(block: int, min_drafts: int, max_drafts: int | None) -> t
         )
     between = (rows for rows in ROWS if min_drafts + 1 < rows < limit + 1)
     return tuple(sorted({min_drafts + 1, *between, limit + 1}))
-
-
-class AcceptanceRates:
-    """For each draft position, how often its draft is accepted if those before it are.
-
-    Args:
-        drafts: positions of a block, K.
-    """
-
-    def __init__(self, drafts: int) -> None:
-        self.judged = [0.0] * drafts
-        self.accepted = [0.0] * drafts
-
-    def observe(self, verified: int, accepted: Iterable[int]) -> None:
-        """Learn from a pass.
-
-        Args:
-            verified: drafts of each request that were verified.
-            accepted: drafts that were accepted, by request.
-        """
-        counts = Counter(accepted)
-        left = counts.total()
-        keep = max(0.0, 1.0 - left / MEMORY)
-        for position in range(verified):
-            # The first rejected draft was judged, the drafts after it were not.
-            self.judged[position] = keep * self.judged[position] + left
-            left -= counts[position]
-            self.accepted[position] = keep * self.accepted[position] + left
-
-    def expected(self) -> list[float]:
-        """Tokens that a request commits in a pass of 1, 2, … rows, [K + 1]."""
-        rate, survival, tokens, found = FIRST, 1.0, 1.0, [1.0]
-        for judged, accepted in zip(self.judged, self.accepted, strict=True):
-            rate = (accepted + PRIOR * rate) / (judged + PRIOR)
-            survival *= rate
-            tokens += survival
-            found.append(tokens)
-        return found
 
 
 def growth(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dflash_plugin.adaptive.policy import MEMORY, PRIOR, AcceptanceRates
+from dflash_plugin.adaptive.acceptance_rates import MEMORY, PRIOR, AcceptanceRates
 
 
 class TreeTokens:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.accept_greedy import accept_greedy
@@ -359,41 +358,6 @@ class AdaptiveVerifier:
         self.predictor.learn(committed, starts)
         drafts = self.draft_len - 1
         self.selection.observe(lambda: self.predictor.predictions[:batch, :drafts])
-
-
-def agree_across_ranks(group: Any) -> Callable[[int], int] | None:
-    """``VerifyLenPolicy``'s ``agree`` for tensor-parallel ranks: the first rank's choice counts.
-
-    Args:
-        group: SGLang's ``GroupCoordinator`` of the ranks.
-    """
-    if group.world_size == 1:
-        return None
-
-    def agree(choice: int) -> int:
-        chosen = torch.tensor([choice], device="cpu")
-        # Between the hosts, so that nothing waits for a device.
-        dist.broadcast(chosen, group.ranks[0], group.cpu_group)
-        return int(chosen)
-
-    return agree
-
-
-def any_across_ranks(group: Any) -> Callable[[bool], bool]:
-    """Whether something holds on one of the tensor-parallel ranks at least.
-
-    Args:
-        group: SGLang's ``GroupCoordinator`` of the ranks.
-    """
-    if group.world_size == 1:
-        return bool
-
-    def holds(here: bool) -> bool:
-        found = torch.tensor([int(here)], device="cpu")
-        dist.all_reduce(found, dist.ReduceOp.MAX, group.cpu_group)
-        return bool(found)
-
-    return holds
 
 
 def build_verifier(

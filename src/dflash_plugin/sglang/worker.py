@@ -40,8 +40,6 @@ from dflash_plugin.sglang import (
 from dflash_plugin.sglang.adaptive import (
     AdaptiveVerifier,
     CutPass,
-    agree_across_ranks,
-    any_across_ranks,
     build_verifier,
 )
 from dflash_plugin.sglang.compat import argument, current
@@ -63,6 +61,7 @@ from dflash_plugin.sglang.protocols import (
     SamplingInfoLike,
     ScheduleBatchLike,
 )
+from dflash_plugin.sglang.ranks import agree_across_ranks, any_across_ranks
 from dflash_plugin.sglang.short_blocks import ShortBlocks
 from dflash_plugin.sglang.surface import (
     ADAPTIVE,

@@ -38,7 +38,7 @@ PATCHES = (
     (vllm.WORKER, "Worker.sleep", "new_weights:note_sleep"),
     (vllm.WORKER, "Worker.wake_up", "new_weights:restore_when_awake"),
     (vllm.RUNNER, "GPUModelRunner.__init__", "adaptive_default:turned_on_where_able"),
-    (vllm.RUNNER, "GPUModelRunner.load_model", "request_limits:give_limits"),
+    (vllm.RUNNER, "GPUModelRunner.load_model", "sampling_states:give_limits"),
     (vllm.RUNNER, "GPUModelRunner.prepare_inputs", "lora:note_logit_rows"),
     (vllm.LORA, "LoraState.make_lora_inputs", "lora:repeat_for_rows"),
     (vllm.RUNNER, "maybe_create_adaptive_verification_manager", "adaptive:create_manager"),

@@ -5,15 +5,12 @@ vLLM tells its speculators temperatures and seeds alone. It refuses min-p beside
 
 from __future__ import annotations
 
-from functools import wraps
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from dflash_plugin.kernels.select_path import Limits
-from dflash_plugin.vllm.protocols import Method, SamplingStates
+from dflash_plugin.vllm.protocols import SamplingStates
 
 
 class RequestLimits:
@@ -50,18 +47,3 @@ class RequestLimits:
         """Limits of requests int64 [B], their slots given."""
         no_min_p = self._min_p[: len(requests)]
         return Limits(self._top_k[requests], self._top_p[requests], no_min_p)
-
-
-def give_limits(native: Method) -> Method:
-    """``GPUModelRunner.load_model`` that tells our speculator where its requests' limits are."""
-
-    @wraps(native)
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        from dflash_plugin.vllm.speculator import Speculator
-
-        native(self, *args, **kwargs)
-        speculator = self.speculator
-        if isinstance(speculator, Speculator) and speculator.limits is not None:
-            speculator.limits.states = self.sampler.sampling_states
-
-    return load_model
