@@ -371,7 +371,7 @@ def add_timelines(
                 engine.ask(prompts=prompts, concurrency=level, sampling=sampling, trace=trace)
                 found = timeline(load(wait_for_trace(Path(directory))))
             record["timelines"].append({"engine": engine.mode, "concurrency": level, **found})
-            print(engine.mode, level, found["milliseconds"], flush=True)
+            print(engine.mode, level, found["milliseconds"], found.get("with_prompts"), flush=True)
             output.write_text(json.dumps(record, indent=1) + "\n")
 
 

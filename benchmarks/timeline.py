@@ -5,7 +5,8 @@
 A step reaches from the end of one target verify pass to the end of the next. What the GPU does in
 it is grouped by the CUDA graph that launched it (the graph with most work is the verify pass, the
 other one of a step the draft pass), and what was launched one by one counts as eager. Idle is when
-nothing runs on the GPU. All times are medians over the steps, in milliseconds.
+nothing runs on the GPU. All times are medians over the steps, in milliseconds. Steps in which
+prompts were read launch many times as much, and stand by themselves.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from typing import Any
 
 GPU = {"kernel", "gpu_memcpy", "gpu_memset"}
 NAMES_SHOWN = 6
+PARTS = ("verify graph", "other graphs", "eager", "idle", "step")
+# A step with so many times the launches of the one with the fewest, and so many more, read prompts:
+# their passes run layer by layer, in launches or in parts of graphs.
+TIMES, MORE = 3, 50
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -73,13 +78,22 @@ def timeline(events: list[dict[str, Any]]) -> dict[str, Any]:
     if len(ends) < 2:
         raise ValueError(f"{len(ends)} verify passes in the trace: record more steps")
     steps = [_step(work, graphs, verify, *span) for span in pairwise(ends)]
-    parts = ("verify graph", "other graphs", "eager", "idle", "step")
-    return {
-        "steps": len(steps),
-        "milliseconds": {part: round(median(s[part] for s in steps) / 1e3, 3) for part in parts},
-        "eager_launches": median(step["launches"] for step in steps),
-        "longest": {part: _longest([step["names"][part] for step in steps]) for part in parts[:3]},
+    most_launches = TIMES * min(step["launches"] + step["graphs"] for step in steps) + MORE
+    prompted = [step for step in steps if step["launches"] + step["graphs"] > most_launches]
+    plain = [step for step in steps if step["launches"] + step["graphs"] <= most_launches]
+    found = {
+        "steps": len(plain),
+        "milliseconds": _medians(plain),
+        "eager_launches": median(step["launches"] for step in plain),
+        "longest": {part: _longest([step["names"][part] for step in plain]) for part in PARTS[:3]},
     }
+    if prompted:
+        found["with_prompts"] = {"steps": len(prompted), "milliseconds": _medians(prompted)}
+    return found
+
+
+def _medians(steps: list[dict[str, Any]]) -> dict[str, float]:
+    return {part: round(median(step[part] for step in steps) / 1e3, 3) for part in PARTS}
 
 
 def _step(
@@ -91,11 +105,13 @@ def _step(
 ) -> dict[str, Any]:
     spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
     names: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    launched = set()
     for event in work:
         if start <= event["ts"] < end:
             key = event["args"].get("correlation")
             part = "eager" if key not in graphs else "other graphs"
             part = "verify graph" if key in verify else part
+            launched |= {key} & graphs.keys()
             spans[part].append((event["ts"], min(end, event["ts"] + event["dur"])))
             names[part][short(event["name"])] += event["dur"]
     found: dict[str, Any] = {part: covered(spans[part]) for part in spans}
@@ -103,7 +119,7 @@ def _step(
         found.setdefault(part, 0.0)
     found["step"] = end - start
     found["idle"] = found["step"] - covered(span for part in spans.values() for span in part)
-    return {**found, "launches": len(spans["eager"]), "names": names}
+    return {**found, "launches": len(spans["eager"]), "graphs": len(launched), "names": names}
 
 
 def _longest(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -54,6 +54,29 @@ def test_a_steps_parts_add_up():
     assert found["longest"]["eager"] == {"accept": 0.5}
 
 
+def test_steps_that_read_prompts_stand_by_themselves():
+    """Every other step has 100 small launches and 20 parts of graphs before its own work."""
+    events = []
+    for step in range(8):
+        start, first = 20_000.0 * step, 1000 * step
+        if step % 2:
+            events += [kernel("prompt", start + 60 * n, 50, first + 100 + n) for n in range(100)]
+            for n in range(20):
+                events += [launch(first + 300 + n)]
+                events += [kernel("layer", start + 6000 + 50 * n, 50, first + 300 + n)]
+        events += [launch(first), launch(first + 1)]
+        events += [
+            kernel("draft", start + 8000, 2000, first),
+            kernel("verify", start + 10_000, 10_000, first + 1),
+        ]
+    found = timeline(events)
+    assert (found["steps"], found["with_prompts"]["steps"]) == (3, 4)
+    assert found["milliseconds"]["idle"] == 8.0
+    prompts = found["with_prompts"]["milliseconds"]
+    assert (prompts["eager"], prompts["other graphs"]) == (5.0, 3.0)
+    assert prompts["idle"] == pytest.approx(2.0)
+
+
 def test_a_trace_without_a_whole_step():
     with pytest.raises(ValueError, match="1 verify passes in the trace"):
         timeline(trace(1))
