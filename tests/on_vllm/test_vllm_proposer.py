@@ -22,7 +22,9 @@ def proposer():
     # Not by the class, whose making the plugin patches.
     made = object.__new__(Proposer)
     made.spec = SimpleNamespace(config=SimpleNamespace(sample_from_anchor=False))
-    made.model = SimpleNamespace(model=SimpleNamespace(), follow_target=lambda: None)
+    made.laid_out = []
+    block = SimpleNamespace(lay_out=made.laid_out.append)
+    made.model = SimpleNamespace(model=block, follow_target=lambda: None)
     made.num_speculative_tokens = DRAFTS
     made.parallel_drafting_token_id = MASK
     made.max_model_len, made.block_size = LIMIT, PAGE
@@ -78,6 +80,7 @@ def test_blocks_follow_the_accepted_tokens(proposer):
     assert positions == [8, 9, 10, 11, 5, 6, 7, 8]
     assert slots == [8, 9, 10, 11, 69, 70, 71, 72]
     assert (sampled, lengths) == ([1, 2, 3, 5, 6, 7], [12, 9])
+    assert proposer.laid_out == [1 + DRAFTS]
 
 
 @pytest.mark.parametrize(
