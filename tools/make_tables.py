@@ -862,6 +862,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "sglang-timelines": lambda: timelines("sglang-h100-timelines"),
         "sglang-h100": lambda: serving("sglang-h100"),
         "sglang-soak": lambda: soak("sglang-soak-cpu", "SGLang", "retracted"),
+        "sglang-soak-short": lambda: soak("sglang-soak-short-cpu", "SGLang", "retracted"),
     },
     "docs/design.md": {
         "kernels": lambda: kernels("kernels-h100"),
