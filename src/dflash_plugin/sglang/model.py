@@ -146,6 +146,8 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
         """
         if target_layers.enable(target):
             surface.verify_features({surface.OTHER_TARGETS})
+        if type(target).__name__ in target_layers.TOLD_OUTPUTS:
+            surface.verify_features({surface.TOLD_OUTPUTS})
         model = cast(Any, target)
         embedding = surface.without_lora(model.get_input_embeddings())
         head = surface.without_lora(surface.head_of(model))

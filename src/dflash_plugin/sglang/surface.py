@@ -43,6 +43,7 @@ ADAPTIVE_RECURRENT = "adaptive verification of a target with recurrent layers"
 LORA = "a target with LoRA"
 LAST_LAYER = "reading the target's last layer"
 OTHER_TARGETS = "a target that SGLang itself does not serve with DFlash"
+TOLD_OUTPUTS = "a target that SGLang tells other layers than it keeps"
 WEIGHTS = "new weights"
 VERIFY_STATE = "state of a recurrent target"
 
@@ -511,7 +512,7 @@ _CALLS = (
         signature=("model_runner", "*", "attn_backend", "speculative_num_draft_tokens"),
     ),
     *_rows(
-        "models.qwen3_5", "call", OTHER_TARGETS, "tells the target its layers",
+        "models.qwen3_5", "call", TOLD_OUTPUTS, "tells the target its layers",
         "Qwen3_5ForCausalLM.set_dflash_layers_to_capture", signature=("layers_to_capture",),
     ),
     *_rows(
