@@ -161,8 +161,9 @@ class VerifyBudget:
         agree: gives all processes of a step the same choice; None where there is one process.
 
     Attributes:
-        short: rows of a shorter block, or None where there is none; steps draft such blocks once
-            ``draft_short_blocks`` has been called.
+        short: rows of a shorter block, or None where there is none, or where the limits leave no
+            verify length that fits it; steps draft such blocks once ``draft_short_blocks`` has been
+            called.
         policy: chooses the lengths of a step.
         selection: shares the drafts of a step out between the requests.
         capture_sizes: tokens of the captured verify passes, rising; empty where none is captured.
@@ -181,9 +182,11 @@ class VerifyBudget:
         *,
         agree: Callable[[int], int] | None = None,
     ) -> None:
-        self.short = short_block(num_drafts + 1)
         self.selection = DraftSelection(options, num_drafts, max_requests, device)
         self.policy = make_policy(options, num_drafts, expected=self.expected, agree=agree)
+        short = short_block(num_drafts + 1)
+        fits = short is not None and any(1 < rows <= short for rows in self.policy.verify_lens)
+        self.short = short if fits else None
         self.capture_sizes: list[int] = []
         self.requests = 1
 
@@ -191,7 +194,7 @@ class VerifyBudget:
         """Let the policy choose shorter blocks, too; the engine can draft them.
 
         Raises:
-            ValueError: whole blocks have too few rows.
+            ValueError: there is no shorter block.
         """
         if self.short is None:
             raise ValueError("a block of so few rows has no shorter one")

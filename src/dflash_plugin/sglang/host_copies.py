@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dflash_plugin.sglang.patches import WORKER_MODULE
 from dflash_plugin.sglang.surface import surface
-
-WORKER_MODULE = "sglang.srt.speculative.dflash_worker_v2"
 
 
 class Torch:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -26,7 +26,6 @@ from dflash_plugin.sglang.protocols import (
     LogitsOutputLike,
     SamplingInfoLike,
 )
-from dflash_plugin.sglang.short_blocks import ShortBlocks
 from dflash_plugin.sglang.surface import surface
 from dflash_plugin.sglang.verify_graphs import enable_ragged_runners
 from dflash_plugin.sglang.verify_input import compacting_input, cut_position_axes, take_output
@@ -43,11 +42,6 @@ class RunningWorker(Protocol):
     in_graph: bool
     target_worker: Any
     _draft_block_tokens_buf: Tensor
-
-    @property
-    def short_blocks(self) -> ShortBlocks | None:
-        """What runs the draft pass, where it drafts shorter blocks."""
-        ...
 
     def adjust_logits(self, logits: Tensor, info: Any, rows: int) -> None:
         """Apply what the target's own sampling applies to its logits, in place."""
@@ -246,7 +240,7 @@ def _one_number_each(tokens: Tensor) -> Tensor:
 
 
 def skip_unused_drafts(runner: Any, worker: RunningWorker) -> None:
-    """Run no draft pass in steps that verify no draft.
+    """Run no draft pass in steps that verify no draft, and shorter blocks where steps ask for them.
 
     Args:
         runner: the drafter's.
@@ -257,30 +251,15 @@ def skip_unused_drafts(runner: Any, worker: RunningWorker) -> None:
     @wraps(native)
     def forward(forward_batch: ForwardBatchLike, *args: Any, **kwargs: Any) -> Any:
         verifier = worker.verifier
-        if verifier is None or worker.step is None or not verifier.skips_draft:
+        if verifier is None or worker.step is None:
             return native(forward_batch, *args, **kwargs)
+        if not verifier.skips_draft:
+            short = verifier.running_short
+            run = native if short is None else partial(short.run, native)
+            return run(forward_batch, *args, **kwargs)
         nothing = forward_batch.positions.new_zeros(len(forward_batch.positions), 1)
         return SimpleNamespace(
             logits_output=SimpleNamespace(hidden_states=nothing), can_run_graph=True
         )
-
-    runner.forward = forward
-
-
-def shorten_drafts(runner: Any, worker: RunningWorker) -> None:
-    """Run draft passes of shorter blocks in steps that ask for them.
-
-    Args:
-        runner: the drafter's.
-        worker: whose steps they are.
-    """
-    native = runner.forward
-
-    @wraps(native)
-    def forward(forward_batch: ForwardBatchLike, *args: Any, **kwargs: Any) -> Any:
-        short = worker.short_blocks
-        if worker.step is None or short is None:
-            return native(forward_batch, *args, **kwargs)
-        return short.run(native, forward_batch, *args, **kwargs)
 
     runner.forward = forward

@@ -293,7 +293,6 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         if self.verifier is not None:
             features |= {ADAPTIVE, ADAPTIVE_GRAPHS} if device.type == "cuda" else {ADAPTIVE}
             patches.skip_unused_drafts(drafter, self)
-            patches.shorten_drafts(drafter, self)
             if recurrent_verify.install(target.attn_backend):
                 features.add(ADAPTIVE_RECURRENT)
         verify_features(features)

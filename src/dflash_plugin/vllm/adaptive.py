@@ -110,11 +110,10 @@ class AdaptiveManager:
 
     def draft_short_blocks(self) -> bool:
         """Let the policy choose shorter blocks, too, if the options let it verify so few drafts."""
-        short = self.budget.short
-        if short is None or not any(1 < verify <= short for verify in self.policy.verify_lens):
+        if self.budget.short is None:
             return False
         self.budget.draft_short_blocks()
-        self.short = short
+        self.short = self.budget.short
         return True
 
     def batches_to_profile(self, capture_sizes: list[int]) -> Iterator[dict[str, int]]:
