@@ -157,6 +157,7 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
         repeats: int = 5,
         seconds: float = 0.0,
         per_slot: int = 2,
+        max_requests: int | None = None,
         dtype: str = "bfloat16",
         memory: float | None = None,
         drafts: int | None = None,
@@ -180,6 +181,9 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
         ``--together`` starts the engines at once, which is faster but needs more free memory while
         they load.
 
+        ``--per-slot`` is how many requests follow one another in flight, where the level times it
+        is not above ``--max-requests``.
+
         ``--memory`` is the share of the GPU that each engine takes.
 
         ``--replay`` may be several numbers with commas between: the result of the first is
@@ -197,7 +201,8 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
             directory, weights = resolve_model(target), resolve_drafter(drafter, target)
         num_drafts = drafts or json.loads((weights / "config.json").read_text())["block_size"] - 1
         taus = [float(tau) for tau in replay.split(",")] if replay is not None else []
-        work = prompts_by_level(levels, per_slot, shape, directory, data, replay is None)
+        counts = requests_by_level(levels, per_slot, max_requests)
+        work = prompts_by_level(counts, shape, directory, data, replay is None)
         checked = real_prompts(directory, data, 25) if check else []
         longest = max(len(prompt) for prompts in [*work.values(), checked] for prompt in prompts)
         load = Load(max(levels), longest + new_tokens, memory, shape is not None)
@@ -473,9 +478,18 @@ def real_prompts(directory: Path, data: Path, count: int) -> list[list[int]]:
     return [encode(tokenizer, mixed[i % len(mixed)]) for i in range(count)]
 
 
+def requests_by_level(
+    levels: Iterable[int], per_slot: int, most: int | None = None
+) -> dict[int, int]:
+    """Requests of a run for each number in flight: ``per_slot`` times as many, or ``most``."""
+    return {
+        level: per_slot * level if most is None else max(level, min(per_slot * level, most))
+        for level in levels
+    }
+
+
 def prompts_by_level(
-    levels: Iterable[int],
-    per_slot: int,
+    counts: dict[int, int],
     shape: str | None,
     directory: Path,
     data: Path,
@@ -484,16 +498,16 @@ def prompts_by_level(
     """Prompts for each number of requests in flight: random tokens for a shape, or real ones.
 
     Random prompts begin and end ``together``, so that one for each request in flight is enough;
-    otherwise ``per_slot`` follow one another.
+    otherwise all ``counts`` of a level follow one another.
     """
     if shape is not None:
-        waves, sizes = 1 if together else per_slot, SHAPES[shape]
+        sizes = SHAPES[shape]
         last, length = sizes.target["vocab_size"] - 1936, sizes.prompt_tokens
         return {
-            level: torch.randint(last // 150, last, (waves * level, length)).tolist()
-            for level in levels
+            level: torch.randint(last // 150, last, (level if together else count, length)).tolist()
+            for level, count in counts.items()
         }
-    counts = {level: max(per_slot * level, 5) for level in levels}
+    counts = {level: max(count, 5) for level, count in counts.items()}
     prompts = real_prompts(directory, data, max(counts.values()))
     return {level: prompts[:count] for level, count in counts.items()}
 

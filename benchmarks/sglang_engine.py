@@ -60,22 +60,32 @@ async def generate(
     prompts: list[list[int]],
     concurrency: int,
     sampling: list[dict[str, Any]],
+    answered: asyncio.Event,
     **request: Any,
 ) -> list[dict[str, Any]]:
-    """Keep ``concurrency`` requests in flight until every prompt is answered."""
+    """Keep ``concurrency`` requests in flight until every prompt is answered.
+
+    The first answer sets ``answered``.
+    """
     free = asyncio.Semaphore(concurrency)
 
     async def one(prompt: list[int], params: dict[str, Any]) -> dict[str, Any]:
         async with free:
-            return await engine.async_generate(input_ids=prompt, sampling_params=params, **request)
+            found = await engine.async_generate(input_ids=prompt, sampling_params=params, **request)
+            answered.set()
+            return found
 
     return await asyncio.gather(*map(one, prompts, sampling))
 
 
-async def traced(engine: Any, directory: str, steps: int, answering: Any) -> Any:
-    """Answer while a profiler looks at the first passes, prompts among them."""
+async def traced(
+    engine: Any, directory: str, steps: int, answering: Any, answered: asyncio.Event
+) -> Any:
+    """Answer while a profiler looks at the passes after the first answer, prompts among them."""
     from sglang.srt.managers.io_struct import ProfileReq
 
+    answers = asyncio.ensure_future(answering)
+    await answered.wait()
     await engine.tokenizer_manager.start_profile(
         ProfileReq(
             output_dir=directory,
@@ -85,7 +95,7 @@ async def traced(engine: Any, directory: str, steps: int, answering: Any) -> Any
             record_shapes=False,
         )
     )
-    return await answering
+    return await answers
 
 
 def run(
@@ -107,9 +117,10 @@ def run(
         request |= {"return_logprob": True, "top_logprobs_num": top}
     start = time.perf_counter()
     params = each(sampling, len(prompts), seeds)
-    answering = generate(engine, prompts, concurrency, params, **request)
+    answered = asyncio.Event()
+    answering = generate(engine, prompts, concurrency, params, answered, **request)
     if trace is not None:
-        answering = traced(engine, answering=answering, **trace)
+        answering = traced(engine, answering=answering, answered=answered, **trace)
     answers = engine.loop.run_until_complete(answering)
     seconds = time.perf_counter() - start
     metas = [one["meta_info"] for one in answers]

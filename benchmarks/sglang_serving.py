@@ -51,13 +51,14 @@ def arguments(load: Load) -> dict[str, Any]:
     if not torch.cuda.is_available():
         cpu = {"device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True}
         return {**found, **cpu, "mem_fraction_static": load.memory or 0.3}
-    # Part of those that SGLang captures by itself, which take minutes.
+    # Part of the sizes that SGLang captures by itself, which take minutes.
     sizes = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128)
     captured = {size for size in sizes if size < load.requests}
     return {
         **found,
         "cuda_graph_bs_decode": sorted(captured | {load.requests}),
-        "disable_prefill_cuda_graph": True,
+        # Prompts of a shape have 128 tokens.
+        "cuda_graph_bs_prefill": [128 * prompts for prompts in (*range(1, 9), 10, 12, 14, 16)],
         # Of what is free when the engine starts; max_total_tokens is the limit that counts.
         "mem_fraction_static": load.memory or 0.95,
     }

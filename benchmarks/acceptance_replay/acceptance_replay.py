@@ -22,12 +22,14 @@ import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from dflash_plugin.kernels import with_twin
+from dflash_plugin.kernels.language import tl, triton
 from dflash_plugin.kernels.reference import MIN_CONFIDENCE
 
 # Requests that a replay keeps apart, at most; a last row takes what padding writes.
@@ -35,6 +37,127 @@ SLOTS = 1024
 # Texts are drawn ahead, which a captured pass cannot do.
 DRAWN = 1 << 16
 ANY_TOKEN = 1000
+
+
+class Texts(NamedTuple):
+    """Texts, as drawn; every ``period`` of them belong together.
+
+    Attributes:
+        right: int64 [positions], drafts that stand at each position.
+        starts, ends: int64 [texts], the positions of each text.
+        period: texts of one acceptance length.
+        apart: texts between one and the one that follows it.
+    """
+
+    right: Tensor
+    starts: Tensor
+    ends: Tensor
+    period: int
+    apart: int
+
+
+class Places(NamedTuple):
+    """Where each request is; the last row takes what padding, of slot -1, writes.
+
+    Attributes:
+        place: int64 [slots], the position.
+        end: int64 [slots], of the request's text.
+        text: int64 [slots].
+        begun: bool [slots], the request has verified drafts.
+    """
+
+    place: Tensor
+    end: Tensor
+    text: Tensor
+    begun: Tensor
+
+
+@triton.jit
+def _kernel(
+    slots,
+    verified,
+    right,
+    starts,
+    ends,
+    places,
+    place_ends,
+    texts,
+    begun,
+    stood,
+    requests,
+    last,
+    PERIOD: tl.constexpr,
+    APART: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    request = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    lives = request < requests
+    slot = tl.load(slots + request, mask=lives, other=-1)
+    slot = tl.where(slot < 0, last, slot)
+    count = tl.load(verified + request, mask=lives, other=0)
+    place = tl.load(places + slot)
+    found = tl.minimum(tl.load(right + place), count)
+    steps = (tl.load(begun + slot) != 0) | (count > 0)
+    tl.store(stood + request, found, mask=lives)
+    tl.store(begun + slot, steps, mask=lives)
+    place += tl.where(steps, found + 1, 0)
+    done = place >= tl.load(place_ends + slot)
+    text = tl.load(texts + slot)
+    text = text - text % PERIOD + (text % PERIOD + tl.where(done, APART, 0)) % PERIOD
+    tl.store(texts + slot, text, mask=lives)
+    tl.store(places + slot, tl.where(done, tl.load(starts + text), place), mask=lives)
+    tl.store(place_ends + slot, tl.load(ends + text), mask=lives)
+
+
+@with_twin
+def walk(slots: Tensor, verified: Tensor, texts: Texts, at: Places) -> Tensor:
+    """Drafts int64 [B] that stand, of those verified, and step on; one launch.
+
+    A request's first step begins where drafts are verified, so that it does not matter how an
+    engine divides the prompt.
+
+    Args:
+        slots: int64 [B], of requests.
+        verified: int64 [B].
+        texts: what the requests walk through.
+        at: where they are; it changes.
+    """
+    stood = torch.empty_like(verified)
+    count = len(slots)
+    block = min(128, triton.next_power_of_2(count))
+    _kernel[(triton.cdiv(count, block),)](
+        slots,
+        verified,
+        texts.right,
+        texts.starts,
+        texts.ends,
+        at.place,
+        at.end,
+        at.text,
+        at.begun,
+        stood,
+        count,
+        len(at.place) - 1,
+        PERIOD=texts.period,
+        APART=texts.apart,
+        BLOCK=block,
+    )
+    return stood
+
+
+def walk_naive(slots: Tensor, verified: Tensor, texts: Texts, at: Places) -> Tensor:
+    """``walk`` in PyTorch."""
+    place = at.place[slots]
+    stood = torch.minimum(texts.right[place], verified)
+    steps = at.begun[slots] | (verified > 0)
+    at.begun[slots] = steps
+    place = place + (stood + 1) * steps
+    done, text = place >= at.end[slots], at.text[slots]
+    text = text - text % texts.period + (text % texts.period + done * texts.apart) % texts.period
+    at.text[slots] = text
+    at.place[slots] = torch.where(done, texts.starts[text], place)
+    at.end[slots] = texts.ends[text]
+    return stood
 
 
 class Replay:
@@ -64,16 +187,14 @@ class Replay:
             ]
         )
         self.confidence = traces.confidence.float().to(device)
-        self.right = traces.right.to(device)
-        self.starts, self.ends = (
-            part[drawn].to(device) for part in (traces.starts[:-1], traces.starts[1:])
-        )
+        starts, ends = (part[drawn].to(device) for part in (traces.starts[:-1], traces.starts[1:]))
+        self.texts = Texts(traces.right.long().to(device), starts, ends, DRAWN, SLOTS + 1)
         # Texts do not begin together.
         share = torch.rand(len(drawn), generator=generator).to(device)
-        self.begins = self.starts + (share * (self.ends - self.starts)).long()
-        self.next = torch.arange(SLOTS + 1, device=device)
-        self.place, self.end = self.begins[self.next].clone(), self.ends[self.next].clone()
-        self.verifies = torch.zeros(SLOTS + 1, dtype=torch.bool, device=device)
+        self.begins = starts + (share * (ends - starts)).long()
+        text = torch.arange(SLOTS + 1, device=device)
+        begun = torch.zeros(SLOTS + 1, dtype=torch.bool, device=device)
+        self.at = Places(self.begins[text].clone(), ends[text].clone(), text, begun)
 
     def begin(self, slots: Tensor, requests: Tensor) -> None:
         """Let slots walk through the texts of new requests.
@@ -83,37 +204,23 @@ class Replay:
             requests: int64 [B], at least 0, by which the requests are told apart; what is above
                 ``DRAWN`` tells which of the texts' τ they follow.
         """
-        drawn = requests % len(self.starts)
-        self.next[slots] = drawn
-        self.place[slots], self.end[slots] = self.begins[drawn], self.ends[drawn]
-        self.verifies[slots] = False
+        drawn, at = requests % len(self.texts.starts), self.at
+        at.text[slots] = drawn
+        at.place[slots], at.end[slots] = self.begins[drawn], self.texts.ends[drawn]
+        at.begun.index_fill_(0, slots, False)
 
     def commit(self, slots: Tensor, verified: Tensor) -> Tensor:
         """Drafts int64 [B] that stand, of those verified, and step on.
-
-        A request's first step begins where drafts are verified, so that it does not matter how an
-        engine divides the prompt.
 
         Args:
             slots: int64 [B], of requests.
             verified: int64 [B].
         """
-        place, end = self.place[slots], self.end[slots]
-        stood = torch.minimum(self.right[place], verified)
-        verifies = self.verifies[slots] | (verified > 0)
-        self.verifies[slots] = verifies
-        place = place + (stood + 1) * verifies
-        done = place >= end
-        drawn = self.next[slots]
-        following = drawn - drawn % DRAWN + (drawn + done * (SLOTS + 1)) % DRAWN
-        self.next[slots] = following
-        self.place[slots] = torch.where(done, self.starts[following], place)
-        self.end[slots] = torch.where(done, self.ends[following], end)
-        return stood
+        return walk(slots, verified, self.texts, self.at)
 
     def confidences(self, slots: Tensor, places: Tensor) -> Tensor:
         """Log-odds float32 [T] of drafts at places [T] of the blocks of slots [T]."""
-        return self.confidence[self.place[slots], places]
+        return self.confidence[self.at.place[slots], places]
 
 
 def longer(traces: Any, drafts: int) -> Any:
@@ -179,6 +286,12 @@ def request_of(prompt: Sequence[int]) -> int:
     """What ``Replay.begin`` tells a prompt's request by."""
     several = "," in os.environ["REPLAY_TAU"]
     return crc32(array("q", prompt).tobytes()) % DRAWN + DRAWN * (prompt[0] if several else 0)
+
+
+def without_waiting(numbers: list[int], device: torch.device) -> Tensor:
+    """Numbers of the host on a device, which the host does not wait for."""
+    on_host = torch.tensor(numbers, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
 
 
 def replay_on(device: torch.device) -> Replay:
@@ -251,7 +364,7 @@ def into_vllm() -> None:
             found = native(self, req_id, prompt_len, all_token_ids, *args, **kw)
             # A preempted request goes on in its text from the beginning.
             request, slot = request_of(all_token_ids[:prompt_len]), self.req_id_to_index[req_id]
-            place = torch.tensor([slot, request]).to(self.device)
+            place = without_waiting([slot, request], self.device)
             replay_on(self.device).begin(place[:1], place[1:])
             return found
 
@@ -278,7 +391,7 @@ def into_sglang() -> None:
             slots = state["slots"] = batch.req_pool_indices.long()
             if batch.forward_mode.is_extend():
                 prompts = [request_of(request.origin_input_ids) for request in batch.reqs]
-                replay_on(slots.device).begin(slots, torch.tensor(prompts).to(slots.device))
+                replay_on(slots.device).begin(slots, without_waiting(prompts, slots.device))
             verifier = getattr(self, "verifier", None)
             state["drafted"] = getattr(self, "draft_len", self.block_size)
             if verifier is not None and not batch.forward_mode.is_extend():
@@ -312,7 +425,7 @@ def into_sglang() -> None:
         replay, count = replay_on(slots.device), len(slots)
         confidences = chances.confidences[:count]
         torch.index_select(
-            replay.confidence, 0, replay.place.index_select(0, slots), out=confidences
+            replay.confidence, 0, replay.at.place.index_select(0, slots), out=confidences
         )
         slope, offsets, _ = chances.model.state
         torch.sigmoid(torch.addcmul(offsets, confidences, slope), out=chances.predictions[:count])

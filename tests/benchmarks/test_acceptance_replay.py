@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from dflash_plugin import kernels
 from dflash_plugin.adaptive.simulation.traces import Traces
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from acceptance_replay.acceptance_replay import Replay, longer, request_of, weights  # noqa: E402
+from acceptance_replay.acceptance_replay import (  # noqa: E402
+    Replay,
+    longer,
+    request_of,
+    walk,
+    walk_naive,
+    weights,
+)
 
 CPU = torch.device("cpu")
 RECORDED = BENCHMARKS / "results" / "traces-smollm2-250.safetensors"
@@ -54,9 +62,9 @@ def test_fewer_verified_drafts_commit_fewer():
     slots = torch.arange(100)
     verified = torch.arange(100) % 8
     for _ in range(50):
-        place = replay.place[slots].clone()
+        place = replay.at.place[slots].clone()
         stood = replay.commit(slots, verified)
-        assert torch.equal(stood, torch.minimum(replay.right[place], verified))
+        assert torch.equal(stood, torch.minimum(replay.texts.right[place], verified))
 
 
 def test_a_request_begins_where_its_first_drafts_are_verified():
@@ -64,15 +72,15 @@ def test_a_request_begins_where_its_first_drafts_are_verified():
     replay = Replay(RECORDED, 15, [5.0], CPU)
     slots, none, all_drafts = torch.arange(9), torch.zeros(9).long(), torch.full((9,), 15)
     replay.begin(slots, torch.arange(9) + 40)
-    begins = replay.place[slots].clone()
+    begins = replay.at.place[slots].clone()
     for _ in range(3):
         assert not replay.commit(slots, none).any()
-        assert torch.equal(replay.place[slots], begins)
+        assert torch.equal(replay.at.place[slots], begins)
     first = replay.commit(slots, all_drafts)
-    assert torch.equal(replay.place[slots], begins + first + 1)
-    place = replay.place[slots].clone()
+    assert torch.equal(replay.at.place[slots], begins + first + 1)
+    place = replay.at.place[slots].clone()
     replay.commit(slots, none)
-    assert torch.equal(replay.place[slots], place + 1)
+    assert torch.equal(replay.at.place[slots], place + 1)
 
 
 def test_confidences_are_those_of_the_place():
@@ -80,9 +88,9 @@ def test_confidences_are_those_of_the_place():
     slots = torch.tensor([3, 3, 9, -1])
     places = torch.tensor([0, 14, 2, 5])
     found = replay.confidences(slots, places)
-    assert found.tolist() == replay.confidence[replay.place[slots], places].tolist()
+    assert found.tolist() == replay.confidence[replay.at.place[slots], places].tolist()
     # A confidence tells of the outcome it was recorded with.
-    sure, right = replay.confidence[:, 0], replay.right > 0
+    sure, right = replay.confidence[:, 0], replay.texts.right > 0
     assert sure[right].mean() > sure[~right].mean() + 1
 
 
@@ -90,3 +98,23 @@ def test_texts_that_do_not_reach_it_are_named():
     traces = longer(Traces.load(RECORDED), 7)
     with pytest.raises(ValueError, match=r"REPLAY_TAU is 20\.0"):
         weights(traces, 20.0)
+
+
+def test_the_launch_and_its_twin_walk_alike():
+    """With padding, whose slot is -1, and verified numbers that end many texts."""
+    generator = torch.Generator().manual_seed(0)
+    launched, naive = (Replay(RECORDED, 15, [5.0, 3.45], CPU) for _ in range(2))
+    requests = torch.randint(0, 2 << 16, (200,), generator=generator)
+    for replay in (launched, naive):
+        replay.begin(torch.arange(200), requests)
+    for _ in range(60):
+        count = int(torch.randint(1, 201, (1,), generator=generator))
+        slots = torch.randperm(200, generator=generator)[:count]
+        verified = torch.randint(0, 16, (count,), generator=generator)
+        slots[-1] = -1
+        with kernels.forced(True):
+            stood = walk(slots, verified, launched.texts, launched.at)
+        assert torch.equal(stood, walk_naive(slots, verified, naive.texts, naive.at))
+        for ours, theirs in zip(launched.at, naive.at, strict=True):
+            assert torch.equal(ours[:-1], theirs[:-1])
+    assert not torch.equal(naive.at.text[:200], requests)
