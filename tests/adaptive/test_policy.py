@@ -312,7 +312,7 @@ def test_drafts_are_counted():
 
 
 def test_trials_take_few_steps_and_are_counted():
-    policy, machine = VerifyLenPolicy(WIDTHS), Machine(0.8, row=1e-4, free=0, lag=0)
+    policy, machine = VerifyLenPolicy(WIDTHS), Machine(0.85, row=5e-5, free=0, lag=0)
     machine.run(policy, 16, 4000)
     before, best = policy.probed, max(WIDTHS, key=lambda width: machine.rate(16, width))
     assert before > 0
@@ -394,7 +394,7 @@ def test_processes_that_agree_choose_alike_whatever_their_clocks_say():
 def test_limits_are_kept():
     policy = VerifyLenPolicy(choose_verify_lens(16, 2, 5))
     machine = Machine(0.99, row=0.0)
-    assert set(machine.run(policy, 4, 2000)) == {3, 4, 6}
+    assert set(machine.run(policy, 4, 2000)) == {3, 4, 5, 6}
 
 
 class Halver(Machine):
@@ -419,7 +419,7 @@ class Halver(Machine):
         return self.fixed + drafting + self.row * max(0, requests * width - self.free)
 
     def best(self, requests: int) -> Lengths:
-        choices = [Lengths(w, 16) for w in WIDTHS] + [Lengths(w, 8) for w in (2, 4, 6, 8)]
+        choices = [Lengths(w, 16) for w in WIDTHS] + [Lengths(w, 8) for w in WIDTHS if 1 < w <= 8]
         return max(
             choices,
             key=lambda choice: (
@@ -447,7 +447,7 @@ class Halver(Machine):
 
 @pytest.mark.parametrize(
     ("chance", "lost", "requests", "short"),
-    [(0.8, 0.0, 128, True), (0.98, 0.0, 8, False), (0.8, 0.2, 64, False)],
+    [(0.75, 0.0, 128, True), (0.98, 0.0, 8, False), (0.75, 0.2, 32, False)],
 )
 def test_shorter_blocks_are_drafted_where_they_pay(chance, lost, requests, short):
     """Not where long ones are verified, nor where the drafter does worse with them."""

@@ -175,10 +175,16 @@ def test_a_back_end_whose_own_attention_takes_layouts_is_made_anew():
         assert runner.attn_backend is whole
 
 
-def test_captured_sizes_are_thinned():
-    assert verify_graphs.thinned([1, 2, 3, 4, 8, 9, 10, 12]) == [1, 2, 3, 4, 8, 10, 12]
-    assert verify_graphs.thinned([8, 9]) == [8, 9]
-    assert verify_graphs.thinned([5]) == [5]
+def test_captured_sizes_are_neither_close_nor_far_apart():
+    assert verify_graphs.spaced([1, 2, 3, 4, 8, 9, 10, 12], 8) == [1, 2, 3, 4, 8, 10, 12]
+    assert verify_graphs.spaced([8, 9], 8) == [8, 9]
+    assert verify_graphs.spaced([5], 8) == [5]
+    # Between 256 and 384 rows. Passes of 128 rows and fewer wait for the target's weights, and
+    # those of 384 and 512 are close.
+    sizes = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48]
+    assert verify_graphs.spaced(sizes, 16) == [1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 48]
+    # Eight ranks share a pass's rows, so that no other number of requests may be captured.
+    assert verify_graphs.spaced([8, 16, 24], 16) == [8, 16, 24]
 
 
 def test_captured_passes_are_profiled(monkeypatch):
@@ -528,7 +534,7 @@ def test_widths_follow_the_options():
     assert found is not None
     assert found.block == 16
     assert found.by_request
-    assert found.policy.verify_lens == (3, 4, 6, 8)
+    assert found.policy.verify_lens == (3, 4, 5, 6, 8)
     assert found.policy.weight == 0.5
 
 

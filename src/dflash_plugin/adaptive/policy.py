@@ -24,7 +24,7 @@ from dflash_plugin.adaptive.prompt_load import PromptLoad
 from dflash_plugin.errors import DFlashError
 
 # Verify lengths that passes can have, beside the limits.
-ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+ROWS = (1, 2, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 # Steps of one verify length before another is chosen, so that some of them can be timed.
 RUN = 8
 # Steps in a row of one kind before the time between two of them is that kind's: an engine that
@@ -376,9 +376,10 @@ class VerifyLenPolicy:
     def _from_prior(self, step: Step) -> float | None:
         """The profiled time plus the host's time, by the nearest steps that have been timed.
 
-        An engine may hide the host's work behind passes. The shorter estimate is used, as lengths
-        that are chosen are timed soon. Where prompts come so often that no step is timed, the
-        profile is used as it is.
+        An engine may hide the host's work behind passes. Two timed steps of as many requests tell
+        how much longer a step takes for a longer pass. Before, the shorter estimate is used, as
+        lengths that are chosen are timed soon. Where prompts come so often that no step is timed,
+        the profile is used as it is.
         """
         profiled = self.prior.get(step)
         timed = [other for other in self.seconds if other in self.prior]
@@ -395,4 +396,19 @@ class VerifyLenPolicy:
                 shorter = other.verify < step.verify and other.draft <= step.draft
                 if nearest == 0 and shorter and not self._is_whole(step):
                     floor = max(floor, took)
+        if nearest == 0 and not self._is_whole(step):
+            same = [other for other in timed if other.size == step.size]
+            guesses = self._on_line(profiled, same) or guesses
         return max(floor, float(median(guesses)))
+
+    def _on_line(self, profiled: float, timed: Sequence[Step]) -> list[float]:
+        """Seconds of a step by those of the two whose passes take most nearly as long, if any."""
+        near = sorted(timed, key=lambda other: abs(self.prior[other] - profiled))
+        first = near[0]
+        second = next((other for other in near if self.prior[other] != self.prior[first]), None)
+        if second is None:
+            return []
+        longer = self.prior[first] - self.prior[second]
+        slope = (self.seconds[first] - self.seconds[second]) / longer
+        more = profiled - self.prior[first]
+        return [max(profiled, self.seconds[first] + min(1.0, max(0.0, slope)) * more)]
