@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
@@ -71,6 +72,11 @@ class Machine:
         if len(self.pending) > self.lag:
             self.now += self.pending.pop(0)
         return width
+
+    def run_prompts(self, seconds: float) -> None:
+        self.pending.append(seconds)
+        if len(self.pending) > self.lag:
+            self.now += self.pending.pop(0)
 
     def run(self, policy: VerifyLenPolicy, requests: int, steps: int) -> list[int]:
         return [self.step(policy, requests) for _ in range(steps)]
@@ -220,23 +226,25 @@ def test_a_step_is_not_charged_with_what_ran_between():
         assert seconds == pytest.approx(machine.seconds(size, width), rel=1e-6)
 
 
-def profiled() -> tuple[Machine, VerifyLenPolicy, int]:
+def profiled(lag: int = 0) -> tuple[Machine, VerifyLenPolicy, int]:
     """A machine, a policy that knows its steps of 64 requests, and the best without prompts."""
-    machine = Machine(0.8, fixed=0.004, row=3e-5, free=0, lag=0)
+    machine = Machine(0.8, fixed=0.004, row=3e-5, free=0, lag=lag)
     policy = VerifyLenPolicy(WIDTHS)
     policy.prior = {Step(64, width, 16): machine.seconds(64, width) for width in WIDTHS}
     alone = max(WIDTHS, key=lambda width: machine.rate(64, width))
     return machine, policy, alone
 
 
-def under_prompts(policy: VerifyLenPolicy, machine: Machine, share: float, seconds: float) -> list:
+def under_prompts(
+    policy: VerifyLenPolicy, machine: Machine, share: float, seconds: float, tokens: int = 100
+) -> list:
     """Verify lengths of steps at 64 requests, a share of which prompts follow."""
     chosen = []
     for _ in range(1500):
         chosen.append(machine.step(policy, 64))
         if machine.random.random() < share:
-            machine.now += seconds
-            policy.read_prompts()
+            machine.run_prompts(seconds)
+            policy.read_prompts(1, tokens)
     return chosen[-400:]
 
 
@@ -247,13 +255,48 @@ def rate_beside_prompts(machine: Machine, width: int, seconds: float) -> float:
     return tokens / (machine.seconds(64, width) + seconds)
 
 
-def test_steps_commit_more_where_prompts_follow_each():
-    """What prompts take is shared by all tokens of a step."""
-    machine, policy, alone = profiled()
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_steps_commit_more_where_prompts_follow_each(lag):
+    """What a pass of prompts takes is shared by all tokens of a step."""
+    machine, policy, alone = profiled(lag)
     beside = max(WIDTHS, key=lambda width: rate_beside_prompts(machine, width, 0.02))
     assert beside > alone
     assert under_prompts(policy, machine, 0.0, 0.02).count(alone) > 350
     assert under_prompts(policy, machine, 1.0, 0.02).count(beside) > 350
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
+def test_the_time_of_prompts_is_found_however_late_the_clock_shows_it(share, lag):
+    machine, policy, _ = profiled(lag)
+    policy.prompts.pass_seconds = lambda tokens: 1e-4 * tokens
+    under_prompts(policy, machine, share, 0.03, tokens=101)
+    assert policy.prompts.seconds_of_pass() == pytest.approx((0.02, 0.01), rel=0.15)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_the_tokens_of_prompts_change_nothing(lag):
+    """As many are read for the same text, however many tokens a step commits."""
+    machine, policy, alone = profiled(lag)
+    policy.prompts.pass_seconds = lambda tokens: 1e-4 * tokens
+    assert under_prompts(policy, machine, 1.0, 0.02, tokens=200).count(alone) > 350
+
+
+def test_prompts_wait_where_a_pass_saves_more_than_empty_slots_cost():
+    machine, policy, _ = profiled()
+    policy.may_wait = True
+    under_prompts(policy, machine, 0.0, 0.02)
+    assert policy.wait_below == 0
+    under_prompts(policy, machine, 0.5, 0.02)
+    often = policy.wait_below
+    step = machine.seconds(64, 8)
+    # Of a pass of 20 ms, e^-0.5 is not saved; a waiting prompt's slot is a 64th of a step.
+    assert often == pytest.approx(0.02 * (1 - math.exp(-0.5)) * 64 / step, rel=0.4)
+    under_prompts(policy, machine, 0.05, 0.02)
+    assert 0 < policy.wait_below < often / 3
+    policy.weight = 0.0
+    machine.run(policy, 64, 16)
+    assert policy.wait_below == 0
 
 
 def test_rare_prompts_change_nothing():
@@ -267,7 +310,7 @@ def test_an_idle_engine_is_no_prompt():
     for _ in range(400):
         machine.step(policy, 64)
         machine.now += 5.0
-        policy.read_prompts()
+        policy.read_prompts(1, 100)
     assert machine.run(policy, 64, 40).count(alone) >= 31
 
 
@@ -347,6 +390,7 @@ def test_growth_adds_up_to_what_was_counted():
     assert added == {
         "probed": summary["probe_steps"],
         "shortened": 0,
+        "waited": summary["prompt_wait_steps"],
         **{name: summary[f"drafts_{name}"] for name in ("proposed", "verified", "saved")},
         **{f"steps:{width}": summary["steps"][width] for width in (1, 4, 8)},
     }
@@ -365,16 +409,17 @@ def test_processes_that_agree_choose_alike_whatever_their_clocks_say():
 
     def follow(width: int) -> int:
         nonlocal overruled
-        overruled += width != said[-1]
-        return said.pop()
+        overruled += width != said[0]
+        return said.pop(0)
 
     first, second = (VerifyLenPolicy(WIDTHS, (1, 8, 64), agree=agree) for agree in (lead, follow))
+    first.may_wait = second.may_wait = True
     quick, slow = Machine(0.8), Machine(0.3, row=1e-3, free=0, noise=0.4)
     first.prior = {
         Step(size, rows, 16): quick.seconds(size, rows) for size in (1, 8) for rows in WIDTHS
     }
     events = random.Random(0)
-    requests, widths = 8, set()
+    requests, widths, waits = 8, set(), set()
     for _ in range(6000):
         if events.random() < 0.02:
             requests = events.randint(1, 80)
@@ -383,9 +428,16 @@ def test_processes_that_agree_choose_alike_whatever_their_clocks_say():
         width = quick.step(first, requests)
         assert slow.step(second, requests) == width
         assert not said
+        assert first.wait_below == second.wait_below
         widths.add(width)
+        waits.add(first.wait_below)
+        if events.random() < 0.3:
+            for policy, machine in ((first, quick), (second, slow)):
+                machine.run_prompts(events.uniform(0.001, 0.03))
+                policy.read_prompts(1, 100)
     assert overruled > 100
     assert len(widths) > 4
+    assert len(waits) > 4
     # Only the one that decides knows which steps are trials.
     one, other = ({**policy.counts(), "probed": 0} for policy in (first, second))
     assert one == other

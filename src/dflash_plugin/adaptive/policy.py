@@ -127,6 +127,10 @@ class VerifyLenPolicy:
         seconds: of a step, as far as it has been timed.
         prior: seconds of the passes of a step, as profiled at start without the host's work. Empty
             where everything is tried instead.
+        prompts: what prompts between steps take.
+        may_wait: the engine lets prompts wait for others where that saves time.
+        wait_below: prompts that had better wait for another to come, if there are fewer.
+        waited: decode steps for which prompts have waited so.
     """
 
     def __init__(
@@ -154,10 +158,15 @@ class VerifyLenPolicy:
         self._times: dict[Step, deque[float]] = {}
         self._recent: deque[Step] = deque(maxlen=SETTLED)
         self._last: float | None = None
-        self._prompts = PromptLoad()
-        # When the last step began, if the next one follows it, and whether prompts were read since.
+        self.prompts = PromptLoad()
+        self.may_wait, self.wait_below, self.waited = False, 0, 0
+        # When the last step began, if the next one follows it, and the prompts and their tokens
+        # since.
         self._before: float | None = None
-        self._prompted = self._probes_now = False
+        self._read_prompts = self._read_tokens = 0
+        # Seconds of the chosen step, as far as they are known.
+        self._took: float | None = None
+        self._probes_now = False
         self._chosen, self._size, self._left = self.choices[-1], 0, 0
         self._until_probe, self._pause, self._probes = FIRST_PROBE, FIRST_PROBE, 0
 
@@ -184,10 +193,16 @@ class VerifyLenPolicy:
         self._recent.clear()
         self._last = None
 
-    def read_prompts(self) -> None:
-        """The engine read prompts since the last step."""
+    def read_prompts(self, prompts: int, tokens: int) -> None:
+        """The engine read prompts since the last step.
+
+        Args:
+            prompts: how many, or parts of them.
+            tokens: of all of them.
+        """
         self.interrupt()
-        self._prompted = True
+        self._read_prompts += prompts
+        self._read_tokens += tokens
 
     def leave(self) -> None:
         """The engine ran steps that this policy did not choose."""
@@ -211,6 +226,9 @@ class VerifyLenPolicy:
             if self.agree is not None:
                 chosen = self.choices[self.agree(self.choices.index(chosen))]
             self._chosen, self._left = chosen, RUN
+            self._took = self._of_step(Step(size, *chosen))
+            if self.may_wait:
+                self._choose_wait(requests)
         self._left -= 1
         self._until_probe -= 1
         verify, draft = self._chosen
@@ -239,6 +257,7 @@ class VerifyLenPolicy:
 
         Returns:
             ``steps`` by rows; ``probe_steps``, those of them that tried other lengths;
+            ``prompt_wait_steps``, those for which prompts waited for others;
             ``drafts_proposed``, ``drafts_verified`` and ``drafts_saved`` of all requests; the
             ``expected_tokens`` of a pass by rows; and ``step_milliseconds`` by requests and rows,
             of those that have been timed. Where blocks may be shorter: ``short_block_steps``, those
@@ -259,6 +278,7 @@ class VerifyLenPolicy:
         return {
             "steps": dict(self.steps),
             "probe_steps": self.probed,
+            "prompt_wait_steps": self.waited,
             "drafts_proposed": self.proposed,
             "drafts_verified": self.verified,
             "drafts_saved": self.saved,
@@ -268,17 +288,24 @@ class VerifyLenPolicy:
         }
 
     def counts(self) -> dict[str, int]:
-        """Drafts ``proposed``, ``verified`` and ``saved``, steps that ``probed`` other lengths or
-        ``shortened`` blocks, and steps of 8 rows as ``steps:8``.
+        """Drafts ``proposed``, ``verified`` and ``saved``, steps that ``probed`` other lengths,
+        ``shortened`` blocks or for which prompts ``waited``, and steps of 8 rows as ``steps:8``.
         """
         return {
             "probed": self.probed,
             "shortened": self.shortened,
+            "waited": self.waited,
             "proposed": self.proposed,
             "verified": self.verified,
             "saved": self.saved,
             **{f"steps:{rows}": steps for rows, steps in self.steps.items()},
         }
+
+    def _choose_wait(self, requests: int) -> None:
+        step, wait = self._took, 0
+        if step:
+            wait = self.prompts.worth_waiting(step / self.weight, requests) if self.weight else 0
+        self.wait_below = wait if self.agree is None else self.agree(wait)
 
     def _captured(self, requests: int) -> int:
         index = bisect_left(self.sizes, requests)
@@ -299,13 +326,10 @@ class VerifyLenPolicy:
 
     def _note_prompts(self, now: float) -> None:
         """Learn what prompts took since the last step, if any were read."""
-        prompted, self._prompted = self._prompted, False
-        if self._before is None:
-            return
-        # Only prompts need to know what the step itself took, which takes a search.
-        took = self._of_step(Step(self._size, *self._chosen)) if prompted else 0.0
-        if took is not None:
-            self._prompts.note(now - self._before - took, prompted)
+        prompts, tokens = self._read_prompts, self._read_tokens
+        self._read_prompts = self._read_tokens = 0
+        if self._before is not None and self._took is not None:
+            self.prompts.note(now - self._before - self._took, prompts, tokens)
 
     def _next(self, size: int) -> Lengths:
         seconds: dict[Lengths, float] = {}
@@ -323,7 +347,7 @@ class VerifyLenPolicy:
         }
 
         def rate(choice: Lengths, took: float) -> float:
-            took += self._prompts.behind(tokens[choice] / tokens[self._chosen])
+            took += self.prompts.behind(tokens[choice] / tokens[self._chosen])
             found: float = tokens[choice] / took**self.weight
             return found
 

@@ -2,19 +2,18 @@
 
 Each request that ends makes room for a prompt. Under a heavy load nearly every decode step is
 followed by a pass that reads prompts, however many tokens the step commits, so that a step that
-commits more has fewer such passes for the same text.
+commits more has fewer such passes for the same text. That saves what a pass takes whatever it
+reads: each prompt's own tokens are read all the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from statistics import median
+from collections.abc import Callable
 
-# Steps over which the share of those with prompts behind them is averaged.
+# Steps over which times are averaged. An engine that prepares a pass while another runs sees the
+# time of one a step or two later, so that single times tell little.
 WINDOW = 64
-# Times of prompts that count, the last ones; their median does.
-KEPT = 32
 # Longer than this the engine idled.
 IDLE = 1.0
 # Share of steps above which prompts are taken to follow every step.
@@ -22,26 +21,34 @@ ALWAYS = 0.98
 
 
 class PromptLoad:
-    """Learns from the time between decode steps what prompts between them take."""
+    """Learns from the time between decode steps what prompts between them take.
+
+    Attributes:
+        pass_seconds: of a pass over so many tokens; None where no pass was profiled.
+    """
 
     def __init__(self) -> None:
-        self._share = 0.0
-        self._seconds: deque[float] = deque(maxlen=KEPT)
+        self.pass_seconds: Callable[[int], float] | None = None
+        # Averages over steps: share of those with prompts behind them, prompts, their tokens and
+        # the seconds that they take.
+        self._share = self._prompts = self._tokens = self._seconds = 0.0
 
-    def note(self, seconds: float, prompts: bool) -> None:
+    def note(self, seconds: float, prompts: int, tokens: int) -> None:
         """Learn from two decode steps in a row.
 
         Args:
-            seconds: between them, with prompts beyond what the first one takes.
-            prompts: prompts were read between them.
+            seconds: between them, beyond what the first one takes; negative if it took less.
+            prompts: that were read between them.
+            tokens: of these prompts.
         """
         if seconds > IDLE:
             return
-        self._share += (prompts - self._share) / WINDOW
-        if prompts:
-            self._seconds.append(max(0.0, seconds))
+        self._share += ((prompts > 0) - self._share) / WINDOW
+        self._prompts += (prompts - self._prompts) / WINDOW
+        self._tokens += (tokens - self._tokens) / WINDOW
+        self._seconds += (seconds - self._seconds) / WINDOW
 
-    def behind(self, tokens: float) -> float:
+    def behind(self, committed: float) -> float:
         """Seconds that prompts take behind a step, on average.
 
         Requests end, and prompts come, in proportion to the tokens that steps commit. One pass
@@ -49,9 +56,37 @@ class PromptLoad:
         probability ``1 - exp(-rate)``.
 
         Args:
-            tokens: that the step commits, as a multiple of what recent steps committed.
+            committed: tokens that the step commits, as a multiple of what recent steps committed.
         """
-        if not self._seconds:
-            return 0.0
+        of_pass, of_tokens = self.seconds_of_pass()
         rate = -math.log1p(-min(self._share, ALWAYS))
-        return median(self._seconds) * (1.0 - math.exp(-rate * tokens))
+        passes = 1.0 - math.exp(-rate * committed)
+        return of_pass * passes + of_tokens * self._share * committed
+
+    def worth_waiting(self, step: float, requests: int) -> int:
+        """Waiting prompts that had better wait for one more to come, if there are fewer than this.
+
+        The requests that they wait for to begin miss a step; where another prompt comes meanwhile,
+        one pass reads both.
+
+        Args:
+            step: seconds of a decode step.
+            requests: that decode.
+        """
+        of_pass, _ = self.seconds_of_pass()
+        saved = of_pass * (1.0 - math.exp(-self._prompts))
+        return math.ceil(saved * requests / step)
+
+    def seconds_of_pass(self) -> tuple[float, float]:
+        """Seconds of a pass that reads prompts, whatever it reads, and of its tokens."""
+        if self._share == 0 or self._seconds <= 0:
+            return 0.0, 0.0
+        whole = self._seconds / self._share
+        of_tokens = min(whole, self._longer(self._tokens / self._share))
+        return whole - of_tokens, of_tokens
+
+    def _longer(self, tokens: float) -> float:
+        """Seconds by which a pass over so many tokens takes longer than the shortest pass."""
+        if self.pass_seconds is None or tokens < 1:
+            return 0.0
+        return max(0.0, self.pass_seconds(math.ceil(tokens)) - self.pass_seconds(1))

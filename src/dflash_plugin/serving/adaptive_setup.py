@@ -261,6 +261,7 @@ class VerifyBudget:
         policy, block = self.policy, self.policy.block
         policy.sizes = tuple(sorted(sizes))
         costs = {block: StepCost.measured(verifying, drafting)}
+        policy.prompts.pass_seconds = costs[block].verify_seconds
         if drafting_short:
             assert self.short is not None
             costs[self.short] = StepCost.measured(verifying, drafting_short)

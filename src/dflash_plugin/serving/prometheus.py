@@ -126,6 +126,9 @@ def budget_counters(labels: tuple[str, ...]) -> dict[str, Any]:
         "shortened": Counter(
             "dflash:short_block_steps", "Decode steps that drafted a shorter block.", labels
         ),
+        "waited": Counter(
+            "dflash:prompt_wait_steps", "Decode steps for which prompts waited for others.", labels
+        ),
         "proposed": Counter("dflash:proposed_drafts", "Drafts that were made.", labels),
         "verified": Counter("dflash:verified_drafts", "Drafts that were verified.", labels),
         "saved": Counter("dflash:saved_drafts", "Drafts that were left unverified.", labels),
@@ -140,8 +143,8 @@ def count_budget(
     Args:
         labels: names of the engine's own labels.
         values: values of these labels.
-        increases: increase of each count, by "steps:ROWS", "probed", "shortened", "proposed",
-            "verified" and "saved".
+        increases: increase of each count, by "steps:ROWS", "probed", "shortened", "waited",
+            "proposed", "verified" and "saved".
     """
     counters = budget_counters(labels)
     for name, count in increases.items():

@@ -60,6 +60,10 @@ def _before_event_loop(native: Callable[..., Any], scheduler: Any) -> Any:
 
         _verify_objects(scheduler, worker)
         check(scheduler, worker.info)
+        if worker.verifier is not None and not worker.verifier.whole_blocks:
+            from dflash_plugin.sglang.waiting_prompts import let_prompts_wait
+
+            let_prompts_wait(scheduler, worker.verifier)
         # All ranks accept the same drafts, and Prometheus would add up what each rank exports.
         if get_tensor_model_parallel_rank() == 0:
             metrics.start(worker, scheduler.server_args)

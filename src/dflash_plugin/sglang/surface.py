@@ -612,6 +612,15 @@ _ATTRIBUTES = (
         *_members("Scheduler", "draft_worker", "server_args"),
     ),
     *_rows(
+        "managers.scheduler", "attribute", ADAPTIVE, "lets prompts wait for others",
+        *_members("Scheduler", "min_free_slots_delayer", "waiting_queue"),
+    ),
+    *_rows(
+        "managers.min_free_slots_delayer", "call", ADAPTIVE, "lets prompts wait for others",
+        "MinFreeSlotsDelayer.should_delay",
+        signature=("*", "running_bs", "num_allocatable_reqs"),
+    ),
+    *_rows(
         "managers.scheduler", "attribute", KNOWN_ANSWERS, "runs the recorded prompts",
         *_members("Scheduler", "tokenizer", "output_streamer", "running_batch", "last_batch"),
     ),

@@ -181,7 +181,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             if batch.forward_mode.is_idle():
                 self.verifier.policy.leave()
             elif not decodes:
-                self.verifier.policy.read_prompts()
+                self.verifier.policy.read_prompts(len(batch.reqs), len(batch.out_cache_loc))
         if not decodes:
             return self._prefill(batch, *args, **kwargs)
         if batch.forward_mode.is_idle() or batch.spec_info is None:

@@ -253,9 +253,9 @@ class Engine:
         free += range(len(rows), self.max_batch)
         if len(free) < min(len(waiting), self.max_batch // 16):
             return
-        if waiting and self.policy is not None:
-            self.policy.read_prompts()
         joining = [waiting.popleft() for _ in range(min(len(waiting), len(free)))]
+        if joining and self.policy is not None:
+            self.policy.read_prompts(len(joining), sum(slot.length for slot in joining))
         joining.sort(key=lambda slot: slot.length)
         while joining:
             size = 1

@@ -197,7 +197,8 @@ class AdaptiveManager:
             self.draft_len = self.policy.draft_len
             self._report()
         if not decoding and not self._bypasses:
-            self.policy.read_prompts()  # The time until the next step includes this step's prompts.
+            # The time until the next step includes this step's prompts.
+            self.policy.read_prompts(1, others - verifying)
         self.budget.requests = verifying
         available = verifying * self._limit
         if drafts < verifying * self.drafts:
