@@ -58,7 +58,7 @@ def arguments(load: Load) -> dict[str, Any]:
         **found,
         "cuda_graph_bs_decode": sorted(captured | {load.requests}),
         # Prompts of a shape have 128 tokens.
-        "cuda_graph_bs_prefill": [128 * prompts for prompts in (*range(1, 9), 10, 12, 14, 16)],
+        "cuda_graph_bs_prefill": [128 * prompts for prompts in (1, 2, 3, 4, 5, 6, 8, 12, 16)],
         # Of what is free when the engine starts; max_total_tokens is the limit that counts.
         "mem_fraction_static": load.memory or 0.95,
     }

@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -694,20 +694,25 @@ def timelines(name: str, plugin: str = "plugin-fp8") -> str:
     found = [line for run in runs for line in run["timelines"]]
     parts = ("verify graph", "other graphs", "eager", "idle", "step")
     rows = [
-        [
-            str(level),
-            name_of(line["engine"]),
-            *(f"{line['milliseconds'][part]:.2f}" for part in parts),
-            f"{line['eager_launches']:.0f}",
-        ]
+        [str(level), name, *(f"{times[part]:.2f}" for part in parts), launches]
         for level in sorted({line["concurrency"] for line in found})
         for line in found
         if line["concurrency"] == level and line["engine"] in ("native", plugin)
+        for name, times, launches in kinds_of_steps(line)
     ]
     header = ["requests", "", "verify graph", "draft graph", "eager", "idle", "whole step"]
     commands = "; ".join(f"`{run['command']}`" for run in runs)
     facts = f"{runs[0]['device']}, {runs[0]['date']}. {commands}"
     return f"{table([*header, 'eager launches'], rows)}\n\n{facts}"
+
+
+def kinds_of_steps(line: dict) -> Iterator[tuple[str, dict[str, float], str]]:
+    """A timeline's steps without prompts and, where there are some, those that read prompts."""
+    name = name_of(line["engine"])
+    yield name, line["milliseconds"], f"{line['eager_launches']:.0f}"
+    if "with_prompts" in line:
+        with_prompts = line["with_prompts"]
+        yield f"{name}, steps with prompts", with_prompts["milliseconds"], ""
 
 
 MIXED = ("fixed 0", "fixed 7", "fixed 3", "by step", "adaptive")
@@ -838,7 +843,6 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "vllm-fair": lambda: fair(FAIR["vllm"]),
         "sglang-fair": lambda: fair(FAIR["sglang"]),
         "vllm-default": lambda: serving(FAIR["vllm"]),
-        "sglang-busy": lambda: serving("sglang-h200-qwen3-8b-busy"),
         "sglang-short-blocks": lambda: fair("sglang-h200-qwen3-8b-short-blocks"),
         "sglang-whole-blocks": lambda: fair("sglang-h200-qwen3-8b-whole-blocks"),
         "vllm-profile": lambda: serving("vllm-h200-qwen3-8b-profile-8192"),
@@ -846,6 +850,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "sglang-options": lambda: fair("sglang-h200-qwen3-8b-fair"),
         "sglang-default": lambda: serving(FAIR["sglang"]),
         "sglang-long": lambda: serving("sglang-h200-qwen3-8b-long"),
+        "sglang-prompts": lambda: timelines(FAIR["sglang"], "plugin"),
         "sglang-h200-timelines": lambda: timelines("sglang-h200-qwen3-8b-long", "plugin"),
         "acceptance": acceptance,
         "dflash2-greedy": dflash2_greedy,
