@@ -41,6 +41,7 @@ JOB: dict[str, Any] = {
     "steps": [],
     "adapters": [],
     "together": False,
+    "late": 0,
     "batches": None,
 }
 
@@ -94,6 +95,7 @@ class Schedulers:
         steps: list[dict[str, Any]] | None = None,
         adapters: list[Path | None] | None = None,
         together: bool = False,
+        late: int = 0,
         **params: Any,
     ) -> dict[str, Any]:
         """Start a scheduler, run each prompt ``copies`` times and end it.
@@ -113,6 +115,8 @@ class Schedulers:
             together: hand all prompts over at once, one copy of each; "texts" and "blocks" are then
                 one list of all, and "from_host" the tokens of each that the host's cache had.
             adapters: directory of each copy's LoRA adapter, None for the target alone.
+            late: decode passes, with ``widths``, behind which one more copy arrives; 0 for all at
+                once.
             params: of ``SamplingParams``.
 
         Returns:
@@ -136,6 +140,7 @@ class Schedulers:
                 "any_back_end": any_back_end,
                 "steps": steps or [],
                 "together": together,
+                "late": late,
                 "prompts": prompts,
                 "copies": copies,
                 "params": params,
@@ -215,9 +220,10 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
     import torch
     from sglang.srt.managers.scheduler import Scheduler
 
-    from dflash_plugin.adaptive.policy import Lengths
+    from dflash_plugin.adaptive.policy import Lengths, Step
     from dflash_plugin.sglang import adaptive
     from dflash_plugin.sglang.selfcheck import make_request, run
+    from dflash_plugin.sglang.waiting_prompts import let_prompts_wait
 
     counts = {}
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -231,6 +237,8 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
         batches.record_drafts(Path(job["drafts_file"]))
     scheduler = Scheduler(args, ports, rank, rank, 0, 0, 0, 0, None)
     verifier, cut = getattr(scheduler.draft_worker, "verifier", None), []
+    running: list[Any] = []
+    arriving: list[Any] = []
     if job["widths"]:
         learn, worker = verifier.learn, scheduler.draft_worker
 
@@ -239,12 +247,20 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
             tokens = worker._draft_block_tokens_buf[: len(committed), 1:].tolist()
             drafts = [[token for token in block if token >= 0] for block in tokens]
             cut.append([verifier.verify_len, worker.step.anchors.tolist(), drafts])
+            if arriving and len(cut) % job["late"] == 0:
+                running.append(arriving.pop(0))
+                scheduler._add_request_to_queue(running[-1])
 
         verifier.learn = noted
     if job["widths"] == "chosen":
         drawn = random.Random(rank)
-        clock = itertools.accumulate(10 ** drawn.uniform(-1, 1) for _ in itertools.count())
+        clock = itertools.accumulate(10 ** drawn.uniform(-4, -2) for _ in itertools.count())
         adaptive.time = SimpleNamespace(monotonic=lambda: next(clock))
+        if job["late"]:  # Whether a prompt waits depends on what a step takes, as far as is known.
+            policy = verifier.policy
+            policy.sizes = (32,)
+            policy.prior = {Step(32, *choice): 1e-4 * drawn.random() for choice in policy.choices}
+        let_prompts_wait(scheduler, verifier)
     elif job["widths"]:
         cycle = itertools.cycle(job["widths"])
 
@@ -287,7 +303,10 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
             ]
             for request, path in zip(requests, job["adapters"], strict=False):
                 adapt(request, path)
-            blocks.append(run(scheduler, requests, whole=not job["widths"]))
+            running[:], arriving[:] = requests, []
+            if job["late"]:
+                running[:], arriving[:] = requests[:1], requests[1:]
+            blocks.append(run(scheduler, running, whole=not job["widths"]))
             texts.append([list(request.output_ids_through_stop) for request in requests])
         return {"texts": texts, "blocks": blocks}
 

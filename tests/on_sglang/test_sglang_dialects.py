@@ -423,8 +423,9 @@ def ranks(pair, schedulers) -> Any:
     def run(checkpoint: Path, **job: Any) -> dict[str, Any]:
         _, directory = pair
         made = schedulers.run(
-            directory, checkpoint, PROMPTS[:1], copies=3, settings={"tp_size": 2},
-            environment={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}, ignore_eos=True, **job,
+            directory, checkpoint, PROMPTS[:1], settings={"tp_size": 2},
+            environment={"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}, ignore_eos=True,
+            **{"copies": 3, **job},
         )  # fmt: skip
         (other,) = made["others"]
         for what in ("texts", "blocks", "cut"):
@@ -479,6 +480,16 @@ def test_ranks_whose_clocks_differ_verify_the_same(pair, ranks, tmp_path):
     assert made["learnt"]["short_block_steps"] == other["learnt"]["short_block_steps"] > 0
     assert made["learnt"]["step_milliseconds"] != other["learnt"]["step_milliseconds"]
     assert len({width for width, _, _ in made["cut"]}) > 2
+
+
+def test_ranks_whose_clocks_differ_let_the_same_prompts_wait(pair, ranks, tmp_path):
+    target, _ = pair
+    checkpoint = write_tiny(tmp_path, **{**SIZES, "block_size": 8}, target_hidden_size=64)
+    made = ranks(checkpoint, widths="chosen", copies=5, late=4, temperature=0.0, max_new_tokens=40)
+    assert made["texts"] == [5 * [greedy_text(target, PROMPTS[0], 40)]]
+    (other,) = made["others"]
+    assert made["learnt"]["prompt_wait_steps"] == other["learnt"]["prompt_wait_steps"] > 0
+    assert made["learnt"]["step_milliseconds"] != other["learnt"]["step_milliseconds"]
 
 
 def test_two_ranks_serve_with_as_many_drafts_as_pay(pair, tmp_path):
