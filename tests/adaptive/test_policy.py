@@ -292,8 +292,12 @@ def test_prompts_wait_where_a_pass_saves_more_than_empty_slots_cost():
     step = machine.seconds(64, 8)
     # Of a pass of 20 ms, e^-0.5 is not saved; a waiting prompt's slot is a 64th of a step.
     assert often == pytest.approx(0.02 * (1 - math.exp(-0.5)) * 64 / step, rel=0.4)
+    under_prompts(policy, machine, 1.0, 0.02)
+    assert policy.wait_below > often
+    # Where another prompt hardly ever comes, none waits for it.
     under_prompts(policy, machine, 0.05, 0.02)
-    assert 0 < policy.wait_below < often / 3
+    assert policy.wait_below == 0
+    under_prompts(policy, machine, 1.0, 0.02)
     policy.weight = 0.0
     machine.run(policy, 64, 16)
     assert policy.wait_below == 0

@@ -18,6 +18,8 @@ WINDOW = 64
 IDLE = 1.0
 # Share of steps above which prompts are taken to follow every step.
 ALWAYS = 0.98
+# Chance that another prompt comes in a step, below which none waits for it: mostly in vain.
+MIN_CHANCE = 0.2
 
 
 class PromptLoad:
@@ -74,8 +76,8 @@ class PromptLoad:
             requests: that decode.
         """
         of_pass, _ = self.seconds_of_pass()
-        saved = of_pass * (1.0 - math.exp(-self._prompts))
-        return math.ceil(saved * requests / step)
+        chance = 1.0 - math.exp(-self._prompts)
+        return math.ceil(chance * of_pass * requests / step) if chance >= MIN_CHANCE else 0
 
     def seconds_of_pass(self) -> tuple[float, float]:
         """Seconds of a pass that reads prompts, whatever it reads, and of its tokens."""
