@@ -333,6 +333,7 @@ def measure(
                 timed[engine.mode].append(engine.ask(**request))
         for mode, results in timed.items():
             speeds = [sum(map(len, r["tokens"])) / r["seconds"] for r in results]
+            latencies = sorted(seconds for r in results for seconds in r["latencies"])
             row = {
                 "engine": mode,
                 "group": group,
@@ -341,6 +342,10 @@ def measure(
                 "tokens_per_second": round(median(speeds), 1),
                 "all": [round(speed, 1) for speed in speeds],
                 "tau": round(median(r["tau"] for r in results), 3),
+                "request_seconds": {
+                    "median": round(median(latencies), 4),
+                    "95 %": round(latencies[int(0.95 * len(latencies))], 4),
+                },
             }
             if "adaptive" in results[-1]:
                 row["adaptive"] = results[-1]["adaptive"]

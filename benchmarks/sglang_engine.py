@@ -62,18 +62,22 @@ async def generate(
     sampling: list[dict[str, Any]],
     answered: asyncio.Event,
     **request: Any,
-) -> list[dict[str, Any]]:
+) -> list[tuple[dict[str, Any], float]]:
     """Keep ``concurrency`` requests in flight until every prompt is answered.
 
     The first answer sets ``answered``.
+
+    Returns:
+        Each prompt's answer and how many seconds it took from the prompt's sending.
     """
     free = asyncio.Semaphore(concurrency)
 
-    async def one(prompt: list[int], params: dict[str, Any]) -> dict[str, Any]:
+    async def one(prompt: list[int], params: dict[str, Any]) -> tuple[dict[str, Any], float]:
         async with free:
+            sent = time.perf_counter()
             found = await engine.async_generate(input_ids=prompt, sampling_params=params, **request)
             answered.set()
-            return found
+            return found, time.perf_counter() - sent
 
     return await asyncio.gather(*map(one, prompts, sampling))
 
@@ -121,11 +125,12 @@ def run(
     answering = generate(engine, prompts, concurrency, params, answered, **request)
     if trace is not None:
         answering = traced(engine, answering=answering, answered=answered, **trace)
-    answers = engine.loop.run_until_complete(answering)
+    answers, latencies = zip(*engine.loop.run_until_complete(answering), strict=True)
     seconds = time.perf_counter() - start
     metas = [one["meta_info"] for one in answers]
     found = {
         "seconds": seconds,
+        "latencies": latencies,
         "tokens": [one["output_ids"] for one in answers],
         "tau": acceptance_length(metas),
     }

@@ -108,16 +108,21 @@ def run(
     params = [SamplingParams(**one) for one in each(sampling, len(prompts), seeds)]
     waiting = deque(enumerate(prompts))
     outputs: dict[int, Any] = {}
+    sent: dict[int, float] = {}
+    latencies: dict[int, float] = {}
     before, running = counters(engine), 0
     start = time.perf_counter()
     while waiting or running:
         while waiting and running < concurrency:
             index, prompt = waiting.popleft()
+            sent[index] = time.perf_counter()
             core.add_request(f"{index}", {"prompt_token_ids": prompt}, params[index])
             running += 1
         for output in core.step():
             if output.finished:
-                outputs[int(output.request_id.split("-")[0])] = output.outputs[0]
+                index = int(output.request_id.split("-")[0])
+                outputs[index] = output.outputs[0]
+                latencies[index] = time.perf_counter() - sent[index]
                 running -= 1
         profiled.advance()
     seconds = time.perf_counter() - start
@@ -126,6 +131,7 @@ def run(
     ordered = [outputs[index] for index in range(len(prompts))]
     found = {
         "seconds": seconds,
+        "latencies": [latencies[index] for index in range(len(prompts))],
         "tokens": [list(output.token_ids) for output in ordered],
         "tau": 1 + (after["accepted"] - before["accepted"]) / passes if passes else 1.0,
     }

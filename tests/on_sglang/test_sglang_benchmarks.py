@@ -41,6 +41,8 @@ def test_serving_with_replayed_acceptance(modes, tmp_path):
     rows = {row["engine"]: row for row in record["rows"]}
     assert list(rows) == modes.split(",")
     assert rows["none"]["tau"] == 1
+    for row in rows.values():
+        assert 0 < row["request_seconds"]["median"] <= row["request_seconds"]["95 %"]
     # Random weights accept nothing by themselves.
     assert rows["plugin"]["tau"] > 2
     assert rows["plugin-adaptive"]["adaptive"]

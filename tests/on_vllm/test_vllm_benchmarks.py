@@ -33,6 +33,8 @@ def test_serving_with_replayed_acceptance(tmp_path):
     rows = {row["engine"]: row for row in record["rows"]}
     assert list(rows) == ["plugin", "none"]
     assert rows["none"]["tau"] == 1
+    for row in rows.values():
+        assert 0 < row["request_seconds"]["median"] <= row["request_seconds"]["95 %"]
     assert all(row["tokens_per_second"] > 0 for row in rows.values())
     assert all(record["attention"][mode] for mode in rows)
     if ON_V2:  # The V1 runner has no seam for replayed acceptance.
