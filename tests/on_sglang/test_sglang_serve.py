@@ -143,12 +143,13 @@ def test_greedy_text_with_as_many_drafts_as_pay(
     """The policy's own choices, by this machine's clock."""
     prompts = reference["prompts"]
     flags = [*dflash(shipped), CHUNKED, "--enable-metrics"]
-    long = {"max_new_tokens": 96, "ignore_eos": True}
+    # Each length is tried for eight steps, the longest first.
+    long = {"max_new_tokens": 192, "ignore_eos": True}
     with serving(
         tmp_path / "log", smollm2, *flags, DFLASH_PLUGIN_ADAPTIVE_VERIFICATION="1"
     ) as ours:
         assert tokens(ours.batch(prompts[:8], max_new_tokens=TOKENS)) == alone[:8]
-        assert tokens(ours.batch(prompts[:2], **long)) == tokens(server.batch(prompts[:2], **long))
+        assert tokens(ours.batch(prompts[:1], **long)) == tokens(server.batch(prompts[:1], **long))
         learnt = ours.info()["adaptive"]
         counted = ours.metrics()
     used = [int(rows) for rows, steps in learnt["steps"].items() if steps]
