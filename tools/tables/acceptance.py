@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.tables.common import load, table, where
+from tools.tables.common import commands_of, load, table, where
 
 
 def acceptance() -> str:
@@ -47,6 +47,6 @@ def greedy_texts() -> str:
     first = records[0]
     facts = f"{first['prompts']:,} prompts, {first['tokens']} tokens, {first['device']}, float32, "
     facts += f"torch {first['versions']['torch']}, {first['date']}. "
-    commands = "; ".join(f"`{record['command']}`" for record in records)
+    commands = commands_of(records)
     header = ["engine", "same text", "ties", "τ"]
     return f"{table(header, rows)}\n\n{facts}{commands}"

@@ -29,6 +29,10 @@ def measured(name: str) -> bool:
     return (RESULTS / f"{name}.json").is_file()
 
 
+def not_measured(name: str) -> str:
+    return f"Not measured yet: this table is made from `benchmarks/results/{name}.json`."
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -39,3 +43,11 @@ def where(record: dict) -> str:
         f"{record['device']}, {record['dtype']}, torch {record['torch']}, Transformers "
         f"{record['transformers']}, {record['date']}"
     )
+
+
+def versions_of(record: dict) -> str:
+    return ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+
+
+def commands_of(runs: list[dict]) -> str:
+    return "; ".join(f"`{run['command']}`" for run in runs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.tables.common import load, table, where
+from tools.tables.common import commands_of, load, table, where
 
 
 def dflash2(name: str) -> str:
@@ -32,7 +32,7 @@ def dflash2(name: str) -> str:
         for run in runs
     ]
     position_header = ["", *(f"draft {k}" for k in range(1, count + 1))]
-    commands = "; ".join(f"`{run['command']}`" for run in runs)
+    commands = commands_of(runs)
     facts = f"{where(runs[0])}, batch {runs[0]['batch']}. {commands}"
     whole = table(header, [*rows, ["mean", *means]])
     return f"{whole}\n\n{table(position_header, by_position)}\n\n{facts}"
@@ -54,7 +54,7 @@ def dflash2_by_temperature() -> str:
         for one, two in pairs
     ]
     names = [result["set_name"] for result in runs[0]["sets"]]
-    commands = "; ".join(f"`{run['command']}`" for run in runs[4:])
+    commands = commands_of(runs[4:])
     return f"{table(['', 'DFlash', 'DFlash 2', 'mean', *names], rows)}\n\nAs above; {commands}"
 
 

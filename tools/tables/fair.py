@@ -5,7 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 
-from tools.tables.common import ROOT, measured, runs_of, table
+from tools.tables.common import (
+    ROOT,
+    commands_of,
+    measured,
+    not_measured,
+    runs_of,
+    table,
+    versions_of,
+)
 from tools.tables.serving import name_of
 
 FAIR = {"vllm": "vllm-h200-qwen3-8b-default", "sglang": "sglang-h200-qwen3-8b-default"}
@@ -23,7 +31,7 @@ def fair(name: str, ranges: bool = True) -> str:
         ranges: shows the slowest and the fastest run.
     """
     if not measured(name):
-        return f"Not measured yet: this table is made from `benchmarks/results/{name}.json`."
+        return not_measured(name)
     runs = runs_of(name)
     rows = []
     for level, cells in rows_by_level(runs).items():
@@ -52,7 +60,7 @@ def fair(name: str, ranges: bool = True) -> str:
     ]
     header, rows = without_empty(header, rows)
     record = runs[0]
-    versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    versions = versions_of(record)
     every = [cell for cells in rows_by_level(runs).values() for cell in cells.values()]
     counts = sorted({len(cell["all"]) for cell in every})
     repeats = "-".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
@@ -62,7 +70,7 @@ def fair(name: str, ranges: bool = True) -> str:
         f"{'median (lowest-highest)' if ranges else 'medians'}, {attention_backends(runs)}."
     )
     facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}; {repeats} runs"
-    commands = "; ".join(f"`{run['command']}`" for run in runs)
+    commands = commands_of(runs)
     return f"{title}\n\n{table(header, rows)}\n\n{facts} in turns. {commands}"
 
 

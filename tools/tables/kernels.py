@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.tables.common import load, table
+from tools.tables.common import load, table, versions_of
 
 SHOWN = (
     "inject_kv", "draft_head", "draft_head_fp8", "fp8_product", "fp8_product_down",
@@ -27,7 +27,7 @@ def kernels(name: str, ops: tuple[str, ...] = SHOWN) -> str:
         if row["op"] in ops
     ]
     header = ["operation", "size", "kernel", "instead", "copy of as many bytes", "twin"]
-    versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    versions = versions_of(record)
     facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}. "
     return f"{table([*header, 'times as fast'], rows)}\n\n{facts}`{record['command']}`"
 
@@ -53,6 +53,6 @@ def draft_step() -> str:
         ]
         for row in record["rows"]
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    versions = versions_of(record)
     facts = f"{record['device']}, bfloat16, {versions}, {record['date']}. `{record['command']}`"
     return f"{table(['requests', *kinds.values()], rows)}\n\n{facts}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.tables.common import load, measured, table, where
+from tools.tables.common import load, measured, table, versions_of, where
 
 
 def draft_sampling() -> str:
@@ -35,7 +35,7 @@ def sglang_sampling() -> str:
         [str(temperature), *(f"{found[temperature, way]['tau']:.2f}" for way in ways)]
         for temperature in sorted({temperature for temperature, _ in found})
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    versions = versions_of(record)
     commands = "; ".join(f"`{command}`" for command in record["commands"])
     tokens = min(row["tokens"] for row in record["rows"])
     facts = f"{record['prompts']} prompts, {tokens:,} tokens a cell; {record['device']}, float32,"
@@ -71,7 +71,7 @@ def sampled_tau() -> str:
     one = next(iter(records.values()))
     facts = [f"{one['prompts']} prompts of {one['max_new_tokens']} tokens a cell; {one['device']}"]
     for engine, record in records.items():
-        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        versions = versions_of(record)
         facts.append(f"{ENGINES[engine]} ({versions}, {record['date']}): `{record['command']}`")
     lines = [*apart(found, list(records)), "; ".join(facts) + "."]
     return f"{table(header, rows)}\n\n" + "\n\n".join(lines)

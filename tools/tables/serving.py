@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.tables.common import load, table, where
+from tools.tables.common import commands_of, load, runs_of, table, versions_of, where
 
 ALONE_AND_TWO = ("none", "native", "plugin")
 
@@ -14,8 +14,7 @@ def serving(name: str, shown: tuple[str, ...] | None = None) -> str:
         name: the result file's name without ".json".
         shown: the modes that get a column; all when None.
     """
-    record = load(name)
-    runs = record.get("runs", [record])
+    runs = runs_of(name)
     record, every = runs[0], [row for run in runs for row in run["rows"]]
     cells = {(row["engine"], row["concurrency"]): row for row in every}
     engines = [
@@ -33,12 +32,12 @@ def serving(name: str, shown: tuple[str, ...] | None = None) -> str:
             tau = f", τ {cell['tau']:.2f}" if one != "none" else ""
             line.append(f"{cell['tokens_per_second']:,.0f} ({low:,.0f}-{high:,.0f}){tau}")
         rows.append(line)
-    versions = ", ".join(f"{key} {value}" for key, value in record["versions"].items())
+    versions = versions_of(record)
     facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}; "
     counts = sorted({len(row["all"]) for row in every})
     facts += f"{'-'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs in turns. "
     header = ["requests", *map(name_of, engines)]
-    commands = "; ".join(f"`{run['command']}`" for run in runs)
+    commands = commands_of(runs)
     return f"{table(header, rows)}\n\n{facts}{commands}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tools.tables.common import runs_of, table
+from tools.tables.common import commands_of, runs_of, table
 from tools.tables.serving import name_of
 
 
@@ -21,7 +21,7 @@ def timelines(name: str, plugin: str = "plugin-fp8") -> str:
         for name, times, launches in kinds_of_steps(line)
     ]
     header = ["requests", "", "verify graph", "draft graph", "eager", "idle", "whole step"]
-    commands = "; ".join(f"`{run['command']}`" for run in runs)
+    commands = commands_of(runs)
     facts = f"{runs[0]['device']}, {runs[0]['date']}. {commands}"
     return f"{table([*header, 'eager launches'], rows)}\n\n{facts}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.tables.common import measured, runs_of, table, where
+from tools.tables.common import commands_of, measured, not_measured, runs_of, table, where
 
 
 def trees_gain(name: str) -> str:
@@ -36,7 +36,7 @@ def trees_gain(name: str) -> str:
 def trees_speed(name: str) -> str:
     """Tokens/s and milliseconds of a step by requests and rows beside the chain."""
     if not measured(name):
-        return f"Not measured yet: this table is made from `benchmarks/results/{name}.json`."
+        return not_measured(name)
     cells: dict[tuple[float, int], list[dict]] = {}
     for _, row in of_trees(name):
         cells.setdefault((row["temperature"], row["batch"]), []).append(row)
@@ -67,7 +67,7 @@ def of_trees(name: str) -> list[tuple[dict, dict]]:
 def trees_facts(name: str) -> str:
     runs = runs_of(name)
     counts = " and ".join(str(run["prompts"]) for run in runs)
-    commands = "; ".join(f"`{run['command']}`" for run in runs)
+    commands = commands_of(runs)
     return (
         f"{counts} prompts, {runs[0]['max_new_tokens']} tokens, {runs[0]['num_drafts']} drafts; "
         f"{where(runs[0])}. {commands}"
