@@ -2,16 +2,20 @@
 
     python tools/plot_speed.py     writes docs/speed-qwen3-8b.svg from the results
 
-One panel an engine that ``make_tables.FAIR`` names a result of. Needs matplotlib:
+One panel an engine that ``FAIR`` in tools/tables/fair.py names a result of. Needs matplotlib:
 ``pip install -e '.[bench]'``.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import matplotlib
-from make_tables import FAIR, PLOT, ROOT, fastest, measured, rows_by_level, runs_of
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.tables.common import ROOT, measured, runs_of
+from tools.tables.fair import FAIR, PLOT, fastest, rows_by_level
 
 matplotlib.use("svg")
 # The same results give the same file.

@@ -10,6 +10,8 @@ import pytest
 from dflash_plugin.serving.engine_source import check_source
 from dflash_plugin.sglang import compat, surface
 from dflash_plugin.sglang.compat import SUPPORTED
+from dflash_plugin.sglang.seams import SEAMS
+from dflash_plugin.sglang.seams.new_weights import UPDATES
 from tests.contracts.wheels import unpacked
 
 # The module imports its own class for type checking, from a module that imports it from there.
@@ -30,9 +32,9 @@ def fields(root: Path, module: str, name: str) -> set[str]:
 @pytest.mark.parametrize("version", SUPPORTED)
 def test_sglang_has_what_the_adapter_uses(version, tmp_path):
     root = unpacked("sglang", ("sglang",), version, tmp_path)
-    rows = [row for row in surface.SEAMS if row.module != CIRCULAR]
+    rows = [row for row in SEAMS if row.module != CIRCULAR]
     assert check_source(root, rows, version) == []
-    circular = [row for row in surface.SEAMS if row.module == CIRCULAR]
+    circular = [row for row in SEAMS if row.module == CIRCULAR]
     assert len(circular) == 6
     for row in circular:
         owner, _, name = row.symbol.partition(".")
@@ -42,9 +44,9 @@ def test_sglang_has_what_the_adapter_uses(version, tmp_path):
 def test_the_table_is_one_of_supported_versions():
     """Each row holds for at least one of them, no symbol is listed twice for one purpose."""
     for version in SUPPORTED:
-        current = [row for row in surface.SEAMS if row.exists_in(version)]
+        current = [row for row in SEAMS if row.exists_in(version)]
         assert len({row[:3] for row in current}) == len(current)
-    assert all(any(row.exists_in(version) for version in SUPPORTED) for row in surface.SEAMS)
+    assert all(any(row.exists_in(version) for version in SUPPORTED) for row in SEAMS)
 
 
 @pytest.mark.parametrize("version", SUPPORTED)
@@ -87,6 +89,6 @@ def test_hooks_are_those_of_the_table(monkeypatch):
         monkeypatch.setattr(compat, "installed", lambda version=version: version)
         hooked[version] = {seam.symbol for seam in surface.hooks()}
     assert AROUND.keys() == hooked["0.5.20"] | hooked["0.5.23"]
-    assert hooked["0.5.20"] - hooked["0.5.23"] == set(surface.UPDATES)
+    assert hooked["0.5.20"] - hooked["0.5.23"] == set(UPDATES)
     newer = hooked["0.5.23"] - hooked["0.5.20"]
     assert newer == {"SchedulerWeightUpdaterManager._select_runners"}

@@ -11,7 +11,8 @@ import torch
 
 from dflash_plugin.serving.engine_surface import Surface
 from dflash_plugin.sglang import host_copies
-from dflash_plugin.sglang.surface import ENGINE, SEAMS
+from dflash_plugin.sglang.seams import SEAMS
+from dflash_plugin.sglang.surface import ENGINE
 
 
 @pytest.fixture

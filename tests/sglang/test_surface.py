@@ -13,6 +13,7 @@ import torch
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.sglang import compat, surface
 from dflash_plugin.sglang.patches import watch_target_passes
+from dflash_plugin.sglang.seams.features import DRAFTING, GRAPHS, METRICS, TRITON
 
 
 @pytest.fixture(autouse=True)
@@ -57,27 +58,27 @@ def with_more(self: Any, server_args: Any, device: str) -> None: ...
 def test_a_hook_is_applied_to_the_function_that_it_was_written_for(monkeypatch, function, message):
     install(monkeypatch, function)
     if message is None:
-        surface.verify_hooks({surface.DRAFTING})
+        surface.verify_hooks({DRAFTING})
         return
     with pytest.raises(DFlashError, match=message):
-        surface.verify_hooks({surface.DRAFTING})
+        surface.verify_hooks({DRAFTING})
 
 
 def test_only_features_in_use_stop_a_server():
     """No SGLang is there."""
     surface.verify_hooks(set())
     with pytest.raises(DFlashError, match="did not take the hooks on"):
-        surface.verify_hooks({surface.METRICS})
+        surface.verify_hooks({METRICS})
 
 
 def test_objects_are_checked_for_what_features_in_use_read():
     runner = type("ModelRunner", (), {"__module__": "sglang.srt.model_executor.model_runner"})()
-    surface.verify_objects({surface.TRITON}, runner)
+    surface.verify_objects({TRITON}, runner)
     with pytest.raises(DFlashError, match=r"ModelRunner\.capture_tail_hooks"):
-        surface.verify_objects({surface.GRAPHS}, runner)
+        surface.verify_objects({GRAPHS}, runner)
     runner.capture_tail_hooks, runner.decode_cuda_graph_runner = [], None
     runner.eager_runner = None
-    surface.verify_objects({surface.GRAPHS}, runner)
+    surface.verify_objects({GRAPHS}, runner)
 
 
 def test_names_tell_classes_apart_without_their_modules():

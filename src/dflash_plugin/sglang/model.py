@@ -46,6 +46,7 @@ from dflash_plugin.sglang.last_layer import add_last_layer
 from dflash_plugin.sglang.layers import SglangLayers, ShardedQKV
 from dflash_plugin.sglang.options import DrafterSpec
 from dflash_plugin.sglang.scale_out import splits, why_whole
+from dflash_plugin.sglang.seams import features
 
 
 class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
@@ -145,16 +146,16 @@ class EngineDrafter(EngineDrafterMixin, DFlashDraftModel):
             DFlashError: it has no such modules or does not fit.
         """
         if target_layers.enable(target):
-            surface.verify_features({surface.OTHER_TARGETS})
+            surface.verify_features({features.OTHER_TARGETS})
         if type(target).__name__ in target_layers.TOLD_OUTPUTS:
-            surface.verify_features({surface.TOLD_OUTPUTS})
+            surface.verify_features({features.TOLD_OUTPUTS})
         model = cast(Any, target)
         embedding = surface.without_lora(model.get_input_embeddings())
         head = surface.without_lora(surface.head_of(model))
         self.borrow(target, embedding, head)
         captured = len(self.config.dflash_config["target_layer_ids"])
         if captured < len(self.spec.config.target_layer_ids):
-            surface.verify_features({surface.LAST_LAYER})
+            surface.verify_features({features.LAST_LAYER})
             add_last_layer(target, self.spec.config)
         self.prepare_weights()
         if self.quantised is not None:

@@ -1,6 +1,6 @@
 """What is replaced in SGLang while our worker's passes run.
 
-Functions and classes of modules are patched from the table in ``surface``. The methods of live
+Functions and classes of modules are patched from the table in ``seams``. The methods of live
 objects (the target's worker, both model runners) are replaced on those objects alone, so that the
 other workers of the process keep theirs.
 """

@@ -1,6 +1,6 @@
 """Every hook of SGLang that the plugin registers, in one place.
 
-``surface`` lists what each hook is on; ``patches`` holds what is replaced while our worker runs.
+``seams`` lists what each hook is on; ``patches`` holds what is replaced while our worker runs.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from dflash_plugin.sglang.arguments import (
 )
 from dflash_plugin.sglang.names import ARCHITECTURE
 from dflash_plugin.sglang.options import draft_model_path, drafter_spec
+from dflash_plugin.sglang.seams.features import ADAPTIVE, ALWAYS, ARGUMENTS
+from dflash_plugin.sglang.seams.new_weights import UPDATES
 from dflash_plugin.sglang.surface import (
-    ADAPTIVE,
-    ALWAYS,
-    ARGUMENTS,
-    UPDATES,
     hooks,
     surface,
     verify_features,
@@ -87,7 +85,7 @@ def _imported_late(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
-# By the names in the table of ``surface``.
+# By the names in the table of ``seams``.
 AROUND: dict[str, Callable[..., Any]] = {
     "handle_speculative_decoding": _before_arguments,
     "_handle_dflash": handle_dflash,

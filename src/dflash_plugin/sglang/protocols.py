@@ -1,6 +1,6 @@
 """What this package reads, writes and calls of SGLang's objects, for the type checker.
 
-``surface.py`` lists the same symbols by module and version, and checks them when a server starts.
+``seams`` lists the same symbols by module and version, and checks them when a server starts.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dflash_plugin.sglang.surface import VERIFY_STATE, verify_features
+from dflash_plugin.sglang.seams.features import VERIFY_STATE
+from dflash_plugin.sglang.surface import verify_features
 
 # What a request keeps between passes, whether blocks are verified or not.
 LASTING = ("conv", "temporal")

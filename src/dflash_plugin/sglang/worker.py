@@ -62,8 +62,7 @@ from dflash_plugin.sglang.protocols import (
     ScheduleBatchLike,
 )
 from dflash_plugin.sglang.ranks import agree_across_ranks, any_across_ranks
-from dflash_plugin.sglang.short_blocks import ShortBlocks
-from dflash_plugin.sglang.surface import (
+from dflash_plugin.sglang.seams.features import (
     ADAPTIVE,
     ADAPTIVE_GRAPHS,
     ADAPTIVE_RECURRENT,
@@ -72,8 +71,9 @@ from dflash_plugin.sglang.surface import (
     FLASH_ATTENTION,
     FLASHINFER,
     TRITON,
-    verify_features,
 )
+from dflash_plugin.sglang.short_blocks import ShortBlocks
+from dflash_plugin.sglang.surface import verify_features
 from dflash_plugin.sglang.verify_state import verify_state
 
 if TYPE_CHECKING:
