@@ -26,7 +26,7 @@ from dflash_plugin.train.losses import gamma_for
 from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.optimizer import learning_rate, make_optimizers, set_rate
 from dflash_plugin.train.sequences import SequenceSet, batches, collate
-from dflash_plugin.train.setup import drafter_config, new_drafter
+from dflash_plugin.train.setup import block_attention, drafter_config, new_drafter
 from dflash_plugin.train.snapshot import load_snapshot, save_snapshot
 
 LOG = "log.jsonl"
@@ -78,7 +78,12 @@ class Trainer:
         )
         gamma = config.gamma or gamma_for(self.drafter.config.block_size)
         self.objective = Objective(
-            self.drafter, config.weighting, gamma, config.dpace_alpha, config.selector_weight
+            self.drafter,
+            config.weighting,
+            gamma,
+            config.dpace_alpha,
+            config.selector_weight,
+            block_attention(self.drafter.config, config, self.device),
         )
         self.optimizers = make_optimizers(self.drafter, config)
         self.step = 0
