@@ -54,7 +54,10 @@ def test_from_files_in_a_mix_to_a_directory_for_a_hub(tmp_path):
         ),
     ]
     assert "--resume was given, but" in run(*training, "--resume", code=1)
-    assert "stopped after step 3 of 4" in run(*training, "--stop-at", 3)
+    stopped = run(*training, "--minutes", 0)
+    assert f"stopped after step 1 of 4, snapshot in {output / 'work'}" in stopped
+    assert "give the same command with --resume to go on" in stopped
+    assert "stopped after step 3 of 4" in run(*training, "--resume", "--stop-at", 3)
     assert not (output / "config.json").exists()
     refused = run("publish", output, "--to", tmp_path / "hub", "--license", "mit", code=1)
     assert "lacks config.json, so it is no finished run" in refused

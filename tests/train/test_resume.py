@@ -1,6 +1,7 @@
 """A run that stops and goes on is the run that does not stop, bit for bit."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -68,6 +69,25 @@ def test_k_steps_and_k_more_are_2k_steps(settings, tmp_path):
     for ours, theirs in zip(state(second), state(whole), strict=True):
         assert torch.equal(ours, theirs)
     assert second.seconds > first.seconds
+
+
+@pytest.mark.parametrize("settings", RUNS, ids=["adamw", "muon", "dflash2-muon"])
+def test_a_run_in_pieces_of_limited_time_is_the_whole_run(settings, tmp_path):
+    target = tiny_target()
+    settings = {"steps": 4, "eval_every": 2, "save_every": 100, **settings}
+    whole = trainer_of(target, tmp_path / "whole", **settings)
+    whole.run()
+    for step in (1, 2):
+        piece = trainer_of(target, tmp_path / "parts", **settings)
+        piece.run(deadline=time.monotonic())
+        assert piece.step == step
+    last = trainer_of(target, tmp_path / "parts", **settings)
+    last.run(deadline=time.monotonic() + 3600)
+    assert last.step == 4
+    assert without_times(last.history) == without_times(whole.history)
+    assert len(state(last)) == len(state(whole))
+    for ours, theirs in zip(state(last), state(whole), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_log_holds_each_evaluation_once(tmp_path):

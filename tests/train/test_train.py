@@ -441,7 +441,13 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path):
 def test_two_processes_train_one_drafter(tmp_path):
     target = write_target(tmp_path / "target")
     options = "--steps 20 --cache-features --dflash2 --selector-rank 4 --selector-top-k 6"
-    facts = run(command(target, tmp_path / "out", *options.split(), processes=2))
+    training = command(target, tmp_path / "out", *options.split(), processes=2)
+    stopped = subprocess.run(
+        [*training, "--minutes", "0"], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert stopped.returncode == 0, stopped.stderr
+    assert "stopped after step 10 of 20" in " ".join(stopped.stderr.split())
+    facts = run(training)
     assert facts["processes"] == 2
     assert facts["anchors"] == 20 * 4 * 4 * 2
     assert (tmp_path / "out" / "known_answer.json").is_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,10 +55,19 @@ def train(
         int | None,
         typer.Option(min=1, help="Step after which to leave a snapshot and stop; not exported."),
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Time from the command's start after which to leave a snapshot and stop; not "
+            "exported.",
+        ),
+    ] = None,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
     """Train a drafter on what the target itself writes. Goes on where it was interrupted."""
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     config = _validated(TrainConfig, settings)
     data = _validated(DataConfig, settings)
     quiet()
@@ -69,12 +79,13 @@ def train(
     directory = resolve_model(target)
     with pipeline.distributed(), _training_progress(config.steps) as (status, report):
         trainer, facts = pipeline.train(
-            directory, output, config, data, device, status, report, stop_at
+            directory, output, config, data, device, status, report, stop_at, deadline
         )
         if trainer.rank == 0 and trainer.step < config.steps:
             errors.print(
-                f"stopped after step {trainer.step} of {config.steps}: give the same command "
-                "again to go on",
+                f"stopped after step {trainer.step} of {config.steps}, snapshot in "
+                f"{output / 'work'}: give the same command with --resume to go on",
+                markup=False,
                 soft_wrap=True,
             )
         elif trainer.rank == 0:
@@ -188,18 +199,20 @@ def _command(facts: dict[str, Any]) -> str:
 @contextmanager
 def _training_progress(steps: int) -> Iterator[tuple[Any, Any]]:
     """What shows data and steps, and what takes the records of steps."""
-    first: int | None = None
+    first: tuple[int, float] | None = None
     with stage_bars() as show:
 
         def report(record: dict[str, float]) -> None:
             nonlocal first
             step = int(record["step"])
-            first = step - 1 if first is None else first
+            # What earlier starts of the run took says nothing about this one.
+            first = (step, record["seconds"]) if first is None else first
             note = f"loss {record['loss']:.3f} τ {record['tau']:.2f}"
             if "held_out_tau" in record:
                 note += f" held-out τ {record['held_out_tau']:.2f}"
             if not errors.is_terminal:
-                left = (steps - step) * record["seconds"] / (step - first)
+                seconds = (record["seconds"] - first[1]) / max(1, step - first[0])
+                left = (steps - step) * seconds
                 note += f" {record['seconds']:.0f} s, {left:.0f} s left"
             line = "held_out_tau" in record or step % 100 == 0
             show("training", step, steps, note, line)

@@ -7,16 +7,19 @@ context keys and values are computed once, and the blocks of all its anchors att
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dflash_plugin.drafter.attention import masked_attention
 from dflash_plugin.drafter.config import DrafterConfig, LayerAttention
+from dflash_plugin.drafter.flex import flex_attend
+from dflash_plugin.drafter.interfaces import Attend
 from dflash_plugin.drafter.masks import packed_blocks_mask
 from dflash_plugin.drafter.model import Drafter
 
+BlockAttention = Literal["dense", "flex"]
 # Blocks of one pass over a single text.
 BLOCKS_PER_PASS = 64
 # Rows that attend together. A block sees no other, so the products between blocks are in vain;
@@ -79,13 +82,17 @@ def make_blocks(
     return Blocks(anchors, valid, inputs, labels, inside)
 
 
-def block_hidden(drafter: Drafter, features: Tensor, blocks: Blocks) -> Tensor:
+def block_hidden(
+    drafter: Drafter, features: Tensor, blocks: Blocks, attention: BlockAttention = "dense"
+) -> Tensor:
     """Run the blocks of all anchors in one pass.
 
     Args:
         drafter: bound to its target.
         features: [B, S, n * target_hidden], context features of the texts.
         blocks: B texts with A anchors each.
+        attention: over masks that name every pair of rows and keys, or FlexAttention, which
+            ``flex.obstacle`` must allow.
 
     Returns:
         [B, A, K, hidden], the rows that predict the positions after each anchor.
@@ -95,15 +102,31 @@ def block_hidden(drafter: Drafter, features: Tensor, blocks: Blocks) -> Tensor:
     count, size = blocks.anchors.shape[1], config.block_size
     context_positions = torch.arange(context, device=features.device).expand(batch, -1)
     stored = list(drafter.context_keys_values(drafter.fuse(features), context_positions))
-    groups = blocks.anchors.split(max(1, GROUP_ROWS // size), dim=1)
+    positions = blocks.anchors[..., None] + torch.arange(size, device=features.device)
+    hidden = drafter.run_block(
+        drafter.embed(blocks.tokens.flatten(1)),
+        positions.flatten(1),
+        flex_attend(config, stored, blocks.anchors)
+        if attention == "flex"
+        else _dense_attend(drafter, stored, blocks.anchors),
+    )
+    return hidden.view(batch, count, size, -1)[:, :, size - config.num_draft_tokens :]
+
+
+def _dense_attend(
+    drafter: Drafter, stored: Sequence[tuple[Tensor, Tensor]], anchors: Tensor
+) -> Attend:
+    """Attention of the blocks at ``anchors`` [B, A] over stored context keys and values."""
+    config = drafter.config
+    size, context = config.block_size, stored[0][0].shape[1]
+    groups = anchors.split(max(1, GROUP_ROWS // size), dim=1)
     masks: dict[LayerAttention, list[Tensor]] = {
         layer: [
-            packed_blocks_mask(layer, config.window_from, anchors, size, context)
-            for anchors in groups
+            packed_blocks_mask(layer, config.window_from, group, size, context) for group in groups
         ]
         for layer in set(config.layers)
     }
-    rows = [anchors.shape[1] * size for anchors in groups]
+    rows = [group.shape[1] * size for group in groups]
 
     def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         parts = zip(
@@ -128,11 +151,7 @@ def block_hidden(drafter: Drafter, features: Tensor, blocks: Blocks) -> Tensor:
         )
         return out.transpose(1, 2)
 
-    positions = blocks.anchors[..., None] + torch.arange(size, device=features.device)
-    hidden = drafter.run_block(
-        drafter.embed(blocks.tokens.flatten(1)), positions.flatten(1), attend
-    )
-    return hidden.view(batch, count, size, -1)[:, :, size - config.num_draft_tokens :]
+    return attend
 
 
 def blocks_of_texts(

@@ -17,26 +17,39 @@ from dflash_plugin.drafter.config import LayerAttention
 WindowFrom = Literal["query", "anchor"]
 
 
+def first_context(
+    layer: LayerAttention, window_from: WindowFrom, anchor: Tensor, query: Tensor
+) -> Tensor:
+    """First context position that ``query`` of the block at ``anchor`` sees; may lie below zero.
+
+    It sees all from there up to the anchor. Source: ``_attention_mask`` in PyPI dflash 0.1.0
+    (window from the query) and ``create_anchor_block_mask_mod`` in PyPI speculators 0.9.0 (window
+    from the anchor).
+    """
+    if layer.sliding_window is None:
+        return torch.zeros_like(query)
+    if window_from == "anchor":
+        return anchor - layer.sliding_window
+    return query - layer.sliding_window + 1
+
+
 def sees_context(
     layer: LayerAttention, window_from: WindowFrom, anchor: Tensor, query: Tensor, key: Tensor
 ) -> Tensor:
-    """Whether ``query`` of the block at ``anchor`` sees the context feature at ``key``.
-
-    Source: ``_attention_mask`` in PyPI dflash 0.1.0 (window from the query) and
-    ``create_anchor_block_mask_mod`` in PyPI speculators 0.9.0 (window from the anchor).
-    """
+    """Whether ``query`` of the block at ``anchor`` sees the context feature at ``key``."""
     before_anchor = key < anchor
     if layer.sliding_window is None:
         return before_anchor
-    if window_from == "anchor":
-        return before_anchor & (key >= anchor - layer.sliding_window)
-    return before_anchor & (query - key < layer.sliding_window)
+    return before_anchor & (key >= first_context(layer, window_from, anchor, query))
 
 
 def sees_block(
     layer: LayerAttention, window_from: WindowFrom, query: Tensor, key: Tensor
 ) -> Tensor:
-    """Whether ``query`` sees the row at position ``key`` of its own block (same sources)."""
+    """Whether ``query`` sees the row at position ``key`` of its own block.
+
+    What it sees is contiguous and holds itself. Source: as for ``first_context``.
+    """
     distance = query - key
     visible = distance >= 0 if layer.causal else torch.ones_like(distance, dtype=torch.bool)
     if layer.sliding_window is not None and window_from == "query":

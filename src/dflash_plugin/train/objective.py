@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dflash_plugin.drafter.blockwise import Blocks, accepted_run, block_hidden
+from dflash_plugin.drafter.blockwise import (
+    BlockAttention,
+    Blocks,
+    accepted_run,
+    block_hidden,
+)
 from dflash_plugin.drafter.model import Drafter
 from dflash_plugin.train.losses import dpace_weights, exponential_weights
 
@@ -37,7 +42,7 @@ class Objective(nn.Module):
 
     A selector's loss is the cross-entropy of its scores with the true token before each position;
     ``selector_weight`` is its weight beside the head's. Its gradient goes through the logits into
-    the whole drafter.
+    the whole drafter. ``attention`` is that of ``block_hidden``.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class Objective(nn.Module):
         gamma: float,
         dpace_alpha: float,
         selector_weight: float = 1.0,
+        attention: BlockAttention = "dense",
     ) -> None:
         super().__init__()
         self.drafter = drafter
@@ -54,10 +60,11 @@ class Objective(nn.Module):
         self.gamma = gamma
         self.dpace_alpha = dpace_alpha
         self.selector_weight = selector_weight
+        self.attention = attention
 
     def forward(self, features: Tensor, blocks: Blocks) -> Outcome:
         """Loss of the blocks [B, A] over context features [B, S, n * hidden]."""
-        hidden = block_hidden(self.drafter, features, blocks)
+        hidden = block_hidden(self.drafter, features, blocks, self.attention)
         labels = self._draft_labels(blocks.labels)
         before = torch.cat([blocks.tokens[..., :1], blocks.labels[..., :-1]], dim=-1)
         rows = (

@@ -216,6 +216,7 @@ def train(
     status: Status | None = None,
     report: Report | None = None,
     stop_at: int | None = None,
+    deadline: float | None = None,
 ) -> tuple[Trainer, dict[str, Any]]:
     """Make data, train, and leave snapshots in ``output/work``.
 
@@ -225,7 +226,7 @@ def train(
         config, data: settings.
         device: the first GPU by default.
         status: called with what is done, how much of it, and of how much.
-        report, stop_at: see ``Trainer.run``.
+        report, stop_at, deadline: see ``Trainer.run``.
 
     Returns:
         The trainer, and facts for the model card.
@@ -252,7 +253,7 @@ def train(
             dist.barrier()
         features = CachedFeatures(work / "features", training, online.layer_ids)
     trainer = Trainer(target, config, training, held_out, features, online, work)
-    trainer.run(report, stop_at)
+    trainer.run(report, stop_at, deadline)
     sources = {file.name: len(prompts) for file, prompts in given_prompts(data).items()}
     if data.self_prompts:
         sources["written by the target"] = data.self_prompts

@@ -14,6 +14,8 @@ from dflash_plugin.checkpoints.dialects import write_config
 from dflash_plugin.checkpoints.io import load_checkpoint, load_config
 from dflash_plugin.checkpoints.tensors import checkpoint_tensors, load_tensors
 from dflash_plugin.checkpoints.vocabulary import fitted, fitted_config
+from dflash_plugin.drafter import flex
+from dflash_plugin.drafter.blockwise import BlockAttention
 from dflash_plugin.drafter.config import (
     DrafterConfig,
     LayerAttention,
@@ -129,6 +131,24 @@ def _intermediate_size(text: Any, train: TrainConfig) -> int:
     size = train.intermediate_size or getattr(text, "intermediate_size", None)
     # GPT-2's configuration calls it n_inner, and leaves it out where it is 4 * hidden_size.
     return int(size or getattr(text, "n_inner", None) or 4 * text.hidden_size)
+
+
+def block_attention(
+    config: DrafterConfig, train: TrainConfig, device: torch.device
+) -> BlockAttention:
+    """How the blocks attend: what is asked for, and by default FlexAttention on a GPU.
+
+    Raises:
+        DFlashError: FlexAttention is asked for and this drafter or machine cannot have it.
+    """
+    if train.attention == "dense":
+        return "dense"
+    obstacle = flex.obstacle(config, device)
+    if train.attention == "auto":
+        return "flex" if device.type == "cuda" and obstacle is None else "dense"
+    if obstacle is not None:
+        raise DFlashError(f"attention is 'flex', but {obstacle}: choose dense or auto")
+    return "flex"
 
 
 def new_drafter(config: DrafterConfig, train: TrainConfig) -> Drafter:

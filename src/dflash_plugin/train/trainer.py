@@ -26,10 +26,12 @@ from dflash_plugin.train.losses import gamma_for
 from dflash_plugin.train.objective import Objective
 from dflash_plugin.train.optimizer import learning_rate, make_optimizers, set_rate
 from dflash_plugin.train.sequences import SequenceSet, batches, collate
-from dflash_plugin.train.setup import drafter_config, new_drafter
+from dflash_plugin.train.setup import block_attention, drafter_config, new_drafter
 from dflash_plugin.train.snapshot import load_snapshot, save_snapshot
 
 LOG = "log.jsonl"
+# Steps between two looks at rank 0's clock where several processes must stop after the same step.
+AGREE_EVERY = 10
 Record = dict[str, Any]
 Report = Callable[[Record], None]
 
@@ -78,14 +80,24 @@ class Trainer:
         )
         gamma = config.gamma or gamma_for(self.drafter.config.block_size)
         self.objective = Objective(
-            self.drafter, config.weighting, gamma, config.dpace_alpha, config.selector_weight
+            self.drafter,
+            config.weighting,
+            gamma,
+            config.dpace_alpha,
+            config.selector_weight,
+            block_attention(self.drafter.config, config, self.device),
         )
         self.optimizers = make_optimizers(self.drafter, config)
         self.step = 0
         self.seconds = 0.0
         self.history: list[Record] = []
 
-    def run(self, report: Report | None = None, stop_at: int | None = None) -> list[Record]:
+    def run(
+        self,
+        report: Report | None = None,
+        stop_at: int | None = None,
+        deadline: float | None = None,
+    ) -> list[Record]:
         """Train to the end, from the last snapshot if there is one.
 
         Args:
@@ -93,6 +105,7 @@ class Trainer:
                 learning_rate and seconds (of all starts of the run), and after every evaluation
                 with held_out_tau and held_out_acceptance besides.
             stop_at: step after which the run leaves a snapshot and stops; the end when None.
+            deadline: time of ``time.monotonic`` from which on it does so after its next step.
 
         Returns:
             One record per evaluation. ``LOG`` in the directory holds the same, a line each.
@@ -123,6 +136,8 @@ class Trainer:
             for _ in range(self.world - 1):
                 next(source)
             self.step += 1
+            if deadline is not None and self._is_past(deadline):
+                end = self.step
             # Reading a step's loss one step late lets the host run ahead of the device.
             if waiting is not None:
                 tell(self._read(waiting))
@@ -144,6 +159,17 @@ class Trainer:
                     self.save()
                 tell(record)
         return self.history
+
+    def _is_past(self, deadline: float) -> bool:
+        """Whether it is too late for another step, the same in every process."""
+        past = time.monotonic() >= deadline
+        if self.world == 1:
+            return past
+        if self.step % AGREE_EVERY:
+            return False
+        flag = torch.tensor(int(past), device=self.device)
+        dist.broadcast(flag, src=0)
+        return bool(flag)
 
     def _write_log(self) -> None:
         """Write the whole log, so that it holds no record of steps that a kill undid."""
