@@ -119,7 +119,7 @@ class TrainConfig(_Settings):
     batch_size: int = Field(default=32, ge=1, description="Sequences per step and process.")
     anchors: int = Field(default=128, ge=1, description="Anchors per sequence.")
     attention: Literal["auto", "dense", "flex"] = Field(
-        default="auto", description="Of the blocks; auto is flex on a GPU where it runs."
+        default="dense", description="Of the blocks; auto is flex on a GPU where it runs."
     )
     optimizer: Literal["adamw", "muon"] = Field(
         default="adamw", description="muon steps the layers' matrices, AdamW the rest."
