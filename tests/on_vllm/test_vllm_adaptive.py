@@ -215,7 +215,7 @@ def test_shorter_blocks(pair, monkeypatch, tmp_path):
     with running(directory, drafter, speculative=ADAPTIVE, max_model_len=256) as engine:
         manager = adaptive.latest()
         chosen = itertools.cycle(turns)
-        monkeypatch.setattr(manager.policy, "_next", lambda size: next(chosen))
+        monkeypatch.setattr(manager.policy, "_next", lambda *_: next(chosen))
         params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
         outputs = engine.generate(
             [{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False

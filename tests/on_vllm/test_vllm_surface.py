@@ -38,7 +38,7 @@ def test_counts_arrive_beside_a_steps_statistics():
     from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
     class Scheduler:
-        vllm_config = SimpleNamespace()
+        vllm_config, running = SimpleNamespace(), []
 
         def update_from_output(self, scheduler_output, model_runner_output):
             stats = SchedulerStats(num_running_reqs=2)

@@ -802,7 +802,7 @@ def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
             return SimpleNamespace(**wrapped[number]) if number < 2 else self.inner
 
     class Scheduler:
-        vllm_config = SimpleNamespace(dflash_counts={"kv_cache_groups": 5})
+        vllm_config, running = SimpleNamespace(dflash_counts={"kv_cache_groups": 5}), []
 
         def update_from_output(self, scheduler_output, model_runner_output):
             sent = (None, stats) if scheduler_output else (None,)
@@ -836,7 +836,7 @@ def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
         if saved is not None:
             policy = SimpleNamespace(counts=lambda saved=saved: {"saved": saved})
             manager = object.__new__(adaptive.AdaptiveManager)
-            manager.policy = policy
+            manager.policy, manager.steps = policy, saved
             worker.model_runner.adaptive_verification = manager
         worker.inner = SimpleNamespace()
         worker.sample_tokens(None)
@@ -846,6 +846,57 @@ def test_adaptive_counts_go_where_a_steps_statistics_go(monkeypatch):
     assert gauged == [5, ("2", *facts, 1)], "once, with the first statistics"
     assert recorded == [(stats, 2), (stats, 2), (None, 2), (stats, 2), (stats, 2)]
     Logger(None).record(stats, None)
+
+
+def test_counts_are_sent_now_and_then_and_with_the_last_request():
+    sent = []
+
+    class Outputs:
+        __struct_fields__ = ("scheduler_stats",)
+
+        def __init__(self, scheduler_stats, dflash=None):
+            self.scheduler_stats, self.dflash = scheduler_stats, dflash
+
+        def __post_init__(self):
+            pass
+
+    class Scheduler:
+        vllm_config, running = SimpleNamespace(), ["a request"]
+
+        def update_from_output(self, scheduler_output, model_runner_output):
+            return {0: Outputs("statistics")}
+
+    class Worker:
+        def sample_tokens(self):
+            return SimpleNamespace()
+
+    update = metrics.send_counts(Scheduler.update_from_output)
+    sample = metrics.attach_counts(Worker.sample_tokens)
+    worker, scheduler = Worker(), Scheduler()
+    manager = object.__new__(adaptive.AdaptiveManager)
+    manager.steps, manager.policy = 0, SimpleNamespace(counts=lambda: {"saved": manager.steps})
+    worker.model_runner = SimpleNamespace(adaptive_verification=manager)
+
+    def step(chooses):
+        manager.steps += chooses
+        output = sample(worker)
+        (one,) = update(scheduler, None, output).values()
+        sent.append(one.dflash)
+        return metrics.attached(output)
+
+    step(True)
+    for _ in range(2 * metrics.SENT_AFTER):
+        step(True)
+    after = metrics.SENT_AFTER - 1
+    grown = {"saved": metrics.SENT_AFTER}
+    assert sent == [{"saved": 1}, *[None] * after, grown, *[None] * after, grown]
+    sent.clear()
+    assert step(True) is not None
+    assert step(False) is None, "a step that bypasses the choice counts nothing"
+    scheduler.running = []
+    step(True)
+    step(False)
+    assert sent == [None, None, {"saved": 2}, None]
 
 
 @pytest.mark.parametrize(("is_v2", "expected"), [(True, "v2"), (False, "v1")])

@@ -20,13 +20,23 @@ CPU = torch.device("cpu")
 DRAFTS, SLOTS, MOST = 7, 12, 1000
 
 
-@pytest.fixture
-def manager(monkeypatch) -> AdaptiveManager:
-    """With captured passes of 16, 32 and 64 tokens."""
-    utilities = SimpleNamespace(
-        async_tensor_h2d=lambda data, device: torch.from_numpy(np.array(data)).to(device)
-    )
+@pytest.fixture(autouse=True)
+def sent(monkeypatch) -> list[Any]:
+    """What was copied to the device."""
+    copies: list[Any] = []
+
+    def async_tensor_h2d(data: Any, device: torch.device) -> torch.Tensor:
+        copies.append(data)
+        return torch.from_numpy(np.array(data)).to(device)
+
+    utilities = SimpleNamespace(async_tensor_h2d=async_tensor_h2d)
     monkeypatch.setitem(sys.modules, "vllm.utils.torch_utils", utilities)
+    return copies
+
+
+@pytest.fixture
+def manager(sent) -> AdaptiveManager:
+    """With captured passes of 16, 32 and 64 tokens."""
     return made()
 
 
@@ -218,7 +228,7 @@ def test_batches_that_gain_nothing_are_verified_whole(manager, monkeypatch):
     for _ in range(3):
         assert step(manager, [7] * 4, [1] * 4)["total"] == 32
         assert not manager.learns
-    assert manager._steps == 0
+    assert manager.steps == 0
     # A larger batch is chosen for; its first step still verifies what was drafted before.
     assert step(manager, [7] * 5, [1] * 5)["total"] == 40
     assert step(manager, [7] * 5, [1] * 5)["total"] == 16
@@ -231,6 +241,31 @@ def test_a_step_behind_one_that_did_not_draft_verifies_nothing(manager, monkeypa
     manager.verify_len = 1
     assert step(manager, [7] * 4, [1] * 4)["total"] == 4
     assert step(manager, [7] * 4, [1] * 4)["total"] == 32
+
+
+def test_small_batches_ask_and_send_nothing(manager, monkeypatch, sent):
+    """From the second one in a row on, whatever stands beside the drafts."""
+    drafting(manager, monkeypatch, [(3, 8)])
+    manager.bypass = 4
+    manager.native.compact_batch = None
+    step(manager, [7] * 3, [1] * 3)
+    manager.policy = manager.budget.policy = manager.selection = None
+    sent.clear()
+    assert step(manager, [7] * 3, [1] * 3)["drafts"] == [7, 7, 7]
+    assert not sent
+    assert step(manager, [7, 5, 0], [1, 1, 40])["tokens"] == [8, 6, 40]
+
+
+def test_passes_of_as_many_requests_send_their_counts_once(manager, monkeypatch, sent):
+    choosing(manager, monkeypatch, [3])
+    manager.acceptance_probs[:] = torch.linspace(0.9, 0.1, SLOTS)[:, None]
+    step(manager, [7] * 4, [1] * 4)
+    found = [step(manager, [7] * 4, [1] * 4)["drafts"] for _ in range(2)]
+    assert found[0] == found[1]
+    assert len(sent) == 2, "where logits of whole blocks begin, and the counts"
+    # Others are sent as they are: one request ends soon, and one reads its prompt.
+    assert step(manager, [7, 1, 7, 0], [1, 1, 1, 5])["tokens"][3] == 5
+    assert len(sent) == 3
 
 
 def test_a_limit_holds_for_small_batches_too():

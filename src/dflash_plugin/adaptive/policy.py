@@ -66,6 +66,20 @@ class Step(NamedTuple):
     draft: int
 
 
+class Timed(NamedTuple):
+    """Timed steps, as far as they tell how long steps of one number of requests take.
+
+    Attributes:
+        least: seconds by rows to verify and to draft, of the shortest step of as many requests or
+            more.
+        nearest: those that were profiled too, of the nearest number of requests; for whole blocks,
+            and for others. Each stands in for the other where it is empty.
+    """
+
+    least: Mapping[tuple[int, ...], float]
+    nearest: Mapping[bool, Sequence[Step]]
+
+
 def choose_verify_lens(block: int, min_drafts: int, max_drafts: int | None) -> tuple[int, ...]:
     """Verify lengths that passes can have, rising: the limits, and some of ``ROWS`` between them.
 
@@ -222,11 +236,12 @@ class VerifyLenPolicy:
         if size != self._size:
             self._size, self._left = size, 0
         if self._left == 0:
-            chosen = self._next(size)
+            timed = self._timed(size)
+            chosen = self._next(size, timed)
             if self.agree is not None:
                 chosen = self.choices[self.agree(self.choices.index(chosen))]
             self._chosen, self._left = chosen, RUN
-            self._took = self._of_step(Step(size, *chosen))
+            self._took = self._of_step(Step(size, *chosen), timed)
             if self.may_wait:
                 self._choose_wait(requests)
         self._left -= 1
@@ -331,12 +346,12 @@ class VerifyLenPolicy:
         if self._before is not None and self._took is not None:
             self.prompts.note(now - self._before - self._took, prompts, tokens)
 
-    def _next(self, size: int) -> Lengths:
+    def _next(self, size: int, timed: Timed) -> Lengths:
         seconds: dict[Lengths, float] = {}
         self._probes_now = True
         # From the longest down, one whose time is not known at all is tried.
         for choice in sorted(self.choices, reverse=True):
-            took = self._of_step(Step(size, *choice))
+            took = self._of_step(Step(size, *choice), timed)
             if took is None:
                 return choice
             seconds[choice] = took
@@ -373,21 +388,35 @@ class VerifyLenPolicy:
         }
         return max(others, key=lambda choice: rate(choice, shortest[choice]))
 
-    def _of_step(self, step: Step) -> float | None:
+    def _timed(self, size: int) -> Timed:
+        """What the timed steps tell of steps of ``size`` requests."""
+        least: dict[tuple[int, ...], float] = {}
+        for other, seconds in self.seconds.items():
+            if other.size >= size:
+                rows = other[1:]
+                least[rows] = min(seconds, least.get(rows, seconds))
+        profiled, nearest = [other for other in self.seconds if other in self.prior], {}
+        for whole in (False, True):
+            alike = [other for other in profiled if self._is_whole(other) == whole] or profiled
+            distance = min((abs(other.size - size) for other in alike), default=0)
+            nearest[whole] = [other for other in alike if abs(other.size - size) == distance]
+        return Timed(least, nearest)
+
+    def _of_step(self, step: Step, timed: Timed) -> float | None:
         """Seconds of a step; more requests or more rows never take less.
 
         Whole blocks are not compared with shorter ones, whose batch is compacted first.
         """
+        whole, (_, verify, draft) = self._is_whole(step), step
         found = [
             seconds
-            for other, seconds in self.seconds.items()
-            if other.size >= step.size
-            and other.verify >= step.verify
-            and other.draft >= step.draft
-            and self._is_whole(other) == self._is_whole(step)
+            for (rows, of_draft), seconds in timed.least.items()
+            if rows >= verify
+            and of_draft >= draft
+            and (rows == self.verify_lens[-1] and of_draft == self.block) == whole
         ]
         if step not in self.seconds:
-            guess = self._from_prior(step)
+            guess = self._from_prior(step, timed.nearest[whole])
             if guess is None:
                 return None
             found.append(guess)
@@ -397,7 +426,7 @@ class VerifyLenPolicy:
         """Whether a step verifies whole blocks."""
         return step.verify == self.verify_lens[-1] and step.draft == self.block
 
-    def _from_prior(self, step: Step) -> float | None:
+    def _from_prior(self, step: Step, timed: Sequence[Step]) -> float | None:
         """The profiled time plus the host's time, by the nearest steps that have been timed.
 
         An engine may hide the host's work behind passes. Two timed steps of as many requests tell
@@ -406,23 +435,19 @@ class VerifyLenPolicy:
         the profile is used as it is.
         """
         profiled = self.prior.get(step)
-        timed = [other for other in self.seconds if other in self.prior]
-        timed = [other for other in timed if self._is_whole(other) == self._is_whole(step)] or timed
         if profiled is None or not timed:
             return profiled
-        nearest = min(abs(other.size - step.size) for other in timed)
+        as_many, whole = timed[0].size == step.size, self._is_whole(step)
         guesses, floor = [], 0.0
         for other in timed:
-            if abs(other.size - step.size) == nearest:
-                took, of_pass = self.seconds[other], self.prior[other]
-                guess = profiled + max(0.0, took - of_pass)
-                guesses.append(guess if nearest else min(guess, max(profiled, took)))
-                shorter = other.verify < step.verify and other.draft <= step.draft
-                if nearest == 0 and shorter and not self._is_whole(step):
-                    floor = max(floor, took)
-        if nearest == 0 and not self._is_whole(step):
-            same = [other for other in timed if other.size == step.size]
-            guesses = self._on_line(profiled, same) or guesses
+            took, of_pass = self.seconds[other], self.prior[other]
+            guess = profiled + max(0.0, took - of_pass)
+            guesses.append(min(guess, max(profiled, took)) if as_many else guess)
+            shorter = other.verify < step.verify and other.draft <= step.draft
+            if as_many and shorter and not whole:
+                floor = max(floor, took)
+        if as_many and not whole:
+            guesses = self._on_line(profiled, timed) or guesses
         return max(floor, float(median(guesses)))
 
     def _on_line(self, profiled: float, timed: Sequence[Step]) -> list[float]:

@@ -64,6 +64,7 @@ class AdaptiveManager:
             it are, by request slot; set when the drafter is loaded.
         block, short: rows of a whole block and of a shorter one; 0 where there are only whole ones.
         bypass: batches of no more requests than these verify whole blocks, without a choice.
+        steps: steps that did not bypass the choice.
     """
 
     def __init__(
@@ -87,18 +88,21 @@ class AdaptiveManager:
         self.verify_len, self.draft_len = self.policy.verify_lens[-1], self.block
         self.bypass, self._bypasses = 0, False
         self._profile = StepProfile(self.block, size)
+        self._send = _sender(self.device)
         # Requests whose drafts the last step made.
         self._drafted_for: Sequence[str] = ()
         # Tensors that were sent once and are used again.
         self._sent_starts: dict[tuple[int, int], Tensor] = {}
         self._sent_counts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._steps = 0
-        # Of the step that is being prepared: drafts to verify, drafts of a request that may be
-        # verified, scheduled drafts and other tokens of each request, and where each request's
-        # logits begin.
-        self._draft_budget, self._limit = 0, self.drafts
+        self.steps = 0
+        # Of the step that is being prepared: drafts to verify, whether these are all that are
+        # scheduled, drafts of a request that may be verified, whether each request has a whole
+        # block and one other token, scheduled drafts and tokens of each request, and where each
+        # request's logits begin.
+        self._draft_budget, self._is_whole, self._limit = 0, True, self.drafts
+        self._is_decoding = False
         self._drafts, self._starts = np.zeros(0, np.int32), np.zeros(1, np.int32)
-        self._others = self._drafts
+        self._tokens = self._drafts
 
     def __getattr__(self, name: str) -> Any:
         """What vLLM's manager has and this class lacks."""
@@ -159,7 +163,8 @@ class AdaptiveManager:
         """
         block, cost = self.drafts + 1, StepCost.measured(verifying, {})
         if self.policy.verify_lens[-1] == block:
-            captured = [size for size in requests if size * block <= max(verifying)]
+            most = min(max(verifying), self.max_logits)
+            captured = [size for size in requests if size * block <= most]
             self.bypass = bypass_of({n: cost.verify_seconds(n * block) for n in captured})
         logger.info("verify passes of more than %d requests may be cut", self.bypass)
 
@@ -180,11 +185,16 @@ class AdaptiveManager:
         """
         requests = len(num_tokens_per_req)
         drafts = sum(map(len, draft_tokens.values()))
-        others = sum(num_tokens_per_req.values()) - drafts
+        tokens = sum(num_tokens_per_req.values())
+        if self._bypasses and requests <= self.bypass and self._are_last(draft_tokens):
+            # The last step bypassed the choice, too, and drafted whole blocks.
+            self._draft_budget, self._is_whole = drafts, True
+            return tokens
+        others = tokens - drafts
         verify_len, verifying = self.verify_len, len(draft_tokens)
         self._limit = self._most_verified(draft_tokens)
-        decoding = others == requests and drafts == requests * self.drafts
-        if not decoding:
+        self._is_decoding = others == requests and drafts == requests * self.drafts
+        if not self._is_decoding:
             self.policy.interrupt()
         self._bypasses = requests <= self.bypass
         if self._bypasses:
@@ -195,20 +205,24 @@ class AdaptiveManager:
             # This step drafts for the next one, and skips drafting if that verifies no draft.
             self.verify_len = self.policy.choose(verifying, time.monotonic())
             self.draft_len = self.policy.draft_len
-            self._report()
-        if not decoding and not self._bypasses:
+        if not self._is_decoding and not self._bypasses:
             # The time until the next step includes this step's prompts.
             self.policy.read_prompts(1, others - verifying)
         self.budget.requests = verifying
         available = verifying * self._limit
         if drafts < verifying * self.drafts:
-            available = sum(min(len(tokens), self._limit) for tokens in draft_tokens.values())
+            available = sum(min(len(ids), self._limit) for ids in draft_tokens.values())
         self._draft_budget = min(
             available,
             self.budget.drafts_to_verify(verify_len, others, verifying, self._limit + 1),
             max(0, self.max_logits - requests),
         )
+        self._is_whole = self._draft_budget == drafts
         return others + self._draft_budget
+
+    def _are_last(self, draft_tokens: Mapping[str, Sequence[int]]) -> bool:
+        """Whether the last step made the drafts of all requests, or any step made as many."""
+        return not self.short or draft_tokens.keys() <= set(self._drafted_for)
 
     def _most_verified(self, draft_tokens: Mapping[str, Sequence[int]]) -> int:
         """Drafts of a request that the step may verify: no more than were made.
@@ -221,7 +235,7 @@ class AdaptiveManager:
         hold drafts of a shorter block; all requests have as many then, for one step.
         """
         drafted = self.draft_len
-        if drafted > self.short > 0 and not draft_tokens.keys() <= set(self._drafted_for):
+        if drafted > self.short and not self._are_last(draft_tokens):
             drafted = self.short
         return min(drafted, self.policy.verify_lens[-1]) - 1
 
@@ -249,8 +263,10 @@ class AdaptiveManager:
         Returns:
             Tokens of each request, int32 [B], and where its logits begin, int32 [B + 1].
         """
-        self._drafts = num_draft_tokens_per_req
-        self._others = num_scheduled_tokens - num_draft_tokens_per_req
+        if self._is_whole:
+            self._starts = cu_num_logits_np
+            return num_scheduled_tokens, cu_num_logits_np
+        self._drafts, self._tokens = num_draft_tokens_per_req, num_scheduled_tokens
         self.native._batch_budget = ({}, {}, self._draft_budget)
         tokens, self._starts = self.native.compact_batch(
             num_draft_tokens_per_req, num_scheduled_tokens, cu_num_logits_np
@@ -269,14 +285,12 @@ class AdaptiveManager:
             own tensor; the number of drafts; and None, where this vLLM version reads a fourth
             value.
         """
-        from vllm.utils.torch_utils import async_tensor_h2d
-
+        batch = len(req_ids)
         if self._is_whole or self._draft_budget == 0:
             # What the runner has sent already is exact.
-            logit_starts = self._starts_on_device(len(req_ids), async_tensor_h2d)
+            logit_starts = self._starts_on_device(batch)
         else:
-            batch = len(req_ids)
-            drafts, others = self._counts_on_device(async_tensor_h2d)
+            drafts, others = self._counts_on_device(batch)
             logit_starts = torch.empty(batch + 1, dtype=torch.int32, device=self.device)
             self.selection.admit(
                 self.acceptance_probs,
@@ -301,7 +315,9 @@ class AdaptiveManager:
         self._drafted_for = input_batch.req_ids
         if self._bypasses:
             return
-        self._steps += 1
+        self.steps += 1
+        if self.steps % REPORT == 0:
+            logger.info("adaptive verification after %d steps: %s", self.steps, self.summary())
         if self.verify_len > 1:
             drafts = self.draft_len - 1
             self.selection.observe(
@@ -311,46 +327,46 @@ class AdaptiveManager:
     @property
     def learns(self) -> bool:
         """Whether the estimator learns from this step's outcome."""
-        return not self._bypasses and self._steps % LEARNING == 0
+        return not self._bypasses and self.steps % LEARNING == 0
 
     def summary(self) -> dict[str, object]:
         """What has been learned and chosen so far: ``VerifyLenPolicy.summary``."""
         return self.policy.summary()
 
-    def _counts_on_device(self, send: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    def _counts_on_device(self, batch: int) -> tuple[Tensor, Tensor]:
         """Drafts that may be verified and other tokens of each request.
 
         They are sent once where all requests have the same.
         """
-        limit = self._limit
-        counts = np.stack([np.minimum(self._drafts, limit), self._others])
-        counts = counts.astype(np.int32, copy=False)
-        if (counts != [[limit], [1]]).any():
-            drafts, others = send(counts, device=self.device)
-            return drafts, others
-        key = counts.shape[1], limit
-        if key not in self._sent_counts:
-            drafts, others = send(counts, device=self.device)
+        key = batch, self._limit
+        if self._is_decoding and key in self._sent_counts:
+            return self._sent_counts[key]
+        may_be_verified = np.minimum(self._drafts, self._limit)
+        counts = np.stack([may_be_verified, self._tokens - self._drafts])
+        drafts, others = self._send(counts.astype(np.int32, copy=False))
+        if self._is_decoding:
             self._sent_counts[key] = drafts, others
-        return self._sent_counts[key]
+        return drafts, others
 
-    def _starts_on_device(self, batch: int, send: Callable[..., Tensor]) -> Tensor:
+    def _starts_on_device(self, batch: int) -> Tensor:
         """Where each request's logits begin; sent once where all requests have the same number."""
         if self._draft_budget not in (0, batch * self.drafts):
-            return send(self._starts, device=self.device)
+            return self._send(self._starts)
         key = batch, self._draft_budget
         if key not in self._sent_starts:
-            self._sent_starts[key] = send(self._starts, device=self.device)
+            self._sent_starts[key] = self._send(self._starts)
         return self._sent_starts[key]
 
-    @property
-    def _is_whole(self) -> bool:
-        return self._draft_budget == int(self._drafts.sum())
 
-    def _report(self) -> None:
-        steps = sum(self.policy.steps.values())
-        if steps % REPORT == 0:
-            logger.info("adaptive verification after %d steps: %s", steps, self.summary())
+def _sender(device: torch.device) -> Callable[[Counts], Tensor]:
+    """vLLM's copy from the host to ``device``, which nobody waits for."""
+    from vllm.utils.torch_utils import async_tensor_h2d
+
+    def send(counts: Counts) -> Tensor:
+        sent: Tensor = async_tensor_h2d(counts, device=device)
+        return sent
+
+    return send
 
 
 _latest: AdaptiveManager | None = None

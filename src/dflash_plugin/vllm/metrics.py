@@ -10,6 +10,7 @@ same way, once, and so do the facts that its workers know.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache, wraps
 from typing import Any
 
@@ -34,10 +35,13 @@ from dflash_plugin.vllm.protocols import (
     SpeculativeConfig,
     VllmConfig,
 )
-from dflash_plugin.vllm.surface import attach, attached
+from dflash_plugin.vllm.surface import ATTACHED, TOLD, UNSENT, attach, attached
 from dflash_plugin.vllm.worker_facts import read_facts
 
 logger = logging.getLogger("vllm.dflash_plugin")
+
+# Steps after which counts are sent: to export those of one takes longer than to choose for it.
+SENT_AFTER = 32
 
 
 class Metrics:
@@ -64,8 +68,9 @@ class Metrics:
         """Take one step's acceptance."""
         watch = self.watches[engine]
         warning = watch.observe(stats.num_drafts, list(stats.num_accepted_tokens_per_pos))
-        if watch.acceptance_length is not None:
-            self.length.labels(*self.values[engine]).set(watch.acceptance_length)
+        if watch.passes or watch.acceptance_length is None:
+            return  # The window goes on.
+        self.length.labels(*self.values[engine]).set(watch.acceptance_length)
         if warning is not None:
             self.warnings.labels(*self.values[engine]).inc()
             if watch.warnings == 1 or watch.warnings % 10 == 0:
@@ -97,18 +102,57 @@ def attach_counts(native: Method) -> Method:
 
     @wraps(native)
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = native(self, *args, **kwargs)
+        output, kept = native(self, *args, **kwargs), vars(self)
         manager = vars(self.model_runner).get("adaptive_verification")
-        counts = attached(self) or {}
-        if isinstance(manager, AdaptiveManager):
-            counts = {**counts, **manager.policy.counts()}
-        if counts and output is not None:
-            parts = vars(output)
-            inner = parts.get("model_runner_output") or parts.get("_model_runner_output")
-            attach(inner or output, counts)
+        ours = manager if isinstance(manager, AdaptiveManager) else None
+        facts = kept.get(ATTACHED) or {}
+        # Steps that bypass the choice count nothing.
+        news = (len(facts), 0 if ours is None else ours.steps)
+        if output is None or kept.get(TOLD, (0, 0)) == news:
+            return output
+        kept[TOLD] = news
+        counts = facts if ours is None else {**facts, **ours.policy.counts()}
+        parts = vars(output)
+        inner = parts.get("model_runner_output") or parts.get("_model_runner_output")
+        attach(inner or output, counts)
         return output
 
     return sample_tokens
+
+
+class Unsent:
+    """Counts on their way to the API servers.
+
+    Args:
+        cache: what the drafter takes of the cache.
+    """
+
+    def __init__(self, cache: dict[str, int] | None) -> None:
+        self._fixed = cache or {}
+        self._counts: dict[str, int] = {}
+        self._sent: dict[str, int] = {}
+        self._is_new, self._steps = bool(cache), 0
+
+    def note(self, counts: dict[str, int] | None) -> None:
+        """Take the counts of a step, if it has any."""
+        self._steps += 1
+        if counts:
+            self._counts, self._is_new = counts, True
+
+    def is_due(self, running: Sequence[Any]) -> bool:
+        """Whether to send now: what is new, first, then in some steps and in the last one.
+
+        Args:
+            running: requests that go on.
+        """
+        return self._is_new and (not self._sent or not running or self._steps >= SENT_AFTER)
+
+    def take(self) -> dict[str, int]:
+        """What has grown since it was sent, which counts as sent now."""
+        grown = {**growth(self._counts, self._sent), **self._fixed}
+        self._sent, self._fixed = self._counts, {}
+        self._is_new, self._steps = False, 0
+        return grown
 
 
 def send_counts(native: Method) -> Method:
@@ -117,15 +161,17 @@ def send_counts(native: Method) -> Method:
     @wraps(native)
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs: dict[int, EngineCoreOutputs] = native(self, scheduler_output, model_runner_output)
-        counts, cache = attached(model_runner_output), attached(self.vllm_config)
+        unsent: Unsent | None = vars(self).get(UNSENT)
+        if unsent is None:
+            unsent = vars(self)[UNSENT] = Unsent(attached(self.vllm_config))
+        unsent.note(attached(model_runner_output))
+        if not unsent.is_due(self.running):
+            return outputs
         told = next((client for client, one in outputs.items() if one.scheduler_stats), None)
-        sent = {**growth(counts or {}, attached(self) or {}), **(cache or {})}
-        if sent and told is not None:
+        if told is not None and (grown := unsent.take()):
             one = outputs[told]
             fields = [getattr(one, name) for name in one.__struct_fields__]
-            outputs[told] = carrying_counts(type(one))(*fields, sent)
-            attach(self, counts or attached(self) or {})
-            attach(self.vllm_config, {})
+            outputs[told] = carrying_counts(type(one))(*fields, grown)
         return outputs
 
     return update_from_output

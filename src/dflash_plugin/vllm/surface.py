@@ -566,6 +566,8 @@ _METRICS = (
             "Scheduler.update_from_output(scheduler_output, model_runner_output)"),
     *_seams(SCHEDULER, METRICS, "attribute", "what the drafter takes of the cache",
             "Scheduler.vllm_config"),
+    *_seams(SCHEDULER, METRICS, "attribute", "the last request's counts are sent at once",
+            "Scheduler.running"),
     *_seams(LOGGERS, METRICS, "patch", "exports the counts",
             "PrometheusStatLogger.record(scheduler_stats, *, engine_idx, ...)"),
     *_seams("vllm.v1.engine", METRICS, "attribute", "carries a step's statistics",
@@ -617,6 +619,7 @@ _V1 = (
 
 # Attributes that this adapter adds to vLLM's objects.
 ATTACHED, GROUPS = "dflash_counts", "dflash_groups"
+TOLD, UNSENT = "dflash_told", "dflash_unsent"
 
 SEAMS = (*_CONFIG, *_MODEL, *_GROUPS, *_WORKER, *_V2, *_ADAPTIVE, *_METRICS, *_V1)
 
