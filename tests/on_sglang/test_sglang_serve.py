@@ -517,7 +517,7 @@ def launched(target: Path, *flags: str, **environment: str) -> Any:
         command(target, *flags),
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         check=False,
         env={**os.environ, **ENVIRONMENT, **environment},
     )
