@@ -29,14 +29,15 @@ def pair(tmp_path_factory) -> tuple[PreTrainedModel, Path]:
     return engine_target(directory), directory
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def schedulers(tmp_path_factory) -> Iterator[Schedulers]:
+    """One warm process for all tests: each of its schedulers is a fork that none comes after."""
     running = Schedulers(tmp_path_factory.mktemp("schedulers") / "log")
     yield running
     running.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreted(tmp_path_factory) -> Iterator[Schedulers]:
     """With kernels, under Triton's interpreter."""
     running = Schedulers(tmp_path_factory.mktemp("interpreted") / "log", interpreted=True)

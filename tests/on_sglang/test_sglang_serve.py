@@ -70,7 +70,12 @@ def reference(smollm2, shipped) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone(smollm2, reference, tmp_path_factory) -> list[list[int]]:
-    """What the target alone answers, in the same SGLang."""
+    """What the target alone answers: in the same SGLang, on the other versions in Transformers.
+
+    In float32 both write the same; a server less is half a minute less.
+    """
+    if STEP > 1:
+        return [result.tokens for result in reference["results"]]
     log = tmp_path_factory.mktemp("alone") / "log"
     with serving(log, smollm2, CHUNKED, DFLASH_PLUGIN="off") as server:
         return tokens(server.batch(reference["prompts"], max_new_tokens=TOKENS))
@@ -513,7 +518,7 @@ def launched(target: Path, *flags: str, **environment: str) -> Any:
         command(target, *flags),
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         check=False,
         env={**os.environ, **ENVIRONMENT, **environment},
     )

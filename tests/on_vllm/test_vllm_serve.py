@@ -169,7 +169,7 @@ def test_sampled_requests_are_served(server, reference):
 def test_what_cannot_be_served_ends_with_its_reason(smollm2, shipped, flags, message):
     draft = ["--speculative-method=dflash", f"--speculative-model={shipped}"]
     ended = subprocess.run(
-        command(smollm2, *draft, *flags), capture_output=True, text=True, timeout=120, check=False
+        command(smollm2, *draft, *flags), capture_output=True, text=True, timeout=600, check=False
     )
     assert ended.returncode != 0
     assert message in ended.stdout + ended.stderr
@@ -186,7 +186,7 @@ def test_a_drafter_that_is_run_wrongly_is_not_served(smollm2, shipped, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     draft = ["--speculative-method=dflash", f"--speculative-model={tmp_path}"]
     ended = subprocess.run(
-        command(smollm2, *draft), capture_output=True, text=True, timeout=180, check=False
+        command(smollm2, *draft), capture_output=True, text=True, timeout=600, check=False
     )
     assert ended.returncode != 0
     assert re.search(r"\d+ of 21 known drafts differ", ended.stdout + ended.stderr)

@@ -105,7 +105,9 @@ def block_positions(texts: Texts, stride: int = STRIDE) -> tuple[Tensor, Tensor]
     batch = texts.batch
     room = batch.lengths - batch.prompt_lengths - 1
     needed = min(HORIZON, int(room.max()))
-    offsets = torch.arange(0, max(1, int(room.max())), stride, device=room.device)
+    # Behind the last of these no text has a block.
+    last = int(room.max()) - needed
+    offsets = torch.arange(0, max(1, last + 1), stride, device=room.device)
     valid = offsets[None] <= (room - needed)[:, None]
     return batch.prompt_lengths[:, None] + torch.where(valid, offsets, 0), valid
 

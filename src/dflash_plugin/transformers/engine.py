@@ -259,7 +259,9 @@ class Engine:
         joining.sort(key=lambda slot: slot.length)
         while joining:
             size = 1
-            while size < len(joining) and self._may_join(joining[: size + 1]):
+            while size < len(joining) and self._may_join(
+                size + 1, joining[0].length, joining[size].length
+            ):
                 size += 1
             group, indices = joining[:size], free[:size]
             joining, free = joining[size:], free[size:]
@@ -268,12 +270,10 @@ class Engine:
             for index, slot in zip(indices, group, strict=True):
                 rows[index] = None if slot.result.finish_reason else slot
 
-    def _may_join(self, group: list[_Running]) -> bool:
-        """Whether prompts, the longest last, run in one pass; recurrent layers take no padding."""
-        lengths = [slot.length for slot in group]
-        is_padded = lengths[0] != lengths[-1]
-        fits = len(group) * lengths[-1] <= PREFILL_TOKENS
-        return fits and not (is_padded and self.target.recurrent is not None)
+    def _may_join(self, count: int, shortest: int, longest: int) -> bool:
+        """Whether so many prompts run in one pass; recurrent layers take no padding."""
+        fits = count * longest <= PREFILL_TOKENS
+        return fits and (shortest == longest or self.target.recurrent is None)
 
     def _prefill(self, group: list[_Running], rows: Tensor, on_tokens: OnTokens | None) -> None:
         """Run prompts into ``rows`` and commit each request's first token."""
