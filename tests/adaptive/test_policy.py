@@ -8,13 +8,8 @@ import random
 
 import pytest
 
-from dflash_plugin.adaptive.policy import (
-    Lengths,
-    Step,
-    VerifyLenPolicy,
-    choose_verify_lens,
-    growth,
-)
+from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_verify_lens, growth
+from dflash_plugin.adaptive.step_times import Lengths, Step
 from dflash_plugin.errors import DFlashError
 
 WIDTHS = choose_verify_lens(16, 0, None)
@@ -130,7 +125,7 @@ def test_a_time_that_was_wrong_is_found_out():
     policy = VerifyLenPolicy(WIDTHS)
     right = machine.seconds
     machine.seconds = lambda requests, width: right(requests, width) * (5 if width == 16 else 1)
-    while Step(8, 16, 16) not in policy.seconds:
+    while Step(8, 16, 16) not in policy.times.seconds:
         machine.step(policy, 8)
     machine.seconds = right
     machine.run(policy, 8, 1500)
@@ -141,7 +136,7 @@ def test_a_time_that_was_wrong_is_found_out():
 def test_a_profile_spares_trying(overhead):
     machine = Machine(0.7, fixed=0.002, row=1e-4, free=0)
     policy = VerifyLenPolicy(WIDTHS)
-    policy.prior = {
+    policy.times.prior = {
         Step(size, width, 16): machine.seconds(size, width) for size in (32, 64) for width in WIDTHS
     }
     machine.fixed += overhead
@@ -156,11 +151,11 @@ def test_a_profile_spares_trying(overhead):
 def test_a_profile_does_where_no_step_can_be_timed():
     machine = Machine(0.5, fixed=0.002, row=1e-4, free=0)
     policy = VerifyLenPolicy(WIDTHS)
-    policy.prior = {Step(64, width, 16): machine.seconds(64, width) for width in WIDTHS}
+    policy.times.prior = {Step(64, width, 16): machine.seconds(64, width) for width in WIDTHS}
     for _ in range(200):
         machine.step(policy, 64)
         policy.interrupt()
-    assert not policy.seconds
+    assert not policy.times.seconds
     best = max(WIDTHS, key=lambda width: machine.rate(64, width))
     assert [machine.step(policy, 64) for _ in range(20)].count(best) >= 12
 
@@ -169,7 +164,7 @@ def test_a_profile_that_misleads_is_corrected():
     """The host takes as long whatever the width, which no pass by itself shows."""
     machine = Machine(0.9, fixed=0.002, row=1e-4, free=0)
     policy = VerifyLenPolicy(WIDTHS)
-    policy.prior = {Step(8, width, 16): machine.seconds(8, width) for width in WIDTHS}
+    policy.times.prior = {Step(8, width, 16): machine.seconds(8, width) for width in WIDTHS}
     machine.seconds = lambda requests, width: 0.03
     machine.run(policy, 8, 300)
     assert machine.run(policy, 8, 400).count(16) > 300
@@ -179,7 +174,7 @@ def test_rows_that_the_host_hides_are_found_at_once():
     """By their passes fewer rows would pay, but the host takes longer than any of them."""
     machine = Machine(0.8, fixed=0.001, row=4e-5, free=0)
     policy = VerifyLenPolicy(WIDTHS)
-    policy.prior = {Step(8, width, 16): machine.seconds(8, width) for width in WIDTHS}
+    policy.times.prior = {Step(8, width, 16): machine.seconds(8, width) for width in WIDTHS}
     assert machine.step(policy, 8) < 16
     passes = machine.seconds
     machine.seconds = lambda requests, width: max(0.008, passes(requests, width))
@@ -190,7 +185,7 @@ def test_whole_blocks_need_no_cutting():
     """What cutting takes is learnt at one number of requests and known at others."""
     machine = Machine(0.6, fixed=0.001, row=2e-6, free=0)
     policy = VerifyLenPolicy(WIDTHS)
-    policy.prior = {
+    policy.times.prior = {
         Step(size, width, 16): machine.seconds(size, width)
         for size in (8, 16, 32)
         for width in WIDTHS
@@ -221,8 +216,8 @@ def test_a_step_is_not_charged_with_what_ran_between():
         if machine.random.random() < 0.1:
             machine.now += 0.5
             policy.interrupt()
-    assert policy.seconds
-    for (size, width, _), seconds in policy.seconds.items():
+    assert policy.times.seconds
+    for (size, width, _), seconds in policy.times.seconds.items():
         assert seconds == pytest.approx(machine.seconds(size, width), rel=1e-6)
 
 
@@ -230,7 +225,7 @@ def profiled(lag: int = 0) -> tuple[Machine, VerifyLenPolicy, int]:
     """A machine, a policy that knows its steps of 64 requests, and the best without prompts."""
     machine = Machine(0.8, fixed=0.004, row=3e-5, free=0, lag=lag)
     policy = VerifyLenPolicy(WIDTHS)
-    policy.prior = {Step(64, width, 16): machine.seconds(64, width) for width in WIDTHS}
+    policy.times.prior = {Step(64, width, 16): machine.seconds(64, width) for width in WIDTHS}
     alone = max(WIDTHS, key=lambda width: machine.rate(64, width))
     return machine, policy, alone
 
@@ -324,7 +319,7 @@ def test_a_pause_of_the_host_hardly_counts():
     machine.run(policy, 8, 100)
     machine.now += 3600.0
     machine.run(policy, 8, 1)
-    assert policy.seconds[8, 16, 16] < 1.2 * machine.seconds(8, 16)
+    assert policy.times.seconds[8, 16, 16] < 1.2 * machine.seconds(8, 16)
 
 
 def test_batches_between_captured_sizes_share_their_times():
@@ -332,7 +327,7 @@ def test_batches_between_captured_sizes_share_their_times():
     policy = VerifyLenPolicy(WIDTHS, sizes=(1, 2, 4, 8))
     for requests in (5, 6, 7, 8) * 200:
         machine.step(policy, requests)
-    assert {step.size for step in policy.seconds} == {8}
+    assert {step.size for step in policy.times.seconds} == {8}
 
 
 def test_latency_verifies_more_than_throughput():
@@ -419,7 +414,7 @@ def test_processes_that_agree_choose_alike_whatever_their_clocks_say():
     first, second = (VerifyLenPolicy(WIDTHS, (1, 8, 64), agree=agree) for agree in (lead, follow))
     first.may_wait = second.may_wait = True
     quick, slow = Machine(0.8), Machine(0.3, row=1e-3, free=0, noise=0.4)
-    first.prior = {
+    first.times.prior = {
         Step(size, rows, 16): quick.seconds(size, rows) for size in (1, 8) for rows in WIDTHS
     }
     events = random.Random(0)

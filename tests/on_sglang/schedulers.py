@@ -220,7 +220,7 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
     import torch
     from sglang.srt.managers.scheduler import Scheduler
 
-    from dflash_plugin.adaptive.policy import Lengths, Step
+    from dflash_plugin.adaptive.step_times import Lengths, Step
     from dflash_plugin.sglang import adaptive
     from dflash_plugin.sglang.selfcheck import make_request, run
     from dflash_plugin.sglang.waiting_prompts import let_prompts_wait
@@ -259,7 +259,9 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
         if job["late"]:  # Whether a prompt waits depends on what a step takes, as far as is known.
             policy = verifier.policy
             policy.sizes = (32,)
-            policy.prior = {Step(32, *choice): 1e-4 * drawn.random() for choice in policy.choices}
+            policy.times.prior = {
+                Step(32, *choice): 1e-4 * drawn.random() for choice in policy.choices
+            }
         let_prompts_wait(scheduler, verifier)
     elif job["widths"]:
         cycle = itertools.cycle(job["widths"])

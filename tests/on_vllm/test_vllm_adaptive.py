@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from vllm import SamplingParams
 
 from dflash_plugin.adaptive import policy
-from dflash_plugin.adaptive.policy import Lengths
+from dflash_plugin.adaptive.step_times import Lengths
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
 from dflash_plugin.serving import adaptive_setup, draft_tokens
 from dflash_plugin.transformers import load_drafter

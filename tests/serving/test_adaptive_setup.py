@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dflash_plugin.adaptive.expected_tokens import ASKED
-from dflash_plugin.adaptive.policy import Step
+from dflash_plugin.adaptive.step_times import Step
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.adaptive_setup import (
     DraftSelection,
@@ -77,7 +77,7 @@ def test_costs_of_shorter_blocks_have_their_own_draft_passes():
     budget.capture_sizes = [4, 8, 12, 16, 24, 32]
     verifying = {rows: 0.001 * rows for rows in budget.capture_sizes}
     budget.set_costs([4], verifying, {4: 0.004}, drafting_short={4: 0.001})
-    prior = budget.policy.prior
+    prior = budget.policy.times.prior
     assert prior[Step(4, 2, 8)] == pytest.approx(0.012)
     assert prior[Step(4, 2, 4)] == pytest.approx(0.009)
     assert prior[Step(4, 4, 4)] == pytest.approx(0.017)

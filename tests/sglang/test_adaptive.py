@@ -202,7 +202,7 @@ def test_captured_passes_are_profiled(monkeypatch):
     verifier = verifier_with()
     verifier.attention = attention_of()
     verifier.capture(Runner(), drafting)
-    prior = verifier.policy.prior
+    prior = verifier.policy.times.prior
     assert verifier.policy.sizes == (1, 2, 4, 5)
     # Anchors alone need no draft pass; two rows of four requests fill a pass of eight.
     assert prior[4, 1, BLOCK] == pytest.approx(0.004)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dflash_plugin.adaptive.policy import Lengths
+from dflash_plugin.adaptive.step_times import Lengths
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.vllm.adaptive import AdaptiveManager
 from dflash_plugin.vllm.step_profile import CONTEXT, CONTEXT_VARIABLE, REPEATS
@@ -147,7 +147,7 @@ def test_prompts_beside_are_no_step_to_learn_from(manager):
         # Beyond the captured passes nothing is filled up.
         assert found["total"] == 92 + 2 * 3
         assert found["tokens"][2] == 90
-    assert not manager.policy.seconds
+    assert not manager.policy.times.seconds
     assert sum(manager.policy.steps.values()) == 20
 
 
@@ -185,7 +185,7 @@ def test_profiled_passes_say_what_steps_take(manager):
         ]
     )  # fmt: skip
     assert manager.policy.sizes == (2, 4, 8)
-    prior = manager.policy.prior
+    prior = manager.policy.times.prior
     assert prior[8, 8, 8] == pytest.approx(7e-3)
     assert prior[8, 1, 8] == pytest.approx(2e-3)
     assert prior[4, 4, 8] == pytest.approx(2e-3 + 1.5e-3)
@@ -398,12 +398,12 @@ def test_draft_passes_of_shorter_blocks_are_profiled(manager):
     # The last one is a request that schedules a whole block.
     assert whole == [False] * (5 * 5 + 3 * REPEATS) + [True]
     manager.set_initial_cost_curves(samples)
-    prior = manager.policy.prior
+    prior = manager.policy.times.prior
     assert manager.policy.sizes == (2, 4, SLOTS)
     assert prior[SLOTS, 2, 8] == pytest.approx(7e-3)
     assert prior[SLOTS, 2, 4] == pytest.approx(5e-3)
     # Where a sample is missing, nobody knows whose the others are.
-    manager.policy.prior.clear()
+    manager.policy.times.prior.clear()
     manager.set_initial_cost_curves(samples[1:])
     assert (SLOTS, 2, 8) in prior
     assert (SLOTS, 2, 4) not in prior

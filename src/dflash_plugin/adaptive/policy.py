@@ -12,72 +12,23 @@ requests verify few drafts each, and a shorter block saves what the others take 
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import median
-from typing import NamedTuple
 
 from dflash_plugin.adaptive.acceptance_rates import AcceptanceRates
 from dflash_plugin.adaptive.prompt_load import PromptLoad
+from dflash_plugin.adaptive.step_times import Estimates, Lengths, Step, StepTimes
 from dflash_plugin.errors import DFlashError
 
 # Verify lengths that passes can have, beside the limits.
 ROWS = (1, 2, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 # Steps of one verify length before another is chosen, so that some of them can be timed.
 RUN = 8
-# Steps in a row of one kind before the time between two of them is that kind's: an engine that
-# prepares a step while the last one runs is one step ahead of the clock.
-SETTLED = 3
-# Times of a kind before it is known.
-TIMES = 3
-# Times of a kind that count, the last ones; their median does.
-KEPT = 32
 # Another verify length has to be better by this factor to replace the one in use.
 GAIN = 1.01
 # Steps between two trials of a verify length other than the best, at first and later: in the end
 # trials take 0.4 % of the steps.
 FIRST_PROBE, PROBE = 64, 2048
-
-
-class Lengths(NamedTuple):
-    """What a step runs for each request.
-
-    Attributes:
-        verify: rows that are verified, on average; 1 verifies no draft.
-        draft: rows of the block that is drafted, the anchor included.
-    """
-
-    verify: int
-    draft: int
-
-
-class Step(NamedTuple):
-    """What the seconds of a step depend on.
-
-    Attributes:
-        size: requests of the captured pass.
-        verify, draft: as of ``Lengths``.
-    """
-
-    size: int
-    verify: int
-    draft: int
-
-
-class Timed(NamedTuple):
-    """Timed steps, as far as they tell how long steps of one number of requests take.
-
-    Attributes:
-        least: seconds by rows to verify and to draft, of the shortest step of as many requests or
-            more.
-        nearest: those that were profiled too, of the nearest number of requests; for whole blocks,
-            and for others. Each stands in for the other where it is empty.
-    """
-
-    least: Mapping[tuple[int, ...], float]
-    nearest: Mapping[bool, Sequence[Step]]
 
 
 def choose_verify_lens(block: int, min_drafts: int, max_drafts: int | None) -> tuple[int, ...]:
@@ -138,9 +89,7 @@ class VerifyLenPolicy:
     Attributes:
         choices: what a step can run.
         draft_len: rows of a block that the chosen step drafts, the anchor included.
-        seconds: of a step, as far as it has been timed.
-        prior: seconds of the passes of a step, as profiled at start without the host's work. Empty
-            where everything is tried instead.
+        times: seconds of steps.
         prompts: what prompts between steps take.
         may_wait: the engine lets prompts wait for others where that saves time.
         wait_below: prompts that had better wait for another to come, if there are fewer.
@@ -165,13 +114,9 @@ class VerifyLenPolicy:
         self.expected = expected or self.acceptance.expected
         self._expected_of_short = self.expected
         self.choices = [Lengths(verify, self.block) for verify in self.verify_lens]
-        self.prior: dict[Step, float] = {}
-        self.seconds: dict[Step, float] = {}
+        self.times = StepTimes(self.choices[-1])
         self.steps = dict.fromkeys(self.verify_lens, 0)
         self.proposed = self.verified = self.saved = self.probed = self.shortened = 0
-        self._times: dict[Step, deque[float]] = {}
-        self._recent: deque[Step] = deque(maxlen=SETTLED)
-        self._last: float | None = None
         self.prompts = PromptLoad()
         self.may_wait, self.wait_below, self.waited = False, 0, 0
         # When the last step began, if the next one follows it, and the prompts and their tokens
@@ -204,8 +149,7 @@ class VerifyLenPolicy:
 
     def interrupt(self) -> None:
         """The engine ran something else or idled, so the clock does not time the last step."""
-        self._recent.clear()
-        self._last = None
+        self.times.interrupt()
 
     def read_prompts(self, prompts: int, tokens: int) -> None:
         """The engine read prompts since the last step.
@@ -231,17 +175,17 @@ class VerifyLenPolicy:
             now: seconds of a monotonic clock.
         """
         size = self._captured(requests)
-        self._time(now)
+        self.times.end(now)
         self._note_prompts(now)
         if size != self._size:
             self._size, self._left = size, 0
         if self._left == 0:
-            timed = self._timed(size)
-            chosen = self._next(size, timed)
+            known = self.times.of(size)
+            chosen = self._next(size, known)
             if self.agree is not None:
                 chosen = self.choices[self.agree(self.choices.index(chosen))]
             self._chosen, self._left = chosen, RUN
-            self._took = self._of_step(Step(size, *chosen), timed)
+            self._took = known.seconds(chosen)
             if self.may_wait:
                 self._choose_wait(requests)
         self._left -= 1
@@ -254,8 +198,8 @@ class VerifyLenPolicy:
         self.proposed += requests * (max(draft, verify) - 1) * (verify > 1)
         self.verified += requests * (verify - 1)
         self.saved += requests * max(0, draft - verify)
-        self._recent.append(Step(size, verify, draft))
-        self._last = self._before = now
+        self.times.begin(Step(size, verify, draft), now)
+        self._before = now
         return verify
 
     def observe(self, verify_len: int, accepted: Iterable[int]) -> None:
@@ -279,7 +223,7 @@ class VerifyLenPolicy:
             that drafted such blocks, and ``expected_tokens_short`` and ``step_milliseconds_short``.
         """
         times: dict[bool, dict[int, dict[int, float]]] = {False: {}, True: {}}
-        for (size, verify, draft), seconds in sorted(self.seconds.items()):
+        for (size, verify, draft), seconds in sorted(self.times.seconds.items()):
             of_size = times[draft < self.block].setdefault(size, {})
             of_size[verify] = round(1e3 * seconds, 3)
         short: dict[str, object] = {}
@@ -326,19 +270,6 @@ class VerifyLenPolicy:
         index = bisect_left(self.sizes, requests)
         return self.sizes[index] if index < len(self.sizes) else requests
 
-    def _time(self, now: float) -> None:
-        """Take the time since the last step, where it is that step's."""
-        recent = self._recent
-        if self._last is None or len(recent) < SETTLED or len(set(recent)) > 1:
-            return
-        kind, seconds = recent[-1], now - self._last
-        if seconds <= 0 or not math.isfinite(seconds):
-            return
-        times = self._times.setdefault(kind, deque(maxlen=KEPT))
-        times.append(seconds)
-        if len(times) >= TIMES:
-            self.seconds[kind] = median(times)
-
     def _note_prompts(self, now: float) -> None:
         """Learn what prompts took since the last step, if any were read."""
         prompts, tokens = self._read_prompts, self._read_tokens
@@ -346,12 +277,12 @@ class VerifyLenPolicy:
         if self._before is not None and self._took is not None:
             self.prompts.note(now - self._before - self._took, prompts, tokens)
 
-    def _next(self, size: int, timed: Timed) -> Lengths:
+    def _next(self, size: int, known: Estimates) -> Lengths:
         seconds: dict[Lengths, float] = {}
         self._probes_now = True
         # From the longest down, one whose time is not known at all is tried.
         for choice in sorted(self.choices, reverse=True):
-            took = self._of_step(Step(size, *choice), timed)
+            took = known.seconds(choice)
             if took is None:
                 return choice
             seconds[choice] = took
@@ -383,81 +314,6 @@ class VerifyLenPolicy:
         # The one that would be best if its shortest time were its true one.
         others = [choice for choice in self.choices if choice != best]
         shortest = {
-            choice: min(self._times.get(Step(size, *choice)) or [seconds[choice]])
-            for choice in others
+            choice: self.times.shortest(Step(size, *choice)) or seconds[choice] for choice in others
         }
         return max(others, key=lambda choice: rate(choice, shortest[choice]))
-
-    def _timed(self, size: int) -> Timed:
-        """What the timed steps tell of steps of ``size`` requests."""
-        least: dict[tuple[int, ...], float] = {}
-        for other, seconds in self.seconds.items():
-            if other.size >= size:
-                rows = other[1:]
-                least[rows] = min(seconds, least.get(rows, seconds))
-        profiled, nearest = [other for other in self.seconds if other in self.prior], {}
-        for whole in (False, True):
-            alike = [other for other in profiled if self._is_whole(other) == whole] or profiled
-            distance = min((abs(other.size - size) for other in alike), default=0)
-            nearest[whole] = [other for other in alike if abs(other.size - size) == distance]
-        return Timed(least, nearest)
-
-    def _of_step(self, step: Step, timed: Timed) -> float | None:
-        """Seconds of a step; more requests or more rows never take less.
-
-        Whole blocks are not compared with shorter ones, whose batch is compacted first.
-        """
-        whole, (_, verify, draft) = self._is_whole(step), step
-        found = [
-            seconds
-            for (rows, of_draft), seconds in timed.least.items()
-            if rows >= verify
-            and of_draft >= draft
-            and (rows == self.verify_lens[-1] and of_draft == self.block) == whole
-        ]
-        if step not in self.seconds:
-            guess = self._from_prior(step, timed.nearest[whole])
-            if guess is None:
-                return None
-            found.append(guess)
-        return min(found)
-
-    def _is_whole(self, step: Step) -> bool:
-        """Whether a step verifies whole blocks."""
-        return step.verify == self.verify_lens[-1] and step.draft == self.block
-
-    def _from_prior(self, step: Step, timed: Sequence[Step]) -> float | None:
-        """The profiled time plus the host's time, by the nearest steps that have been timed.
-
-        An engine may hide the host's work behind passes. Two timed steps of as many requests tell
-        how much longer a step takes for a longer pass. Before, the shorter estimate is used, as
-        lengths that are chosen are timed soon. Where prompts come so often that no step is timed,
-        the profile is used as it is.
-        """
-        profiled = self.prior.get(step)
-        if profiled is None or not timed:
-            return profiled
-        as_many, whole = timed[0].size == step.size, self._is_whole(step)
-        guesses, floor = [], 0.0
-        for other in timed:
-            took, of_pass = self.seconds[other], self.prior[other]
-            guess = profiled + max(0.0, took - of_pass)
-            guesses.append(min(guess, max(profiled, took)) if as_many else guess)
-            shorter = other.verify < step.verify and other.draft <= step.draft
-            if as_many and shorter and not whole:
-                floor = max(floor, took)
-        if as_many and not whole:
-            guesses = self._on_line(profiled, timed) or guesses
-        return max(floor, float(median(guesses)))
-
-    def _on_line(self, profiled: float, timed: Sequence[Step]) -> list[float]:
-        """Seconds of a step by those of the two whose passes take most nearly as long, if any."""
-        near = sorted(timed, key=lambda other: abs(self.prior[other] - profiled))
-        first = near[0]
-        second = next((other for other in near if self.prior[other] != self.prior[first]), None)
-        if second is None:
-            return []
-        longer = self.prior[first] - self.prior[second]
-        slope = (self.seconds[first] - self.seconds[second]) / longer
-        more = profiled - self.prior[first]
-        return [max(profiled, self.seconds[first] + min(1.0, max(0.0, slope)) * more)]

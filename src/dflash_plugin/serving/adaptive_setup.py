@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.adaptive.expected_tokens import ExpectedTokens
-from dflash_plugin.adaptive.policy import Step, VerifyLenPolicy, choose_verify_lens
+from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_verify_lens
 from dflash_plugin.adaptive.step_cost import StepCost
+from dflash_plugin.adaptive.step_times import Step
 from dflash_plugin.kernels.admit_drafts import admit_drafts, compile_ahead
 from dflash_plugin.serving.drafter_spec import Options
 
@@ -273,4 +274,4 @@ class VerifyBudget:
             seconds = cost.step_seconds(tokens, drafts)
             if whole and tokens == size * policy.verify_lens[-1] and size in whole:
                 seconds = whole[size] + cost.draft_seconds(drafts)
-            policy.prior[Step(size, verify_len, draft_len)] = seconds
+            policy.times.prior[Step(size, verify_len, draft_len)] = seconds
