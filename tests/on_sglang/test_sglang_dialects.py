@@ -485,8 +485,8 @@ def test_ranks_whose_clocks_differ_verify_the_same(pair, ranks, tmp_path):
 def test_ranks_whose_clocks_differ_let_the_same_prompts_wait(pair, ranks, tmp_path):
     target, _ = pair
     checkpoint = write_tiny(tmp_path, **{**SIZES, "block_size": 8}, target_hidden_size=64)
-    made = ranks(checkpoint, widths="chosen", copies=5, late=4, temperature=0.0, max_new_tokens=40)
-    assert made["texts"] == [5 * [greedy_text(target, PROMPTS[0], 40)]]
+    made = ranks(checkpoint, widths="chosen", copies=30, late=1, temperature=0.0, max_new_tokens=40)
+    assert made["texts"] == [30 * [greedy_text(target, PROMPTS[0], 40)]]
     (other,) = made["others"]
     assert made["learnt"]["prompt_wait_steps"] == other["learnt"]["prompt_wait_steps"] > 0
     assert made["learnt"]["step_milliseconds"] != other["learnt"]["step_milliseconds"]
