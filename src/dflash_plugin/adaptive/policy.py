@@ -181,7 +181,7 @@ class VerifyLenPolicy:
             self._size, self._left = size, 0
         if self._left == 0:
             known = self.times.of(size)
-            chosen = self._next(size, known)
+            chosen = self._next(known)
             if self.agree is not None:
                 chosen = self.choices[self.agree(self.choices.index(chosen))]
             self._chosen, self._left = chosen, RUN
@@ -271,13 +271,13 @@ class VerifyLenPolicy:
         return self.sizes[index] if index < len(self.sizes) else requests
 
     def _note_prompts(self, now: float) -> None:
-        """Learn what prompts took since the last step, if any were read."""
+        """Learn what passed since the last step beyond what it takes, prompts or not."""
         prompts, tokens = self._read_prompts, self._read_tokens
         self._read_prompts = self._read_tokens = 0
         if self._before is not None and self._took is not None:
             self.prompts.note(now - self._before - self._took, prompts, tokens)
 
-    def _next(self, size: int, known: Estimates) -> Lengths:
+    def _next(self, known: Estimates) -> Lengths:
         seconds: dict[Lengths, float] = {}
         self._probes_now = True
         # From the longest down, one whose time is not known at all is tried.
@@ -314,6 +314,7 @@ class VerifyLenPolicy:
         # The one that would be best if its shortest time were its true one.
         others = [choice for choice in self.choices if choice != best]
         shortest = {
-            choice: self.times.shortest(Step(size, *choice)) or seconds[choice] for choice in others
+            choice: self.times.shortest(Step(known.size, *choice)) or seconds[choice]
+            for choice in others
         }
         return max(others, key=lambda choice: rate(choice, shortest[choice]))

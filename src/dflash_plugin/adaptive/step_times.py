@@ -50,6 +50,7 @@ class StepTimes:
             whose batch is compacted first.
 
     Attributes:
+        whole: as given.
         prior: seconds of the passes of a step, as profiled at start without the host's work. Empty
             where everything is tried instead.
         seconds: of a step, as far as it has been timed.
@@ -58,7 +59,7 @@ class StepTimes:
     def __init__(self, whole: Lengths) -> None:
         self.prior: dict[Step, float] = {}
         self.seconds: dict[Step, float] = {}
-        self._whole = whole
+        self.whole = whole
         self._times: dict[Step, deque[float]] = {}
         self._recent: deque[Step] = deque(maxlen=SETTLED)
         self._last: float | None = None
@@ -69,7 +70,7 @@ class StepTimes:
         self._last = None
 
     def end(self, now: float) -> None:
-        """Take the time since the last step, where it is that step's; the next one begins now."""
+        """The last step has ended; its time is taken, where the clock shows it."""
         recent = self._recent
         if self._last is None or len(recent) < SETTLED or len(set(recent)) > 1:
             return
@@ -99,10 +100,10 @@ class StepTimes:
                 least[lengths] = min(seconds, least.get(lengths, seconds))
         profiled, nearest = [other for other in self.seconds if other in self.prior], {}
         for whole in (False, True):
-            alike = [one for one in profiled if (one[1:] == self._whole) == whole] or profiled
+            alike = [one for one in profiled if (one[1:] == self.whole) == whole] or profiled
             distance = min((abs(other.size - size) for other in alike), default=0)
             nearest[whole] = [other for other in alike if abs(other.size - size) == distance]
-        return Estimates(self, size, self._whole, least, nearest)
+        return Estimates(self, size, least, nearest)
 
 
 class Estimates(NamedTuple):
@@ -111,7 +112,6 @@ class Estimates(NamedTuple):
     Attributes:
         times: of all steps.
         size: requests.
-        whole: lengths of a step that verifies whole blocks.
         least: seconds of the shortest step of as many requests or more.
         nearest: those that were profiled too, of the nearest number of requests; for whole blocks,
             and for others. Each stands in for the other where it is empty.
@@ -119,19 +119,18 @@ class Estimates(NamedTuple):
 
     times: StepTimes
     size: int
-    whole: Lengths
     least: Mapping[Lengths, float]
     nearest: Mapping[bool, Sequence[Step]]
 
     def seconds(self, lengths: Lengths) -> float | None:
         """Seconds of a step; more requests or more rows never take less. None if unknown."""
-        is_whole = lengths == self.whole
+        is_whole = lengths == self.times.whole
         found = [
             seconds
             for other, seconds in self.least.items()
             if other.verify >= lengths.verify
             and other.draft >= lengths.draft
-            and (other == self.whole) == is_whole
+            and (other == self.times.whole) == is_whole
         ]
         if Step(self.size, *lengths) not in self.times.seconds:
             guess = self._from_prior(lengths)
@@ -148,7 +147,7 @@ class Estimates(NamedTuple):
         lengths that are chosen are timed soon. Where prompts come so often that no step is timed,
         the profile is used as it is.
         """
-        whole = lengths == self.whole
+        whole = lengths == self.times.whole
         profiled, timed = self.times.prior.get(Step(self.size, *lengths)), self.nearest[whole]
         if profiled is None or not timed:
             return profiled

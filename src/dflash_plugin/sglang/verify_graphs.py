@@ -200,7 +200,7 @@ def spaced(sizes: list[int], width: int) -> list[int]:
     """Sizes to capture of those that SGLang captures: fewer of the close ones, and some between.
 
     Each exceeds the one before by ``GROWTH``, but for the largest. Where they are further apart
-    than ``WIDE`` and passes have more than ``FREE_ROWS`` rows, the one in the middle is added.
+    than ``WIDE`` and passes have ``FREE_ROWS`` rows or more, the one in the middle is added.
 
     Args:
         sizes: requests of whole blocks; multiples of what all ranks can share.
@@ -209,10 +209,11 @@ def spaced(sizes: list[int], width: int) -> list[int]:
     step = math.gcd(*sizes)
     kept: list[int] = []
     for size in sorted(sizes):
-        if kept and size < GROWTH * kept[-1]:
+        last = kept[-1] if kept else 0
+        if size < GROWTH * last:
             continue
-        middle = (kept[-1] + size) // 2 if kept else size
-        if kept and size > WIDE * kept[-1] and kept[-1] * width >= FREE_ROWS and middle % step == 0:
+        middle = (last + size) // 2
+        if size > WIDE * last and last * width >= FREE_ROWS and middle % step == 0:
             kept.append(middle)
         kept.append(size)
     return kept if kept[-1] == max(sizes) else [*kept, max(sizes)]
