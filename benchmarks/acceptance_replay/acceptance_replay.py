@@ -303,6 +303,17 @@ def replay_on(device: torch.device) -> Replay:
     return _replays[0]
 
 
+def put(found: Tensor, places: Tensor, out: Tensor) -> None:
+    """Write what was found for each draft, block by block, into the block's row.
+
+    Args:
+        found: [N].
+        places: int64 [N], of each draft in its block, from 0 on.
+        out: [B, K]; blocks may have fewer drafts than K.
+    """
+    out[(places == 0).cumsum(dim=0) - 1, places] = found
+
+
 def into_vllm() -> None:
     """Acceptance after the rejection sampler, confidences after the estimator's own work."""
     from dflash_plugin.serving.after_import import after_import
@@ -341,8 +352,8 @@ def into_vllm() -> None:
                 self, logits: Tensor, slots: Tensor, places: Tensor, chances: Tensor, heat: Tensor
             ) -> None:
                 super().predict(logits, slots, places, chances, heat)
-                chance = sure(self, slots, places.long())
-                chances[: len(slots) // chances.shape[1]] = chance.view(-1, chances.shape[1])
+                places = places.long()
+                put(sure(self, slots, places), places, chances)
 
         module.OnlineAcceptanceEstimator = Estimator
         from dflash_plugin.kernels import predict_acceptance as ours

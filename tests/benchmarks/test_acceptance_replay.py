@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 from acceptance_replay.acceptance_replay import (  # noqa: E402
     Replay,
     longer,
+    put,
     request_of,
     walk,
     walk_naive,
@@ -81,6 +82,13 @@ def test_a_request_begins_where_its_first_drafts_are_verified():
     place = replay.at.place[slots].clone()
     replay.commit(slots, none)
     assert torch.equal(replay.at.place[slots], place + 1)
+
+
+def test_drafts_of_shorter_blocks_stand_in_their_rows():
+    out, places = torch.zeros(3, 4), torch.tensor([0, 1, 0, 1])
+    put(torch.tensor([0.1, 0.2, 0.3, 0.4]), places, out)
+    assert torch.equal(out[:, :2], torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.0, 0.0]]))
+    assert not out[:, 2:].any()
 
 
 def test_confidences_are_those_of_the_place():
