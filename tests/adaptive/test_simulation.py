@@ -166,8 +166,9 @@ def test_requests_that_no_size_holds_get_no_drafts():
 
 
 def test_costs_rise_and_take_the_next_size():
+    # Something disturbed the pass of 1 when it was measured.
     cost = StepCost.measured({8: 2.0, 1: 1.0, 4: 0.9}, {2: 0.5}, fixed=0.1)
-    assert [cost.verify_seconds(n) for n in (1, 2, 4, 5, 8)] == [1.0, 1.0, 1.0, 2.0, 2.0]
+    assert [cost.verify_seconds(n) for n in (1, 2, 4, 5, 8)] == [0.9, 0.9, 0.9, 2.0, 2.0]
     assert cost.verify_seconds(16) == 4.0
     assert cost.draft_seconds(0) == 0.0
     assert cost.step_seconds(5, 2) == pytest.approx(2.6)

@@ -11,7 +11,9 @@ from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving.adaptive_setup import (
     DraftSelection,
     VerifyBudget,
+    bypass_of,
     make_policy,
+    milliseconds,
     short_block,
 )
 from dflash_plugin.serving.drafter_spec import Options
@@ -86,6 +88,21 @@ def test_costs_of_shorter_blocks_have_their_own_draft_passes():
     budget.capture_sizes = [32]
     assert budget.drafts_to_verify(2, 4, 4, 4) == 12
     assert budget.drafts_to_verify(2, 4, 4) == 28
+
+
+def test_a_pass_that_was_disturbed_when_it_was_measured_does_not_make_longer_ones_dear():
+    """Sixteen rows took 90 ms while something else ran; twice as many take 8 ms."""
+    budget = VerifyBudget(Options(), 7, 4, CPU)
+    budget.capture_sizes = [4, 8, 16, 32]
+    verifying = {4: 0.004, 8: 0.005, 16: 0.09, 32: 0.008}
+    budget.set_costs([4], verifying, {4: 0.001}, {1: 0.07, 4: 0.009})
+    prior = budget.policy.times.prior
+    assert prior[Step(4, 2, 8)] == pytest.approx(0.006)
+    assert prior[Step(4, 4, 8)] == pytest.approx(0.009)
+    assert prior[Step(4, 8, 8)] == pytest.approx(0.010)
+    # One request alone was disturbed: passes of up to 4 take as long as one.
+    assert bypass_of({1: 0.07, 2: 0.009, 4: 0.0095, 8: 0.02}) == 4
+    assert milliseconds({8: 0.0051, 4: 0.004}) == "4: 4.00, 8: 5.10"
 
 
 def test_a_limit_of_drafts_leaves_whole_blocks_whole():

@@ -30,7 +30,7 @@ class StepCost:
     def measured(
         cls, verify: Mapping[int, float], draft: Mapping[int, float], fixed: float = 0.0
     ) -> StepCost:
-        """Costs that were measured at some sizes.
+        """Costs that were measured at some sizes, made ``rising``.
 
         Raises:
             DFlashError: none of a verify pass, or one that is no positive number.
@@ -43,7 +43,7 @@ class StepCost:
                     raise DFlashError(
                         f"a {name} pass of {size} takes {seconds} s: give positive sizes and times"
                     )
-        return cls(_rising(verify), _rising(draft), fixed)
+        return cls(rising(verify), rising(draft), fixed)
 
     def verify_seconds(self, tokens: int) -> float:
         """Seconds of a verify pass of ``tokens``; beyond the largest size, in proportion."""
@@ -63,14 +63,18 @@ class StepCost:
         return self.fixed + self.verify_seconds(tokens) + self.draft_seconds(drafting)
 
 
-def _rising(table: Mapping[int, float]) -> dict[int, float]:
-    """Sorted, and no larger size faster than a smaller one."""
+def rising(measured: Mapping[int, float]) -> dict[int, float]:
+    """Seconds by size, sizes rising, none of them longer than those of a larger size.
+
+    A pass with more rows never takes less, and what disturbs a measurement makes it longer. So a
+    size that took longer than a larger one was disturbed, and takes the larger one's seconds.
+    """
     found: dict[int, float] = {}
-    longest = 0.0
-    for size in sorted(table):
-        longest = max(longest, table[size])
-        found[size] = longest
-    return found
+    shortest = math.inf
+    for size in sorted(measured, reverse=True):
+        shortest = min(shortest, measured[size])
+        found[size] = shortest
+    return dict(sorted(found.items()))
 
 
 def _size(table: Mapping[int, float], wanted: int) -> int:

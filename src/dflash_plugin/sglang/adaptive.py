@@ -21,7 +21,7 @@ from torch import Tensor
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.accept_greedy import accept_greedy
 from dflash_plugin.kernels.cut_blocks import CutBlocks, cut_blocks
-from dflash_plugin.serving.adaptive_setup import VerifyBudget, bypass_of
+from dflash_plugin.serving.adaptive_setup import VerifyBudget, bypass_of, milliseconds
 from dflash_plugin.sglang import block_attention, recurrent_verify
 from dflash_plugin.sglang.acceptance_probs import AcceptancePredictor
 from dflash_plugin.sglang.compat import argument, current
@@ -204,6 +204,11 @@ class AdaptiveVerifier:
             if self.short is not None:
                 short = graph_seconds(self.short.graphs, self.device)
             self.budget.set_costs(whole.capture_bs, verifying, drafting, by_requests, short)
+            logger.info(
+                "milliseconds of verify passes by rows: %s; of draft passes by requests: %s",
+                milliseconds(verifying),
+                milliseconds(drafting),
+            )
 
     def draft_short_blocks(
         self,

@@ -26,8 +26,9 @@ from dflash_plugin.sglang.protocols import AttnBackendLike, GraphRunnerLike, Mod
 from dflash_plugin.sglang.surface import is_instance, surface
 
 RUNNER_MODULE = "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
-# Replays of a captured pass that are timed.
-TIMED_REPLAYS = 3
+# Captured passes are timed in turns, each by some replays: what disturbs one turn, another program
+# on the GPU for example, may be over in the next.
+TIMED_TURNS, TIMED_REPLAYS = 2, 2
 # Captured numbers of rows grow by this factor at least: more of them take longer to start.
 GROWTH = 1.2
 # Where they grow by more than this factor, and passes have so many rows that each costs, one
@@ -292,11 +293,17 @@ def graph_seconds(runner: GraphRunnerLike | None, device: torch.device) -> dict[
     backend = runner.backend
     if not is_instance(backend, "FullCudaGraphBackend", "BreakableCudaGraphBackend"):
         return {}
-    found = {}
-    for key, graph in backend._graphs.items():
-        if is_instance(key, "ShapeKey"):
+    graphs = {
+        int(key.size): graph
+        for key, graph in backend._graphs.items()
+        if is_instance(key, "ShapeKey")
+    }
+    found = dict.fromkeys(graphs, math.inf)
+    for _ in range(TIMED_TURNS):
+        for size, graph in graphs.items():
             graph.replay()
-            found[int(key.size)] = min(_replay_seconds(graph) for _ in range(TIMED_REPLAYS))
+            took = min(_replay_seconds(graph) for _ in range(TIMED_REPLAYS))
+            found[size] = min(found[size], took)
     return found
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dflash_plugin.adaptive.acceptance_model import LEARNING
 from dflash_plugin.adaptive.step_cost import StepCost
-from dflash_plugin.serving.adaptive_setup import VerifyBudget, bypass_of
+from dflash_plugin.serving.adaptive_setup import VerifyBudget, bypass_of, milliseconds
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.vllm import adaptive_default, compat
 from dflash_plugin.vllm.options import drafter_spec
@@ -145,6 +145,10 @@ class AdaptiveManager:
         if verifying and drafting:
             self.budget.set_costs(tuple(drafting), verifying, drafting, drafting_short=short)
             self._find_bypass(drafting, verifying)
+            logger.info(
+                "milliseconds of verify passes by tokens: %s; of draft passes by requests: %s",
+                milliseconds(verifying), milliseconds(drafting),
+            )  # fmt: skip
         both = drafting.keys() & short.keys()
         if both:
             most = max(both)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from statistics import median
 from typing import NamedTuple
 
 from dflash_plugin.vllm.protocols import StepTimingSample
@@ -19,7 +18,7 @@ REPEATS = 3
 
 
 class StepSeconds(NamedTuple):
-    """Medians of the profiled steps.
+    """Shortest times of the profiled steps: what disturbs a step makes it longer.
 
     Attributes:
         verifying: seconds of a verify pass by its tokens.
@@ -88,8 +87,8 @@ class StepProfile:
             verify[sample.num_target_tokens].append(sample.forward_ms)
             if sample.full_cudagraph:  # Other steps draft eagerly.
                 (short if is_short else whole)[sample.num_reqs].append(sample.drafter_ms)
-        return StepSeconds(_medians(verify), _medians(whole), _medians(short))
+        return StepSeconds(_shortest(verify), _shortest(whole), _shortest(short))
 
 
-def _medians(table: Mapping[int, Sequence[float]]) -> dict[int, float]:
-    return {size: median(times) / 1e3 for size, times in table.items()}
+def _shortest(table: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    return {size: min(times) / 1e3 for size, times in table.items()}
