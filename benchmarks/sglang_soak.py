@@ -227,9 +227,12 @@ def main(
         os.dup2(file.fileno(), 2)
     import sglang
 
+    # Of SGLang's back ends on a GPU only Triton takes float32; a prompt's parts have 256 tokens.
+    on_gpu = {"attention_backend": "triton", "cuda_graph_bs_prefill": [64, 128, 256]}
     engine = sglang.Engine(
         **{
             **arguments(EngineLoad(running, longest, memory=None, is_dummy=False)),
+            **(on_gpu if torch.cuda.is_available() else {}),
             "model_path": str(directory),
             "dtype": "float32",
             "context_length": 1024,

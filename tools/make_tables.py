@@ -46,6 +46,9 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "vllm-options": lambda: fair("vllm-h200-qwen3-8b-fair"),
         "sglang-options": lambda: fair("sglang-h200-qwen3-8b-fair"),
         "sglang-default": lambda: serving(FAIR["sglang"]),
+        "sglang-texts-fair": lambda: fair("sglang-h200-qwen3-8b-3.45"),
+        "sglang-no-drafter": lambda: fair("sglang-h200-qwen3-8b-no-drafter"),
+        "sglang-smollm2": lambda: serving("sglang-h200-smollm2-default"),
         "sglang-long": lambda: serving("sglang-h200-qwen3-8b-long"),
         "sglang-prompts": lambda: timelines(FAIR["sglang"], "plugin"),
         "sglang-h200-timelines": lambda: timelines("sglang-h200-qwen3-8b-long", "plugin"),
@@ -65,6 +68,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "sglang-timelines": lambda: timelines("sglang-h100-timelines"),
         "sglang-h100": lambda: serving("sglang-h100"),
         "sglang-soak": lambda: soak("sglang-soak-cpu", "SGLang", "retracted"),
+        "sglang-soak-gpu": lambda: soak("sglang-soak-h200", "SGLang", "retracted"),
         "sglang-soak-short": lambda: soak("sglang-soak-short-cpu", "SGLang", "retracted"),
     },
     "docs/design.md": {
