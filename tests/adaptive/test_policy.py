@@ -9,7 +9,7 @@ import random
 import pytest
 
 from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_verify_lens, growth
-from dflash_plugin.adaptive.step_times import Lengths, Step
+from dflash_plugin.adaptive.step_times import Lengths, Step, StepTimes
 from dflash_plugin.errors import DFlashError
 
 WIDTHS = choose_verify_lens(16, 0, None)
@@ -168,6 +168,24 @@ def test_a_profile_that_misleads_is_corrected():
     machine.seconds = lambda requests, width: 0.03
     machine.run(policy, 8, 300)
     assert machine.run(policy, 8, 400).count(16) > 300
+
+
+def test_a_step_that_is_shorter_than_its_profile_corrects_the_others():
+    """Something else ran while passes were profiled, so that they seemed to take 2.5 times as long.
+
+    Of three sizes of batches, one step of 16 requests has been timed.
+    """
+    times = StepTimes(Lengths(16, 16))
+    truth = {
+        Step(size, verify, 16): 0.004 + 1e-5 * size * verify
+        for size in (8, 16, 32)
+        for verify in WIDTHS
+    }
+    times.prior = {step: 2.5 * seconds for step, seconds in truth.items()}
+    times.seconds = {Step(16, 4, 16): truth[16, 4, 16]}
+    for size, verify, draft in truth:
+        found = times.of(size).seconds(Lengths(verify, draft))
+        assert found == pytest.approx(truth[size, verify, draft])
 
 
 def test_rows_that_the_host_hides_are_found_at_once():

@@ -146,28 +146,40 @@ class Estimates(NamedTuple):
         how much longer a step takes for a longer pass. Before, the shorter estimate is used, as
         lengths that are chosen are timed soon. Where prompts come so often that no step is timed,
         the profile is used as it is.
+
+        A step that takes less time than its passes took when they were profiled shows that
+        something else ran meanwhile; the other profiled times are taken to be as much too long.
         """
         whole = lengths == self.times.whole
         profiled, timed = self.times.prior.get(Step(self.size, *lengths)), self.nearest[whole]
         if profiled is None or not timed:
             return profiled
         as_many = timed[0].size == self.size
+        shares = [self.times.seconds[other] / self.times.prior[other] for other in timed]
+        share = min(1.0, median(shares))
+        profiled *= share
         guesses, floor = [], 0.0
         for other in timed:
-            took, of_pass = self.times.seconds[other], self.times.prior[other]
+            took, of_pass = self.times.seconds[other], share * self.times.prior[other]
             guess = profiled + max(0.0, took - of_pass)
             guesses.append(min(guess, max(profiled, took)) if as_many else guess)
             shorter = other.verify < lengths.verify and other.draft <= lengths.draft
             if as_many and shorter and not whole:
                 floor = max(floor, took)
         if as_many and not whole:
-            guesses = self._on_line(profiled, timed) or guesses
+            prior = {other: share * self.times.prior[other] for other in timed}
+            guesses = self._on_line(profiled, prior) or guesses
         return max(floor, float(median(guesses)))
 
-    def _on_line(self, profiled: float, timed: Sequence[Step]) -> list[float]:
-        """Seconds of a step by those of the two whose passes take most nearly as long, if any."""
-        prior, seconds = self.times.prior, self.times.seconds
-        near = sorted(timed, key=lambda other: abs(prior[other] - profiled))
+    def _on_line(self, profiled: float, prior: Mapping[Step, float]) -> list[float]:
+        """Seconds of a step by those of the two whose passes take most nearly as long, if any.
+
+        Args:
+            profiled: seconds of the step's passes.
+            prior: seconds of the passes of steps that have been timed.
+        """
+        seconds = self.times.seconds
+        near = sorted(prior, key=lambda other: abs(prior[other] - profiled))
         first = near[0]
         second = next((other for other in near if prior[other] != prior[first]), None)
         if second is None:
