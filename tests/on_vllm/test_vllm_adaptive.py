@@ -230,6 +230,42 @@ def test_shorter_blocks(pair, monkeypatch, tmp_path):
     assert 0 < summary["short_block_steps"] < sum(summary["steps"].values())
 
 
+def test_prompts_wait_for_others(pair, monkeypatch):
+    """Four requests run at a time, and each has another length, so that they end one by one."""
+    target, directory, drafter = pair
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    lengths = range(4, 13)
+    read: list[int] = []
+    with running(directory, drafter, speculative=ADAPTIVE, max_num_seqs=4) as engine:
+        manager = adaptive.latest()
+        assert manager.policy.may_wait
+        note = manager.policy.read_prompts
+        monkeypatch.setattr(manager, "bypass", 0)
+        monkeypatch.setattr(manager.policy, "_choose_wait", lambda requests: None)
+        monkeypatch.setattr(
+            manager.policy, "read_prompts", lambda *given: (read.append(given[0]), note(*given))
+        )
+        texts = {}
+        for wait_below in (0, 3):
+            manager.policy.wait_below = wait_below
+            read.clear()
+            outputs = engine.generate(
+                [{"prompt_token_ids": PROMPTS[0]}] * len(lengths),
+                [
+                    SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+                    for length in lengths
+                ],
+                use_tqdm=False,
+            )
+            texts[wait_below] = [list(output.outputs[0].token_ids) for output in outputs]
+            assert (manager.policy.waited > 0) == (wait_below > 0)
+            # Of the first prompts, which come before any draft, vLLM tells nothing.
+            assert sum(read) == len(lengths) - 4
+            assert (max(read) > 1) == (wait_below > 0)
+    whole = of_target(target)[0]
+    assert texts[0] == texts[3] == [whole[:length] for length in lengths]
+
+
 def proposals(worker: Any) -> torch.Tensor:
     """What all drafts were drawn from, of all requests that there may be."""
     return worker.model_runner.speculator.draft_logits

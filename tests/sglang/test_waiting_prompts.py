@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dflash_plugin.adaptive.policy import MOST_WAITED
 from dflash_plugin.serving.adaptive_setup import VerifyBudget
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.sglang.adaptive import AdaptiveVerifier
-from dflash_plugin.sglang.waiting_prompts import MOST_STEPS, let_prompts_wait
+from dflash_plugin.sglang.waiting_prompts import let_prompts_wait
 
 RUNNING = 64
 
@@ -47,12 +48,12 @@ def test_prompts_wait_for_others_but_not_for_long(scheduler, verifier):
     assert verifier.policy.may_wait
     assert not asks(scheduler, 1)
     verifier.policy.wait_below = 4
-    assert [asks(scheduler, 1) for _ in range(MOST_STEPS + 1)] == [True] * MOST_STEPS + [False]
+    assert [asks(scheduler, 1) for _ in range(MOST_WAITED + 1)] == [True] * MOST_WAITED + [False]
     # The next ones may wait as long again.
     assert [asks(scheduler, waiting) for waiting in (1, 2, 3)] == [True] * 3
     assert not asks(scheduler, 3)
     assert [asks(scheduler, waiting) for waiting in (2, 4)] == [True, False]
-    assert verifier.policy.counts()["waited"] == 2 * MOST_STEPS + 1
+    assert verifier.policy.counts()["waited"] == 2 * MOST_WAITED + 1
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,6 @@ def test_nothing_waits_where_waiting_saves_nothing(scheduler, verifier, running,
 def test_prompts_wait_where_sglang_lets_them(scheduler, verifier):
     scheduler.min_free_slots_delayer = NativeDelayer()
     let_prompts_wait(scheduler, verifier)
-    assert all(asks(scheduler, 1, free=3) for _ in range(2 * MOST_STEPS))
+    assert all(asks(scheduler, 1, free=3) for _ in range(2 * MOST_WAITED))
     assert not asks(scheduler, 1, free=4)
     assert verifier.policy.waited == 0

@@ -29,6 +29,8 @@ GAIN = 1.01
 # Steps between two trials of a verify length other than the best, at first and later: in the end
 # trials take 0.4 % of the steps.
 FIRST_PROBE, PROBE = 64, 2048
+# Steps that a prompt waits for another to come, at most. A step of many requests takes 10 to 30 ms.
+MOST_WAITED = 3
 
 
 def choose_verify_lens(block: int, min_drafts: int, max_drafts: int | None) -> tuple[int, ...]:
@@ -119,10 +121,12 @@ class VerifyLenPolicy:
         self.proposed = self.verified = self.saved = self.probed = self.shortened = 0
         self.prompts = PromptLoad()
         self.may_wait, self.wait_below, self.waited = False, 0, 0
-        # When the last step began, if the next one follows it, and the prompts and their tokens
-        # since.
+        # Steps for which the prompts that wait now have waited.
+        self._wait_steps = 0
+        # When the last step began, if the next one follows it, and since then the prompts, their
+        # tokens and the other rows of their pass.
         self._before: float | None = None
-        self._read_prompts = self._read_tokens = 0
+        self._read_prompts = self._read_tokens = self._read_rows = 0
         # Seconds of the chosen step, as far as they are known.
         self._took: float | None = None
         self._probes_now = False
@@ -151,16 +155,30 @@ class VerifyLenPolicy:
         """The engine ran something else or idled, so the clock does not time the last step."""
         self.times.interrupt()
 
-    def read_prompts(self, prompts: int, tokens: int) -> None:
-        """The engine read prompts since the last step.
+    def read_prompts(self, prompts: int, tokens: int, rows: int = 0) -> None:
+        """The engine read prompts since the last step, or in its pass.
 
         Args:
             prompts: how many, or parts of them.
             tokens: of all of them.
+            rows: of the pass, beside them; 0 where it reads prompts alone.
         """
         self.interrupt()
         self._read_prompts += prompts
         self._read_tokens += tokens
+        self._read_rows += rows
+
+    def let_wait(self, waiting: int, free: int) -> bool:
+        """Whether the prompts that wait do so for one more step; asked once before each step.
+
+        Args:
+            waiting: prompts that could be read.
+            free: requests that have room beside those that run.
+        """
+        waits = waiting < min(self.wait_below, free) and self._wait_steps < MOST_WAITED
+        self._wait_steps = self._wait_steps + 1 if waits else 0
+        self.waited += waits
+        return waits
 
     def leave(self) -> None:
         """The engine ran steps that this policy did not choose."""
@@ -272,10 +290,10 @@ class VerifyLenPolicy:
 
     def _note_prompts(self, now: float) -> None:
         """Learn what passed since the last step beyond what it takes, prompts or not."""
-        prompts, tokens = self._read_prompts, self._read_tokens
-        self._read_prompts = self._read_tokens = 0
+        read = self._read_prompts, self._read_tokens, self._read_rows
+        self._read_prompts = self._read_tokens = self._read_rows = 0
         if self._before is not None and self._took is not None:
-            self.prompts.note(now - self._before - self._took, prompts, tokens)
+            self.prompts.note(now - self._before - self._took, *read)
 
     def _next(self, known: Estimates) -> Lengths:
         seconds: dict[Lengths, float] = {}

@@ -1,4 +1,4 @@
-"""Seconds that prompts take between decode steps, and how they depend on what a step commits.
+"""Seconds that prompts take beside decode steps, and how they depend on what a step commits.
 
 Each request that ends makes room for a prompt. Under a heavy load nearly every decode step is
 followed by a pass that reads prompts, however many tokens the step commits, so that a step that
@@ -31,23 +31,25 @@ class PromptLoad:
 
     def __init__(self) -> None:
         self.pass_seconds: Callable[[int], float] | None = None
-        # Averages over steps: share of those with prompts behind them, prompts, their tokens and
-        # the seconds that they take.
-        self._share = self._prompts = self._tokens = self._seconds = 0.0
+        # Averages over steps: share of those with prompts, prompts, their tokens, the rows that
+        # their passes have besides, and the seconds that prompts take.
+        self._share = self._prompts = self._tokens = self._rows = self._seconds = 0.0
 
-    def note(self, seconds: float, prompts: int, tokens: int) -> None:
+    def note(self, seconds: float, prompts: int, tokens: int, rows: int = 0) -> None:
         """Learn from two decode steps in a row.
 
         Args:
             seconds: between them, beyond what the first one takes; negative if it took less.
-            prompts: that were read between them.
+            prompts: that were read meanwhile.
             tokens: of these prompts.
+            rows: of the pass that read them, beside them; 0 where it reads prompts alone.
         """
         if seconds > IDLE:
             return
         self._share += ((prompts > 0) - self._share) / WINDOW
         self._prompts += (prompts - self._prompts) / WINDOW
         self._tokens += (tokens - self._tokens) / WINDOW
+        self._rows += ((rows if prompts else 0) - self._rows) / WINDOW
         self._seconds += (seconds - self._seconds) / WINDOW
 
     def behind(self, committed: float) -> float:
@@ -84,11 +86,13 @@ class PromptLoad:
         if self._share == 0 or self._seconds <= 0:
             return 0.0, 0.0
         whole = self._seconds / self._share
-        of_tokens = min(whole, self._longer(self._tokens / self._share))
+        longer = self._longer(self._tokens / self._share, round(self._rows / self._share))
+        of_tokens = min(whole, longer)
         return whole - of_tokens, of_tokens
 
-    def _longer(self, tokens: float) -> float:
-        """Seconds by which a pass over so many tokens takes longer than the shortest pass."""
+    def _longer(self, tokens: float, rows: int) -> float:
+        """Seconds by which a pass takes longer for so many tokens than for its other rows alone."""
         if self.pass_seconds is None or tokens < 1:
             return 0.0
-        return max(0.0, self.pass_seconds(math.ceil(tokens)) - self.pass_seconds(1))
+        alone = self.pass_seconds(max(1, rows))
+        return max(0.0, self.pass_seconds(math.ceil(tokens) + rows) - alone)

@@ -12,9 +12,6 @@ from typing import Any, Protocol
 
 from dflash_plugin.sglang.adaptive import AdaptiveVerifier
 
-# Decode steps that a prompt waits, at most. A decode step of many requests takes 10 to 30 ms.
-MOST_STEPS = 3
-
 
 class Delayer(Protocol):
     """``MinFreeSlotsDelayer``: whether waiting prompts wait for a step more."""
@@ -43,7 +40,6 @@ class WaitingPrompts:
     def __init__(self, scheduler: SchedulerLike, verifier: AdaptiveVerifier) -> None:
         self.scheduler, self.verifier = scheduler, verifier
         self.native = scheduler.min_free_slots_delayer
-        self.steps = 0
 
     def should_delay(self, *, running_bs: int, num_allocatable_reqs: int) -> bool:
         """Whether the prompts that wait do so for one more step.
@@ -56,15 +52,11 @@ class WaitingPrompts:
             running_bs=running_bs, num_allocatable_reqs=num_allocatable_reqs
         ):
             return True
-        policy, waiting = self.verifier.policy, len(self.scheduler.waiting_queue)
-        waits = (
-            self.verifier.predicts(running_bs)
-            and waiting < min(policy.wait_below, num_allocatable_reqs)
-            and self.steps < MOST_STEPS
+        if not self.verifier.predicts(running_bs):
+            return False
+        return self.verifier.policy.let_wait(
+            len(self.scheduler.waiting_queue), num_allocatable_reqs
         )
-        self.steps = self.steps + 1 if waits else 0
-        policy.waited += waits
-        return waits
 
 
 def let_prompts_wait(scheduler: SchedulerLike, verifier: AdaptiveVerifier) -> None:

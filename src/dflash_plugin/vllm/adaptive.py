@@ -84,6 +84,7 @@ class AdaptiveManager:
         self.acceptance_probs = torch.zeros(size, self.drafts, device=self.device)
         self.budget = VerifyBudget(options, self.drafts, size, self.device)
         self.policy, self.selection = self.budget.policy, self.budget.selection
+        self.policy.may_wait = True
         self.block, self.short = self.policy.block, 0
         self.verify_len, self.draft_len = self.policy.verify_lens[-1], self.block
         self.bypass, self._bypasses = 0, False
@@ -209,9 +210,6 @@ class AdaptiveManager:
             # This step drafts for the next one, and skips drafting if that verifies no draft.
             self.verify_len = self.policy.choose(verifying, time.monotonic())
             self.draft_len = self.policy.draft_len
-        if not self._is_decoding and not self._bypasses:
-            # The time until the next step includes this step's prompts.
-            self.policy.read_prompts(1, others - verifying)
         self.budget.requests = verifying
         available = verifying * self._limit
         if drafts < verifying * self.drafts:
@@ -222,6 +220,10 @@ class AdaptiveManager:
             max(0, self.max_logits - requests),
         )
         self._is_whole = self._draft_budget == drafts
+        if not self._is_decoding and not self._bypasses:
+            # The time until the next step includes this step's prompts.
+            rows = verifying + self._draft_budget
+            self.policy.read_prompts(requests - verifying, others - verifying, rows)
         return others + self._draft_budget
 
     def _are_last(self, draft_tokens: Mapping[str, Sequence[int]]) -> bool:

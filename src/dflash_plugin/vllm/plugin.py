@@ -51,6 +51,11 @@ PATCHES = (
         "kv_transfer:compare_drafters",
     ),
     (vllm.ENGINE_CORE, "update_kv_cache_capacity", "cache_capacity:report_capacity"),
+    (
+        vllm.ENGINE_CORE,
+        "EngineCore._should_throttle_prefills",
+        "waiting_prompts:hold_prompts_back",
+    ),
     (vllm.SCHEDULER, "Scheduler.update_from_output", "metrics:send_counts"),
     (vllm.CORE_CLIENT, "EngineCoreOutputs", "metrics:carrying_counts"),
     (vllm.LOGGERS, "PrometheusStatLogger.record", "metrics:export_counts"),

@@ -546,6 +546,18 @@ _ADAPTIVE = (
     ),
     *_seams(ESTIMATOR, ADAPTIVE, "call", "compiles its kernels at start",
             "OnlineAcceptanceEstimator.step(idx_mapping, num_sampled, num_rejected)"),
+    *_seams(ENGINE_CORE, ADAPTIVE, "patch", "prompts wait for others",
+            "EngineCore._should_throttle_prefills()"),
+    *_seams(ENGINE_CORE, ADAPTIVE, "attribute", "prompts wait for others",
+            "EngineCore.scheduler"),
+    *_seams(SCHEDULER, ADAPTIVE, "call", "prompts wait for others",
+            "Scheduler.get_request_counts()"),
+    *_seams(
+        SCHEDULER, ADAPTIVE, "attribute", "prompts wait for others",
+        "Scheduler.max_num_running_reqs", "Scheduler.prefill_capacity_bound",
+    ),
+    *_seams("vllm.v1.request", ADAPTIVE, "attribute", "prompts wait for others",
+            "Request.is_prefill_chunk"),
 )  # fmt: skip
 
 _METRICS = (

@@ -1,0 +1,71 @@
+"""Prompts that wait a few steps for others, so that one step reads them together.
+
+vLLM reads prompts in the pass that verifies drafts. Such a pass replays no graph of its whole: the
+host launches it layer by layer, and all requests wait. With many requests one of them ends in
+nearly every step, and the next one's prompt comes. vLLM can hold prompts back, so that ranks of
+data parallelism read theirs in the same steps; here they are held back for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import wraps
+from typing import Any, Protocol
+
+from dflash_plugin.vllm.adaptive import AdaptiveManager, latest
+from dflash_plugin.vllm.protocols import Method
+
+
+class RequestLike(Protocol):
+    """``Request``: whether a part of its prompt is still to be read."""
+
+    is_prefill_chunk: bool
+
+
+class SchedulerLike(Protocol):
+    """``Scheduler``: the requests that run, how many may, and whether prompts lacked room."""
+
+    running: Sequence[RequestLike]
+    max_num_running_reqs: int
+    prefill_capacity_bound: bool
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """Requests that run, and that wait."""
+        ...
+
+
+def hold_prompts_back(native: Method) -> Method:
+    """``EngineCore._should_throttle_prefills``, with prompts that wait where that saves time.
+
+    The policy is in the worker: where that is a process of its own, prompts do not wait.
+    """
+
+    @wraps(native)
+    def should_throttle_prefills(self: Any) -> bool:
+        return bool(native(self)) or prompts_wait(self.scheduler, latest())
+
+    return should_throttle_prefills
+
+
+def prompts_wait(scheduler: SchedulerLike, manager: AdaptiveManager | None) -> bool:
+    """Whether the prompts that wait do so for one more step.
+
+    Args:
+        scheduler: whose prompts they are.
+        manager: whose policy knows what a step takes and what prompts add; None where there is
+            none.
+    """
+    if manager is None:
+        return False
+    running, waiting = scheduler.get_request_counts()
+    ready = min(waiting, scheduler.max_num_running_reqs - running)
+    # vLLM would hold back the rest of a prompt that it reads in parts, too.
+    in_parts = (request.is_prefill_chunk for request in scheduler.running)
+    if ready <= 0 or running <= manager.bypass or any(in_parts):
+        return False
+    waits = manager.policy.let_wait(ready, scheduler.max_num_running_reqs)
+    if waits:
+        # vLLM reads prompts at once where the last pass that read some had no room for all. They
+        # wait here for a few steps at most. The pass that ends it sets the mark again.
+        scheduler.prefill_capacity_bound = False
+    return waits
