@@ -22,7 +22,7 @@ from tools.tables.fair import FAIR, fair, plot, summary
 from tools.tables.kernels import SHOWN_OF_DFLASH2, draft_step, kernels
 from tools.tables.policy import budget, mixed
 from tools.tables.sampling import draft_sampling, sampled_tau, sglang_sampling
-from tools.tables.serving import ALONE_AND_TWO, engine, serving
+from tools.tables.serving import ALONE_AND_TWO, engine, serving, startup
 from tools.tables.soak import soak
 from tools.tables.targets import refusals, targets
 from tools.tables.timelines import timelines
@@ -52,6 +52,14 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "sglang-long": lambda: serving("sglang-h200-qwen3-8b-long"),
         "sglang-prompts": lambda: timelines(FAIR["sglang"], "plugin"),
         "sglang-h200-timelines": lambda: timelines("sglang-h200-qwen3-8b-long", "plugin"),
+        "startup": lambda: startup(
+            {
+                "sglang-h200-qwen3-8b-3.45": "SGLang, Qwen3-8B's shape, nothing compiled yet",
+                "sglang-h200-qwen3-8b-no-drafter": "SGLang, Qwen3-8B's shape, later",
+                "sglang-h200-smollm2-default": "SGLang, SmolLM2",
+                "vllm-h200-qwen3-8b-default": "vLLM, Qwen3-8B's shape",
+            }
+        ),
         "acceptance": acceptance,
         "dflash2-greedy": dflash2_greedy,
         "greedy-texts": greedy_texts,

@@ -41,6 +41,21 @@ def serving(name: str, shown: tuple[str, ...] | None = None) -> str:
     return f"{table(header, rows)}\n\n{facts}{commands}"
 
 
+def startup(names: dict[str, str]) -> str:
+    """Seconds that engines took to start, by mode.
+
+    Args:
+        names: result files without ".json", and what was started there.
+    """
+    records = {what: load(name)["startup_seconds"] for name, what in names.items()}
+    modes = list(dict.fromkeys(mode for seconds in records.values() for mode in seconds))
+    rows = [
+        [what, *(f"{seconds[mode]:.0f}" if mode in seconds else "" for mode in modes)]
+        for what, seconds in records.items()
+    ]
+    return table(["seconds to start", *map(name_of, modes)], rows)
+
+
 def engine(name: str) -> str:
     record = load(name)
     rows = [
