@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from vllm import SamplingParams
 
 from dflash_plugin.adaptive import policy
-from dflash_plugin.adaptive.step_times import Lengths
+from dflash_plugin.adaptive.step_times import Lengths, Step
 from dflash_plugin.checkpoints.reference_drafts import ReferenceDrafts, answer, save_record
 from dflash_plugin.serving import adaptive_setup, draft_tokens
 from dflash_plugin.transformers import load_drafter
@@ -228,6 +229,39 @@ def test_shorter_blocks(pair, monkeypatch, tmp_path):
         assert on_worker(engine, block_rows) == 4
     assert [list(output.outputs[0].token_ids) for output in outputs] == of_target(target)
     assert 0 < summary["short_block_steps"] < sum(summary["steps"].values())
+
+
+def skew_clock(worker: Any) -> None:
+    """By the second rank's clock steps take what was profiled; by the first's, the host is slow."""
+    learned, policy.RUN = adaptive.latest().policy, 2
+    learned.times.prior = {
+        Step(size, *choice): 0.001 * (1 + choice.verify)
+        for size in range(1, 5)
+        for choice in learned.choices
+    }
+    if worker.rank == 1:
+        steps = itertools.count()
+        adaptive.time = SimpleNamespace(monotonic=lambda: 0.003 * next(steps))
+
+
+def test_ranks_whose_clocks_differ_verify_the_same(pair, monkeypatch):
+    target, directory, drafter = pair
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with running(
+        directory, drafter, speculative=ADAPTIVE, tensor_parallel_size=2, max_num_seqs=4
+    ) as engine:
+        engine.collective_rpc(skew_clock)
+        outputs = engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+            SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True),
+            use_tqdm=False,
+        )
+        first, second = engine.collective_rpc("dflash_adaptive")
+    assert [list(output.outputs[0].token_ids) for output in outputs] == of_target(target)
+    assert first["steps"] == second["steps"]
+    assert first["short_block_steps"] == second["short_block_steps"]
+    assert sum(steps > 0 for steps in first["steps"].values()) > 1
+    assert first["step_milliseconds"] != second["step_milliseconds"]
 
 
 def test_prompts_wait_for_others(pair, monkeypatch):

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.serving import ranks
 from dflash_plugin.serving.adaptive_setup import VerifyBudget
 from dflash_plugin.serving.drafter_spec import Options
-from dflash_plugin.sglang import adaptive, compat, ranks, verify_graphs
+from dflash_plugin.sglang import adaptive, compat, verify_graphs
 from dflash_plugin.sglang.adaptive import AdaptiveVerifier, build_verifier
 from dflash_plugin.sglang.block_attention import BlockAttention
 from dflash_plugin.sglang.draft_step import Step

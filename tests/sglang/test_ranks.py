@@ -16,9 +16,9 @@ from dflash_plugin.kernels.best_logits import best_logits_naive
 from dflash_plugin.serving.adaptive_setup import VerifyBudget
 from dflash_plugin.serving.draft_tokens import choice_of_ranks
 from dflash_plugin.serving.drafter_spec import Options
+from dflash_plugin.serving.ranks import agree_across_ranks, any_across_ranks
 from dflash_plugin.sglang import adaptive
 from dflash_plugin.sglang.adaptive import MIN_FREE, AdaptiveVerifier
-from dflash_plugin.sglang.ranks import agree_across_ranks, any_across_ranks
 
 RANKS, STEPS, BATCH, BLOCK = 2, 240, 3, 5
 HIDDEN, VOCABULARY = 16, 50

@@ -102,6 +102,10 @@ def test_it_is_on_where_the_back_end_takes_mixed_lengths(engine, monkeypatch):
             {"parallel_config": SimpleNamespace(tensor_parallel_size=2, data_parallel_size=1)},
             "2 ranks",
         ),
+        (
+            {"parallel_config": SimpleNamespace(tensor_parallel_size=1, data_parallel_size=2)},
+            "data parallelism",
+        ),
         ({"table": [(1, 8, 7)]}, "num_speculative_tokens_per_batch_size"),
         ({"is_hybrid": True}, "recurrent"),
         ({"use_mla": True}, "latent attention"),

@@ -28,6 +28,7 @@ from dflash_plugin.kernels.reference import sample
 from dflash_plugin.serving.draft_tokens import block_noise, select_drafts
 from dflash_plugin.serving.new_weights import route
 from dflash_plugin.serving.prometheus import WORKER_FACTS
+from dflash_plugin.serving.ranks import agree_across_ranks, any_across_ranks
 from dflash_plugin.serving.time_limit import time_limit
 from dflash_plugin.sglang import (
     block_attention,
@@ -61,7 +62,6 @@ from dflash_plugin.sglang.protocols import (
     SamplingInfoLike,
     ScheduleBatchLike,
 )
-from dflash_plugin.sglang.ranks import agree_across_ranks, any_across_ranks
 from dflash_plugin.sglang.seams.features import (
     ADAPTIVE,
     ADAPTIVE_GRAPHS,

@@ -22,6 +22,7 @@ from dflash_plugin.adaptive.acceptance_model import LEARNING
 from dflash_plugin.adaptive.step_cost import StepCost
 from dflash_plugin.serving.adaptive_setup import VerifyBudget, bypass_of, milliseconds
 from dflash_plugin.serving.drafter_spec import Options
+from dflash_plugin.serving.ranks import agree_across_ranks
 from dflash_plugin.vllm import adaptive_default, compat
 from dflash_plugin.vllm.options import drafter_spec
 from dflash_plugin.vllm.protocols import (
@@ -55,6 +56,8 @@ class AdaptiveManager:
         query_start_loc: int32 [R + 1], where the tokens of each request begin in the batch.
         max_logits: logits rows of a step, at most.
         admits_on_host: this vLLM version reads a fourth value from ``reallocate_drafts``.
+        agree: ``agree_across_ranks`` of the ranks. All of them prepare the same steps, and find the
+            same acceptance probabilities; only their clocks differ.
 
     Attributes:
         verify_len: rows of a request in the next step, on average; 1 verifies no draft.
@@ -75,6 +78,7 @@ class AdaptiveManager:
         query_start_loc: Tensor,
         max_logits: int,
         admits_on_host: bool,
+        agree: Callable[[int], int] | None = None,
     ) -> None:
         self.native, self.query_start_loc = native, query_start_loc
         self.max_logits, self.admits_on_host = max_logits, admits_on_host
@@ -82,9 +86,10 @@ class AdaptiveManager:
         self.device = torch.device(req_states.device)
         size = int(req_states.max_num_reqs)
         self.acceptance_probs = torch.zeros(size, self.drafts, device=self.device)
-        self.budget = VerifyBudget(options, self.drafts, size, self.device)
+        self.budget = VerifyBudget(options, self.drafts, size, self.device, agree=agree)
         self.policy, self.selection = self.budget.policy, self.budget.selection
-        self.policy.may_wait = True
+        # With several ranks the policy is not in the process that schedules.
+        self.policy.may_wait = agree is None
         self.block, self.short = self.policy.block, 0
         self.verify_len, self.draft_len = self.policy.verify_lens[-1], self.block
         self.bypass, self._bypasses = 0, False
@@ -171,6 +176,8 @@ class AdaptiveManager:
             most = min(max(verifying), self.max_logits)
             captured = [size for size in requests if size * block <= most]
             self.bypass = bypass_of({n: cost.verify_seconds(n * block) for n in captured})
+        if self.policy.agree is not None:
+            self.bypass = self.policy.agree(self.bypass)
         logger.info("verify passes of more than %d requests may be cut", self.bypass)
 
     # While serving.
@@ -425,11 +432,16 @@ def without_delta_rules(groups: Sequence[Sequence[Any]]) -> list[list[Any]]:
     ]
 
 
+def _across_ranks() -> Callable[[int], int] | None:
+    from vllm.distributed.parallel_state import get_tp_group
+
+    return agree_across_ranks(get_tp_group())
+
+
 def create_manager(native: Callable[..., Any]) -> Callable[..., Any]:
     """``maybe_create_adaptive_verification_manager`` that wraps what vLLM makes.
 
-    vLLM's own manager decides where the drafter is not the plugin's, and where several ranks would
-    have to agree.
+    vLLM's own manager decides where the drafter is not the plugin's, and with data parallelism.
     """
 
     @wraps(native)
@@ -463,12 +475,17 @@ def create_manager(native: Callable[..., Any]) -> Callable[..., Any]:
                 return None
             raise
         parallel = vllm_config.parallel_config
-        ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
-        if made is None or spec is None or ranks > 1 or num_bonus_tokens != 1:
+        copies = parallel.data_parallel_size
+        if made is None or spec is None or copies > 1 or num_bonus_tokens != 1:
             return made
-        admits_on_host = compat.current().admits_on_host
         _latest = AdaptiveManager(
-            made, spec.options, req_states, query_start_loc, max_total_logits, admits_on_host
+            made,
+            spec.options,
+            req_states,
+            query_start_loc,
+            max_total_logits,
+            compat.current().admits_on_host,
+            _across_ranks() if parallel.tensor_parallel_size > 1 else None,
         )
         return _latest
 

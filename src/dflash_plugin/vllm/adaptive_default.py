@@ -83,14 +83,15 @@ def reason_against(vllm_config: VllmConfig) -> str | None:
         vllm_config: settled, with adaptive verification on.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+    ranks, copies = parallel.tensor_parallel_size, parallel.data_parallel_size
     checks = (
         (
             not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs(),
             "it needs full CUDA graphs",
         ),
         (vllm_config.lora_config is not None, "vLLM does not run it with LoRA"),
-        (ranks > 1, f"vLLM's own policy decides with {ranks} ranks, which is unmeasured"),
+        (copies > 1, "vLLM's own policy decides with data parallelism, which is unmeasured"),
+        (ranks > 1, f"it is unmeasured with {ranks} ranks"),
         (
             vllm_config.speculative_config.num_speculative_tokens_per_batch_size is not None,
             "num_speculative_tokens_per_batch_size chooses the number of drafts",

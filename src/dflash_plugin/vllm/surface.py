@@ -19,6 +19,8 @@ from dflash_plugin.vllm import compat
 ARGUMENTS, SERVE, V1, V2 = "arguments", "serve", "v1 runner", "v2 runner"
 CPU, V1_ON_CPU = "cpu", "v1 runner on a cpu"
 ADAPTIVE, METRICS = "adaptive", "metrics"
+# Prompts that wait for others, in the process that schedules, which may be a worker's too.
+WAITING = "waiting prompts"
 CACHE_GROUPS = "cache groups"
 # Not checked at start: without it vLLM compares paths, and says so where they differ.
 NIXL = "transfer over nixl"
@@ -546,17 +548,26 @@ _ADAPTIVE = (
     ),
     *_seams(ESTIMATOR, ADAPTIVE, "call", "compiles its kernels at start",
             "OnlineAcceptanceEstimator.step(idx_mapping, num_sampled, num_rejected)"),
-    *_seams(ENGINE_CORE, ADAPTIVE, "patch", "prompts wait for others",
+    *_seams("vllm.distributed.parallel_state", ADAPTIVE, "call", "ranks agree on a length",
+            "get_tp_group()"),
+    *_seams(
+        "vllm.distributed.parallel_state", ADAPTIVE, "attribute", "ranks agree on a length",
+        "GroupCoordinator.world_size", "GroupCoordinator.ranks", "GroupCoordinator.cpu_group",
+    ),
+)  # fmt: skip
+
+_WAITING = (
+    *_seams(ENGINE_CORE, WAITING, "patch", "prompts wait for others",
             "EngineCore._should_throttle_prefills()"),
-    *_seams(ENGINE_CORE, ADAPTIVE, "attribute", "prompts wait for others",
+    *_seams(ENGINE_CORE, WAITING, "attribute", "prompts wait for others",
             "EngineCore.scheduler"),
-    *_seams(SCHEDULER, ADAPTIVE, "call", "prompts wait for others",
+    *_seams(SCHEDULER, WAITING, "call", "prompts wait for others",
             "Scheduler.get_request_counts()"),
     *_seams(
-        SCHEDULER, ADAPTIVE, "attribute", "prompts wait for others",
+        SCHEDULER, WAITING, "attribute", "prompts wait for others",
         "Scheduler.max_num_running_reqs", "Scheduler.prefill_capacity_bound",
     ),
-    *_seams("vllm.v1.request", ADAPTIVE, "attribute", "prompts wait for others",
+    *_seams("vllm.v1.request", WAITING, "attribute", "prompts wait for others",
             "Request.is_prefill_chunk"),
 )  # fmt: skip
 
@@ -633,7 +644,9 @@ _V1 = (
 ATTACHED, GROUPS = "dflash_counts", "dflash_groups"
 TOLD, UNSENT = "dflash_told", "dflash_unsent"
 
-SEAMS = (*_CONFIG, *_MODEL, *_GROUPS, *_WORKER, *_V2, *_ADAPTIVE, *_METRICS, *_V1)
+SEAMS = (
+    *_CONFIG, *_MODEL, *_GROUPS, *_WORKER, *_V2, *_ADAPTIVE, *_WAITING, *_METRICS, *_V1,
+)  # fmt: skip
 
 
 @cache
@@ -643,12 +656,12 @@ def surface() -> Surface:
 
 
 def verify_frontend() -> None:
-    """Check what the process that reads the flags and exports metrics needs.
+    """Check what the processes need that read the flags, schedule and export metrics.
 
     Raises:
         DFlashError: vLLM lacks a symbol, or has another signature.
     """
-    surface().verify({ARGUMENTS, METRICS, CACHE_GROUPS}, load=True)
+    surface().verify({ARGUMENTS, METRICS, WAITING, CACHE_GROUPS}, load=True)
 
 
 def verify_worker(vllm_config: Any) -> None:

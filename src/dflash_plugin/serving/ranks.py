@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import distributed as dist
 
 
-def agree_across_ranks(group: Any) -> Callable[[int], int] | None:
+class RankGroup(Protocol):
+    """The engines' ``GroupCoordinator`` of the ranks."""
+
+    world_size: int
+    ranks: Sequence[int]
+    cpu_group: dist.ProcessGroup
+
+
+def agree_across_ranks(group: RankGroup) -> Callable[[int], int] | None:
     """``VerifyLenPolicy``'s ``agree`` for tensor-parallel ranks: the first rank's choice counts.
 
     Args:
-        group: SGLang's ``GroupCoordinator`` of the ranks.
+        group: of the ranks.
     """
     if group.world_size == 1:
         return None
@@ -27,11 +35,11 @@ def agree_across_ranks(group: Any) -> Callable[[int], int] | None:
     return agree
 
 
-def any_across_ranks(group: Any) -> Callable[[bool], bool]:
+def any_across_ranks(group: RankGroup) -> Callable[[bool], bool]:
     """Whether something holds on one of the tensor-parallel ranks at least.
 
     Args:
-        group: SGLang's ``GroupCoordinator`` of the ranks.
+        group: of the ranks.
     """
     if group.world_size == 1:
         return bool
