@@ -34,7 +34,7 @@ import transformers
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "targets.json"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from tests.helpers.families import FAMILIES, outcome  # noqa: E402
 from tests.helpers.gpu_families import SHOWN  # noqa: E402
@@ -128,7 +128,7 @@ def main() -> None:
     device.add_argument("--output", type=Path, help="the file; what it holds already stays")
     device.add_argument("--family", action="append", help="instead of all; may be repeated")
     device.add_argument("--jobs", type=int, default=6, help="families at the same time (6)")
-    device.add_argument("--time-limit", type=float, default=150, help="seconds of a family (150)")
+    device.add_argument("--time-limit", type=float, default=200, help="seconds of a family (200)")
     device.add_argument(
         "--where",
         action="append",

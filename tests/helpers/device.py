@@ -13,7 +13,4 @@ NOT_HERE = "not on the GPU" if ON_GPU else "not on a CPU"
 def require_plugin(group: str) -> None:
     """End the process if an engine would not find this project among its plugins of ``group``."""
     if not list(entry_points(group=group, name="dflash_plugin")):
-        raise SystemExit(
-            "dflash-plugin is not installed beside the engine: "
-            "pip install --no-deps --no-build-isolation -e ."
-        )
+        raise SystemExit(f"no plugin dflash_plugin in {group}: pip install -e .")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from tools.family_runs import Runs
+from tools.family_runs import Runs, write_metadata
 
 # The engine of these tests does what a family's name says.
 PROGRAM = """
@@ -68,3 +69,15 @@ def test_an_engine_that_is_not_there_fails_with_its_error():
     found = Runs("cpu", program="no_such_engine_{}".format).one("vllm", "Llama")
     assert found["text"] == "fails"
     assert "No module named no_such_engine_vllm" in found["message"]
+
+
+def test_engines_find_the_plugin_without_an_installation(tmp_path):
+    found = {
+        (point.group, point.value)
+        for distribution in metadata.distributions(path=[str(write_metadata(tmp_path / "there"))])
+        for point in distribution.entry_points
+    }
+    assert found == {
+        ("vllm.general_plugins", "dflash_plugin.vllm:register"),
+        ("sglang.srt.plugins", "dflash_plugin.sglang:register"),
+    }
