@@ -39,6 +39,7 @@ GPU_SETTINGS = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
+    "skip_tokenizer_init": True,
     "disable_cuda_graph": False,
     "disable_prefill_cuda_graph": True,
     "cuda_graph_bs_decode": [1, 2, 4],
