@@ -32,12 +32,15 @@ def core_proposals(
     drafter, target = reference["drafter"], reference["target"]
     ids = torch.tensor([text])
     out = target(input_ids=ids, use_cache=False, output_hidden_states=True)
-    layers = drafter.config.target_layer_ids
+    layers, length = (
+        drafter.config.target_layer_ids,
+        max(512, len(text) + drafter.config.block_size),
+    )
     features = torch.cat([out.hidden_states[layer + 1] for layer in layers], dim=-1)
     kept, found = drafter.store, []
     try:
         for anchor in anchors:
-            drafter.store = StaticStore(drafter, 1, 512, torch.float32, torch.device("cpu"))
+            drafter.store = StaticStore(drafter, 1, length, torch.float32, torch.device("cpu"))
             drafter.inject(features[:, :anchor], torch.arange(anchor)[None])
             place = ids[0, anchor : anchor + 1], torch.tensor([anchor])
             found.append(drafter.propose(drafter.draft(*place), *place))

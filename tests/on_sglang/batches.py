@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,18 +70,43 @@ def read_drafts(worker: Any, known: list[list[int]]) -> None:
     """Let a worker's drafts be what whole texts say, and wrong at each fifth position."""
     import torch
 
-    native = worker.choose_drafts
-
-    def choose(drafting: Any) -> Any:
-        drafts = native(drafting).view(len(drafting.anchors), -1)
-        vocabulary = worker.vocab_size
-        places = zip(drafting.anchors.tolist(), worker.step.anchors.tolist(), strict=False)
+    def corrected(drafts: Any, anchors: list[int]) -> Any:
+        """Drafts [B, K] of blocks behind these anchor tokens."""
+        places = zip(anchors, worker.step.anchors.tolist(), strict=False)
         for row, (anchor, position) in enumerate(places):
             texts = [t for t in known if len(t) > position and t[position] == anchor]
             following = texts[0][position + 1 : position + 1 + drafts.shape[1]] if texts else []
             for offset, token in enumerate(following):
                 is_wrong = (position + 1 + offset) % 5 == 0
-                drafts[row, offset] = (token + is_wrong) % vocabulary
+                drafts[row, offset] = (token + is_wrong) % worker.vocab_size
         return drafts.flatten().to(torch.int64)
 
+    native = worker.choose_drafts
+
+    def choose(drafting: Any) -> Any:
+        anchors = drafting.anchors.tolist()
+        return corrected(native(drafting).view(len(anchors), -1), anchors)
+
     worker.choose_drafts = choose
+    if worker._draft_sampler is not None:
+        worker._draft_sampler = Replayed(worker, worker._draft_sampler, corrected)
+
+
+class Replayed:
+    """What SGLang reads the drafts of a captured pass from.
+
+    Args:
+        worker: the plugin's.
+        native: the head that was captured.
+        corrected: what to put in the place of drafts [B, K] behind anchor tokens.
+    """
+
+    def __init__(self, worker: Any, native: Any, corrected: Callable[..., Any]) -> None:
+        self.worker, self.native, self.corrected = worker, native, corrected
+
+    @property
+    def out(self) -> Any:
+        worker = self.worker
+        size, drafts = len(worker.step.batch.reqs), worker.block_size - 1
+        made = self.native.out[: size * drafts].clone().view(size, drafts)
+        return self.corrected(made, worker._draft_block_ids_buf[:size, 0].tolist())

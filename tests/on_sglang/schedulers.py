@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from tests.helpers.device import ON_GPU
 from tests.on_sglang.sglang_server import ENVIRONMENT
 
 SETTINGS = {
@@ -30,6 +31,22 @@ SETTINGS = {
     # The same draws in every run.
     "random_seed": 1,
     "speculative_algorithm": "DFLASH",
+}
+# On a GPU that engines share: no more memory than the tokens need, and few captured passes.
+GPU_SETTINGS = {
+    **SETTINGS,
+    "device": "cuda",
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "skip_tokenizer_init": True,
+    "disable_cuda_graph": False,
+    "disable_prefill_cuda_graph": True,
+    "cuda_graph_bs_decode": [1, 2, 4],
+    # Of what is free when the engine starts, which the number of tokens limits.
+    "mem_fraction_static": 0.9,
+    "max_total_tokens": 16384,
+    "max_running_requests": 4,
 }
 
 
@@ -50,7 +67,8 @@ def settings_of(
     target: Path, drafter: Path | None, changes: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Arguments of ``ServerArgs`` for directories of a target and a drafter, or for none."""
-    settings = {**SETTINGS, "model_path": str(target), **(changes or {})}
+    settings = {**(GPU_SETTINGS if ON_GPU else SETTINGS), "model_path": str(target)}
+    settings |= changes or {}
     if drafter is None:
         settings.pop("speculative_algorithm")
         return settings
@@ -68,17 +86,16 @@ class Schedulers:
     def __init__(self, log: Path, *, interpreted: bool = False) -> None:
         self.log = log
         environment = {"TRITON_INTERPRET": "1"} if interpreted else {}
-        self.process = subprocess.Popen(
+        self.process = self.begin({**ENVIRONMENT, **environment})
+
+    def begin(self, environment: dict[str, str]) -> subprocess.Popen[str]:
+        """Start the process with more of an environment."""
+        return subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            env={
-                **os.environ,
-                **ENVIRONMENT,
-                **environment,
-                "PYTHONPATH": os.pathsep.join(sys.path),
-            },
+            stderr=self.log.open("a"),
+            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)},
             text=True,
         )
 
@@ -161,6 +178,34 @@ class Schedulers:
         self.process.wait(30)
 
 
+class FreshSchedulers(Schedulers):
+    """A process for each job: CUDA, which SGLang touches when it is imported, survives no fork.
+
+    Args:
+        log: takes what they print.
+        environment: of them all, over this process's.
+    """
+
+    def __init__(self, log: Path, environment: dict[str, str]) -> None:
+        self.log, self.environment = log, environment
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        self.process = self.begin(
+            {**self.environment, **job.get("environment", {}), "RUN_ONE_JOB": "1"}
+        )
+        answer = super().ask(job)
+        self.close()
+        return answer
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
 def serve(job: dict[str, Any]) -> dict[str, Any]:
     """In the fork: what a job asks for."""
     os.environ.update(job["environment"])
@@ -176,7 +221,8 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
             "torch_native", lambda *_: latent.AttnForwardMethod.MLA
         )
     args = ServerArgs(**job["settings"])
-    args.resolve_once()
+    if hasattr(args, "resolve_once"):  # SGLang before 0.5.19 has resolved them by now.
+        args.resolve_once()
     stand_in(args)
     ports = PortArgs.init_new(args)
     publish(args, role="scheduler")
@@ -190,6 +236,8 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
 
 def stand_in(args: Any) -> None:
     """Put torch in the place of what SGLang has for GPUs alone, where the settings need it."""
+    if ON_GPU:
+        return
     if args.lora_paths:
         import unpinned
 
@@ -235,6 +283,9 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
         import batches
 
         batches.record_drafts(Path(job["drafts_file"]))
+    if job["widths"]:
+        # On a GPU, passes of a tiny model gain nothing from fewer rows, and would not be captured.
+        adaptive.bypass_of = lambda _: 0
     scheduler = Scheduler(args, ports, rank, rank, 0, 0, 0, 0, None)
     verifier, cut = getattr(scheduler.draft_worker, "verifier", None), []
     running: list[Any] = []
@@ -273,7 +324,7 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
             return rows
 
         verifier.policy.choose = choose
-        compact, generator = verifier.compact, torch.Generator().manual_seed(0)
+        compact, generator = verifier.compact, torch.Generator(verifier.device).manual_seed(0)
 
         def unlike(*arguments: Any) -> Any:
             # Copies of a prompt would have as many rows each.
@@ -286,8 +337,9 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
     if job["batches"] is not None:
         import batches
 
-        made = batches.run(scheduler, **job["batches"])
-        return {"batches": made, "cut": cut, "adapts": verifier is not None}
+        made = where_it_serves(scheduler, lambda: batches.run(scheduler, **job["batches"]))
+        backend = back_end(scheduler.tp_worker.model_runner.attn_backend)
+        return {"batches": made, "cut": cut, "adapts": verifier is not None, "attention": backend}
 
     def answers() -> dict[str, Any]:
         texts, blocks = [], []
@@ -323,6 +375,29 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
     }  # fmt: skip
 
 
+def back_end(attention: Any) -> str:
+    """The class of a target's attention back end; beside recurrent layers, of both parts."""
+    parts = [
+        getattr(attention, name, None) for name in ("linear_attn_backend", "full_attn_backend")
+    ]
+    return ", ".join(type(part).__name__ for part in parts if part is not None) or (
+        type(attention).__name__
+    )
+
+
+def where_it_serves(scheduler: Any, work: Callable[[], Any]) -> Any:
+    """Run work in the place of a scheduler's event loop, on the streams on which it serves."""
+    from sglang.srt.managers import scheduler as module
+
+    found = []
+    native, module.dispatch_event_loop = module.dispatch_event_loop, lambda _: found.append(work())
+    try:
+        scheduler.run_event_loop()
+    finally:
+        module.dispatch_event_loop = native
+    return found[0]
+
+
 def adapt(request: Any, path: str | None) -> None:
     """Let a request use the adapter at ``path``, as a client's ``lora_path`` does."""
     from sglang.srt.lora.lora_registry import LoRARef
@@ -332,21 +407,25 @@ def adapt(request: Any, path: str | None) -> None:
         request.extra_key = request.lora_id
 
 
+def answered(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What work answers, or the error that ended it."""
+    try:
+        return work()
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
 def forked(work: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
     """Begin work in a fork; what is returned waits for its answer."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
-        try:
-            answer = work()
-        except BaseException as error:
-            import traceback
-
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
         with os.fdopen(write, "w") as pipe:
-            json.dump(answer, pipe)
+            json.dump(answered(work), pipe)
         os._exit(0)
     os.close(write)
 
@@ -370,6 +449,11 @@ def main() -> None:
     import sglang.srt.managers.scheduler
     import sglang.srt.models.registry  # noqa: F401
 
+    if os.environ.get("RUN_ONE_JOB"):
+        print(json.dumps(answered(lambda: serve(json.loads(sys.stdin.readline())))), file=pipe)
+        pipe.flush()
+        # Without waiting for what the scheduler started.
+        os._exit(0)
     # A fork need not look through what is here already each time that SGLang collects garbage.
     gc.freeze()
     for line in sys.stdin:

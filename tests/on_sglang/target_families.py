@@ -1,4 +1,4 @@
-"""What SGLang on a CPU does with each family of targets, for ``tools/targets.py`` and a test."""
+"""What SGLang does with each family of targets, for ``tools/targets.py`` and a test."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections import defaultdict
 from contextlib import closing
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 from dflash_plugin.transformers.loading import load_drafter
+from tests.helpers import families, gpu_families
 from tests.helpers.core_drafts import core_drafts
-from tests.helpers.families import FAMILIES, NEW_TOKENS, Family, own_texts, prompts
+from tests.helpers.device import NOT_HERE, ON_GPU
+from tests.helpers.families import FAMILIES, NEW_TOKENS, Family, own_texts
+from tests.helpers.http_server import free_port
 from tests.helpers.tiny import tiny_target, write_target, write_tiny
 from tests.on_sglang.schedulers import Schedulers, settings_of
 
@@ -68,9 +72,39 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 LACKS = ("has no SGlang implementation",)
 # Of a best logit to the next, below which two ways to compute it may choose differently.
-NEAR_TIE = 1e-3
+NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5}
 # Rows of a request, on average, that the passes verify in turns.
 WIDTHS = [4, 3, 1, 2]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How a family is tried.
+
+    Attributes:
+        dtype: of target and drafter.
+        attention: SGLang's back end, or None for that of ``schedulers.SETTINGS``.
+    """
+
+    dtype: str = "float32"
+    attention: str | None = None
+
+
+def gpu_attempts(family: Family) -> list[Attempt]:
+    """How to try a family on a GPU, one way after the other.
+
+    SGLang's choice on an H100 or H200 is fa3, which takes no float32.
+    """
+    backends = {"float32": "triton", "bfloat16": "fa3"}
+    attempts = [Attempt(dtype, backends[dtype]) for dtype in gpu_families.dtypes(family)]
+    return [*attempts, Attempt("bfloat16", "triton")]
+
+
+def prompts() -> list[list[int]]:
+    """Four prompts of different lengths, the second and the last the longest."""
+    if ON_GPU:
+        return gpu_families.random_prompts((1, gpu_families.LONG, 9, gpu_families.LONG - 64))
+    return families.prompts()
 
 
 def batches() -> list[list[list[int]]]:
@@ -81,14 +115,50 @@ def batches() -> list[list[list[int]]]:
 
 def write_family(family: Family, directory: Path) -> PreTrainedModel:
     """A tiny random target of a family, on disk too."""
+    changes = CHANGES.get(family.name, {})
+    if ON_GPU:
+        if family.name == "Gemma 4":
+            # SGLang reads one head dimension of all layers, which newer Transformers refuse.
+            changes = {**changes, "allow_global_per_layer_attribute_access": True}
+        changes = {**changes, **gpu_families.CHANGES.get(family.name, {})}
+        return gpu_families.write_sized(family, directory, gpu_families.SIZES, changes)
     write_target(directory)
-    target = tiny_target(family.kind, **{**family.changes, **CHANGES.get(family.name, {})})
+    target = tiny_target(family.kind, **{**family.changes, **changes})
     target.save_pretrained(directory)
     return target
 
 
-def outcome(schedulers: Schedulers, family: Family, directory: Path) -> dict[str, str]:
+def engine_settings(family: Family, attempt: Attempt) -> dict[str, Any]:
+    """Settings beside those that all engines have."""
+    found = {"dtype": attempt.dtype, **SETTINGS.get(family.name, {})}
+    if attempt.attention is not None:
+        found["attention_backend"] = attempt.attention
+    if ON_GPU:
+        # What a CPU's engine cannot do.
+        found.pop("disable_radix_cache", None)
+        found.pop("disable_hybrid_swa_memory", None)
+        found["nccl_port"] = free_port()
+        if gpu_families.is_recurrent(family):
+            # States of requests and of the prefix cache; they would take most of the GPU.
+            found["max_mamba_cache_size"] = 64
+    return found
+
+
+def outcome(
+    schedulers: Schedulers,
+    family: Family,
+    directory: Path,
+    attempt: Attempt = Attempt(),
+    attention: list[str] | None = None,
+) -> dict[str, str]:
     """What SGLang does with a family, and why where it is not "equal".
+
+    Args:
+        schedulers: run the engines.
+        family: of the target.
+        directory: where target and drafter go.
+        attempt: how to try it.
+        attention: takes the back end of the target's attention.
 
     Returns:
         ``text``: "equal" where the text is SGLang's own without a drafter, alone, beside others
@@ -99,20 +169,29 @@ def outcome(schedulers: Schedulers, family: Family, directory: Path) -> dict[str
     """
     try:
         target = write_family(family, directory / "target")
+    except gpu_families.NoTinyModelError as error:
+        return {"text": "not run", "message": str(error)}
     except (ValueError, AttributeError) as error:
         if "Unrecognized model" not in str(error):
             raise
         message = f"no tiny model: transformers {version('transformers')} has no {family.kind}"
         return {"text": "not run", "message": message}
-    checkpoint = write_tiny(directory / "drafter")
+    sizes = gpu_families.DRAFTER if ON_GPU else {}
+    width = target.config.get_text_config().hidden_size
+    checkpoint = write_tiny(
+        directory / "drafter",
+        **{**sizes, "target_hidden_size": width, "dtype": attempt.dtype},
+    )
+    if attempt.dtype == "bfloat16":
+        target = target.bfloat16().float()
     job = {
-        "any_back_end": family.name in ON_ANY_BACK_END,
+        "any_back_end": family.name in ON_ANY_BACK_END and not ON_GPU,
         "batches": {"batches": batches(), "length": NEW_TOKENS, "known": None},
         "drafts_file": str(directory / "drafts"),
     }
 
     def settings(drafter: Path | None) -> dict[str, Any]:
-        return settings_of(directory / "target", drafter, SETTINGS.get(family.name))
+        return settings_of(directory / "target", drafter, engine_settings(family, attempt))
 
     if job["any_back_end"]:
         own = own_texts(target)
@@ -122,6 +201,8 @@ def outcome(schedulers: Schedulers, family: Family, directory: Path) -> dict[str
         if "error" in alone:
             return alone_failed(alone["error"])
         in_batches = [batch["texts"] for batch in alone["batches"]]
+        if attention is not None:
+            attention.append(alone["attention"])
     drafted = schedulers.ask({**job, "settings": settings(checkpoint)})
     if "error" in drafted:
         kind, _, message = drafted["error"].partition(": ")
@@ -136,26 +217,71 @@ def outcome(schedulers: Schedulers, family: Family, directory: Path) -> dict[str
             "batches": {**job["batches"], "known": right},
         }
     )
+    made_with = {"its drafts": drafted, "right drafts": cut}
+    parts, message = ["equal" if attempt.dtype == "float32" else f"equal in {attempt.dtype}"], {}
     if "error" in cut:
-        return {"text": "fails", "message": cut["error"]}
+        kind, _, refused = cut["error"].partition(": ")
+        if kind != "DFlashError":
+            return {"text": "fails", "message": f"adaptive: {cut['error']}"}
+        del made_with["right drafts"]
+        parts.append("not adaptive")
+        message = {"message": refused}
     differs = [
         name
-        for name, made in (("its drafts", drafted), ("right drafts", cut))
-        if [batch["texts"] for batch in made["batches"]] != in_batches
+        for name, made in made_with.items()
+        if not is_same(made["batches"], in_batches, target, attempt.dtype)
     ]
     if differs:
         return {"text": "differs", "message": f"text with {' and '.join(differs)}"}
-    wrong = wrong_draft(drafted, Path(job["drafts_file"]), target, checkpoint)
+    near_tie = NEAR_TIE[attempt.dtype]
+    wrong = wrong_draft(drafted, Path(job["drafts_file"]), target, checkpoint, near_tie)
     if wrong is not None:
         return {"text": "differs", "message": wrong}
     hits = [batch["cached"] for batch in drafted["batches"]]
-    widths = {width for width, _, _ in cut["cut"]}
-    parts = ["equal"]
     if not (hits[1][1] and hits[2][0]):
-        parts.append("no prefix hits")
-    if widths != set(WIDTHS):
+        parts.insert(1, "no prefix hits")
+    if "error" not in cut and {width for width, _, _ in cut["cut"]} != set(WIDTHS):
         parts.append("whole blocks")
-    return {"text": ", ".join(parts)}
+    return {"text": ", ".join(parts), **message}
+
+
+def is_same(
+    made: list[dict[str, Any]],
+    expected: list[list[list[int]]],
+    target: PreTrainedModel,
+    dtype: str,
+) -> bool:
+    """Whether batches have the expected texts; in half precision, up to a near tie of the target.
+
+    Args:
+        made: batches of requests.
+        expected: texts by batch.
+        target: in float32, with the weights of the engine's.
+        dtype: of the engine.
+    """
+    found = [batch["texts"] for batch in made]
+    if found == expected or dtype == "float32":
+        return found == expected
+    triples = [
+        triple
+        for texts, wanted, asked in zip(found, expected, batches(), strict=True)
+        for triple in zip(texts, wanted, asked, strict=True)
+    ]
+    return all(distance(target, *triple) < NEAR_TIE[dtype] for triple in triples)
+
+
+@torch.inference_mode()
+def distance(
+    target: PreTrainedModel, text: list[int], expected: list[int], prompt: list[int]
+) -> float:
+    """How far apart, at most, the target's logits are where a text leaves the expected one."""
+    pairs = enumerate(zip(text, expected, strict=True))
+    place = next((at for at, (got, wanted) in pairs if got != wanted), None)
+    if place is None:
+        return 0.0
+    ids = torch.tensor([prompt + text[:place]])
+    logits = target(input_ids=ids, use_cache=False).logits[0, -1].float()
+    return float((logits[expected[place]] - logits[text[place]]).abs())
 
 
 def alone_failed(error: str) -> dict[str, str]:
@@ -164,14 +290,18 @@ def alone_failed(error: str) -> dict[str, str]:
     message = " ".join(message.split()) or kind
     if any(word in message for word in LACKS):
         return {"text": "SGLang does not have it", "message": message}
-    return {"text": "not on a CPU", "message": f"{kind}: {message}"}
+    return {"text": NOT_HERE, "message": f"{kind}: {message}"}
 
 
 @torch.inference_mode()
 def wrong_draft(
-    made: dict[str, Any], file: Path, target: PreTrainedModel, checkpoint: Path
+    made: dict[str, Any],
+    file: Path,
+    target: PreTrainedModel,
+    checkpoint: Path,
+    near_tie: float,
 ) -> str | None:
-    """The first draft that is not the core's, or None."""
+    """The first draft that is not the core's, or None; below ``near_tie`` it may be another."""
     blocks: dict[str, dict[int, list[int]]] = defaultdict(dict)
     for line in file.read_text().splitlines():
         request, anchor, block = json.loads(line)
@@ -185,7 +315,7 @@ def wrong_draft(
             drafts = core_drafts(reference, whole, list(found))
             for (at, block), (core, margins) in zip(found.items(), drafts, strict=True):
                 for got, wanted, margin in zip(block[1:], core, margins, strict=True):
-                    if got != wanted and margin >= NEAR_TIE:
+                    if got != wanted and margin >= near_tie:
                         return f"drafts {block[1:]} at {at} instead of {core}, margins {margins}"
                     compared += 1
     return None if compared > NEW_TOKENS else f"only {compared} drafts were compared"

@@ -1,6 +1,7 @@
 """A few families of targets on SGLang: what the table of targets says of them holds.
 
-``tools/targets.py --engine sglang`` runs all.
+``tools/targets.py --engine sglang`` runs all. And the command that runs families on a GPU runs one
+here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.families import FAMILIES
+from tests.helpers.family_command import run_one
 from tests.on_sglang.target_families import COLUMN, outcome
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "targets.json"
@@ -46,3 +48,8 @@ def test_a_family_is_as_the_table_says(schedulers, recorded, tmp_path, name):
 def test_the_record_has_every_family_and_no_other(recorded):
     assert list(recorded) == list(BY_NAME)
     assert all(row[COLUMN]["text"] for row in recorded.values())
+
+
+def test_the_command_for_a_gpu_runs_a_family_here(tmp_path):
+    found = run_one("sglang", "Llama", tmp_path)
+    assert found == {"text": "equal", "attention": "TorchNativeAttnBackend"}

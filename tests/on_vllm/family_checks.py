@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from dflash_plugin.transformers.loading import load_drafter
+from tests.helpers import gpu_families
 from tests.helpers.core_drafts import core_drafts
+from tests.helpers.device import ON_GPU
 from tests.helpers.families import Family
 from tests.helpers.tiny import ENGINE_SIZES, VOCABULARY, write_tiny
 from tests.on_vllm import rows_on_cpu
@@ -22,7 +24,7 @@ from tests.on_vllm.vllm_helpers import ON_V2, counter, on_worker, running
 BLOCK_SIZE = 4
 DRAFTS = BLOCK_SIZE - 1
 # The V2 runner's kernels are interpreted on a CPU.
-NEW_TOKENS = 8 if ON_V2 else 16
+NEW_TOKENS = 8 if ON_V2 and not ON_GPU else 16
 # As many prompts run one by one too, after all of them side by side.
 ALONE = 2
 # Of a best logit to the next, below which a pass of another shape may choose the other token.
@@ -31,11 +33,7 @@ NEAR_TIE = {"float32": 1e-3, "bfloat16": 0.5}
 
 def prompts() -> list[list[int]]:
     """Prompts of different lengths; the second is longer than a chunk and two cache blocks."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randint(4, VOCABULARY, (count,), generator=generator).tolist()
-        for count in (3, 75, 21, 40)
-    ]
+    return gpu_families.random_prompts((3, gpu_families.LONG if ON_GPU else 75, 21, 40))
 
 
 def known_drafts(texts: Sequence[Sequence[int]], position: int, anchor: int) -> list[int]:
@@ -199,20 +197,22 @@ def drafted(
     checkpoint = place / "drafter"
     width = target.config.get_text_config().hidden_size
     if not checkpoint.exists():
-        write_tiny(checkpoint, **{**ENGINE_SIZES, "target_hidden_size": width, "dtype": dtype})
+        sizes = gpu_families.DRAFTER if ON_GPU else ENGINE_SIZES
+        write_tiny(checkpoint, **{**sizes, "target_hidden_size": width, "dtype": dtype})
     drafter = load_drafter(checkpoint, target)
     texts = [prompt + text for prompt, text in zip(prompts(), own.batched, strict=True)]
     speculative = {"enable_adaptive_verification": True} if adapts else {}
     faults = []
-    if adapts and "delta" in family.trait:
+    if adapts and "delta" in family.trait and not ON_GPU:
         rows_on_cpu.turn_on()
     with served(family, place / "target", dtype, checkpoint, speculative=speculative) as engine:
-        if adapts:
-            turn_by_turn()
+        manager = turn_by_turn() if adapts else None
         on_worker(engine, knowing, texts)
         with_drafts = write(engine)
         made = on_worker(engine, proposals)
         count = counter(engine, "vllm:spec_decode_num_accepted_tokens")
+    if manager is not None and not manager.steps:
+        faults.append("every step verified whole blocks")
     cut = [text[:NEW_TOKENS] for text in own.texts]
     far = max(map(distance, with_drafts.texts, cut, own.logprobs))
     if far >= near_tie:
@@ -236,11 +236,14 @@ def drafted(
     return faults
 
 
-def turn_by_turn() -> None:
-    """Let adaptive verification choose 3, 0, 2 and 1 drafts by turns."""
+def turn_by_turn() -> Any:
+    """Let adaptive verification choose 3, 0, 2 and 1 drafts by turns; returns its manager."""
     from dflash_plugin.vllm import adaptive
 
-    budget = adaptive.latest()
-    assert budget is not None
-    rows, choose = itertools.cycle((4, 1, 3, 2)), budget.policy.choose
-    budget.policy.choose = lambda *args: choose(*args) and next(rows)
+    manager = adaptive.latest()
+    assert manager is not None
+    # On a GPU small batches would verify whole blocks without a choice.
+    manager.bypass = 0
+    rows, choose = itertools.cycle((4, 1, 3, 2)), manager.policy.choose
+    manager.policy.choose = lambda *args: choose(*args) and next(rows)
+    return manager

@@ -1,15 +1,17 @@
-"""The families of docs/targets.md as tiny targets of sizes that vLLM runs on a CPU."""
+"""The families of docs/targets.md as tiny targets of sizes that vLLM runs, on a CPU or a GPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
+from tests.helpers import gpu_families
+from tests.helpers.device import ON_GPU
 from tests.helpers.families import AXES, YARN_WITH_QUERY_SCALE, Family
-from tests.helpers.tiny import ENGINE_SIZES, random_weights, tiny_target, write_target
+from tests.helpers.gpu_families import is_recurrent, write_sized
+from tests.helpers.tiny import ENGINE_SIZES
 from tests.on_vllm.vllm_helpers import ON_V2
 
 # Of as many tokens as a block of the cache may hold beside a recurrent state.
@@ -61,46 +63,32 @@ CHANGES: dict[str, dict[str, Any]] = {
     "Qwen3.5-MoE": {**DELTA_RULE, **ALL_EXPERTS},
 }
 TARGETS_WITH_IMAGES = ("qwen3_5", "qwen3_5_moe", "qwen3_vl")
+# Captured passes of up to eight requests, whole blocks among them.
+GRAPHS = {
+    "mode": 0,
+    "cudagraph_mode": "FULL_DECODE_ONLY",
+    "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32],
+}
 
 
 def dtypes(family: Family) -> list[str]:
     """In which to try it, one after the other."""
+    if ON_GPU:
+        return gpu_families.dtypes(family)
     if "latent" in family.trait:
         # What a drafter's layers can have a cache beside.
         return ["bfloat16"]
     return ["float32", "bfloat16"] if is_recurrent(family) else ["float32"]
 
 
-def is_recurrent(family: Family) -> bool:
-    """Whether layers keep a state."""
-    words = ("delta", "Mamba", "convolution", "no attention")
-    return any(word in family.trait for word in words)
-
-
 def write_family(family: Family, directory: Path) -> PreTrainedModel:
-    """A tiny random target of the family, on disk too, of sizes that vLLM runs on a CPU."""
-    write_target(directory)
-    changes = {**ENGINE_SIZES, **family.changes, **CHANGES.get(family.name, {})}
-    changes["max_position_embeddings"] = LENGTH
-    if family.kind in TARGETS_WITH_IMAGES:
-        text = {**family.changes["text_config"], **ENGINE_SIZES, **CHANGES[family.name]}
-        text["max_position_embeddings"] = LENGTH
-        vision = {**family.changes["vision_config"], "out_hidden_size": text["hidden_size"]}
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(
-            family.kind, **{**family.changes, "text_config": text, "vision_config": vision}
-        )
-        target = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-        target = random_weights(target)
-    else:
-        target = tiny_target(family.kind, **changes)
-    with torch.no_grad():
-        for name, parameter in target.named_parameters():
-            if "kv_b_proj" in name:
-                # Its sums are of 512 numbers: as it is, each query would see one key alone.
-                parameter.mul_(0.1)
-    target.save_pretrained(directory)
-    return target
+    """A tiny random target of the family, on disk too, of sizes that vLLM runs here."""
+    changes = CHANGES.get(family.name, {})
+    if ON_GPU:
+        changes = {**changes, **gpu_families.CHANGES.get(family.name, {})}
+        return write_sized(family, directory, gpu_families.SIZES, changes)
+    changes = {**changes, "max_position_embeddings": LENGTH}
+    return write_sized(family, directory, ENGINE_SIZES, changes)
 
 
 def settings(family: Family, dtype: str) -> dict[str, Any]:
@@ -110,6 +98,26 @@ def settings(family: Family, dtype: str) -> dict[str, Any]:
         # Blocks of the cache are longer, and the V1 runner's cached states want Triton.
         found |= {"max_num_batched_tokens": LENGTH, "max_model_len": LENGTH}
         found |= {} if ON_V2 else {"enable_prefix_caching": False}
+    if ON_GPU:
+        found |= on_gpu(family)
     if family.kind in TARGETS_WITH_IMAGES:
         found |= {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+    return found
+
+
+def on_gpu(family: Family) -> dict[str, Any]:
+    """Settings of an engine that shares a GPU with others and starts soon."""
+    found: dict[str, Any] = {
+        "max_model_len": gpu_families.POSITIONS,
+        "enforce_eager": False,
+        "compilation_config": GRAPHS,
+        # Of the GPU, which must be free when the engine starts; the cache has its own limit.
+        "gpu_memory_utilization": 0.04,
+        "kv_cache_memory_bytes": 1 << 30,
+        # The long prompt is read in chunks.
+        "max_num_batched_tokens": LENGTH if is_recurrent(family) else 256,
+    }
+    if "delta" in family.trait:
+        # vLLM's choice on this GPU is FlashInfer's, which compiles for minutes.
+        found["additional_config"] = {"gdn_prefill_backend": "triton"}
     return found

@@ -1,4 +1,7 @@
-"""Some of the families of docs/targets.md, which has them all: what is recorded still holds."""
+"""Some of the families of docs/targets.md, which has them all: what is recorded still holds.
+
+And the command that runs families on a GPU runs one here.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.families import FAMILIES, Family
+from tests.helpers.family_command import run_one
 from tests.on_vllm.target_families import COLUMN, outcome
 from tests.on_vllm.vllm_helpers import ON_V2
 
@@ -29,3 +33,9 @@ def recorded() -> dict[str, dict]:
 )
 def test_vllm_does_with_a_family_what_is_recorded(family: Family, recorded):
     assert outcome(family) == recorded[family.name][COLUMN]
+
+
+@pytest.mark.skipif(ON_V2, reason="one runner is enough")
+def test_the_command_for_a_gpu_runs_a_family_here(tmp_path):
+    found = run_one("vllm", "Llama", tmp_path)
+    assert found == {"text": "equal", "attention": "CPU_ATTN"}

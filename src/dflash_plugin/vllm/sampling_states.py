@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import wraps
 from typing import Any
 
@@ -13,11 +14,14 @@ def give_limits(native: Method) -> Method:
 
     @wraps(native)
     def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        from dflash_plugin.vllm.speculator import Speculator
-
         native(self, *args, **kwargs)
+        # Imported by now if the runner's speculator is ours. To import it before vLLM's own would
+        # run in a circle: vLLM's module, once imported, is patched with ours.
+        module: Any = sys.modules.get("dflash_plugin.vllm.speculator")
         speculator = self.speculator
-        if isinstance(speculator, Speculator) and speculator.limits is not None:
+        if module is None or not isinstance(speculator, module.Speculator):
+            return
+        if speculator.limits is not None:
             speculator.limits.states = self.sampler.sampling_states
 
     return load_model
