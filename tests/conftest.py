@@ -29,6 +29,11 @@ collect_ignore = [f"on_{name}" for name in ENGINES if find_spec(name) is None]
 if len(collect_ignore) == len(ENGINES) and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    from tests.helpers import quick_interpreter
+
+    quick_interpreter.turn_on()
+
 
 def pytest_report_header() -> list[str]:
     return [f"tests/{folder} is left out: its engine is not installed" for folder in collect_ignore]

@@ -24,7 +24,10 @@ def turn_on() -> None:
     import triton.runtime.interpreter
 
     from dflash_plugin.serving import draft_tokens
+    from tests.helpers import quick_interpreter
     from tests.helpers.kernel_helpers import rounded
+
+    quick_interpreter.turn_on()
 
     # As a GPU rounds.
     triton.runtime.interpreter._convert_float = rounded

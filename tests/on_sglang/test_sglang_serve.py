@@ -70,15 +70,17 @@ def reference(smollm2, shipped) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone(smollm2, reference, tmp_path_factory) -> list[list[int]]:
-    """What the target alone answers: in the same SGLang, on the other versions in Transformers.
+    """What the target alone answers, in Transformers; on one version some of it in SGLang too.
 
-    In float32 both write the same; a server less is half a minute less.
+    In float32 both write the same.
     """
-    if STEP > 1:
-        return [result.tokens for result in reference["results"]]
-    log = tmp_path_factory.mktemp("alone") / "log"
-    with serving(log, smollm2, CHUNKED, DFLASH_PLUGIN="off") as server:
-        return tokens(server.batch(reference["prompts"], max_new_tokens=TOKENS))
+    found = [result.tokens for result in reference["results"]]
+    if STEP == 1:
+        log = tmp_path_factory.mktemp("alone") / "log"
+        with serving(log, smollm2, CHUNKED, DFLASH_PLUGIN="off") as server:
+            some = server.batch(reference["prompts"][::5], max_new_tokens=TOKENS)
+        assert tokens(some) == found[::5]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +206,11 @@ def test_a_dflash2_drafter(tmp_path):
 
 @pytest.mark.versions
 def test_greedy_text_without_overlap_and_with_retraction(synchronous, reference, alone):
-    answers = synchronous.batch(reference["prompts"], max_new_tokens=TOKENS)
-    assert tokens(answers) == alone
-    core = 1 + sum(acceptance_by_position(reference["results"], DRAFTS))
+    """Every other prompt, where all were read with overlap."""
+    part = slice(None, None, 2 if STEP == 1 else 1)
+    answers = synchronous.batch(reference["prompts"][part], max_new_tokens=TOKENS)
+    assert tokens(answers) == alone[part]
+    core = 1 + sum(acceptance_by_position(reference["results"][part], DRAFTS))
     assert tau(answers) == pytest.approx(core, rel=0.02)
     longer = synchronous.batch(reference["prompts"][:8], max_new_tokens=100, ignore_eos=True)
     for answer, text in zip(longer, alone, strict=False):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,10 +48,12 @@ def alone(smollm2, reference, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(smollm2, shipped, alone, tmp_path_factory) -> Iterator[Server]:
-    """Started as for a user."""
+    """Started as for a user, but for processes that sleep where vLLM's keep a core busy."""
     log = tmp_path_factory.mktemp("server") / "log"
     flags = ["--speculative-method=dflash", f"--speculative-model={shipped}"]
-    with serving(log, smollm2, *flags, forks=False, TORCHDYNAMO_DISABLE="") as running:
+    path = os.pathsep.join([str(Path(__file__).with_name("sleeping")), *sys.path])
+    environment = {"TORCHDYNAMO_DISABLE": "", "PYTHONPATH": path}
+    with serving(log, smollm2, *flags, forks=False, **environment) as running:
         yield running
 
 
