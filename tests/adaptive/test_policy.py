@@ -9,6 +9,7 @@ import random
 import pytest
 
 from dflash_plugin.adaptive.policy import VerifyLenPolicy, choose_verify_lens, growth
+from dflash_plugin.adaptive.prompt_load import WINDOW, PromptLoad
 from dflash_plugin.adaptive.step_times import Lengths, Step, StepTimes
 from dflash_plugin.errors import DFlashError
 
@@ -314,6 +315,21 @@ def test_prompts_wait_where_a_pass_saves_more_than_empty_slots_cost():
     policy.weight = 0.0
     machine.run(policy, 64, 16)
     assert policy.wait_below == 0
+
+
+def test_a_pass_that_verifies_too_is_priced_by_the_rows_that_prompts_add():
+    """Rows beyond 300 take 0.1 ms each; 100 tokens of prompts come to 250 other rows."""
+    load = PromptLoad()
+    load.pass_seconds = lambda rows: 1e-4 * max(0, rows - 300)
+    for _ in range(40 * WINDOW):
+        load.note(0.02, 1, 100, 250)
+    assert load.seconds_of_pass() == pytest.approx((0.015, 0.005), rel=1e-3)
+    # In a pass of their own they take nothing beyond what any pass takes.
+    alone = PromptLoad()
+    alone.pass_seconds = load.pass_seconds
+    for _ in range(40 * WINDOW):
+        alone.note(0.02, 1, 100)
+    assert alone.seconds_of_pass() == pytest.approx((0.02, 0.0), rel=1e-3)
 
 
 def test_rare_prompts_change_nothing():
