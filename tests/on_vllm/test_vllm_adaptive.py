@@ -300,6 +300,34 @@ def test_prompts_wait_for_others(pair, monkeypatch):
     assert texts[0] == texts[3] == [whole[:length] for length in lengths]
 
 
+def test_prompts_of_another_engine_do_not_wait(pair, monkeypatch):
+    """Of two engines in one process the first has no drafter, so none of its prompts waits."""
+    target, directory, drafter = pair
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    texts = {}
+    with (
+        running(directory, None) as alone,
+        running(directory, drafter, speculative=ADAPTIVE) as drafted,
+    ):
+        assert on_worker(alone, adaptive.of_worker) is None
+        assert on_worker(drafted, adaptive.of_worker) is not None
+        manager = adaptive.latest()
+        monkeypatch.setattr(manager, "bypass", 0)
+        monkeypatch.setattr(manager.policy, "wait_below", 100)
+        engine = alone.llm_engine
+        for number, prompt in enumerate(PROMPTS):
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+            engine.step()
+            scheduler = engine.engine_core.engine_core.scheduler
+            assert scheduler.get_request_counts() == (number + 1, 0)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                texts[int(output.request_id)] = list(output.outputs[0].token_ids)
+        assert manager.policy.waited == 0
+    assert [texts[number] for number in range(len(PROMPTS))] == of_target(target)
+
+
 def proposals(worker: Any) -> torch.Tensor:
     """What all drafts were drawn from, of all requests that there may be."""
     return worker.model_runner.speculator.draft_logits

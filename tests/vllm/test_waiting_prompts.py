@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from dflash_plugin.adaptive.policy import MOST_WAITED, VerifyLenPolicy
-from dflash_plugin.vllm import waiting_prompts
+from dflash_plugin.vllm.adaptive import AdaptiveManager
 from dflash_plugin.vllm.waiting_prompts import hold_prompts_back, prompts_wait
 
 SLOTS = 128
@@ -31,7 +31,9 @@ def manager():
     """A policy that finds it worth while to wait for a fourth prompt."""
     policy = VerifyLenPolicy((1, 2, 4, 8))
     policy.wait_below = 4
-    return SimpleNamespace(bypass=8, policy=policy)
+    manager = object.__new__(AdaptiveManager)
+    manager.bypass, manager.policy = 8, policy
+    return manager
 
 
 def test_prompts_wait_for_others_but_not_for_long(manager):
@@ -73,9 +75,31 @@ def test_prompts_wait_for_room_for_several_of_them(manager):
     assert scheduler.prefill_capacity_bound
 
 
-def test_a_core_holds_prompts_back_for_its_worker_or_as_vllm_does(manager, monkeypatch):
-    core = SimpleNamespace(scheduler=Scheduler())
+def executor(manager=None):
+    """One whose worker is in this process; ``manager`` is its runner's."""
+    runner = SimpleNamespace(adaptive_verification=manager)
+    worker = SimpleNamespace(model_runner=runner)
+    return SimpleNamespace(driver_worker=SimpleNamespace(worker=worker))
+
+
+def test_a_core_holds_prompts_back_for_its_own_worker_or_as_vllm_does(manager):
+    core = SimpleNamespace(scheduler=Scheduler(), model_executor=executor(manager))
+    assert hold_prompts_back(lambda self: False)(core)
+    core.model_executor = executor()
     assert not hold_prompts_back(lambda self: False)(core)
     assert hold_prompts_back(lambda self: True)(core)
-    monkeypatch.setattr(waiting_prompts, "latest", lambda: manager)
-    assert hold_prompts_back(lambda self: False)(core)
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        SimpleNamespace(),
+        SimpleNamespace(driver_worker=None),
+        SimpleNamespace(driver_worker=SimpleNamespace(worker=SimpleNamespace())),
+        executor(SimpleNamespace(policy=None)),
+    ],
+    ids=["other processes", "shut down", "another worker", "vLLM's own manager"],
+)
+def test_without_a_manager_of_this_project_nothing_waits(elsewhere):
+    core = SimpleNamespace(scheduler=Scheduler(), model_executor=elsewhere)
+    assert not hold_prompts_back(lambda self: False)(core)

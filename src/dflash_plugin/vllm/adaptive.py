@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any
@@ -382,24 +383,35 @@ def _sender(device: torch.device) -> Callable[[Counts], Tensor]:
     return send
 
 
-_latest: AdaptiveManager | None = None
+# A runner keeps its manager alive, not this.
+_latest: weakref.ref[AdaptiveManager] | None = None
 
 
 def latest() -> AdaptiveManager | None:
-    """The manager of the runner that was set up last in this process."""
-    return _latest
+    """The manager of the runner that was set up last in this process, if it has one.
+
+    For that runner's speculator. Others ask ``of_runner``: a process can have several runners.
+    """
+    return None if _latest is None else _latest()
+
+
+def of_runner(runner: Any) -> AdaptiveManager | None:
+    """The manager of a model runner, or None where vLLM's own or none decides."""
+    manager = vars(runner).get("adaptive_verification")
+    return manager if isinstance(manager, AdaptiveManager) else None
 
 
 def of_worker(worker: Any) -> dict[str, object] | None:
     """``AdaptiveManager.summary``, for ``collective_rpc("dflash_adaptive")``.
 
     Args:
-        worker: vLLM's worker of this process.
+        worker: vLLM's.
 
     Returns:
         None where vLLM's own manager decides.
     """
-    return None if _latest is None else _latest.summary()
+    manager = of_runner(worker.model_runner)
+    return None if manager is None else manager.summary()
 
 
 def compile_estimator(estimator: AcceptanceEstimator, device: torch.device) -> None:
@@ -478,7 +490,7 @@ def create_manager(native: Callable[..., Any]) -> Callable[..., Any]:
         copies = parallel.data_parallel_size
         if made is None or spec is None or copies > 1 or num_bonus_tokens != 1:
             return made
-        _latest = AdaptiveManager(
+        manager = AdaptiveManager(
             made,
             spec.options,
             req_states,
@@ -487,6 +499,7 @@ def create_manager(native: Callable[..., Any]) -> Callable[..., Any]:
             compat.current().admits_on_host,
             _across_ranks() if parallel.tensor_parallel_size > 1 else None,
         )
-        return _latest
+        _latest = weakref.ref(manager)
+        return manager
 
     return create

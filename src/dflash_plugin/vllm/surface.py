@@ -560,7 +560,11 @@ _WAITING = (
     *_seams(ENGINE_CORE, WAITING, "patch", "prompts wait for others",
             "EngineCore._should_throttle_prefills()"),
     *_seams(ENGINE_CORE, WAITING, "attribute", "prompts wait for others",
-            "EngineCore.scheduler"),
+            "EngineCore.scheduler", "EngineCore.model_executor"),
+    *_seams("vllm.v1.executor.uniproc_executor", WAITING, "attribute", "reads the policy",
+            "UniProcExecutor.driver_worker"),
+    *_seams("vllm.v1.worker.worker_base", WAITING, "attribute", "reads the policy",
+            "WorkerWrapperBase.worker"),
     *_seams(SCHEDULER, WAITING, "call", "prompts wait for others",
             "Scheduler.get_request_counts()"),
     *_seams(

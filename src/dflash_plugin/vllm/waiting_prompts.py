@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import wraps
 from typing import Any, Protocol
 
-from dflash_plugin.vllm.adaptive import AdaptiveManager, latest
+from dflash_plugin.vllm.adaptive import AdaptiveManager, of_runner
 from dflash_plugin.vllm.protocols import Method
 
 
@@ -42,9 +42,23 @@ def hold_prompts_back(native: Method) -> Method:
 
     @wraps(native)
     def should_throttle_prefills(self: Any) -> bool:
-        return bool(native(self)) or prompts_wait(self.scheduler, latest())
+        return bool(native(self)) or prompts_wait(self.scheduler, manager_of(self.model_executor))
 
     return should_throttle_prefills
+
+
+def manager_of(executor: Any) -> AdaptiveManager | None:
+    """The manager of an executor's worker, or None where that is in another process or has none.
+
+    Args:
+        executor: vLLM's, of any kind. That of a worker in this process has ``driver_worker``.
+    """
+    found = executor
+    for name in ("driver_worker", "worker", "model_runner"):
+        found = vars(found).get(name)
+        if found is None:
+            return None
+    return of_runner(found)
 
 
 def prompts_wait(scheduler: SchedulerLike, manager: AdaptiveManager | None) -> bool:
