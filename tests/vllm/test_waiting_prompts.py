@@ -21,6 +21,9 @@ class Scheduler:
     def __init__(self, running: int = 64, waiting: int = 1) -> None:
         self.running = [SimpleNamespace(is_prefill_chunk=False) for _ in range(running)]
         self.waiting, self.prefill_capacity_bound = waiting, False
+        self.deferred_waiting: set[int] = set()
+        self.pause_state = 0
+        self.scheduler_config = SimpleNamespace(prefill_schedule_interval=1)
 
     def get_request_counts(self) -> tuple[int, int]:
         return len(self.running), self.waiting
@@ -32,7 +35,7 @@ def manager():
     policy = VerifyLenPolicy((1, 2, 4, 8))
     policy.wait_below = 4
     manager = object.__new__(AdaptiveManager)
-    manager.bypass, manager.policy = 8, policy
+    manager.bypass, manager.policy, manager.prompts_had_slots = 8, policy, False
     return manager
 
 
@@ -73,6 +76,37 @@ def test_prompts_wait_for_room_for_several_of_them(manager):
     scheduler.prefill_capacity_bound = True
     assert not prompts_wait(scheduler, manager)
     assert scheduler.prefill_capacity_bound
+
+
+def test_prompts_that_lack_memory_do_not_wait_for_others(manager):
+    """The last pass left prompts that had slots; once it leaves none, they wait for others."""
+    scheduler = Scheduler(waiting=2)
+    for _ in range(MOST_WAITED + 1):
+        prompts_wait(scheduler, manager)
+    waited = manager.policy.waited
+    scheduler.prefill_capacity_bound = True
+    assert not any(prompts_wait(scheduler, manager) for _ in range(5))
+    assert manager.policy.waited == waited
+    scheduler.prefill_capacity_bound = False
+    assert prompts_wait(scheduler, manager)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"deferred_waiting": {0}},
+        {"pause_state": 1},
+        {"scheduler_config": SimpleNamespace(prefill_schedule_interval=16)},
+    ],
+    ids=["its grammar compiles", "nothing may start", "vLLM's own interval"],
+)
+def test_prompts_that_wait_for_something_else_are_left_alone(manager, change):
+    scheduler = Scheduler()
+    scheduler.prefill_capacity_bound = True
+    vars(scheduler).update(change)
+    assert not prompts_wait(scheduler, manager)
+    assert scheduler.prefill_capacity_bound
+    assert manager.policy.waited == 0
 
 
 def executor(manager=None):

@@ -68,6 +68,8 @@ class AdaptiveManager:
             it are, by request slot; set when the drafter is loaded.
         block, short: rows of a whole block and of a shorter one; 0 where there are only whole ones.
         bypass: batches of no more requests than these verify whole blocks, without a choice.
+        prompts_had_slots: when the last step began, every prompt that waited could have run but for
+            the tokens of a step and the room in the KV cache.
         steps: steps that did not bypass the choice.
     """
 
@@ -94,6 +96,7 @@ class AdaptiveManager:
         self.block, self.short = self.policy.block, 0
         self.verify_len, self.draft_len = self.policy.verify_lens[-1], self.block
         self.bypass, self._bypasses = 0, False
+        self.prompts_had_slots = False
         self._profile = StepProfile(self.block, size)
         self._send = _sender(self.device)
         # Requests whose drafts the last step made.

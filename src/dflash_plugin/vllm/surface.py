@@ -570,7 +570,10 @@ _WAITING = (
     *_seams(
         SCHEDULER, WAITING, "attribute", "prompts wait for others",
         "Scheduler.max_num_running_reqs", "Scheduler.prefill_capacity_bound",
+        "Scheduler.deferred_waiting", "Scheduler.pause_state", "Scheduler.scheduler_config",
     ),
+    *_seams("vllm.config.scheduler", WAITING, "attribute", "leaves vLLM's own interval",
+            "SchedulerConfig.prefill_schedule_interval"),
     *_seams("vllm.v1.request", WAITING, "attribute", "prompts wait for others",
             "Request.is_prefill_chunk"),
 )  # fmt: skip
