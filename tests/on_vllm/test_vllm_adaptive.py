@@ -27,7 +27,7 @@ from tests.helpers.core_drafts import core_proposals
 from tests.helpers.distribution import check_distribution, continuations
 from tests.helpers.tiny import DFLASH2, tiny_target, write_target, write_tiny
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
-from tests.on_vllm.vllm_helpers import ON_V2, Server, on_worker, running, serving
+from tests.on_vllm.vllm_helpers import ON_V2, Server, counter, on_worker, running, serving
 
 pytestmark = pytest.mark.skipif(not ON_V2, reason="adaptive verification needs the V2 runner")
 
@@ -298,6 +298,59 @@ def test_prompts_wait_for_others(pair, monkeypatch):
             assert (max(read) > 1) == (wait_below > 0)
     whole = of_target(target)[0]
     assert texts[0] == texts[3] == [whole[:length] for length in lengths]
+
+
+def test_prompts_of_another_engine_do_not_wait(pair, monkeypatch):
+    """Of two engines in one process the first has no drafter, so none of its prompts waits."""
+    target, directory, drafter = pair
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    texts = {}
+    with (
+        running(directory, None) as alone,
+        running(directory, drafter, speculative=ADAPTIVE) as drafted,
+    ):
+        assert on_worker(alone, adaptive.of_worker) is None
+        assert on_worker(drafted, adaptive.of_worker) is not None
+        manager = adaptive.latest()
+        monkeypatch.setattr(manager, "bypass", 0)
+        monkeypatch.setattr(manager.policy, "wait_below", 100)
+        engine = alone.llm_engine
+        for number, prompt in enumerate(PROMPTS):
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+            engine.step()
+            scheduler = engine.engine_core.engine_core.scheduler
+            assert scheduler.get_request_counts() == (number + 1, 0)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                texts[int(output.request_id)] = list(output.outputs[0].token_ids)
+        assert manager.policy.waited == 0
+    assert [texts[number] for number in range(len(PROMPTS))] == of_target(target)
+
+
+def test_prompts_that_lack_room_in_the_cache_wait_for_nothing_else(pair, monkeypatch):
+    """Five of eight requests fit at first and two in the end, and the preempted ones begin again.
+
+    Slots are free for all, so in nearly all steps a prompt waits for the cache alone.
+    """
+    target, directory, drafter = pair
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    with running(
+        directory, drafter, speculative=ADAPTIVE, max_model_len=96, num_gpu_blocks_override=6
+    ) as engine:
+        manager = adaptive.latest()
+        monkeypatch.setattr(manager, "bypass", 0)
+        monkeypatch.setattr(manager.policy, "_choose_wait", lambda requests: None)
+        manager.policy.wait_below = 100
+        outputs = engine.generate(
+            [{"prompt_token_ids": PROMPTS[0]}] * 8,
+            SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True),
+            use_tqdm=False,
+        )
+        assert counter(engine, "vllm:num_preemptions") > 0
+        assert 4 * manager.policy.waited < manager.steps
+    texts = [list(output.outputs[0].token_ids) for output in outputs]
+    assert texts == [of_target(target)[0]] * 8
 
 
 def proposals(worker: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from dflash_plugin.adaptive.policy import MOST_WAITED, VerifyLenPolicy
-from dflash_plugin.vllm import waiting_prompts
+from dflash_plugin.vllm.adaptive import AdaptiveManager
 from dflash_plugin.vllm.waiting_prompts import hold_prompts_back, prompts_wait
 
 SLOTS = 128
@@ -21,6 +21,9 @@ class Scheduler:
     def __init__(self, running: int = 64, waiting: int = 1) -> None:
         self.running = [SimpleNamespace(is_prefill_chunk=False) for _ in range(running)]
         self.waiting, self.prefill_capacity_bound = waiting, False
+        self.deferred_waiting: set[int] = set()
+        self.pause_state = 0
+        self.scheduler_config = SimpleNamespace(prefill_schedule_interval=1)
 
     def get_request_counts(self) -> tuple[int, int]:
         return len(self.running), self.waiting
@@ -31,7 +34,9 @@ def manager():
     """A policy that finds it worth while to wait for a fourth prompt."""
     policy = VerifyLenPolicy((1, 2, 4, 8))
     policy.wait_below = 4
-    return SimpleNamespace(bypass=8, policy=policy)
+    manager = object.__new__(AdaptiveManager)
+    manager.bypass, manager.policy, manager.prompts_had_slots = 8, policy, False
+    return manager
 
 
 def test_prompts_wait_for_others_but_not_for_long(manager):
@@ -73,9 +78,62 @@ def test_prompts_wait_for_room_for_several_of_them(manager):
     assert scheduler.prefill_capacity_bound
 
 
-def test_a_core_holds_prompts_back_for_its_worker_or_as_vllm_does(manager, monkeypatch):
-    core = SimpleNamespace(scheduler=Scheduler())
+def test_prompts_that_lack_memory_do_not_wait_for_others(manager):
+    """The last pass left prompts that had slots; once it leaves none, they wait for others."""
+    scheduler = Scheduler(waiting=2)
+    for _ in range(MOST_WAITED + 1):
+        prompts_wait(scheduler, manager)
+    waited = manager.policy.waited
+    scheduler.prefill_capacity_bound = True
+    assert not any(prompts_wait(scheduler, manager) for _ in range(5))
+    assert manager.policy.waited == waited
+    scheduler.prefill_capacity_bound = False
+    assert prompts_wait(scheduler, manager)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"deferred_waiting": {0}},
+        {"pause_state": 1},
+        {"scheduler_config": SimpleNamespace(prefill_schedule_interval=16)},
+    ],
+    ids=["its grammar compiles", "nothing may start", "vLLM's own interval"],
+)
+def test_prompts_that_wait_for_something_else_are_left_alone(manager, change):
+    scheduler = Scheduler()
+    scheduler.prefill_capacity_bound = True
+    vars(scheduler).update(change)
+    assert not prompts_wait(scheduler, manager)
+    assert scheduler.prefill_capacity_bound
+    assert manager.policy.waited == 0
+
+
+def executor(manager=None):
+    """One whose worker is in this process; ``manager`` is its runner's."""
+    runner = SimpleNamespace(adaptive_verification=manager)
+    worker = SimpleNamespace(model_runner=runner)
+    return SimpleNamespace(driver_worker=SimpleNamespace(worker=worker))
+
+
+def test_a_core_holds_prompts_back_for_its_own_worker_or_as_vllm_does(manager):
+    core = SimpleNamespace(scheduler=Scheduler(), model_executor=executor(manager))
+    assert hold_prompts_back(lambda self: False)(core)
+    core.model_executor = executor()
     assert not hold_prompts_back(lambda self: False)(core)
     assert hold_prompts_back(lambda self: True)(core)
-    monkeypatch.setattr(waiting_prompts, "latest", lambda: manager)
-    assert hold_prompts_back(lambda self: False)(core)
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        SimpleNamespace(),
+        SimpleNamespace(driver_worker=None),
+        SimpleNamespace(driver_worker=SimpleNamespace(worker=SimpleNamespace())),
+        executor(SimpleNamespace(policy=None)),
+    ],
+    ids=["other processes", "shut down", "another worker", "vLLM's own manager"],
+)
+def test_without_a_manager_of_this_project_nothing_waits(elsewhere):
+    core = SimpleNamespace(scheduler=Scheduler(), model_executor=elsewhere)
+    assert not hold_prompts_back(lambda self: False)(core)

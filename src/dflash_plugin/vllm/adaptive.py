@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any
@@ -67,6 +68,8 @@ class AdaptiveManager:
             it are, by request slot; set when the drafter is loaded.
         block, short: rows of a whole block and of a shorter one; 0 where there are only whole ones.
         bypass: batches of no more requests than these verify whole blocks, without a choice.
+        prompts_had_slots: when the last step began, every prompt that waited could have run but for
+            the tokens of a step and the room in the KV cache.
         steps: steps that did not bypass the choice.
     """
 
@@ -93,6 +96,7 @@ class AdaptiveManager:
         self.block, self.short = self.policy.block, 0
         self.verify_len, self.draft_len = self.policy.verify_lens[-1], self.block
         self.bypass, self._bypasses = 0, False
+        self.prompts_had_slots = False
         self._profile = StepProfile(self.block, size)
         self._send = _sender(self.device)
         # Requests whose drafts the last step made.
@@ -382,24 +386,35 @@ def _sender(device: torch.device) -> Callable[[Counts], Tensor]:
     return send
 
 
-_latest: AdaptiveManager | None = None
+# A runner keeps its manager alive, not this.
+_latest: weakref.ref[AdaptiveManager] | None = None
 
 
 def latest() -> AdaptiveManager | None:
-    """The manager of the runner that was set up last in this process."""
-    return _latest
+    """The manager of the runner that was set up last in this process, if it has one.
+
+    For that runner's speculator. Others ask ``of_runner``: a process can have several runners.
+    """
+    return None if _latest is None else _latest()
+
+
+def of_runner(runner: Any) -> AdaptiveManager | None:
+    """The manager of a model runner, or None where vLLM's own or none decides."""
+    manager = vars(runner).get("adaptive_verification")
+    return manager if isinstance(manager, AdaptiveManager) else None
 
 
 def of_worker(worker: Any) -> dict[str, object] | None:
     """``AdaptiveManager.summary``, for ``collective_rpc("dflash_adaptive")``.
 
     Args:
-        worker: vLLM's worker of this process.
+        worker: vLLM's.
 
     Returns:
         None where vLLM's own manager decides.
     """
-    return None if _latest is None else _latest.summary()
+    manager = of_runner(worker.model_runner)
+    return None if manager is None else manager.summary()
 
 
 def compile_estimator(estimator: AcceptanceEstimator, device: torch.device) -> None:
@@ -478,7 +493,7 @@ def create_manager(native: Callable[..., Any]) -> Callable[..., Any]:
         copies = parallel.data_parallel_size
         if made is None or spec is None or copies > 1 or num_bonus_tokens != 1:
             return made
-        _latest = AdaptiveManager(
+        manager = AdaptiveManager(
             made,
             spec.options,
             req_states,
@@ -487,6 +502,7 @@ def create_manager(native: Callable[..., Any]) -> Callable[..., Any]:
             compat.current().admits_on_host,
             _across_ranks() if parallel.tensor_parallel_size > 1 else None,
         )
-        return _latest
+        _latest = weakref.ref(manager)
+        return manager
 
     return create

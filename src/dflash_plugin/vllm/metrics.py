@@ -25,7 +25,7 @@ from dflash_plugin.serving.prometheus import (
     introduce,
     worker_info,
 )
-from dflash_plugin.vllm.adaptive import AdaptiveManager
+from dflash_plugin.vllm.adaptive import of_runner
 from dflash_plugin.vllm.options import drafter_spec, required_spec
 from dflash_plugin.vllm.protocols import (
     EngineCoreOutputs,
@@ -103,8 +103,7 @@ def attach_counts(native: Method) -> Method:
     @wraps(native)
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
         output, kept = native(self, *args, **kwargs), vars(self)
-        manager = vars(self.model_runner).get("adaptive_verification")
-        ours = manager if isinstance(manager, AdaptiveManager) else None
+        ours = of_runner(self.model_runner)
         facts = kept.get(ATTACHED) or {}
         # Steps that bypass the choice count nothing.
         news = (len(facts), 0 if ours is None else ours.steps)

@@ -80,7 +80,7 @@ def draft(worker: Any, tokens: list[int]) -> list[int]:
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
     runner, request = worker.model_runner, "_dflash_plugin_check"
-    manager = adaptive.latest()
+    manager = adaptive.of_runner(runner)
     if manager is not None:
         manager.draft_whole_blocks()
     groups = runner.kv_cache_config.kv_cache_groups

@@ -8,11 +8,11 @@ data parallelism read theirs in the same steps; here they are held back for each
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from functools import wraps
 from typing import Any, Protocol
 
-from dflash_plugin.vllm.adaptive import AdaptiveManager, latest
+from dflash_plugin.vllm.adaptive import AdaptiveManager, of_runner
 from dflash_plugin.vllm.protocols import Method
 
 
@@ -22,12 +22,29 @@ class RequestLike(Protocol):
     is_prefill_chunk: bool
 
 
+class SchedulerConfigLike(Protocol):
+    """``SchedulerConfig``: the user's own interval of steps between those that read prompts."""
+
+    prefill_schedule_interval: int
+
+
 class SchedulerLike(Protocol):
-    """``Scheduler``: the requests that run, how many may, and whether prompts lacked room."""
+    """``Scheduler``: the requests that run, how many may, and whether prompts lacked room.
+
+    ``deferred_waiting`` are those of the requests that wait that something other than room kept
+    from running: a grammar that compiles, a KV transfer, adapters in use.
+    """
 
     running: Sequence[RequestLike]
+    deferred_waiting: Sized
     max_num_running_reqs: int
     prefill_capacity_bound: bool
+    scheduler_config: SchedulerConfigLike
+
+    @property
+    def pause_state(self) -> int:
+        """0 where requests may start."""
+        ...
 
     def get_request_counts(self) -> tuple[int, int]:
         """Requests that run, and that wait."""
@@ -42,9 +59,23 @@ def hold_prompts_back(native: Method) -> Method:
 
     @wraps(native)
     def should_throttle_prefills(self: Any) -> bool:
-        return bool(native(self)) or prompts_wait(self.scheduler, latest())
+        return bool(native(self)) or prompts_wait(self.scheduler, manager_of(self.model_executor))
 
     return should_throttle_prefills
+
+
+def manager_of(executor: Any) -> AdaptiveManager | None:
+    """The manager of an executor's worker, or None where that is in another process or has none.
+
+    Args:
+        executor: vLLM's, of any kind. That of a worker in this process has ``driver_worker``.
+    """
+    found = executor
+    for name in ("driver_worker", "worker", "model_runner"):
+        found = vars(found).get(name)
+        if found is None:
+            return None
+    return of_runner(found)
 
 
 def prompts_wait(scheduler: SchedulerLike, manager: AdaptiveManager | None) -> bool:
@@ -58,10 +89,19 @@ def prompts_wait(scheduler: SchedulerLike, manager: AdaptiveManager | None) -> b
     if manager is None:
         return False
     running, waiting = scheduler.get_request_counts()
-    ready = min(waiting, scheduler.max_num_running_reqs - running)
+    waiting -= len(scheduler.deferred_waiting)
+    slots = scheduler.max_num_running_reqs - running
+    # The last pass left prompts that had slots: they wait for memory, not for other prompts.
+    lack_memory = scheduler.prefill_capacity_bound and manager.prompts_had_slots
+    manager.prompts_had_slots = waiting <= slots
+    ready = min(waiting, slots)
+    if ready <= 0 or running <= manager.bypass or lack_memory:
+        return False
+    # vLLM's interval between prompts ends where prompts lack room, which is unmarked below.
+    if scheduler.pause_state or scheduler.scheduler_config.prefill_schedule_interval > 1:
+        return False
     # vLLM would hold back the rest of a prompt that it reads in parts, too.
-    in_parts = (request.is_prefill_chunk for request in scheduler.running)
-    if ready <= 0 or running <= manager.bypass or any(in_parts):
+    if any(request.is_prefill_chunk for request in scheduler.running):
         return False
     waits = manager.policy.let_wait(ready, scheduler.max_num_running_reqs)
     if waits:
