@@ -612,6 +612,8 @@ def microseconds(run: Run, *, captured: bool = True) -> float:
 
     if not captured:
         return do_bench(run, return_mode="median") * 1e3
+    # Replays run on a stream of their own, which does not wait for what made the arguments.
+    torch.cuda.synchronize()
     cache = torch.empty(64 << 20, dtype=torch.int32, device=DEVICE)
 
     def cleared() -> None:
@@ -626,8 +628,6 @@ def microseconds(run: Run, *, captured: bool = True) -> float:
 
 def measure(make: Callable[[int], Case], rows: int) -> dict[str, object]:
     case = make(rows)
-    # Replays run on a stream of their own, which does not wait for what made the arguments.
-    torch.cuda.synchronize()
     # A copy reads and writes every byte.
     source = torch.empty(case.moved // 2, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
