@@ -32,10 +32,8 @@ def core_proposals(
     drafter, target = reference["drafter"], reference["target"]
     ids = torch.tensor([text])
     out = target(input_ids=ids, use_cache=False, output_hidden_states=True)
-    layers, length = (
-        drafter.config.target_layer_ids,
-        max(512, len(text) + drafter.config.block_size),
-    )
+    layers = drafter.config.target_layer_ids
+    length = max(512, len(text) + drafter.config.block_size)
     features = torch.cat([out.hidden_states[layer + 1] for layer in layers], dim=-1)
     kept, found = drafter.store, []
     try:
