@@ -70,6 +70,11 @@ def _here(tmp_path, monkeypatch):
     surface.surface.cache_clear()
 
 
+def a_compilation(**values):
+    open_to_vllm = ("cudagraph_capture_sizes", "max_cudagraph_capture_size", "cudagraph_mode")
+    return SimpleNamespace(**{**dict.fromkeys(open_to_vllm), **values})
+
+
 def engine_args(**values):
     given = {
         "speculative_config": None,
@@ -90,9 +95,7 @@ def engine_args(**values):
         "enforce_eager": False,
         "cudagraph_capture_sizes": None,
         "max_cudagraph_capture_size": None,
-        "compilation_config": SimpleNamespace(
-            cudagraph_capture_sizes=None, max_cudagraph_capture_size=None
-        ),
+        "compilation_config": a_compilation(),
         "watermark_config": None,
     }
     return SimpleNamespace(**{**given, **values})
@@ -217,6 +220,12 @@ def test_layers_are_listed_in_the_order_in_which_vllm_collects_them(tmp_path):
     _, staged = prepared(tmp_path, changes={"target_layer_ids": (2, -1, 0)})
     assert staged["dflash_config"]["target_layer_ids"] == [-1, 0, 2]
     assert staged["dflash_plugin"]["config"]["target_layer_ids"] == [2, -1, 0]
+
+
+@pytest.mark.parametrize("mode", [None, "FULL_AND_PIECEWISE"])
+def test_prompts_are_captured_where_nobody_says_what_is(tmp_path, mode):
+    _, staged = prepared(tmp_path, compilation_config=a_compilation(cudagraph_mode=mode))
+    assert staged["dflash_plugin"]["captures_prompts"] is (mode is None)
 
 
 def test_windows_reach_vllm(tmp_path):

@@ -22,13 +22,18 @@ from dflash_plugin.drafter.config import DrafterConfig
 from dflash_plugin.drafter.target_embedding import embedding_factor
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import staging
-from dflash_plugin.serving.drafter_spec import DrafterSpec, Options
+from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.serving.sources import Source, config_at_hand, config_of
 from dflash_plugin.serving.variables import is_off
 from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.capture_sizes import capture_more
 from dflash_plugin.vllm.names import ARCHITECTURE, BLOCK, LOAD_FORMAT
-from dflash_plugin.vllm.options import drafter_spec, read_options, refuse_misplaced
+from dflash_plugin.vllm.options import (
+    DrafterSpec,
+    drafter_spec,
+    read_options,
+    refuse_misplaced,
+)
 from dflash_plugin.vllm.protocols import Method
 from dflash_plugin.vllm.scale_out import choose_draft_ranks, refuse_unsupported
 from dflash_plugin.vllm.surface import verify_frontend
@@ -202,6 +207,8 @@ def prepare(arguments: Any, target_model_config: Any) -> None:
         settings[ADAPTIVE] = True
         refuse_adaptive(target_model_config.hf_text_config)
     capture_more(arguments, settings[NUMBER] + 1)
+    leaves_open = arguments.compilation_config.cudagraph_mode is None
+    spec = spec.model_copy(update={"captures_prompts": leaves_open})
     if not staging.is_dummy(arguments.load_format):
         settings.setdefault("draft_load_config", _load_config())
     settings["method"] = METHOD

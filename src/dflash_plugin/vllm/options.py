@@ -10,12 +10,24 @@ from typing import Any
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.serving import KEY
-from dflash_plugin.serving.drafter_spec import DrafterSpec, Options, validated
+from dflash_plugin.serving import drafter_spec as shared
+from dflash_plugin.serving.drafter_spec import Options, validated
 from dflash_plugin.serving.variables import given_options, nearest, require_switch, variable
 from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.protocols import SpeculativeConfig, VllmConfig
 
 logger = logging.getLogger("vllm.dflash_plugin")
+
+
+class DrafterSpec(shared.DrafterSpec):
+    """What the workers know of a drafter, with what the user left open in vLLM.
+
+    Attributes:
+        captures_prompts: whole passes that read prompts may be captured, as the user did not say
+            which passes are.
+    """
+
+    captures_prompts: bool = False
 
 
 def read_options(additional_config: Any) -> Options:

@@ -41,6 +41,7 @@ PATCHES = (
     (vllm.RUNNER, "GPUModelRunner.load_model", "sampling_states:give_limits"),
     (vllm.RUNNER, "GPUModelRunner.prepare_inputs", "lora:note_logit_rows"),
     (vllm.LORA, "LoraState.make_lora_inputs", "lora:repeat_for_rows"),
+    (vllm.GRAPHS, "ModelCudaGraphManager.capture", "prompt_graphs:capture_prompts"),
     (vllm.RUNNER, "maybe_create_adaptive_verification_manager", "adaptive:create_manager"),
     (vllm.WORKER, "Worker.sample_tokens", "metrics:attach_counts"),
     (vllm.CACHE_UTILS, "get_kv_cache_groups", "cache_groups:keep_target_groups"),

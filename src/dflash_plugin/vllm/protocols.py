@@ -48,6 +48,28 @@ class VllmConfig(Protocol):
     use_v2_model_runner: bool
 
 
+class AttentionGroup(Protocol):
+    """The V2 runner's attention layers of one kind in a group of the KV cache."""
+
+    backend: type[Any]
+    kv_cache_spec: Any
+
+    def get_metadata_builder(self, ubatch_id: int, /) -> Any:
+        """What builds the layers' metadata, and tells which graphs hold them."""
+
+
+class GraphManager(Protocol):
+    """The V2 runner's CUDA graphs of a model."""
+
+    vllm_config: Any
+    cudagraph_mode: Any
+    max_num_reqs: int
+    # The passes to capture by how they are, from the longest down, and for each number of tokens
+    # and of adapters those that hold it, the preferred ones first.
+    _capture_descs: dict[Any, list[Any]]
+    _candidates: dict[tuple[int, int], list[Any]]
+
+
 class RequestState(Protocol):
     """The V2 runner's requests."""
 

@@ -32,6 +32,7 @@ SPECULATOR = "vllm.v1.worker.gpu.spec_decode.dflash.speculator"
 PROPOSER = "vllm.v1.spec_decode.dflash"
 RUNNER = "vllm.v1.worker.gpu.model_runner"
 LORA = "vllm.v1.worker.gpu.lora_utils"
+GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 MANAGER = "vllm.v1.worker.gpu.spec_decode.adaptive_verification"
 WORKER = "vllm.v1.worker.gpu_worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker"
@@ -454,8 +455,39 @@ _V2 = (
     *_seams("vllm.v1.worker.gpu.spec_decode.dflash.cudagraph", V2, "call",
             "makes graphs of shorter blocks",
             "DFlashCudaGraphManager(vllm_config, device, cudagraph_mode, *, decode_query_len)"),
-    *_seams("vllm.v1.worker.gpu.cudagraph_utils", V2, "attribute",
+    *_seams(GRAPHS, V2, "attribute",
             "counts the graphs of shorter blocks", "CudaGraphManager.graphs"),
+    *_seams(
+        GRAPHS, V2, "patch", "captures whole passes that read prompts",
+        "ModelCudaGraphManager.capture(model, model_state, input_buffers, intermediate_tensors, "
+        "block_tables, attn_groups, ...)", since="0.32",
+    ),
+    *_seams(
+        GRAPHS, V2, "attribute", "captures whole passes that read prompts",
+        "CudaGraphManager._capture_descs", "CudaGraphManager._candidates",
+        "CudaGraphManager.vllm_config", "CudaGraphManager.max_num_reqs", since="0.32",
+    ),
+    *_seams(
+        GRAPHS, V2, "call", "captures whole passes that read prompts",
+        "BatchExecutionDescriptor(cg_mode, num_tokens, num_reqs, ...)", since="0.32",
+    ),
+    *_seams("vllm.config.compilation", V2, "attribute", "captures whole passes that read prompts",
+            "CUDAGraphMode.FULL_AND_PIECEWISE", "CUDAGraphMode.FULL", "CUDAGraphMode.PIECEWISE",
+            "CompilationConfig.cudagraph_mode", since="0.32"),
+    *_seams("vllm.config.model", V2, "attribute", "tells where prompts may be captured",
+            "ModelConfig.enable_prompt_embeds", since="0.32"),
+    *_seams("vllm.config.vllm", V2, "attribute", "tells where passes of mixed lengths can run",
+            "VllmConfig.lora_config"),
+    *_seams("vllm.config.cache", V2, "attribute", "tells where prompts may be captured",
+            "CacheConfig.kv_sharing_fast_prefill", since="0.32"),
+    *_seams("vllm.v1.worker.utils", V2, "attribute", "tells where passes of mixed lengths can run",
+            "AttentionGroup.backend"),
+    *_seams("vllm.v1.worker.utils", V2, "attribute", "asks what the target's graphs hold",
+            "AttentionGroup.kv_cache_spec", since="0.32"),
+    *_seams("vllm.v1.worker.utils", V2, "call", "asks what the target's graphs hold",
+            "AttentionGroup.get_metadata_builder(ubatch_id)", since="0.32"),
+    *_seams(METADATA, V2, "call", "asks what the target's graphs hold",
+            "AttentionMetadataBuilder.get_cudagraph_support(vllm_config, kv_cache_spec)"),
     *_seams("vllm.config.compilation", V2, "attribute", "captures few numbers of requests",
             "CompilationConfig.cudagraph_capture_sizes",
             "CompilationConfig.max_cudagraph_capture_size"),
@@ -481,23 +513,20 @@ _ADAPTIVE = (
         "maybe_create_adaptive_verification_manager(*, vllm_config, attn_groups, req_states, "
         "query_start_loc, num_bonus_tokens, max_total_logits, ...)",
     ),
-    *_seams("vllm.v1.worker.utils", ADAPTIVE, "attribute", "leaves out gated delta rules",
-            "AttentionGroup.backend"),
     *_seams(
         RUNNER, ADAPTIVE, "patch", "turns it on where vLLM can run it",
         "GPUModelRunner.__init__(vllm_config, ...)",
     ),
     *_seams(
         "vllm.config.vllm", ADAPTIVE, "attribute", "tells where vLLM can run it",
-        "VllmConfig.lora_config", "VllmConfig.aux_output_config",
+        "VllmConfig.aux_output_config",
     ),
     *_seams("vllm.config.model", ADAPTIVE, "attribute", "tells where vLLM can run it",
             "ModelConfig.return_sampling_mask"),
     *_seams("vllm.v1.attention.selector", ADAPTIVE, "call", "asks the target's back end",
             "get_attn_backend(head_size, dtype, kv_cache_dtype)"),
     *_seams(METADATA, ADAPTIVE, "call", "asks what passes its graphs hold",
-            "AttentionBackend.get_builder_cls()",
-            "AttentionMetadataBuilder.get_cudagraph_support(vllm_config, kv_cache_spec)"),
+            "AttentionBackend.get_builder_cls()"),
     *_seams(METADATA, ADAPTIVE, "attribute", "asks what passes its graphs hold",
             "AttentionCGSupport.ALWAYS"),
     *_seams(RUNNER, ADAPTIVE, "attribute", "turns it off where vLLM finds out that it cannot",
