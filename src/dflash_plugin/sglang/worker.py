@@ -56,6 +56,7 @@ from dflash_plugin.sglang.new_weights import (
     check_restorable,
 )
 from dflash_plugin.sglang.options import draft_model_path, required_spec
+from dflash_plugin.sglang.prompt_graphs import capture_prompts
 from dflash_plugin.sglang.protocols import (
     LogitsOutputLike,
     ModelRunnerLike,
@@ -70,6 +71,7 @@ from dflash_plugin.sglang.seams.features import (
     BLOCK_ATTENTION,
     FLASH_ATTENTION,
     FLASHINFER,
+    PROMPT_GRAPHS,
     TRITON,
 )
 from dflash_plugin.sglang.short_blocks import ShortBlocks
@@ -288,8 +290,10 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             recurrent=recurrent,
         )
         features = set()
+        if device.type == "cuda" and capture_prompts(target):
+            features.add(PROMPT_GRAPHS)
         if attention is not None:
-            features = {BLOCK_ATTENTION, BACKEND_FEATURES[type(target.attn_backend).__name__]}
+            features |= {BLOCK_ATTENTION, BACKEND_FEATURES[type(target.attn_backend).__name__]}
         if self.verifier is not None:
             features |= {ADAPTIVE, ADAPTIVE_GRAPHS} if device.type == "cuda" else {ADAPTIVE}
             patches.skip_unused_drafts(drafter, self)

@@ -18,6 +18,7 @@ from dflash_plugin.sglang.seams import (
     block_attention,
     drafting,
     new_weights,
+    prompt_graphs,
     server,
     targets,
     verifying,
@@ -30,5 +31,6 @@ SEAMS: tuple[Seam, ...] = (
     *adaptive.ROWS,
     *block_attention.ROWS,
     *new_weights.ROWS,
+    *prompt_graphs.ROWS,
     *targets.ROWS,
 )

@@ -21,6 +21,7 @@ LAST_LAYER = "reading the target's last layer"
 OTHER_TARGETS = "a target that SGLang itself does not serve with DFlash"
 TOLD_OUTPUTS = "a target that SGLang tells other layers than it keeps"
 WEIGHTS = "new weights"
+PROMPT_GRAPHS = "CUDA graphs of whole passes over prompts"
 VERIFY_STATE = "state of a recurrent target"
 
 # In use in every scheduler process with our worker.

@@ -1,0 +1,147 @@
+"""Where SGLang is let to capture passes over prompts as a whole."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dflash_plugin.sglang import compat
+from dflash_plugin.sglang.prompt_graphs import MOST_PROMPTS, capture_prompts, reason_against
+
+VERSIONS = ("0.5.17", "0.5.23")
+
+
+class FlashAttentionBackend:
+    use_mla = use_sliding_window_kv_pool = has_local_attention = is_encoder_decoder = False
+
+
+class TritonAttnBackend:
+    pass
+
+
+class Phase(SimpleNamespace):
+    """SGLang's settings of graphs for prompts."""
+
+
+def a_phase(**changes: Any) -> Phase:
+    return Phase(**{"backend": "breakable", "full_prefill_max_req": None, **changes})
+
+
+def a_target(**arguments: Any) -> Any:
+    args = SimpleNamespace(
+        **{
+            "cuda_graph_backend_prefill": None,
+            "cuda_graph_config": SimpleNamespace(prefill=a_phase()),
+            "tp_size": 1,
+            "enable_lora": None,
+            "enable_hierarchical_cache": False,
+            "enable_lmcache": False,
+            "disaggregation_mode": "null",
+            "enable_two_batch_overlap": False,
+            "enable_mixed_chunk": False,
+            **arguments,
+        }
+    )
+    model = SimpleNamespace(is_multimodal=False, hf_text_config=SimpleNamespace(num_experts=None))
+    return SimpleNamespace(
+        server_args=args, attn_backend=FlashAttentionBackend(), model_config=model
+    )
+
+
+@pytest.fixture
+def published(monkeypatch) -> Phase:
+    """The settings that SGLang's workers read."""
+    config = a_phase()
+    bag = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=SimpleNamespace(prefill=config)))
+    context = ModuleType("sglang.srt.runtime_context")
+    vars(context)["get_exec"] = lambda: bag
+    for name in ("sglang", "sglang.srt"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, context.__name__, context)
+    return config
+
+
+@pytest.fixture(params=VERSIONS)
+def version(request, monkeypatch) -> str:
+    monkeypatch.setattr(compat, "installed", lambda: request.param)
+    monkeypatch.setattr(
+        "dflash_plugin.sglang.prompt_graphs.argument", lambda args, name: getattr(args, name)
+    )
+    return str(request.param)
+
+
+def test_prompts_are_captured_whole_where_nothing_else_is_asked_for(published, version) -> None:
+    target = a_target()
+    assert capture_prompts(target)
+    assert (published.backend, published.full_prefill_max_req) == ("full", MOST_PROMPTS)
+    # Newer versions keep what the user gave there.
+    of_arguments = target.server_args.cuda_graph_config.prefill
+    assert (of_arguments.backend == "full") is (version == "0.5.17")
+
+
+def test_a_number_of_prompts_that_is_given_stays(published, version) -> None:
+    published.full_prefill_max_req = 4
+    assert capture_prompts(a_target())
+    assert published.full_prefill_max_req == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"cuda_graph_backend_prefill": "breakable"}, "arguments ask for"),
+        ({"_cuda_graph_config_locked": {("prefill", "backend")}}, "arguments ask for"),
+        ({"tp_size": 2}, "ranks"),
+        ({"enable_lora": True}, "LoRA"),
+        ({"enable_hierarchical_cache": True}, "layer by layer"),
+        ({"enable_lmcache": True}, "layer by layer"),
+        ({"disaggregation_mode": "prefill"}, "layer by layer"),
+        ({"enable_two_batch_overlap": True}, "overlap"),
+        ({"enable_mixed_chunk": True}, "decode, too"),
+    ],
+)
+def test_arguments_keep_what_sglang_does(published, version, arguments, reason) -> None:
+    target = a_target(**arguments)
+    assert reason in (reason_against(target, published) or "")
+    assert not capture_prompts(target)
+    assert published.backend == "breakable"
+    assert target.server_args.cuda_graph_config.prefill.backend == "breakable"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("use_mla", "latent"),
+        ("use_sliding_window_kv_pool", "windows"),
+        ("has_local_attention", "chunked"),
+        ("is_encoder_decoder", "encoder"),
+    ],
+)
+def test_targets_that_were_not_measured_keep_what_sglang_does(
+    published, version, name, reason
+) -> None:
+    target = a_target()
+    setattr(target.attn_backend, name, True)
+    assert reason in (reason_against(target, published) or "")
+
+
+def test_other_back_ends_and_models_keep_what_sglang_does(published, version) -> None:
+    target = a_target()
+    target.attn_backend = TritonAttnBackend()
+    assert "TritonAttnBackend" in (reason_against(target, published) or "")
+    target = a_target()
+    target.model_config.is_multimodal = True
+    assert "images" in (reason_against(target, published) or "")
+    target = a_target()
+    target.model_config.hf_text_config.num_experts = 8
+    assert "experts" in (reason_against(target, published) or "")
+
+
+@pytest.mark.parametrize("chosen", ["disabled", "tc_piecewise"])
+def test_what_sglang_chose_otherwise_stays(published, version, chosen) -> None:
+    published.backend = chosen
+    assert chosen in (reason_against(a_target(), published) or "")
+    assert not capture_prompts(a_target())
+    assert published.backend == chosen
