@@ -24,7 +24,8 @@ def served(
     Args:
         mode: "none", "native" or "plugin", the last also followed by "-fp8" and by "-adaptive"
             or "-fixed", which turn adaptive verification on and off; "-k5" drafts 5 tokens,
-            whatever ``speculative`` says; "-triton" takes that attention back end.
+            whatever ``speculative`` says; "-triton" takes that attention back end; "-whole"
+            captures passes over prompts as a whole.
         settings: of ``Engine``.
         speculative: more arguments, for all modes but "none".
         log: takes what the child prints.
@@ -40,6 +41,8 @@ def served(
         environment["DFLASH_PLUGIN_ADAPTIVE_VERIFICATION"] = str(int("-adaptive" in mode))
     if "-triton" in mode:
         settings["attention_backend"] = "triton"
+    if "-whole" in mode:
+        settings["cuda_graph_backend_prefill"] = "full"
     if settings["dtype"] == "float32":
         environment.update(in_float32())
     return Served(mode, __file__, settings, environment, log)

@@ -23,7 +23,8 @@ def served(
 
     Args:
         mode: "none", "native" or "plugin", the latter two also followed by "-adaptive" or "-fp8";
-            "-k5" drafts 5 tokens, whatever ``drafting`` says.
+            "-k5" drafts 5 tokens, whatever ``drafting`` says; "-whole" captures all passes as a
+            whole, those that read prompts, too.
         settings: of ``LLM``.
         drafting: ``speculative_config``, for all modes but "none".
         log: takes what the child prints.
@@ -38,6 +39,8 @@ def served(
         settings["speculative_config"].update(ADAPTIVE)
     if "-fp8" in mode:
         settings["additional_config"] = {"dflash_plugin": {"draft_weights": "fp8"}}
+    if "-whole" in mode:
+        settings["compilation_config"] = {"cudagraph_mode": "FULL"}
     environment |= {
         "DFLASH_PLUGIN": "on" if mode.startswith("plugin") else "off",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
