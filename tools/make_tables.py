@@ -19,7 +19,7 @@ from tools.tables.cache import cache_groups, cached_prefixes
 from tools.tables.common import ROOT
 from tools.tables.dflash2 import dflash2, dflash2_by_temperature, dflash2_greedy, first_draft
 from tools.tables.fair import FAIR, fair, plot, summary
-from tools.tables.kernels import SHOWN_OF_DFLASH2, draft_step, kernels
+from tools.tables.kernels import SHOWN_OF_DFLASH2, acceptance_kernels, draft_step, kernels
 from tools.tables.policy import budget, mixed
 from tools.tables.sampling import draft_sampling, sampled_tau, sglang_sampling
 from tools.tables.serving import ALONE_AND_TWO, engine, serving, startup
@@ -40,24 +40,25 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "vllm-fair": lambda: fair(FAIR["vllm"]),
         "sglang-fair": lambda: fair(FAIR["sglang"]),
         "vllm-default": lambda: serving(FAIR["vllm"]),
+        "vllm-parts": lambda: serving("vllm-h200-qwen3-8b-default"),
         "sglang-short-blocks": lambda: fair("sglang-h200-qwen3-8b-short-blocks"),
         "sglang-whole-blocks": lambda: fair("sglang-h200-qwen3-8b-whole-blocks"),
         "vllm-profile": lambda: serving("vllm-h200-qwen3-8b-profile-8192"),
         "vllm-options": lambda: fair("vllm-h200-qwen3-8b-fair"),
         "sglang-options": lambda: fair("sglang-h200-qwen3-8b-fair"),
         "sglang-default": lambda: serving(FAIR["sglang"]),
+        "sglang-parts": lambda: serving("sglang-h200-qwen3-8b-default"),
         "sglang-texts-fair": lambda: fair("sglang-h200-qwen3-8b-3.45"),
         "sglang-no-drafter": lambda: fair("sglang-h200-qwen3-8b-no-drafter"),
         "sglang-smollm2": lambda: serving("sglang-h200-smollm2-default"),
         "sglang-long": lambda: serving("sglang-h200-qwen3-8b-long"),
-        "sglang-prompts": lambda: timelines(FAIR["sglang"], "plugin"),
+        "sglang-prompts": lambda: timelines("sglang-h200-qwen3-8b-default", "plugin"),
         "sglang-h200-timelines": lambda: timelines("sglang-h200-qwen3-8b-long", "plugin"),
         "startup": lambda: startup(
             {
-                "sglang-h200-qwen3-8b-3.45": "SGLang, Qwen3-8B's shape, nothing compiled yet",
-                "sglang-h200-qwen3-8b-no-drafter": "SGLang, Qwen3-8B's shape, later",
+                "sglang-h200-qwen3-8b-whole-prompts": "SGLang, Qwen3-8B's shape",
                 "sglang-h200-smollm2-default": "SGLang, SmolLM2",
-                "vllm-h200-qwen3-8b-default": "vLLM, Qwen3-8B's shape",
+                "vllm-h200-qwen3-8b-whole-prompts": "vLLM, Qwen3-8B's shape",
             }
         ),
         "acceptance": acceptance,
@@ -89,6 +90,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "draft-sampling": draft_sampling,
         "sampled-tau": sampled_tau,
         "sglang-sampling": sglang_sampling,
+        "acceptance-kernels": acceptance_kernels,
     },
     "docs/trees.md": {
         "trees-gain": lambda: trees_gain("trees-cpu"),

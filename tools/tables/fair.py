@@ -16,7 +16,10 @@ from tools.tables.common import (
 )
 from tools.tables.serving import name_of
 
-FAIR = {"vllm": "vllm-h200-qwen3-8b-default", "sglang": "sglang-h200-qwen3-8b-default"}
+FAIR = {
+    "vllm": "vllm-h200-qwen3-8b-whole-prompts",
+    "sglang": "sglang-h200-qwen3-8b-whole-prompts",
+}
 NOT_MEASURED = "not measured"
 PLOT = "docs/speed-qwen3-8b.svg"
 

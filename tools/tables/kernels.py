@@ -13,6 +13,15 @@ SHOWN_OF_DFLASH2 = (
 )  # fmt: skip
 
 
+ACCEPTANCE = {
+    "target_softmax": "the target's distributions (PyTorch)",
+    "accept": "acceptance draft by draft",
+    "accept_block": "acceptance by block",
+    "accept_block_candidates": "acceptance by block, drafts of a selector",
+    "accept_greedy": "greedy acceptance",
+}
+
+
 def kernels(name: str, ops: tuple[str, ...] = SHOWN) -> str:
     """Microseconds of the kernels that replace something of an engine's."""
     record = load(name)
@@ -30,6 +39,20 @@ def kernels(name: str, ops: tuple[str, ...] = SHOWN) -> str:
     versions = versions_of(record)
     facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}. "
     return f"{table([*header, 'times as fast'], rows)}\n\n{facts}`{record['command']}`"
+
+
+def acceptance_kernels() -> str:
+    """Microseconds of what accepts the drafts of requests that sample, by requests."""
+    record = load("kernels-h200-acceptance")
+    requests = sorted({row["rows"] for row in record["rows"]})
+    found = {(row["op"], row["rows"]): row["kernel_us"] for row in record["rows"]}
+    rows = [
+        [what, *(f"{found[op, count]:,.0f}" for count in requests)]
+        for op, what in ACCEPTANCE.items()
+    ]
+    header = ["µs, by requests", *map(str, requests)]
+    facts = f"{record['device']}, {record['dtype']}, {versions_of(record)}, {record['date']}. "
+    return f"{table(header, rows)}\n\n{facts}`{record['command']}`"
 
 
 def draft_step() -> str:

@@ -78,6 +78,7 @@ PARTS = {
     "adaptive": "adaptive",
     "fixed": "whole blocks",
     "triton": "Triton attention",
+    "whole": "prompts captured whole",
 }
 
 
