@@ -420,14 +420,34 @@ def accept_block_candidates(batch: int) -> Case:
 
 
 def target_softmax(batch: int) -> Case:
-    """The target's distributions, which acceptance reads; both ways are torch's."""
-    logits = random(batch, DRAFTS + 1, VOCABULARY)
-    temperature = torch.full((batch, 1, 1), 0.8, device=DEVICE)
+    """The target's distributions, which acceptance reads."""
+    return distributions_of(batch, limited=False)
 
-    def run() -> object:
-        return torch.softmax(logits.float() / temperature, dim=-1)
 
-    return Case(run, run, logits.nbytes * 3)
+def target_limits(batch: int) -> Case:
+    """The same within top-k 20 and top-p 0.95; the twin sorts the vocabulary."""
+    return distributions_of(batch, limited=True)
+
+
+def distributions_of(batch: int, limited: bool) -> Case:
+    """Blocks of logits as peaked as a target's: a few tokens hold most of the probability."""
+    from dflash_plugin.kernels.limited_softmax import (
+        TokenLimits,
+        limited_softmax,
+        limited_softmax_naive,
+    )
+
+    logits = 6 * random(batch, DRAFTS + 1, VOCABULARY)
+    temperature = torch.full((batch, DRAFTS + 1), 0.8, device=DEVICE)
+    limits = None
+    if limited:
+        top_p, min_p = (torch.full((batch,), value, device=DEVICE) for value in (0.95, 0.0))
+        limits = TokenLimits(torch.full((batch,), 20, device=DEVICE), top_p, min_p)
+    return Case(
+        lambda: limited_softmax(logits, temperature, limits),
+        lambda: limited_softmax_naive(logits, temperature, limits),
+        logits.nbytes * 3,
+    )
 
 
 def accept_greedy(batch: int) -> Case:
@@ -592,6 +612,7 @@ OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     accept_block: REQUESTS,
     accept_block_candidates: REQUESTS,
     target_softmax: REQUESTS,
+    target_limits: REQUESTS,
     accept_greedy: REQUESTS,
     admit_drafts: REQUESTS,
     cut_blocks: REQUESTS,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.errors import DFlashError
+from dflash_plugin.kernels.limited_softmax import TokenLimits, limited_softmax
 
 # SGLang takes lower temperatures for greedy, too; divided by them, logits would overflow.
 GREEDY_BELOW = 1e-6
@@ -96,33 +97,14 @@ def probabilities(logits: Tensor, params: SamplingTensors, limited: bool = True)
     Args:
         logits: [B, T, V].
         params: of the B requests.
-        limited: False where no request has top-k, top-p or min-p, which saves a sort.
+        limited: False where no request has top-k, top-p or min-p, which saves looking for them.
 
     Returns:
         float32 [B, T, V], each row summing to one.
     """
-    vocabulary = logits.shape[-1]
-    greedy = (params.temperature == 0)[:, None, None]
-    scaled = (
-        logits.float()
-        / torch.where(params.temperature == 0, 1.0, params.temperature)[:, None, None]
-    )
-    if not limited:
-        probs = torch.softmax(scaled, dim=-1)
-        best = torch.zeros_like(probs).scatter(-1, scaled.argmax(dim=-1, keepdim=True), 1.0)
-        return torch.where(greedy, best, probs)
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(vocabulary, device=logits.device)
-    top_k = torch.where(params.top_k == 0, vocabulary, params.top_k).clamp(max=vocabulary)
-    threshold = ordered.gather(-1, (top_k - 1)[:, None, None].expand(*ordered.shape[:-1], 1))
-    kept = ordered >= threshold
-    probs = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
-    before = probs.cumsum(dim=-1) - probs
-    kept = kept & ((before < params.top_p[:, None, None]) | (params.top_p == 1)[:, None, None])
-    kept = kept & (probs >= params.min_p[:, None, None] * probs[..., :1])
-    kept = torch.where(greedy, rank == 0, kept | (rank == 0))
-    probs = torch.softmax(ordered.masked_fill(~kept, float("-inf")), dim=-1)
-    return torch.zeros_like(probs).scatter(-1, order, probs)
+    temperature = params.temperature[:, None].expand(logits.shape[:2])
+    limits = TokenLimits(params.top_k, params.top_p, params.min_p) if limited else None
+    return limited_softmax(logits, temperature, limits)
 
 
 def block_seeds(seed: Tensor, anchors: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dflash_plugin.decoding.draft_sampling import sharpen
 from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
+from dflash_plugin.kernels.limited_softmax import limited_softmax
 from dflash_plugin.kernels.reference import sample
 from dflash_plugin.kernels.select_path import Limits
 from dflash_plugin.kernels.uniforms import Stream, uniforms
@@ -77,8 +78,6 @@ def distribution(
 ) -> Tensor:
     """The distributions that tokens are drawn from, float32 [B, T, V].
 
-    Sorts the vocabulary only for batches with top-k, top-p or min-p.
-
     Args:
         logits: [B, T, V].
         params: of the B requests.
@@ -90,10 +89,10 @@ def distribution(
         probs = probabilities(logits, params)
         return probs if factors is None else sharpen(probs, factors)
     # Without a top-k no request is greedy.
-    temperature = params.temperature[:, None]
+    temperature = params.temperature[:, None].expand(logits.shape[:2])
     if factors is not None:
         temperature = temperature * factors.clamp(min=SHARPEST)
-    return torch.softmax(logits.float() / temperature[..., None], dim=-1)
+    return limited_softmax(logits, temperature)
 
 
 def limits(
