@@ -34,17 +34,20 @@ class Shape(NamedTuple):
 
     Attributes:
         target: entries of the target's ``config.json``.
-        layers: of the drafter; its other sizes are the target's.
+        windows: of the drafter's layers; None is full attention.
         target_layer_ids: layers whose outputs the drafter reads.
         block_size: anchor and drafts.
         prompt_tokens: of every prompt.
+        heads: the drafter's own numbers and width of heads; None, as all other sizes, are the
+            target's.
     """
 
     target: dict[str, Any]
-    layers: int
+    windows: tuple[int | None, ...]
     target_layer_ids: tuple[int, ...]
     block_size: int
     prompt_tokens: int
+    heads: dict[str, int] | None = None
 
 
 _QWEN3 = {
@@ -54,25 +57,63 @@ _QWEN3 = {
     "rope_theta": 1000000.0,
     "tie_word_embeddings": False,
 }
+_QWEN3_8B = Shape(
+    target={
+        **_QWEN3,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "torch_dtype": "bfloat16",
+    },
+    windows=(None,) * 5,
+    target_layer_ids=(1, 9, 17, 25, 33),
+    block_size=16,
+    prompt_tokens=128,
+)
 SHAPES = {
     # Qwen3-8B and its z-lab drafter.
-    "qwen3-8b": Shape(
+    "qwen3-8b": _QWEN3_8B,
+    # The same target and a drafter of whose layers most have windows.
+    "qwen3-8b-windows": _QWEN3_8B._replace(windows=(2048,) * 4 + (None,)),
+    # Qwen3.5-9B, three of four layers recurrent, and a drafter with heads of its own.
+    "qwen3.5-9b": Shape(
         target={
-            **_QWEN3,
+            "architectures": ["Qwen3_5ForCausalLM"],
+            "model_type": "qwen3_5_text",
             "hidden_size": 4096,
             "intermediate_size": 12288,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 151936,
-            "max_position_embeddings": 40960,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_conv_kernel_dim": 4,
+            "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8,
+            "full_attention_interval": 4,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000000.0,
+                "partial_rotary_factor": 0.25,
+            },
+            "tie_word_embeddings": False,
+            "vocab_size": 248320,
+            "max_position_embeddings": 32768,
             "torch_dtype": "bfloat16",
         },
-        layers=5,
-        target_layer_ids=(1, 9, 17, 25, 33),
+        windows=(4096,) * 5 + (None,),
+        target_layer_ids=(1, 7, 13, 19, 25, 30),
         block_size=16,
         prompt_tokens=128,
+        heads={"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
     ),
     # Small enough for a test on a CPU.
     "tiny": Shape(
@@ -88,7 +129,7 @@ SHAPES = {
             "max_position_embeddings": 2048,
             "torch_dtype": "float32",
         },
-        layers=2,
+        windows=(None, None),
         target_layer_ids=(0, 2),
         block_size=8,
         prompt_tokens=16,
@@ -173,7 +214,9 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
         such group, whose engines make room for the next. A mode of two groups shows how far their
         rows compare.
 
-        ``--shape`` takes dummy weights: qwen3-8b, or tiny for a test.
+        ``--shape`` takes dummy weights: qwen3-8b, qwen3-8b-windows, qwen3.5-9b (in vLLM with
+        ``--settings '{"additional_config": {"gdn_prefill_backend": "triton"}}'``, unless FlashInfer
+        is there), or tiny for a test.
 
         ``--timelines`` adds where the time of a decode step goes, at all levels or at those of
         ``--timeline-levels``.
@@ -450,15 +493,25 @@ def dummy_pair(shape: Shape, directory: Path) -> tuple[Path, Path]:
 
     target = directory / "target"
     target.mkdir()
-    sizes = shape.target
-    (target / "config.json").write_text(json.dumps(sizes))
-    config = DrafterConfig(
+    (target / "config.json").write_text(json.dumps(shape.target))
+    config = drafter_of(shape)
+    dtype = getattr(torch, shape.target["torch_dtype"])
+    tensors = {
+        name: torch.zeros(size, dtype=dtype) for name, size in expected_tensors(config).items()
+    }
+    return target, save_checkpoint(directory / "drafter", config, tensors)
+
+
+def drafter_of(shape: Shape) -> DrafterConfig:
+    """The drafter's configuration."""
+    sizes = {**shape.target, **(shape.heads or {})}
+    return DrafterConfig(
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["intermediate_size"],
         num_attention_heads=sizes["num_attention_heads"],
         num_key_value_heads=sizes["num_key_value_heads"],
         head_dim=sizes["head_dim"],
-        layers=(LayerAttention(),) * shape.layers,
+        layers=tuple(LayerAttention(sliding_window=window) for window in shape.windows),
         block_size=shape.block_size,
         mask_token_id=sizes["vocab_size"] - 267,
         target_layer_ids=shape.target_layer_ids,
@@ -466,11 +519,6 @@ def dummy_pair(shape: Shape, directory: Path) -> tuple[Path, Path]:
         target_hidden_size=sizes["hidden_size"],
         vocab_size=sizes["vocab_size"],
     )
-    dtype = getattr(torch, sizes["torch_dtype"])
-    tensors = {
-        name: torch.zeros(size, dtype=dtype) for name, size in expected_tensors(config).items()
-    }
-    return target, save_checkpoint(directory / "drafter", config, tensors)
 
 
 def real_prompts(directory: Path, data: Path, count: int) -> list[list[int]]:
