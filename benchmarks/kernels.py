@@ -429,6 +429,17 @@ def target_limits(batch: int) -> Case:
     return distributions_of(batch, limited=True)
 
 
+def draw_tokens(batch: int) -> Case:
+    """The drafts of whole blocks; the rows are read twice."""
+    from dflash_plugin.kernels.draw_tokens import draw_tokens, draw_tokens_naive
+
+    probs = random(batch, DRAFTS, VOCABULARY).float().abs()
+    u = torch.rand(batch, DRAFTS, dtype=torch.float64, device=DEVICE)
+    return Case(
+        lambda: draw_tokens(probs, u), lambda: draw_tokens_naive(probs, u), 2 * probs.nbytes
+    )
+
+
 def distributions_of(batch: int, limited: bool) -> Case:
     """Blocks of logits as peaked as a target's: a few tokens hold most of the probability."""
     from dflash_plugin.kernels.limited_softmax import (
@@ -613,6 +624,7 @@ OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     accept_block_candidates: REQUESTS,
     target_softmax: REQUESTS,
     target_limits: REQUESTS,
+    draw_tokens: REQUESTS,
     accept_greedy: REQUESTS,
     admit_drafts: REQUESTS,
     cut_blocks: REQUESTS,

@@ -188,6 +188,7 @@ def step(batch: int, block: int) -> None:
     from dflash_plugin.kernels.accept_block import accept_block
     from dflash_plugin.kernels.accept_greedy import accept_greedy
     from dflash_plugin.kernels.draft_attention import Blocks, PagedContext, draft_attention
+    from dflash_plugin.kernels.draw_tokens import draw_tokens
     from dflash_plugin.kernels.limited_softmax import TokenLimits, limited_softmax
 
     drafts, request = whole(batch, block - 1), whole(batch)
@@ -202,6 +203,7 @@ def step(batch: int, block: int) -> None:
     for judge in (accept, accept_block):
         judge(drafts, candidates, request)
     accept_greedy(drafts, whole(batch * block), whole(batch, block))
+    draw_tokens(target, of(batch, block, dtype=torch.float64))
     temperature, share = of(batch, block, dtype=torch.float32), of(batch, dtype=torch.float32)
     for dtype in (BF16, torch.float32):
         logits = of(batch, block, 1024, dtype=dtype)

@@ -26,7 +26,7 @@ from dflash_plugin.drafter.layers import DraftAttention, DraftLayer, RMSNorm, To
 from dflash_plugin.drafter.rope import RotaryEmbedding
 from dflash_plugin.drafter.selector import CandidateSelector, Proposal
 from dflash_plugin.errors import DFlashError
-from dflash_plugin.kernels.reference import sample
+from dflash_plugin.kernels.draw_tokens import draw_tokens
 from dflash_plugin.kernels.select_path import Limits
 from dflash_plugin.kernels.uniforms import Stream, uniforms
 
@@ -302,9 +302,9 @@ class Drafter(nn.Module):
             return Proposal(self.token_ids(logits.argmax(dim=-1)), logits)
         probs = probabilities(logits, sampling, limited)
         if factors is None:
-            return Proposal(self.token_ids(sample(probs, u)), logits, probs)
+            return Proposal(self.token_ids(draw_tokens(probs, u)), logits, probs)
         sharper = sharpen(probs, factors)
-        tokens = self.token_ids(sample(sharper, u))
+        tokens = self.token_ids(draw_tokens(sharper, u))
         return Proposal(tokens, logits, sharper, own_probs=probs)
 
     def plain_head(self) -> Tensor | None:

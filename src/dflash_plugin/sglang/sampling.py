@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dflash_plugin.decoding.draft_sampling import sharpen
 from dflash_plugin.decoding.sampling import SamplingTensors, probabilities
+from dflash_plugin.kernels.draw_tokens import draw_tokens
 from dflash_plugin.kernels.limited_softmax import limited_softmax
-from dflash_plugin.kernels.reference import sample
 from dflash_plugin.kernels.select_path import Limits
 from dflash_plugin.kernels.uniforms import Stream, uniforms
 from dflash_plugin.sglang.penalties import to_device
@@ -124,4 +124,4 @@ def draw(probs: Tensor, params: SamplingTensors, positions: Tensor, stream: Stre
         positions: int64 [B, T], positions of the tokens in their texts.
         stream: what the tokens are drawn for.
     """
-    return sample(probs, uniforms(params.seed, positions, stream))
+    return draw_tokens(probs, uniforms(params.seed, positions, stream))

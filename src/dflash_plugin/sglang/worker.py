@@ -24,7 +24,7 @@ from dflash_plugin.checkpoints.updates import holds_drafter
 from dflash_plugin.kernels.accept import Sampled, accept
 from dflash_plugin.kernels.accept_block import accept_block
 from dflash_plugin.kernels.accept_greedy import accept_greedy
-from dflash_plugin.kernels.reference import sample
+from dflash_plugin.kernels.draw_tokens import draw_tokens
 from dflash_plugin.serving.draft_tokens import block_noise, select_drafts
 from dflash_plugin.serving.new_weights import route
 from dflash_plugin.serving.prometheus import WORKER_FACTS
@@ -392,7 +392,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             scores = self.draft_model.logits(hidden).view(batch, drafts, -1)
             probs = sampling.distribution(scores, params, info, factors)
             step.draft_probs = drafter.target_probabilities(probs, self.vocab_size)
-            tokens = drafter.token_ids(sample(probs, u))
+            tokens = drafter.token_ids(draw_tokens(probs, u))
         if requests is not None:
             own = sampling.distribution(scores[requests], params.of_rows(requests), info)
             if found is None:
