@@ -67,10 +67,9 @@ def reason_against(
 
     Args:
         manager: of the target's graphs.
-        attn_groups: the target's attention layers, by group of the KV cache.
+        attn_groups: attention layers of target and drafter, by group of the KV cache.
     """
     from vllm.config import CUDAGraphMode
-    from vllm.v1.attention.backend import AttentionCGSupport
 
     config: VllmConfig = manager.vllm_config
     model, parallel = config.model_config, config.parallel_config
@@ -88,11 +87,39 @@ def reason_against(
     if reason is not None:
         return reason
     for group in (group for groups in attn_groups for group in groups):
-        builder = group.get_metadata_builder(0)
-        support = builder.get_cudagraph_support(config, group.kv_cache_spec)
-        if support != AttentionCGSupport.ALWAYS:
-            return f"graphs of {group.backend.__name__} hold passes of one length"
+        reason = _of_backend(config, group)
+        if reason is not None:
+            return reason
     return None
+
+
+def _of_backend(config: VllmConfig, group: AttentionGroup) -> str | None:
+    """Why graphs of an attention back end hold no prompts, or None.
+
+    vLLM also counts back ends among those of all lengths whose graphs hold verify passes of mixed
+    lengths, but no prompts: FlashInfer's of latent attention, and those that models bring. They
+    have builders of their own.
+    """
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.attention.backends import flash_attn, triton_attn
+
+    name, builder = group.backend.__name__, group.get_metadata_builder(0)
+    support = builder.get_cudagraph_support(config, group.kv_cache_spec)
+    if support != AttentionCGSupport.ALWAYS:
+        return f"graphs of {name} hold passes of one length"
+    if type(builder) is triton_attn.TritonAttentionMetadataBuilder:
+        return None
+    if type(builder) is not flash_attn.FlashAttentionMetadataBuilder:
+        return f"graphs of {name} are not known to hold prompts"
+    if not builder.aot_schedule or 64 < builder.headdim <= 128:
+        return None
+    # FlashAttention 3 has the schedule of a pass before its graph runs, and lays it out otherwise
+    # where no request has more than one row, unless heads have 65 to 128 values
+    # (mha_fwd_get_scheduler_metadata in hopper/flash_api.cpp). A graph of more rows misreads that.
+    # vLLM makes no schedule ahead for layers with different windows.
+    if len(flash_attn._get_sliding_window_configs(config)) > 1:
+        return None
+    return f"{name} schedules passes of one row a request otherwise"
 
 
 def add_mixed_passes(manager: GraphManager) -> None:
