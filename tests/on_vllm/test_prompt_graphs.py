@@ -96,6 +96,15 @@ def test_every_pass_that_had_a_graph_has_one() -> None:
         assert found.num_tokens >= tokens
 
 
+@pytest.mark.parametrize("varlen", [False, True])
+def test_no_graph_is_captured_that_no_pass_replays(varlen: bool) -> None:
+    manager = a_manager(varlen)
+    add_mixed_passes(manager)
+    captured = {one for found in manager._capture_descs.values() for one in found}
+    assert captured == {one for found in manager._candidates.values() for one in found}
+    assert {one.cg_mode for one in captured} == {CUDAGraphMode.FULL}
+
+
 def test_a_table_is_extended_once_and_longest_passes_come_first() -> None:
     manager = a_manager(varlen=True)
     add_mixed_passes(manager)

@@ -123,7 +123,10 @@ def _of_backend(config: VllmConfig, group: AttentionGroup) -> str | None:
 
 
 def add_mixed_passes(manager: GraphManager) -> None:
-    """Let a manager capture passes of any mix of requests, and prefer them to those in parts.
+    """Let a manager capture whole passes of any mix of requests in the place of those in parts.
+
+    Whatever a graph in parts held, one of the whole pass holds: the manager then captures no parts,
+    which would take memory and time at start. A manager without graphs in parts is left alone.
 
     Args:
         manager: with graphs of whole passes that verify drafts, and of parts of all others.
@@ -131,7 +134,9 @@ def add_mixed_passes(manager: GraphManager) -> None:
     from vllm.config import CUDAGraphMode
     from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-    of_parts = manager._capture_descs.get(CUDAGraphMode.PIECEWISE, [])
+    of_parts = manager._capture_descs.pop(CUDAGraphMode.PIECEWISE, [])
+    if not of_parts:
+        return
     passes = [
         BatchExecutionDescriptor(
             cg_mode=CUDAGraphMode.FULL, num_tokens=rows, num_reqs=min(rows, manager.max_num_reqs)
@@ -139,14 +144,11 @@ def add_mixed_passes(manager: GraphManager) -> None:
         for rows in spread(part.num_tokens for part in of_parts)
     ]
     whole = manager._capture_descs.setdefault(CUDAGraphMode.FULL, [])
-    whole += [one for one in passes if one not in whole]
+    whole += passes
     whole.sort(key=lambda one: one.num_tokens, reverse=True)
     for (tokens, _), found in manager._candidates.items():
-        mixed = next((one for one in passes if one.num_tokens >= tokens), None)
-        if mixed is None or mixed in found:
-            continue
-        in_parts = (i for i, one in enumerate(found) if one.cg_mode == CUDAGraphMode.PIECEWISE)
-        found.insert(next(in_parts, len(found)), mixed)
+        verifying = [one for one in found if one.cg_mode == CUDAGraphMode.FULL]
+        found[:] = verifying + [one for one in passes if one.num_tokens >= tokens][:1]
     logger.info("%d graphs hold whole passes that read prompts", len(passes))
 
 
