@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
 from dflash_plugin.vllm import compat
@@ -93,6 +96,15 @@ def test_every_pass_that_had_a_graph_has_one() -> None:
         assert found.num_tokens >= tokens
 
 
+@pytest.mark.parametrize("varlen", [False, True])
+def test_no_graph_is_captured_that_no_pass_replays(varlen: bool) -> None:
+    manager = a_manager(varlen)
+    add_mixed_passes(manager)
+    captured = {one for found in manager._capture_descs.values() for one in found}
+    assert captured == {one for found in manager._candidates.values() for one in found}
+    assert {one.cg_mode for one in captured} == {CUDAGraphMode.FULL}
+
+
 def test_a_table_is_extended_once_and_longest_passes_come_first() -> None:
     manager = a_manager(varlen=True)
     add_mixed_passes(manager)
@@ -118,8 +130,10 @@ def test_no_sizes_give_none() -> None:
     assert spread([]) == []
 
 
-def a_group(support: AttentionCGSupport) -> Any:
-    builder = SimpleNamespace(get_cudagraph_support=lambda config, spec: support)
+def a_group(kind: type[Any], support: AttentionCGSupport, **state: Any) -> Any:
+    """Layers whose builder is of a kind of vLLM's, without a device for its buffers."""
+    builder = object.__new__(kind)
+    vars(builder).update(state, get_cudagraph_support=lambda config, spec: support)
     return SimpleNamespace(
         backend=SimpleNamespace(__name__="SomeBackend"),
         kv_cache_spec=None,
@@ -127,14 +141,56 @@ def a_group(support: AttentionCGSupport) -> Any:
     )
 
 
+def flash(head_size: int = 128, ahead: bool = True) -> Any:
+    """Layers on FlashAttention 3, or on 4, which makes no schedule ahead of a pass."""
+    state = {"aot_schedule": ahead, "headdim": head_size}
+    return a_group(FlashAttentionMetadataBuilder, AttentionCGSupport.ALWAYS, **state)
+
+
+def triton() -> Any:
+    return a_group(TritonAttentionMetadataBuilder, AttentionCGSupport.ALWAYS)
+
+
 def test_attention_that_takes_any_mix_is_captured() -> None:
-    groups = [[a_group(AttentionCGSupport.ALWAYS)], [a_group(AttentionCGSupport.ALWAYS)]]
-    assert reason_against(a_manager(varlen=True), groups) is None
+    assert reason_against(a_manager(varlen=True), [[flash()], [triton()]]) is None
 
 
 def test_attention_that_takes_one_length_is_not() -> None:
-    groups = [[a_group(AttentionCGSupport.ALWAYS)], [a_group(AttentionCGSupport.UNIFORM_BATCH)]]
-    assert "SomeBackend" in (reason_against(a_manager(varlen=True), groups) or "")
+    one_length = a_group(FlashAttentionMetadataBuilder, AttentionCGSupport.UNIFORM_BATCH)
+    assert "SomeBackend" in (reason_against(a_manager(True), [[flash()], [one_length]]) or "")
+
+
+def test_attention_that_takes_any_mix_of_verify_rows_alone_is_not() -> None:
+    from vllm.model_executor.layers.attention.mla_attention import MLACommonMetadataBuilder
+
+    group = a_group(MLACommonMetadataBuilder, AttentionCGSupport.ALWAYS, reorder_batch_threshold=16)
+    # A pass of one prompt of 64 tokens, as vLLM captures one.
+    prompt = SimpleNamespace(num_reqs=64, num_actual_tokens=64, max_query_len=64)
+    with pytest.raises(AssertionError):
+        group.get_metadata_builder(0).build_for_cudagraph_capture(prompt)
+    assert "SomeBackend" in (reason_against(a_manager(True), [[flash()], [group]]) or "")
+
+
+@pytest.mark.parametrize(
+    ("head_size", "ahead", "windows", "is_captured"),
+    [
+        (64, True, [None], False),
+        (256, True, [(4095, 0)], False),
+        (64, True, [None, (127, 0)], True),
+        (64, False, [None], True),
+        (96, True, [None], True),
+    ],
+)
+def test_schedules_ahead_fit_the_graphs(
+    head_size: int,
+    ahead: bool,
+    windows: list[Any],
+    is_captured: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flash_attn, "_get_sliding_window_configs", lambda config: set(windows))
+    reason = reason_against(a_manager(varlen=True), [[flash(head_size, ahead)]])
+    assert (reason is None) is is_captured
 
 
 @pytest.mark.parametrize(
@@ -152,7 +208,7 @@ def test_what_the_host_does_between_layers_keeps_parts(where, name, value, reaso
     manager = a_manager(varlen=True)
     config = manager.vllm_config
     setattr(getattr(config, where) if where else config, name, value)
-    assert reason in (reason_against(manager, [[a_group(AttentionCGSupport.ALWAYS)]]) or "")
+    assert reason in (reason_against(manager, [[flash()]]) or "")
 
 
 def test_another_mode_of_graphs_is_left_alone() -> None:

@@ -67,10 +67,9 @@ def reason_against(
 
     Args:
         manager: of the target's graphs.
-        attn_groups: the target's attention layers, by group of the KV cache.
+        attn_groups: attention layers of target and drafter, by group of the KV cache.
     """
     from vllm.config import CUDAGraphMode
-    from vllm.v1.attention.backend import AttentionCGSupport
 
     config: VllmConfig = manager.vllm_config
     model, parallel = config.model_config, config.parallel_config
@@ -88,15 +87,46 @@ def reason_against(
     if reason is not None:
         return reason
     for group in (group for groups in attn_groups for group in groups):
-        builder = group.get_metadata_builder(0)
-        support = builder.get_cudagraph_support(config, group.kv_cache_spec)
-        if support != AttentionCGSupport.ALWAYS:
-            return f"graphs of {group.backend.__name__} hold passes of one length"
+        reason = _of_backend(config, group)
+        if reason is not None:
+            return reason
     return None
 
 
+def _of_backend(config: VllmConfig, group: AttentionGroup) -> str | None:
+    """Why graphs of an attention back end hold no prompts, or None.
+
+    vLLM also counts back ends among those of all lengths whose graphs hold verify passes of mixed
+    lengths, but no prompts: FlashInfer's of latent attention, and those that models bring. They
+    have builders of their own.
+    """
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.attention.backends import flash_attn, triton_attn
+
+    name, builder = group.backend.__name__, group.get_metadata_builder(0)
+    support = builder.get_cudagraph_support(config, group.kv_cache_spec)
+    if support != AttentionCGSupport.ALWAYS:
+        return f"graphs of {name} hold passes of one length"
+    if type(builder) is triton_attn.TritonAttentionMetadataBuilder:
+        return None
+    if type(builder) is not flash_attn.FlashAttentionMetadataBuilder:
+        return f"graphs of {name} are not known to hold prompts"
+    if not builder.aot_schedule or 64 < builder.headdim <= 128:
+        return None
+    # FlashAttention 3 has the schedule of a pass before its graph runs, and lays it out otherwise
+    # where no request has more than one row, unless heads have 65 to 128 values
+    # (mha_fwd_get_scheduler_metadata in hopper/flash_api.cpp). A graph of more rows misreads that.
+    # vLLM makes no schedule ahead for layers with different windows.
+    if len(flash_attn._get_sliding_window_configs(config)) > 1:
+        return None
+    return f"{name} schedules passes of one row a request otherwise"
+
+
 def add_mixed_passes(manager: GraphManager) -> None:
-    """Let a manager capture passes of any mix of requests, and prefer them to those in parts.
+    """Let a manager capture whole passes of any mix of requests in the place of those in parts.
+
+    Whatever a graph in parts held, one of the whole pass holds: the manager then captures no parts,
+    which would take memory and time at start. A manager without graphs in parts is left alone.
 
     Args:
         manager: with graphs of whole passes that verify drafts, and of parts of all others.
@@ -104,7 +134,9 @@ def add_mixed_passes(manager: GraphManager) -> None:
     from vllm.config import CUDAGraphMode
     from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-    of_parts = manager._capture_descs.get(CUDAGraphMode.PIECEWISE, [])
+    of_parts = manager._capture_descs.pop(CUDAGraphMode.PIECEWISE, [])
+    if not of_parts:
+        return
     passes = [
         BatchExecutionDescriptor(
             cg_mode=CUDAGraphMode.FULL, num_tokens=rows, num_reqs=min(rows, manager.max_num_reqs)
@@ -112,14 +144,11 @@ def add_mixed_passes(manager: GraphManager) -> None:
         for rows in spread(part.num_tokens for part in of_parts)
     ]
     whole = manager._capture_descs.setdefault(CUDAGraphMode.FULL, [])
-    whole += [one for one in passes if one not in whole]
+    whole += passes
     whole.sort(key=lambda one: one.num_tokens, reverse=True)
     for (tokens, _), found in manager._candidates.items():
-        mixed = next((one for one in passes if one.num_tokens >= tokens), None)
-        if mixed is None or mixed in found:
-            continue
-        in_parts = (i for i, one in enumerate(found) if one.cg_mode == CUDAGraphMode.PIECEWISE)
-        found.insert(next(in_parts, len(found)), mixed)
+        verifying = [one for one in found if one.cg_mode == CUDAGraphMode.FULL]
+        found[:] = verifying + [one for one in passes if one.num_tokens >= tokens][:1]
     logger.info("%d graphs hold whole passes that read prompts", len(passes))
 
 

@@ -1,9 +1,10 @@
 """Prompts that wait a few steps for others, so that one step reads them together.
 
-vLLM reads prompts in the pass that verifies drafts. Such a pass replays no graph of its whole: the
-host launches it layer by layer, and all requests wait. With many requests one of them ends in
-nearly every step, and the next one's prompt comes. vLLM can hold prompts back, so that ranks of
-data parallelism read theirs in the same steps; here they are held back for each other.
+vLLM reads prompts in the pass that verifies drafts. All requests wait for it, longest where no
+graph holds the whole pass (``prompt_graphs``), so that the host launches it layer by layer. With
+many requests one of them ends in nearly every step, and the next one's prompt comes. vLLM can hold
+prompts back, so that ranks of data parallelism read theirs in the same steps; here they are held
+back for each other.
 """
 
 from __future__ import annotations
