@@ -207,6 +207,7 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
         timeline_levels: str | None = None,
         together: bool = False,
         settings: str = "{}",
+        sampling: str = "{}",
     ) -> None:
         """Measure and write one JSON file.
 
@@ -229,11 +230,20 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
 
         ``--memory`` is the share of the GPU that each engine takes.
 
+        ``--sampling`` holds sampling parameters in place of greedy ones, by the engine's names:
+        ``'{"temperature": 0.6, "top_p": 0.95, "top_k": 20}'``.
+
         ``--replay`` may be several numbers with commas between: the result of the first is
         FILE.json, that of another FILE-NUMBER.json. Engines without a drafter stand in the first.
         """
         if check and shape is not None:
             raise typer.BadParameter("dummy weights have no texts to compare: leave out --check")
+        drawn = json.loads(sampling)
+        if drawn and (check or replay or acceptance):
+            raise typer.BadParameter(
+                "texts that are drawn have their own acceptance, and differ: leave out --sampling, "
+                "or --check, --replay and --acceptance"
+            )
         if shape is not None and shape not in SHAPES:
             raise typer.BadParameter(f"--shape is {shape!r}: one of {', '.join(SHAPES)}")
         levels = [int(level) for level in concurrency.split(",")]
@@ -256,7 +266,7 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
             speculative |= forced
         if replay is not None:
             environment = replaying(traces, num_drafts, taus)
-        sampling = engine.sampling(new_tokens, shape is not None)
+        params = {**engine.sampling(new_tokens, shape is not None), **drawn}
         record = {
             **circumstances(engine.name, engine.version()),
             "dtype": dtype,
@@ -266,6 +276,7 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
             "acceptance_replayed": taus[0] if taus else None,
             "num_speculative_tokens": num_drafts,
             "engine_arguments": arguments,
+            "sampling": drawn,
         }
         output.parent.mkdir(parents=True, exist_ok=True)
         record |= {"startup_seconds": {}, "gpu_gib": {}, "attention": {}, "failed": {}, "rows": []}
@@ -296,14 +307,14 @@ def command(engine: EngineUnderTest, default_modes: str) -> Callable[..., None]:
                     # Without a drafter, acceptance makes no difference: measured once.
                     timed = [e for e in engines if not (place and e.mode.startswith("none"))]
                     if timed:
-                        measure(timed, prompts, sampling, repeats, made, path, seconds, number)
+                        measure(timed, prompts, params, repeats, made, path, seconds, number)
                 if timelines:
                     wanted = [int(n) for n in (timeline_levels or concurrency).split(",")]
                     some = {level: work[level] for level in wanted}
-                    add_timelines(engines, some, sampling, record, output)
+                    add_timelines(engines, some, params, record, output)
                 if check:
                     record["text"] = check_text(
-                        engines, checked, max(levels), sampling, engine.margins
+                        engines, checked, max(levels), params, engine.margins
                     )
                     output.write_text(json.dumps(record, indent=1) + "\n")
             finally:

@@ -52,6 +52,22 @@ def test_serving_with_replayed_acceptance(modes, tmp_path):
     assert [row["engine"] for row in second["rows"]] == ["plugin", "plugin-adaptive"]
 
 
+def test_serving_of_requests_that_sample(tmp_path):
+    """Drafts are drawn within the limits of the requests."""
+    sampling = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    record = run(
+        "sglang_serving.py",
+        tmp_path / "result.json",
+        *("--shape", "tiny", "--modes", "plugin", "--sampling", json.dumps(sampling)),
+        *("--concurrency", "2", "--new-tokens", "16", "--repeats", "1", "--per-slot", "1"),
+        *("--dtype", "float32"),
+    )
+    assert record["sampling"] == sampling
+    (row,) = record["rows"]
+    assert row["tokens_per_second"] > 0
+    assert row["tau"] >= 1
+
+
 def test_random_load_with_new_weights_on_the_way(tmp_path):
     record = run(
         "sglang_soak.py",
