@@ -55,6 +55,33 @@ def _threshold(keys, weights, wanted):
 
 
 @triton.jit
+def _scaled(row, at, temperature, vocabulary):
+    """Logits float32 by the temperature; minus infinity behind the vocabulary."""
+    logit = tl.load(row + at, mask=at < vocabulary, other=float("-inf"))
+    return logit.to(tl.float32) / temperature
+
+
+@triton.jit
+def _weight_from(
+    row, temperature, largest, least, vocabulary, BY_MASS: tl.constexpr, LANES: tl.constexpr
+):
+    """What a row's tokens from a key on weigh beside the largest one, or how many they are.
+
+    Without a vocabulary it is nothing.
+    """
+    lane = tl.arange(0, LANES)
+    weights = tl.zeros((LANES,), tl.float32)
+    for start in range(0, vocabulary, LANES):
+        at = start + lane
+        x = _scaled(row, at, temperature, vocabulary)
+        weight = tl.full((LANES,), 1.0, tl.float32)
+        if BY_MASS:
+            weight = tl.exp(x - largest)
+        weights += tl.where((at < vocabulary) & (_ordered(x) >= least), weight, 0.0)
+    return tl.sum(weights, axis=0)
+
+
+@triton.jit
 def _threshold_of_row(
     row,
     temperature,
@@ -67,22 +94,47 @@ def _threshold_of_row(
     LANES: tl.constexpr,
 ):
     """As ``_threshold``, of a whole row and its tokens from ``floor`` on; 0 bits find nothing."""
-    lane = tl.arange(0, LANES)
     threshold = tl.full((), -2147483648, tl.int64)
     for bit in range(0, bits):
         raised = threshold + (tl.full((), 2147483648, tl.int64) >> bit)
         least = tl.maximum(raised.to(tl.int32), floor)
-        weights = tl.zeros((LANES,), tl.float32)
-        for start in range(0, vocabulary, LANES):
-            inside = start + lane < vocabulary
-            logit = tl.load(row + start + lane, mask=inside, other=float("-inf")).to(tl.float32)
-            x = logit / temperature
-            weight = tl.full((LANES,), 1.0, tl.float32)
-            if BY_MASS:
-                weight = tl.exp(x - largest)
-            weights += tl.where(inside & (_ordered(x) >= least), weight, 0.0)
-        threshold = tl.where(tl.sum(weights, axis=0) >= wanted, raised, threshold)
+        reached = _weight_from(row, temperature, largest, least, vocabulary, BY_MASS, LANES)
+        threshold = tl.where(reached >= wanted, raised, threshold)
     return threshold.to(tl.int32)
+
+
+@triton.jit
+def _read_lanes(row, temperature, vocabulary, LANES: tl.constexpr):
+    """The largest token of each lane, its first place, and what the lane weighs beside it."""
+    lane = tl.arange(0, LANES)
+    high = tl.full((LANES,), float("-inf"), tl.float32)
+    place = tl.full((LANES,), 0, tl.int32)
+    mass = tl.zeros((LANES,), tl.float32)
+    for start in range(0, vocabulary, LANES):
+        x = _scaled(row, start + lane, temperature, vocabulary)
+        higher = tl.maximum(high, x)
+        # A lane without a finite logit weighs nothing.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        mass = mass * tl.exp(high - base) + tl.exp(x - base)
+        place = tl.where(x > high, start + lane, place)
+        high = higher
+    return high, place, mass
+
+
+@triton.jit
+def _collect(row, above, temperature, bound, vocabulary, LANES: tl.constexpr):
+    """Writes the tokens from a bound on one after the other, as many as fit; how many there are."""
+    lane = tl.arange(0, LANES)
+    found = tl.full((), 0, tl.int32)
+    for start in range(0, vocabulary, LANES):
+        at = start + lane
+        x = _scaled(row, at, temperature, vocabulary)
+        taken = ((at < vocabulary) & (_ordered(x) >= bound)).to(tl.int32)
+        slot = found + tl.cumsum(taken, axis=0) - 1
+        tl.store(above + slot, x, mask=(taken > 0) & (slot < LANES))
+        found += tl.sum(taken, axis=0)
+    tl.debug_barrier()
+    return found
 
 
 @triton.jit
@@ -105,26 +157,12 @@ def _kernel(
     lane = tl.arange(0, LANES)
     asked = tl.load(temperatures + index)
     temperature = tl.where(asked == 0, 1.0, asked)
-    # The largest of each lane, where it is, and what the lane weighs beside it.
-    high = tl.full((LANES,), float("-inf"), tl.float32)
-    place = tl.full((LANES,), 0, tl.int32)
-    mass = tl.zeros((LANES,), tl.float32)
-    for start in range(0, vocabulary, LANES):
-        at = start + lane
-        logit = tl.load(row + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
-        x = logit / temperature
-        higher = tl.maximum(high, x)
-        # A lane without a finite logit weighs nothing.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        mass = mass * tl.exp(high - base) + tl.exp(x - base)
-        place = tl.where(x > high, at, place)
-        high = higher
+    high, place, mass = _read_lanes(row, temperature, vocabulary, LANES)
     largest = tl.max(high, axis=0)
-    whole = tl.sum(mass * tl.exp(high - largest), axis=0)
     first = tl.min(tl.where(high == largest, place, 2147483647), axis=0)
-    floor = tl.full((), -2147483648, tl.int32)
-    threshold = floor
-    kept_mass = whole
+    whole = tl.sum(mass * tl.exp(high - largest), axis=0)
+    lowest = tl.full((), -2147483648, tl.int32)
+    threshold, kept, min_p = lowest, whole, largest * 0.0
     if top_ks is not None:
         top_k = tl.load(top_ks + request)
         top_p = tl.load(top_ps + request)
@@ -135,79 +173,55 @@ def _kernel(
         count = tl.where(has_k, top_k, 0).to(tl.float32)
         by_count = _threshold(keys, tl.full((LANES,), 1.0, tl.float32), count)
         by_mass = _threshold(keys, tl.exp(high - largest), top_p * whole)
-        bound = tl.where(has_k, by_count, tl.where(has_p, by_mass, floor))
-        # Tokens from the bound on, one after the other.
-        mine = above + index * LANES
-        found = tl.full((), 0, tl.int32)
-        for start in range(0, tl.where(has_k | has_p, vocabulary, 0), LANES):
-            at = start + lane
-            inside = at < vocabulary
-            logit = tl.load(row + at, mask=inside, other=float("-inf")).to(tl.float32)
-            x = logit / temperature
-            taken = inside & (_ordered(x) >= bound)
-            slot = found + tl.cumsum(taken.to(tl.int32), axis=0) - 1
-            tl.store(mine + slot, x, mask=taken & (slot < LANES))
-            found += tl.sum(taken.to(tl.int32), axis=0)
-        tl.debug_barrier()
-        few = found <= LANES
-        x = tl.load(mine + lane, mask=lane < found, other=float("-inf"))
+        bound = tl.where(has_k, by_count, tl.where(has_p, by_mass, lowest))
+        few_of_row = above + index * LANES
+        read = tl.where(has_k | has_p, vocabulary, 0)
+        found = _collect(row, few_of_row, temperature, bound, read, LANES)
+        are_few = found <= LANES
+        x = tl.load(few_of_row + lane, mask=lane < found, other=float("-inf"))
         keys = _ordered(x)
-        weight = tl.exp(x - largest)
-        ones = tl.where(lane < found, 1.0, 0.0)
-        of_few = _threshold(keys, ones, count)
+        weight = tl.where(lane < found, tl.exp(x - largest), 0.0)
+        # Top-k, and what it leaves.
+        of_few = _threshold(keys, tl.where(lane < found, 1.0, 0.0), count)
         bits = tl.where(has_k & (found > LANES), 32, 0)
         of_all = _threshold_of_row(
-            row, temperature, largest, floor, count, vocabulary, bits, False, LANES
+            row, temperature, largest, lowest, count, vocabulary, bits, False, LANES
         )
-        threshold = tl.where(has_k, tl.where(few, of_few, of_all), floor)
-        # What top-k leaves weighs as much as this.
-        left = tl.sum(tl.where((keys >= threshold) & (lane < found), weight, 0.0), axis=0)
-        many = tl.zeros((LANES,), tl.float32)
-        for start in range(0, tl.where(has_k & (found > LANES), vocabulary, 0), LANES):
-            inside = start + lane < vocabulary
-            logit = tl.load(row + start + lane, mask=inside, other=float("-inf")).to(tl.float32)
-            x = logit / temperature
-            kept = inside & (_ordered(x) >= threshold)
-            many += tl.where(kept, tl.exp(x - largest), 0.0)
-        of_k = tl.where(has_k, tl.where(few, left, tl.sum(many, axis=0)), whole)
-        wanted = top_p * of_k
-        counted = tl.where((keys >= threshold) & (lane < found), weight, 0.0)
-        of_few = _threshold(keys, counted, wanted)
+        threshold = tl.where(has_k, tl.where(are_few, of_few, of_all), lowest)
+        left_of_few = tl.sum(tl.where(keys >= threshold, weight, 0.0), axis=0)
+        read = tl.where(has_k & (found > LANES), vocabulary, 0)
+        left_of_all = _weight_from(row, temperature, largest, threshold, read, True, LANES)
+        left = tl.where(has_k, tl.where(are_few, left_of_few, left_of_all), whole)
+        # Top-p of that.
+        of_few = _threshold(keys, tl.where(keys >= threshold, weight, 0.0), top_p * left)
         bits = tl.where(has_p & (found > LANES), 32, 0)
         of_all = _threshold_of_row(
-            row, temperature, largest, threshold, wanted, vocabulary, bits, True, LANES
+            row, temperature, largest, threshold, top_p * left, vocabulary, bits, True, LANES
         )
         # Rounding can leave the few a little short.
-        of_p = tl.where(few, tl.maximum(of_few, bound), of_all)
-        threshold = tl.where(has_p, tl.maximum(threshold, of_p), threshold)
+        by_p = tl.where(are_few, tl.maximum(of_few, bound), of_all)
+        threshold = tl.where(has_p, tl.maximum(threshold, by_p), threshold)
         # The largest is kept whatever rounding does.
         threshold = tl.minimum(threshold, tl.max(_ordered(high), axis=0))
-        is_kept = (keys >= threshold) & (weight >= min_p) & (lane < found)
-        of_few = tl.sum(tl.where(is_kept, weight, 0.0), axis=0)
-        by_few = few & (has_k | has_p)
-        sums = (has_k | has_p | (min_p > 0)) & (by_few == 0)
-        many = tl.zeros((LANES,), tl.float32)
-        for start in range(0, tl.where(sums, vocabulary, 0), LANES):
-            inside = start + lane < vocabulary
-            logit = tl.load(row + start + lane, mask=inside, other=float("-inf")).to(tl.float32)
-            x = logit / temperature
-            beside = tl.exp(x - largest)
-            is_kept = inside & (_ordered(x) >= threshold) & (beside >= min_p)
-            many += tl.where(is_kept, beside, 0.0)
-        of_all = tl.where(sums, tl.sum(many, axis=0), whole)
-        kept_mass = tl.where(by_few, of_few, of_all)
-    else:
-        min_p = largest * 0.0
+        # What min-p leaves of that.
+        by_few = are_few & (has_k | has_p)
+        of_few = tl.sum(tl.where((keys >= threshold) & (weight >= min_p), weight, 0.0), axis=0)
+        read = tl.where((has_k | has_p | (min_p > 0)) & (by_few == 0), vocabulary, 0)
+        of_all = tl.full((), 0.0, tl.float32)
+        for start in range(0, read, LANES):
+            x = _scaled(row, start + lane, temperature, vocabulary)
+            beside = tl.where(start + lane < vocabulary, tl.exp(x - largest), 0.0)
+            stays = (_ordered(x) >= threshold) & (beside >= min_p)
+            of_all += tl.sum(tl.where(stays, beside, 0.0), axis=0)
+        kept = tl.where(by_few, of_few, tl.where(read > 0, of_all, whole))
     for start in range(0, vocabulary, LANES):
         at = start + lane
-        inside = at < vocabulary
-        logit = tl.load(row + at, mask=inside, other=float("-inf")).to(tl.float32)
-        x = logit / temperature
-        weight = tl.exp(x - largest)
-        kept = (_ordered(x) >= threshold) & (weight >= min_p)
-        value = tl.where(kept, weight / kept_mass, 0.0)
+        x = _scaled(row, at, temperature, vocabulary)
+        beside = tl.exp(x - largest)
+        stays = (_ordered(x) >= threshold) & (beside >= min_p)
+        value = tl.where(stays, beside / kept, 0.0)
         value = tl.where(asked == 0, tl.where(at == first, 1.0, 0.0), value)
-        tl.store(out + index * vocabulary + at, value, mask=inside)
+        tl.store(out + index * vocabulary + at, value, mask=at < vocabulary)
 
 
 @with_twin
