@@ -7,9 +7,16 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from dflash_plugin.sglang import compat
-from dflash_plugin.sglang.prompt_graphs import MOST_PROMPTS, capture_prompts, reason_against
+from dflash_plugin.sglang import compat, surface
+from dflash_plugin.sglang.prompt_graphs import (
+    MOST_PROMPTS,
+    RUNNER_MODULE,
+    capture_prompts,
+    reason_against,
+    with_shared_output,
+)
 
 VERSIONS = ("0.5.17", "0.5.23")
 
@@ -145,3 +152,58 @@ def test_what_sglang_chose_otherwise_stays(published, version, chosen) -> None:
     assert chosen in (reason_against(a_target(), published) or "")
     assert not capture_prompts(a_target())
     assert published.backend == chosen
+
+
+class Runner:
+    """SGLang's runner, as far as passes are captured with it: it keeps what each returns."""
+
+    max_num_tokens = 8
+
+    def __init__(self, is_full: bool) -> None:
+        self._is_full_backend = is_full
+
+    def _run_forward(self, forward_batch: Any, num_tokens: int) -> Any:
+        # Hidden states, and the context features of two layers.
+        rows = torch.full((num_tokens, 3), float(forward_batch))
+        return rows, [rows + 1, rows + 2]
+
+
+def storages(output: Any) -> set[int]:
+    hidden, features = output
+    return {part.untyped_storage().data_ptr() for part in (hidden, *features)}
+
+
+def test_captured_passes_return_their_output_in_the_same_memory() -> None:
+    run = with_shared_output(Runner._run_forward)
+    runner = Runner(is_full=True)
+    largest = run(runner, 10, 8)
+    smaller = run(runner, 20, 4)
+    assert storages(smaller) == storages(largest)
+    assert len(storages(largest)) == 3
+    hidden, features = smaller
+    assert isinstance(features, list)
+    for part, value in zip((hidden, *features), (20, 21, 22), strict=True):
+        assert torch.equal(part, torch.full((4, 3), float(value)))
+
+
+def test_captured_passes_share_their_output_where_sglang_keeps_each_apart(
+    published, version, monkeypatch
+) -> None:
+    native = Runner._run_forward
+    module = ModuleType(RUNNER_MODULE)
+    vars(module)["PrefillCudaGraphRunner"] = type("PrefillCudaGraphRunner", (Runner,), {})
+    monkeypatch.setitem(sys.modules, RUNNER_MODULE, module)
+    surface._surface.cache_clear()  # A module is patched once in a process.
+    try:
+        assert capture_prompts(a_target())
+    finally:
+        surface._surface.cache_clear()
+    # 0.5.22 and later share it themselves.
+    patched = vars(module)["PrefillCudaGraphRunner"]._run_forward
+    assert (patched is not native) is (version == "0.5.17")
+
+
+def test_passes_captured_in_parts_return_what_sglang_returns() -> None:
+    run = with_shared_output(Runner._run_forward)
+    runner = Runner(is_full=False)
+    assert storages(run(runner, 10, 8)).isdisjoint(storages(run(runner, 20, 4)))
