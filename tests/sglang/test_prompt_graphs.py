@@ -23,6 +23,8 @@ VERSIONS = ("0.5.17", "0.5.23")
 
 class FlashAttentionBackend:
     use_mla = use_sliding_window_kv_pool = has_local_attention = is_encoder_decoder = False
+    is_prefill_aware_swa = False
+    fa_impl_ver = 3
 
 
 class TritonAttnBackend:
@@ -46,6 +48,9 @@ def a_target(**arguments: Any) -> Any:
             "enable_lora": None,
             "enable_hierarchical_cache": False,
             "enable_lmcache": False,
+            "enable_flexkv": False,
+            "radix_cache_backend": None,
+            "debug_cuda_graph": False,
             "disaggregation_mode": "null",
             "enable_two_batch_overlap": False,
             "enable_mixed_chunk": False,
@@ -54,7 +59,10 @@ def a_target(**arguments: Any) -> Any:
     )
     model = SimpleNamespace(is_multimodal=False, hf_text_config=SimpleNamespace(num_experts=None))
     return SimpleNamespace(
-        server_args=args, attn_backend=FlashAttentionBackend(), model_config=model
+        server_args=args,
+        attn_backend=FlashAttentionBackend(),
+        model_config=model,
+        token_to_kv_pool=SimpleNamespace(post_capture_active=False),
     )
 
 
@@ -104,6 +112,11 @@ def test_a_number_of_prompts_that_is_given_stays(published, version) -> None:
         ({"enable_lora": True}, "LoRA"),
         ({"enable_hierarchical_cache": True}, "layer by layer"),
         ({"enable_lmcache": True}, "layer by layer"),
+        ({"enable_flexkv": True}, "layer by layer"),
+        ({"radix_cache_backend": "flexkv"}, "layer by layer"),
+        # 0.5.20 and later.
+        ({"enable_unified_cache_external_linker": True}, "layer by layer"),
+        ({"debug_cuda_graph": True}, "debugged"),
         ({"disaggregation_mode": "prefill"}, "layer by layer"),
         ({"enable_two_batch_overlap": True}, "overlap"),
         ({"enable_mixed_chunk": True}, "decode, too"),
@@ -122,6 +135,7 @@ def test_arguments_keep_what_sglang_does(published, version, arguments, reason) 
     [
         ("use_mla", "latent"),
         ("use_sliding_window_kv_pool", "windows"),
+        ("is_prefill_aware_swa", "windows"),
         ("has_local_attention", "chunked"),
         ("is_encoder_decoder", "encoder"),
     ],
@@ -142,8 +156,21 @@ def test_other_back_ends_and_models_keep_what_sglang_does(published, version) ->
     target.model_config.is_multimodal = True
     assert "images" in (reason_against(target, published) or "")
     target = a_target()
-    target.model_config.hf_text_config.num_experts = 8
-    assert "experts" in (reason_against(target, published) or "")
+    for name in ("num_experts", "moe_num_experts"):
+        target = a_target()
+        setattr(target.model_config.hf_text_config, name, 8)
+        assert "experts" in (reason_against(target, published) or "")
+    target = a_target()
+    target.attn_backend.fa_impl_ver = 4
+    assert "FlashAttention 4" in (reason_against(target, published) or "")
+
+
+def test_a_cache_that_takes_the_memory_of_passes_without_a_graph_keeps_what_sglang_does(
+    published, version
+) -> None:
+    target = a_target()
+    target.token_to_kv_pool.post_capture_active = True
+    assert "what graphs leave" in (reason_against(target, published) or "")
 
 
 @pytest.mark.parametrize("chosen", ["disabled", "tc_piecewise"])

@@ -26,7 +26,22 @@ RUNNER_MODULE = "sglang.srt.model_executor.runner.prefill_cuda_graph_runner"
 # Prompts of a pass, at most; one of more prompts runs without a graph.
 MOST_PROMPTS = 32
 # Names that configurations give the number of their experts.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_moe_experts",
+)
+# Arguments of caches that fetch keys and values from elsewhere while a pass runs, or may. Each of
+# its layers waits for its own, on the host, which a pass that is captured whole leaves out.
+OTHER_CACHES = (
+    "enable_hierarchical_cache",
+    "enable_lmcache",
+    "enable_flexkv",
+    "radix_cache_backend",
+    "enable_unified_cache_external_linker",
+)
 
 
 def capture_prompts(target: ModelRunnerLike) -> bool:
@@ -76,8 +91,12 @@ def reason_against(target: ModelRunnerLike, config: Any) -> str | None:
     if not is_instance(attention, "FlashAttentionBackend"):
         return f"the attention back end is {type(attention).__name__}"
     checks = (
+        (attention.fa_impl_ver != 3, "it is unmeasured with FlashAttention 4"),
         (attention.use_mla, "the target has latent attention"),
-        (attention.use_sliding_window_kv_pool, "the target has windows"),
+        (
+            attention.use_sliding_window_kv_pool or attention.is_prefill_aware_swa,
+            "the target has windows",
+        ),
         (attention.has_local_attention, "the target has chunked attention"),
         (attention.is_encoder_decoder, "the target has an encoder"),
         (model.is_multimodal, "the target reads images"),
@@ -85,10 +104,13 @@ def reason_against(target: ModelRunnerLike, config: Any) -> str | None:
         (argument(args, "tp_size") > 1, "it is unmeasured with several ranks"),
         (argument(args, "enable_lora"), "it is unmeasured with LoRA"),
         (
-            argument(args, "enable_hierarchical_cache") or argument(args, "enable_lmcache"),
+            any(argument(args, name) for name in OTHER_CACHES if hasattr(args, name)),
             "the cache comes layer by layer",
         ),
+        # It leaves no memory for passes of more prompts, which run without a graph.
+        (target.token_to_kv_pool.post_capture_active, "the cache takes what graphs leave"),
         (argument(args, "disaggregation_mode") != "null", "the cache goes layer by layer"),
+        (argument(args, "debug_cuda_graph"), "graphs are debugged"),
         (argument(args, "enable_two_batch_overlap"), "two batches overlap"),
         (argument(args, "enable_mixed_chunk"), "passes over prompts decode, too"),
     )

@@ -38,4 +38,9 @@ ROWS = (
         "tells which targets it was measured with",
         "FlashAttentionBackend.use_sliding_window_kv_pool",
     ),
+    *rows(
+        "mem_cache.memory_pool", "attribute", PROMPT_GRAPHS,
+        "tells whether passes without a graph have memory",
+        "KVCache.post_capture_active",
+    ),
 )  # fmt: skip
