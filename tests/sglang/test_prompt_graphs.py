@@ -7,15 +7,24 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from dflash_plugin.sglang import compat
-from dflash_plugin.sglang.prompt_graphs import MOST_PROMPTS, capture_prompts, reason_against
+from dflash_plugin.sglang import compat, surface
+from dflash_plugin.sglang.prompt_graphs import (
+    MOST_PROMPTS,
+    RUNNER_MODULE,
+    capture_prompts,
+    reason_against,
+    with_shared_output,
+)
 
 VERSIONS = ("0.5.17", "0.5.23")
 
 
 class FlashAttentionBackend:
     use_mla = use_sliding_window_kv_pool = has_local_attention = is_encoder_decoder = False
+    is_prefill_aware_swa = False
+    fa_impl_ver = 3
 
 
 class TritonAttnBackend:
@@ -39,6 +48,9 @@ def a_target(**arguments: Any) -> Any:
             "enable_lora": None,
             "enable_hierarchical_cache": False,
             "enable_lmcache": False,
+            "enable_flexkv": False,
+            "radix_cache_backend": None,
+            "debug_cuda_graph": False,
             "disaggregation_mode": "null",
             "enable_two_batch_overlap": False,
             "enable_mixed_chunk": False,
@@ -47,7 +59,10 @@ def a_target(**arguments: Any) -> Any:
     )
     model = SimpleNamespace(is_multimodal=False, hf_text_config=SimpleNamespace(num_experts=None))
     return SimpleNamespace(
-        server_args=args, attn_backend=FlashAttentionBackend(), model_config=model
+        server_args=args,
+        attn_backend=FlashAttentionBackend(),
+        model_config=model,
+        token_to_kv_pool=SimpleNamespace(post_capture_active=False),
     )
 
 
@@ -97,6 +112,11 @@ def test_a_number_of_prompts_that_is_given_stays(published, version) -> None:
         ({"enable_lora": True}, "LoRA"),
         ({"enable_hierarchical_cache": True}, "layer by layer"),
         ({"enable_lmcache": True}, "layer by layer"),
+        ({"enable_flexkv": True}, "layer by layer"),
+        ({"radix_cache_backend": "flexkv"}, "layer by layer"),
+        # 0.5.20 and later.
+        ({"enable_unified_cache_external_linker": True}, "layer by layer"),
+        ({"debug_cuda_graph": True}, "debugged"),
         ({"disaggregation_mode": "prefill"}, "layer by layer"),
         ({"enable_two_batch_overlap": True}, "overlap"),
         ({"enable_mixed_chunk": True}, "decode, too"),
@@ -115,6 +135,7 @@ def test_arguments_keep_what_sglang_does(published, version, arguments, reason) 
     [
         ("use_mla", "latent"),
         ("use_sliding_window_kv_pool", "windows"),
+        ("is_prefill_aware_swa", "windows"),
         ("has_local_attention", "chunked"),
         ("is_encoder_decoder", "encoder"),
     ],
@@ -135,8 +156,21 @@ def test_other_back_ends_and_models_keep_what_sglang_does(published, version) ->
     target.model_config.is_multimodal = True
     assert "images" in (reason_against(target, published) or "")
     target = a_target()
-    target.model_config.hf_text_config.num_experts = 8
-    assert "experts" in (reason_against(target, published) or "")
+    for name in ("num_experts", "moe_num_experts"):
+        target = a_target()
+        setattr(target.model_config.hf_text_config, name, 8)
+        assert "experts" in (reason_against(target, published) or "")
+    target = a_target()
+    target.attn_backend.fa_impl_ver = 4
+    assert "FlashAttention 4" in (reason_against(target, published) or "")
+
+
+def test_a_cache_that_takes_the_memory_of_passes_without_a_graph_keeps_what_sglang_does(
+    published, version
+) -> None:
+    target = a_target()
+    target.token_to_kv_pool.post_capture_active = True
+    assert "what graphs leave" in (reason_against(target, published) or "")
 
 
 @pytest.mark.parametrize("chosen", ["disabled", "tc_piecewise"])
@@ -145,3 +179,58 @@ def test_what_sglang_chose_otherwise_stays(published, version, chosen) -> None:
     assert chosen in (reason_against(a_target(), published) or "")
     assert not capture_prompts(a_target())
     assert published.backend == chosen
+
+
+class Runner:
+    """SGLang's runner, as far as passes are captured with it: it keeps what each returns."""
+
+    max_num_tokens = 8
+
+    def __init__(self, is_full: bool) -> None:
+        self._is_full_backend = is_full
+
+    def _run_forward(self, forward_batch: Any, num_tokens: int) -> Any:
+        # Hidden states, and the context features of two layers.
+        rows = torch.full((num_tokens, 3), float(forward_batch))
+        return rows, [rows + 1, rows + 2]
+
+
+def storages(output: Any) -> set[int]:
+    hidden, features = output
+    return {part.untyped_storage().data_ptr() for part in (hidden, *features)}
+
+
+def test_captured_passes_return_their_output_in_the_same_memory() -> None:
+    run = with_shared_output(Runner._run_forward)
+    runner = Runner(is_full=True)
+    largest = run(runner, 10, 8)
+    smaller = run(runner, 20, 4)
+    assert storages(smaller) == storages(largest)
+    assert len(storages(largest)) == 3
+    hidden, features = smaller
+    assert isinstance(features, list)
+    for part, value in zip((hidden, *features), (20, 21, 22), strict=True):
+        assert torch.equal(part, torch.full((4, 3), float(value)))
+
+
+def test_captured_passes_share_their_output_where_sglang_keeps_each_apart(
+    published, version, monkeypatch
+) -> None:
+    native = Runner._run_forward
+    module = ModuleType(RUNNER_MODULE)
+    vars(module)["PrefillCudaGraphRunner"] = type("PrefillCudaGraphRunner", (Runner,), {})
+    monkeypatch.setitem(sys.modules, RUNNER_MODULE, module)
+    surface._surface.cache_clear()  # A module is patched once in a process.
+    try:
+        assert capture_prompts(a_target())
+    finally:
+        surface._surface.cache_clear()
+    # 0.5.22 and later share it themselves.
+    patched = vars(module)["PrefillCudaGraphRunner"]._run_forward
+    assert (patched is not native) is (version == "0.5.17")
+
+
+def test_passes_captured_in_parts_return_what_sglang_returns() -> None:
+    run = with_shared_output(Runner._run_forward)
+    runner = Runner(is_full=False)
+    assert storages(run(runner, 10, 8)).isdisjoint(storages(run(runner, 20, 4)))

@@ -10,18 +10,38 @@ it open, for targets and servers like those that it was measured with.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
+
+import torch
 
 from dflash_plugin.sglang.compat import argument, current
 from dflash_plugin.sglang.protocols import ModelRunnerLike
-from dflash_plugin.sglang.surface import is_instance
+from dflash_plugin.sglang.surface import is_instance, surface
 
 logger = logging.getLogger(__name__)
 
+RUNNER_MODULE = "sglang.srt.model_executor.runner.prefill_cuda_graph_runner"
 # Prompts of a pass, at most; one of more prompts runs without a graph.
 MOST_PROMPTS = 32
 # Names that configurations give the number of their experts.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_moe_experts",
+)
+# Arguments of caches that fetch keys and values from elsewhere while a pass runs, or may. Each of
+# its layers waits for its own, on the host, which a pass that is captured whole leaves out.
+OTHER_CACHES = (
+    "enable_hierarchical_cache",
+    "enable_lmcache",
+    "enable_flexkv",
+    "radix_cache_backend",
+    "enable_unified_cache_external_linker",
+)
 
 
 def capture_prompts(target: ModelRunnerLike) -> bool:
@@ -47,6 +67,7 @@ def capture_prompts(target: ModelRunnerLike) -> bool:
     for one in read:
         one.backend = "full"
         one.full_prefill_max_req = one.full_prefill_max_req or MOST_PROMPTS
+    surface().patch(RUNNER_MODULE, "PrefillCudaGraphRunner._run_forward", with_shared_output)
     logger.info(
         "passes over up to %d prompts are captured whole "
         "(--cuda-graph-backend-prefill breakable turns that off)",
@@ -70,8 +91,12 @@ def reason_against(target: ModelRunnerLike, config: Any) -> str | None:
     if not is_instance(attention, "FlashAttentionBackend"):
         return f"the attention back end is {type(attention).__name__}"
     checks = (
+        (attention.fa_impl_ver != 3, "it is unmeasured with FlashAttention 4"),
         (attention.use_mla, "the target has latent attention"),
-        (attention.use_sliding_window_kv_pool, "the target has windows"),
+        (
+            attention.use_sliding_window_kv_pool or attention.is_prefill_aware_swa,
+            "the target has windows",
+        ),
         (attention.has_local_attention, "the target has chunked attention"),
         (attention.is_encoder_decoder, "the target has an encoder"),
         (model.is_multimodal, "the target reads images"),
@@ -79,10 +104,13 @@ def reason_against(target: ModelRunnerLike, config: Any) -> str | None:
         (argument(args, "tp_size") > 1, "it is unmeasured with several ranks"),
         (argument(args, "enable_lora"), "it is unmeasured with LoRA"),
         (
-            argument(args, "enable_hierarchical_cache") or argument(args, "enable_lmcache"),
+            any(argument(args, name) for name in OTHER_CACHES if hasattr(args, name)),
             "the cache comes layer by layer",
         ),
+        # It leaves no memory for passes of more prompts, which run without a graph.
+        (target.token_to_kv_pool.post_capture_active, "the cache takes what graphs leave"),
         (argument(args, "disaggregation_mode") != "null", "the cache goes layer by layer"),
+        (argument(args, "debug_cuda_graph"), "graphs are debugged"),
         (argument(args, "enable_two_batch_overlap"), "two batches overlap"),
         (argument(args, "enable_mixed_chunk"), "passes over prompts decode, too"),
     )
@@ -92,3 +120,43 @@ def reason_against(target: ModelRunnerLike, config: Any) -> str | None:
 def is_locked(server_args: Any) -> bool:
     """Whether ``--cuda-graph-config`` says how passes over prompts are captured."""
     return ("prefill", "backend") in vars(server_args).get("_cuda_graph_config_locked", ())
+
+
+def with_shared_output(native: Callable[..., Any]) -> Callable[..., Any]:
+    """``_run_forward`` of SGLang's runner, whose captured passes share the memory of their output.
+
+    Up to 0.5.21, SGLang keeps the output of each captured pass apart where it is more than one
+    tensor, as it is with context features: for SGLang's 58 passes of up to 8,192 rows, that is
+    twelve times the largest output.
+
+    Args:
+        native: makes a pass of the target's layers; captured with what it returns.
+    """
+
+    @wraps(native)
+    def run(runner: Any, forward_batch: Any, num_tokens: int) -> Any:
+        out = native(runner, forward_batch, num_tokens)
+        if not runner._is_full_backend:
+            return out
+        # SGLang runs a pass before it captures it: this memory is none of a graph's.
+        if "_dflash_output" not in vars(runner):
+            runner._dflash_output = _memory_for(out, runner.max_num_tokens)
+        return _copied(out, runner._dflash_output)
+
+    return run
+
+
+def _memory_for(out: Any, rows: int) -> Any:
+    if isinstance(out, torch.Tensor):
+        return out.new_empty(rows, *out.shape[1:])
+    return [_memory_for(part, rows) for part in out] if isinstance(out, list | tuple) else None
+
+
+def _copied(out: Any, memory: Any) -> Any:
+    """An output with its tensors [T, ...] copied to the first rows of the memory's."""
+    if isinstance(out, torch.Tensor):
+        return memory[: len(out)].copy_(out)
+    if isinstance(out, list | tuple):
+        parts = [_copied(part, at) for part, at in zip(out, memory, strict=True)]
+        return tuple(parts) if isinstance(out, tuple) else parts
+    return out
