@@ -63,6 +63,7 @@ PATCHES = (
     (vllm.LOGGERS, "PrometheusStatLogger.__init__", "metrics:tell_setup"),
     (vllm.SPEC_METRICS, "SpecDecodingProm.__init__", "metrics:make_metrics"),
     (vllm.SPEC_METRICS, "SpecDecodingProm.observe", "metrics:feed_metrics"),
+    (vllm.MODEL_STATE, "DefaultModelState.prepare_attn", "workarounds:promise_two_rows"),
     (vllm.CPU_KERNELS, "_expand_kernel_impl", "workarounds:expand_in_place"),
     (vllm.REJECTION, "apply_sampling_constraints", "workarounds:without_empty_rows"),
 )

@@ -141,7 +141,9 @@ def add_mixed_passes(manager: GraphManager) -> None:
         BatchExecutionDescriptor(
             cg_mode=CUDAGraphMode.FULL, num_tokens=rows, num_reqs=min(rows, manager.max_num_reqs)
         )
+        # A pass of one row is padded to two: one row alone has a schedule of its own.
         for rows in spread(part.num_tokens for part in of_parts)
+        if rows > 1
     ]
     whole = manager._capture_descs.setdefault(CUDAGraphMode.FULL, [])
     whole += passes

@@ -33,6 +33,7 @@ PROPOSER = "vllm.v1.spec_decode.dflash"
 RUNNER = "vllm.v1.worker.gpu.model_runner"
 LORA = "vllm.v1.worker.gpu.lora_utils"
 GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
+MODEL_STATE = "vllm.v1.worker.gpu.model_states.default"
 MANAGER = "vllm.v1.worker.gpu.spec_decode.adaptive_verification"
 WORKER = "vllm.v1.worker.gpu_worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker"
@@ -457,6 +458,20 @@ _V2 = (
             "DFlashCudaGraphManager(vllm_config, device, cudagraph_mode, *, decode_query_len)"),
     *_seams(GRAPHS, V2, "attribute",
             "counts the graphs of shorter blocks", "CudaGraphManager.graphs"),
+    *_seams(
+        MODEL_STATE, V2, "patch", "schedules of replayed passes have the layout of their graph",
+        "DefaultModelState.prepare_attn(input_batch, cudagraph_mode, ...)",
+    ),
+    *_seams("vllm.v1.worker.gpu.input_batch", V2, "attribute",
+            "schedules of replayed passes have the layout of their graph",
+            "InputBatch.max_query_len", "InputBatch.num_scheduled_tokens",
+            "InputBatch.num_tokens_after_padding"),
+    *_seams("vllm.v1.worker.gpu.model_states.interface", V2, "attribute",
+            "schedules of replayed passes have the layout of their graph",
+            "ModelState.vllm_config"),
+    *_seams("vllm.config.compilation", V2, "call",
+            "schedules of replayed passes have the layout of their graph",
+            "CUDAGraphMode.separate_routine()"),
     *_seams(
         GRAPHS, V2, "patch", "captures whole passes that read prompts",
         "ModelCudaGraphManager.capture(model, model_state, input_buffers, intermediate_tensors, "
