@@ -187,6 +187,7 @@ def _kernel(
         of_all = _threshold_of_row(
             row, temperature, largest, lowest, count, vocabulary, bits, False, LANES
         )
+        of_few = tl.maximum(of_few, bound)
         threshold = tl.where(has_k, tl.where(are_few, of_few, of_all), lowest)
         left_of_few = tl.sum(tl.where(keys >= threshold, weight, 0.0), axis=0)
         read = tl.where(has_k & (found > LANES), vocabulary, 0)
