@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dflash_plugin.vllm import workarounds
-from dflash_plugin.vllm.workarounds import promise_two_rows
+from dflash_plugin.vllm import prepared_inputs
+from dflash_plugin.vllm.prepared_inputs import promise_two_rows
 
 FULL, PARTS = SimpleNamespace(name="FULL"), SimpleNamespace(name="PIECEWISE")
 
@@ -18,7 +18,7 @@ FULL, PARTS = SimpleNamespace(name="FULL"), SimpleNamespace(name="PIECEWISE")
 def drafts(monkeypatch) -> list[bool]:
     """Whether the plugin drafts, by each time that it is asked."""
     asked = [True]
-    monkeypatch.setattr(workarounds, "drafter_spec", lambda _: object() if asked[-1] else None)
+    monkeypatch.setattr(prepared_inputs, "drafter_spec", lambda _: object() if asked[-1] else None)
     return asked
 
 
@@ -28,10 +28,9 @@ def promised(
     longest: int | None = None,
     separate: bool = True,
     padded: int | None = None,
-    **kwargs: Any,
 ) -> int | None:
     mode = SimpleNamespace(separate_routine=lambda: separate)
-    state = SimpleNamespace(
+    runner = SimpleNamespace(
         vllm_config=SimpleNamespace(
             speculative_config=None, compilation_config=SimpleNamespace(cudagraph_mode=mode)
         )
@@ -41,8 +40,9 @@ def promised(
         num_scheduled_tokens=np.array(scheduled),
         num_tokens_after_padding=padded or sum(scheduled),
     )
-    wrapped = promise_two_rows(lambda self, batch, *rest, **kwargs: batch.max_query_len)
-    found: int | None = wrapped(state, batch, graph, "block tables", **kwargs)
+    prepare = promise_two_rows(lambda *arguments: batch)
+    assert prepare(runner, "output", "states", SimpleNamespace(cg_mode=graph), 0) is batch
+    found: int | None = batch.max_query_len
     return found
 
 
@@ -65,6 +65,5 @@ def test_a_graph_of_one_row_that_was_captured_so_stays():
 
 def test_other_passes_are_left_alone(drafts):
     assert promised([1, 1], graph=PARTS) is None
-    assert promised([1, 1], for_capture=True) is None
     drafts.append(False)
     assert promised([1, 1]) is None

@@ -39,7 +39,7 @@ PATCHES = (
     (vllm.WORKER, "Worker.wake_up", "new_weights:restore_when_awake"),
     (vllm.RUNNER, "GPUModelRunner.__init__", "adaptive_default:turned_on_where_able"),
     (vllm.RUNNER, "GPUModelRunner.load_model", "sampling_states:give_limits"),
-    (vllm.RUNNER, "GPUModelRunner.prepare_inputs", "lora:note_logit_rows"),
+    (vllm.RUNNER, "GPUModelRunner.prepare_inputs", "prepared_inputs:prepare"),
     (vllm.LORA, "LoraState.make_lora_inputs", "lora:repeat_for_rows"),
     (vllm.GRAPHS, "ModelCudaGraphManager.capture", "prompt_graphs:capture_prompts"),
     (vllm.RUNNER, "maybe_create_adaptive_verification_manager", "adaptive:create_manager"),
@@ -63,7 +63,6 @@ PATCHES = (
     (vllm.LOGGERS, "PrometheusStatLogger.__init__", "metrics:tell_setup"),
     (vllm.SPEC_METRICS, "SpecDecodingProm.__init__", "metrics:make_metrics"),
     (vllm.SPEC_METRICS, "SpecDecodingProm.observe", "metrics:feed_metrics"),
-    (vllm.MODEL_STATE, "DefaultModelState.prepare_attn", "workarounds:promise_two_rows"),
     (vllm.CPU_KERNELS, "_expand_kernel_impl", "workarounds:expand_in_place"),
     (vllm.REJECTION, "apply_sampling_constraints", "workarounds:without_empty_rows"),
 )

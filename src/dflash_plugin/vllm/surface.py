@@ -33,7 +33,6 @@ PROPOSER = "vllm.v1.spec_decode.dflash"
 RUNNER = "vllm.v1.worker.gpu.model_runner"
 LORA = "vllm.v1.worker.gpu.lora_utils"
 GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
-MODEL_STATE = "vllm.v1.worker.gpu.model_states.default"
 MANAGER = "vllm.v1.worker.gpu.spec_decode.adaptive_verification"
 WORKER = "vllm.v1.worker.gpu_worker"
 CPU_WORKER = "vllm.v1.worker.cpu_worker"
@@ -384,8 +383,10 @@ _WORKER = (
             "Worker.model_runner", "Worker.vllm_config", "Worker.model_config"),
     *_seams("vllm.v1.worker.gpu_model_runner", V1, "attribute", "reads the drafts at start",
             "GPUModelRunner._draft_token_ids", "GPUModelRunner.kv_cache_config"),
-    *_seams(RUNNER, V2, "patch", "adapters of the target follow rows of logits",
-            "GPUModelRunner.prepare_inputs(...)"),
+    *_seams(
+        RUNNER, V2, "patch", "adapters follow rows of logits; schedules have their graph's layout",
+        "GPUModelRunner.prepare_inputs(scheduler_output, batch_req_state, batch_desc, ...)",
+    ),
     *_seams(RUNNER, V2, "attribute", "adapters of the target follow rows of logits",
             "GPUModelRunner.lora_config", "GPUModelRunner.lora_state",
             "GPUModelRunner.vllm_config"),
@@ -458,17 +459,10 @@ _V2 = (
             "DFlashCudaGraphManager(vllm_config, device, cudagraph_mode, *, decode_query_len)"),
     *_seams(GRAPHS, V2, "attribute",
             "counts the graphs of shorter blocks", "CudaGraphManager.graphs"),
-    *_seams(
-        MODEL_STATE, V2, "patch", "schedules of replayed passes have the layout of their graph",
-        "DefaultModelState.prepare_attn(input_batch, cudagraph_mode, ...)",
-    ),
     *_seams("vllm.v1.worker.gpu.input_batch", V2, "attribute",
             "schedules of replayed passes have the layout of their graph",
             "InputBatch.max_query_len", "InputBatch.num_scheduled_tokens",
             "InputBatch.num_tokens_after_padding"),
-    *_seams("vllm.v1.worker.gpu.model_states.interface", V2, "attribute",
-            "schedules of replayed passes have the layout of their graph",
-            "ModelState.vllm_config"),
     *_seams("vllm.config.compilation", V2, "call",
             "schedules of replayed passes have the layout of their graph",
             "CUDAGraphMode.separate_routine()"),

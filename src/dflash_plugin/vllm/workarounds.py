@@ -1,4 +1,4 @@
-"""Corrections of what vLLM does: replayed graphs; on a CPU, V1 sampling and new weights."""
+"""Corrections of what vLLM does on a CPU: V1 sampling, new weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dflash_plugin.vllm.options import drafter_spec
-from dflash_plugin.vllm.protocols import Method
 from dflash_plugin.vllm.surface import target_modules
-
-# Attribute of vLLM's model state: whether the plugin drafts for its model.
-DRAFTS = "dflash_drafts"
 
 
 def expand_in_place(native: Callable[..., None]) -> Callable[..., None]:
@@ -47,38 +42,6 @@ def expand_kernel(
     counts = ends.diff(prepend=ends.new_zeros(1))
     expanded = values.repeat_interleave(counts)
     output[: expanded.shape[0]] = expanded
-
-
-def promise_two_rows(native: Method) -> Method:
-    """``DefaultModelState.prepare_attn``, right also where a replayed pass has no drafts.
-
-    FlashAttention 3 is given the schedule of a pass before its graph runs. Where no request has
-    more than one row the schedule is laid out otherwise, unless heads have 65 to 128 values
-    (``mha_fwd_get_scheduler_metadata`` in hopper/flash_api.cpp), but the graph reads the layout
-    that it was captured with, of requests with more rows.
-    """
-
-    @wraps(native)
-    def prepare_attn(
-        self: Any, input_batch: Any, cudagraph_mode: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if cudagraph_mode.name == "FULL" and not kwargs.get("for_capture") and _drafts(self):
-            mode = self.vllm_config.compilation_config.cudagraph_mode
-            # One row alone has a graph of verify passes, or else one that was captured with it.
-            if input_batch.num_tokens_after_padding > 1 or mode.separate_routine():
-                rows = input_batch.max_query_len or int(input_batch.num_scheduled_tokens.max())
-                input_batch.max_query_len = max(rows, 2)
-        return native(self, input_batch, cudagraph_mode, *args, **kwargs)
-
-    return prepare_attn
-
-
-def _drafts(state: Any) -> bool:
-    """Whether the plugin drafts for a model state's model; looked up once."""
-    known = vars(state)
-    if DRAFTS not in known:
-        known[DRAFTS] = drafter_spec(state.vllm_config.speculative_config) is not None
-    return bool(known[DRAFTS])
 
 
 def without_empty_rows(constrain: Callable[..., Tensor]) -> Callable[..., Tensor]:
