@@ -424,7 +424,7 @@ def target_softmax(batch: int) -> Case:
     return distributions_of(batch, limited=False)
 
 
-def target_limits(batch: int) -> Case:
+def limited_softmax(batch: int) -> Case:
     """The same within top-k 20 and top-p 0.95; the twin sorts the vocabulary."""
     return distributions_of(batch, limited=True)
 
@@ -623,7 +623,7 @@ OPS: dict[Callable[[int], Case], tuple[int, ...]] = {
     accept_block: REQUESTS,
     accept_block_candidates: REQUESTS,
     target_softmax: REQUESTS,
-    target_limits: REQUESTS,
+    limited_softmax: REQUESTS,
     draw_tokens: REQUESTS,
     accept_greedy: REQUESTS,
     admit_drafts: REQUESTS,
