@@ -31,12 +31,9 @@ class TritonAttnBackend:
     pass
 
 
-class Phase(SimpleNamespace):
+def a_phase() -> SimpleNamespace:
     """SGLang's settings of graphs for prompts."""
-
-
-def a_phase(**changes: Any) -> Phase:
-    return Phase(**{"backend": "breakable", "full_prefill_max_req": None, **changes})
+    return SimpleNamespace(backend="breakable", full_prefill_max_req=None)
 
 
 def a_target(**arguments: Any) -> Any:
@@ -67,7 +64,7 @@ def a_target(**arguments: Any) -> Any:
 
 
 @pytest.fixture
-def published(monkeypatch) -> Phase:
+def published(monkeypatch) -> SimpleNamespace:
     """The settings that SGLang's workers read."""
     config = a_phase()
     bag = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=SimpleNamespace(prefill=config)))
@@ -155,7 +152,6 @@ def test_other_back_ends_and_models_keep_what_sglang_does(published, version) ->
     target = a_target()
     target.model_config.is_multimodal = True
     assert "images" in (reason_against(target, published) or "")
-    target = a_target()
     for name in ("num_experts", "moe_num_experts"):
         target = a_target()
         setattr(target.model_config.hf_text_config, name, 8)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dflash_plugin.vllm import lora
+from dflash_plugin.vllm import lora, options
 
 
 class OfRequests:
@@ -20,7 +20,7 @@ class OfRequests:
 def test_each_row_of_logits_gets_its_requests_adapter(monkeypatch, ours, has_adapters):
     """Three, one and two rows; without this project's drafter or adapters all stays vLLM's."""
 
-    monkeypatch.setattr(lora, "drafter_spec", lambda config: config)
+    monkeypatch.setattr(options, "drafter_spec", lambda config: config)
     batch = SimpleNamespace(cu_num_logits_np=np.array([0, 3, 4, 6]))
     prepare = lora.note_logit_rows(lambda self, output: batch)
     make = lora.repeat_for_rows(OfRequests.make_lora_inputs)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dflash_plugin.vllm import prepared_inputs
+from dflash_plugin.vllm import options
 from dflash_plugin.vllm.prepared_inputs import promise_two_rows
 
 FULL, PARTS = SimpleNamespace(name="FULL"), SimpleNamespace(name="PIECEWISE")
@@ -18,7 +18,7 @@ FULL, PARTS = SimpleNamespace(name="FULL"), SimpleNamespace(name="PIECEWISE")
 def drafts(monkeypatch) -> list[bool]:
     """Whether the plugin drafts, by each time that it is asked."""
     asked = [True]
-    monkeypatch.setattr(prepared_inputs, "drafter_spec", lambda _: object() if asked[-1] else None)
+    monkeypatch.setattr(options, "drafter_spec", lambda _: object() if asked[-1] else None)
     return asked
 
 

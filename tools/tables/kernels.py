@@ -11,8 +11,6 @@ SHOWN = (
 SHOWN_OF_DFLASH2 = (
     "projected_convolution", "convolve_add_rms_norm", "draft_head_candidates", "best_logits",
 )  # fmt: skip
-
-
 ACCEPTANCE = {
     "target_softmax": "the target's distributions (PyTorch)",
     "accept": "acceptance draft by draft",
@@ -36,9 +34,7 @@ def kernels(name: str, ops: tuple[str, ...] = SHOWN) -> str:
         if row["op"] in ops
     ]
     header = ["operation", "size", "kernel", "instead", "copy of as many bytes", "twin"]
-    versions = versions_of(record)
-    facts = f"{record['device']}, {record['dtype']}, {versions}, {record['date']}. "
-    return f"{table([*header, 'times as fast'], rows)}\n\n{facts}`{record['command']}`"
+    return f"{table([*header, 'times as fast'], rows)}\n\n{facts_of(record)}"
 
 
 def acceptance_kernels() -> str:
@@ -51,8 +47,13 @@ def acceptance_kernels() -> str:
         for op, what in ACCEPTANCE.items()
     ]
     header = ["µs, by requests", *map(str, requests)]
+    return f"{table(header, rows)}\n\n{facts_of(record)}"
+
+
+def facts_of(record: dict) -> str:
+    """On what, with which versions, when and by which command kernels were timed."""
     facts = f"{record['device']}, {record['dtype']}, {versions_of(record)}, {record['date']}. "
-    return f"{table(header, rows)}\n\n{facts}`{record['command']}`"
+    return f"{facts}`{record['command']}`"
 
 
 def draft_step() -> str:

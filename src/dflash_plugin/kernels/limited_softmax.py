@@ -63,11 +63,11 @@ def _scaled(row, at, temperature, vocabulary):
 
 @triton.jit
 def _weight_from(
-    row, temperature, largest, least, vocabulary, BY_MASS: tl.constexpr, LANES: tl.constexpr
+    row, temperature, largest, least, min_p, vocabulary, BY_MASS: tl.constexpr, LANES: tl.constexpr
 ):
     """What a row's tokens from a key on weigh beside the largest one, or how many they are.
 
-    Without a vocabulary it is nothing.
+    Those that weigh less than ``min_p`` are left out. Without a vocabulary it is nothing.
     """
     lane = tl.arange(0, LANES)
     weights = tl.zeros((LANES,), tl.float32)
@@ -77,7 +77,8 @@ def _weight_from(
         weight = tl.full((LANES,), 1.0, tl.float32)
         if BY_MASS:
             weight = tl.exp(x - largest)
-        weights += tl.where((at < vocabulary) & (_ordered(x) >= least), weight, 0.0)
+        stays = (at < vocabulary) & (_ordered(x) >= least) & (weight >= min_p)
+        weights += tl.where(stays, weight, 0.0)
     return tl.sum(weights, axis=0)
 
 
@@ -98,7 +99,7 @@ def _threshold_of_row(
     for bit in range(0, bits):
         raised = threshold + (tl.full((), 2147483648, tl.int64) >> bit)
         least = tl.maximum(raised.to(tl.int32), floor)
-        reached = _weight_from(row, temperature, largest, least, vocabulary, BY_MASS, LANES)
+        reached = _weight_from(row, temperature, largest, least, 0.0, vocabulary, BY_MASS, LANES)
         threshold = tl.where(reached >= wanted, raised, threshold)
     return threshold.to(tl.int32)
 
@@ -171,9 +172,9 @@ def _kernel(
         has_p = top_p < 1
         keys = _ordered(high)
         count = tl.where(has_k, top_k, 0).to(tl.float32)
-        by_count = _threshold(keys, tl.full((LANES,), 1.0, tl.float32), count)
-        by_mass = _threshold(keys, tl.exp(high - largest), top_p * whole)
-        bound = tl.where(has_k, by_count, tl.where(has_p, by_mass, lowest))
+        # Top-k goes first, so that it bounds what top-p looks at, too.
+        weight = tl.where(has_k, 1.0, tl.exp(high - largest))
+        bound = _threshold(keys, weight, tl.where(has_k, count, top_p * whole))
         few_of_row = above + index * LANES
         read = tl.where(has_k | has_p, vocabulary, 0)
         found = _collect(row, few_of_row, temperature, bound, read, LANES)
@@ -191,7 +192,7 @@ def _kernel(
         threshold = tl.where(has_k, tl.where(are_few, of_few, of_all), lowest)
         left_of_few = tl.sum(tl.where(keys >= threshold, weight, 0.0), axis=0)
         read = tl.where(has_k & (found > LANES), vocabulary, 0)
-        left_of_all = _weight_from(row, temperature, largest, threshold, read, True, LANES)
+        left_of_all = _weight_from(row, temperature, largest, threshold, 0.0, read, True, LANES)
         left = tl.where(has_k, tl.where(are_few, left_of_few, left_of_all), whole)
         # Top-p of that.
         of_few = _threshold(keys, tl.where(keys >= threshold, weight, 0.0), top_p * left)
@@ -203,17 +204,12 @@ def _kernel(
         by_p = tl.where(are_few, tl.maximum(of_few, bound), of_all)
         threshold = tl.where(has_p, tl.maximum(threshold, by_p), threshold)
         # The largest is kept whatever rounding does.
-        threshold = tl.minimum(threshold, tl.max(_ordered(high), axis=0))
+        threshold = tl.minimum(threshold, _ordered(largest))
         # What min-p leaves of that.
         by_few = are_few & (has_k | has_p)
         of_few = tl.sum(tl.where((keys >= threshold) & (weight >= min_p), weight, 0.0), axis=0)
         read = tl.where((has_k | has_p | (min_p > 0)) & (by_few == 0), vocabulary, 0)
-        of_all = tl.full((), 0.0, tl.float32)
-        for start in range(0, read, LANES):
-            x = _scaled(row, start + lane, temperature, vocabulary)
-            beside = tl.where(start + lane < vocabulary, tl.exp(x - largest), 0.0)
-            stays = (_ordered(x) >= threshold) & (beside >= min_p)
-            of_all += tl.sum(tl.where(stays, beside, 0.0), axis=0)
+        of_all = _weight_from(row, temperature, largest, threshold, min_p, read, True, LANES)
         kept = tl.where(by_few, of_few, tl.where(read > 0, of_all, whole))
     for start in range(0, vocabulary, LANES):
         at = start + lane
@@ -272,7 +268,7 @@ def _check(logits: Tensor, temperature: Tensor, limits: TokenLimits | None) -> t
     batch, count, vocabulary = logits.shape
     if temperature.shape != (batch, count) or temperature.dtype != torch.float32:
         raise ValueError(f"temperature must be float32 {[batch, count]}")
-    dtypes = TokenLimits(torch.int64, torch.float32, torch.float32)  # type: ignore[arg-type]
+    dtypes = (torch.int64, torch.float32, torch.float32)
     for name, part, dtype in zip(TokenLimits._fields, limits or (), dtypes, strict=False):
         if part.shape != (batch,) or part.dtype != dtype:
             raise ValueError(f"{name} must be {dtype} {[batch]}")

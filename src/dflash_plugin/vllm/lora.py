@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from dflash_plugin.vllm.options import drafter_spec
+from dflash_plugin.vllm.options import drafts_for
 from dflash_plugin.vllm.protocols import Method
 
-# Attributes of ours on vLLM's record of the requests' adapters.
-OURS, ROWS = "dflash_is_ours", "dflash_logit_rows"
+# Attribute of ours on vLLM's record of the requests' adapters.
+ROWS = "dflash_logit_rows"
 
 
 def note_logit_rows(native: Method) -> Method:
@@ -24,12 +24,8 @@ def note_logit_rows(native: Method) -> Method:
     @wraps(native)
     def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch = native(self, *args, **kwargs)
-        if self.lora_config is not None:
-            kept = vars(self.lora_state)
-            if OURS not in kept:  # Once, since reading the spec takes longer than a step may.
-                kept[OURS] = drafter_spec(self.vllm_config.speculative_config) is not None
-            if kept[OURS]:
-                kept[ROWS] = np.diff(batch.cu_num_logits_np)
+        if self.lora_config is not None and drafts_for(self):
+            vars(self.lora_state)[ROWS] = np.diff(batch.cu_num_logits_np)
         return batch
 
     return prepare_inputs

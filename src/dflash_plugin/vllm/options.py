@@ -17,6 +17,8 @@ from dflash_plugin.vllm import compat
 from dflash_plugin.vllm.protocols import SpeculativeConfig, VllmConfig
 
 logger = logging.getLogger("vllm.dflash_plugin")
+# Attribute of ours on a model runner.
+DRAFTS = "dflash_drafts"
 
 
 class DrafterSpec(shared.DrafterSpec):
@@ -90,6 +92,17 @@ def drafter_spec(speculative_config: SpeculativeConfig | None) -> DrafterSpec | 
     draft = None if speculative_config is None else speculative_config.draft_model_config
     values = None if draft is None else vars(draft.hf_config).get(KEY)
     return None if values is None else DrafterSpec.model_validate(values)
+
+
+def drafts_for(runner: Any) -> bool:
+    """Whether the plugin drafts for a model runner.
+
+    It is looked up once and kept on the runner: reading the spec takes longer than a step may.
+    """
+    known = vars(runner)
+    if DRAFTS not in known:
+        known[DRAFTS] = drafter_spec(runner.vllm_config.speculative_config) is not None
+    return bool(known[DRAFTS])
 
 
 def required_spec(vllm_config: VllmConfig) -> DrafterSpec:

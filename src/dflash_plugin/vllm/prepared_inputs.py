@@ -6,11 +6,8 @@ from functools import wraps
 from typing import Any
 
 from dflash_plugin.vllm.lora import note_logit_rows
-from dflash_plugin.vllm.options import drafter_spec
+from dflash_plugin.vllm.options import drafts_for
 from dflash_plugin.vllm.protocols import Method
-
-# Attribute of ours on the runner: whether the plugin drafts for it.
-DRAFTS = "dflash_drafts"
 
 
 def prepare(native: Method) -> Method:
@@ -33,7 +30,7 @@ def promise_two_rows(native: Method) -> Method:
         self: Any, scheduled: Any, requests: Any, graph: Any, *args: Any, **kwargs: Any
     ) -> Any:
         batch = native(self, scheduled, requests, graph, *args, **kwargs)
-        if graph.cg_mode.name == "FULL" and _drafts(self):
+        if graph.cg_mode.name == "FULL" and drafts_for(self):
             mode = self.vllm_config.compilation_config.cudagraph_mode
             # One row alone has a graph of verify passes, or else one that was captured with it.
             if batch.num_tokens_after_padding > 1 or mode.separate_routine():
@@ -42,11 +39,3 @@ def promise_two_rows(native: Method) -> Method:
         return batch
 
     return prepare_inputs
-
-
-def _drafts(runner: Any) -> bool:
-    """Whether the plugin drafts for a runner; looked up once: that takes longer than a step may."""
-    known = vars(runner)
-    if DRAFTS not in known:
-        known[DRAFTS] = drafter_spec(runner.vllm_config.speculative_config) is not None
-    return bool(known[DRAFTS])
