@@ -137,6 +137,8 @@ def main(
 ) -> None:
     """Run the load and write one JSON file; the exit status is 1 if anything was wrong."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # On a GPU, Triton's attention would round float32 to TF32.
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     directory, weights = resolve_model(target), resolve_drafter(drafter, target)
     prompts = real_prompts(directory, data, pool)
     draw = random.Random(seed)

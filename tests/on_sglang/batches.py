@@ -15,7 +15,7 @@ def record_drafts(place: Path) -> None:
     Args:
         place: the file; each line is a request's id, the anchor's position and the block.
     """
-    import record_drafts
+    from shim import record_drafts
 
     from dflash_plugin.sglang import worker
 

@@ -38,8 +38,13 @@ def environment(attempt: Attempt) -> dict[str, str]:
     """Of the engines' processes."""
     if not ON_GPU:
         return ENVIRONMENT
-    # Without its FlashInfer; what Inductor would compile runs as it is.
-    found = {"SGLANG_IS_FLASHINFER_AVAILABLE": "false", "TORCHDYNAMO_DISABLE": "1"}
+    found = {
+        # Without its FlashInfer; what Inductor would compile runs as it is.
+        "SGLANG_IS_FLASHINFER_AVAILABLE": "false",
+        "TORCHDYNAMO_DISABLE": "1",
+        # The core drafts with the checkpoint's weights.
+        "DFLASH_PLUGIN_DRAFT_WEIGHTS": "checkpoint",
+    }
     if attempt.dtype == "float32":
         # Triton's products of float32 would be rounded to TF32.
         found["TRITON_F32_DEFAULT"] = "ieee"

@@ -19,6 +19,7 @@ from tests.helpers import families, gpu_families
 from tests.helpers.core_drafts import core_drafts
 from tests.helpers.device import NOT_HERE, ON_GPU
 from tests.helpers.families import FAMILIES, NEW_TOKENS, Family, own_texts
+from tests.helpers.greedy import greedy_text
 from tests.helpers.http_server import free_port
 from tests.helpers.tiny import tiny_target, write_target, write_tiny
 from tests.on_sglang.schedulers import Schedulers, settings_of
@@ -236,12 +237,18 @@ def outcome(
     near_tie = NEAR_TIE[attempt.dtype]
     wrong = wrong_draft(drafted, Path(job["drafts_file"]), target, checkpoint, near_tie)
     if wrong is not None:
-        return {"text": "differs", "message": wrong}
+        of_core = [greedy_text(target, prompt, NEW_TOKENS) for prompt in prompts()]
+        if is_close(in_batches[1], of_core, prompts(), target, attempt.dtype):
+            return {"text": "differs", "message": wrong}
+        parts.append("drafts not compared")
+        message = {"message": "SGLang's text of this target alone is not Transformers'"}
     hits = [batch["cached"] for batch in drafted["batches"]]
     if not (hits[1][1] and hits[2][0]):
         parts.insert(1, "no prefix hits")
-    if "error" not in cut and {width for width, _, _ in cut["cut"]} != set(WIDTHS):
+    verified = {} if "error" in cut else {width for width, _, _ in cut["cut"]}
+    if "error" not in cut and verified != set(WIDTHS):
         parts.append("whole blocks")
+        message = {"message": f"verified rows: {sorted(verified)}"}
     return {"text": ", ".join(parts), **message}
 
 
@@ -260,13 +267,21 @@ def is_same(
         dtype: of the engine.
     """
     found = [batch["texts"] for batch in made]
-    if found == expected or dtype == "float32":
+    if dtype == "float32":
         return found == expected
-    triples = [
-        triple
-        for texts, wanted, asked in zip(found, expected, batches(), strict=True)
-        for triple in zip(texts, wanted, asked, strict=True)
-    ]
+    runs = zip(found, expected, batches(), strict=True)
+    return all(is_close(*run, target, dtype) for run in runs)
+
+
+def is_close(
+    texts: list[list[int]],
+    expected: list[list[int]],
+    asked: list[list[int]],
+    target: PreTrainedModel,
+    dtype: str,
+) -> bool:
+    """Whether texts after the asked prompts leave the expected ones at near ties alone."""
+    triples = zip(texts, expected, asked, strict=True)
     return all(distance(target, *triple) < NEAR_TIE[dtype] for triple in triples)
 
 

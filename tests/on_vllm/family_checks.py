@@ -141,10 +141,16 @@ def write(engine: Any, new_tokens: int = NEW_TOKENS) -> Written:
 
 def distance(found: list[int], expected: list[int], logprobs: list[dict[int, float]]) -> float:
     """How much less likely the first token is that is not the expected one; 0 where all are."""
-    for token, wanted, step in zip(found, expected, logprobs, strict=False):
-        if token != wanted:
-            return step[wanted] - step.get(token, float("-inf"))
-    return 0.0
+    place = first_difference(found, expected)
+    if place is None:
+        return 0.0
+    return logprobs[place][expected[place]] - logprobs[place].get(found[place], float("-inf"))
+
+
+def first_difference(found: list[int], expected: list[int]) -> int | None:
+    """Where a text leaves the expected one, if it does."""
+    pairs = enumerate(zip(found, expected, strict=False))
+    return next((place for place, (token, wanted) in pairs if token != wanted), None)
 
 
 def unlike_core(made: list[Any], target: Any, drafter: Any, texts: list[list[int]]) -> list[float]:
@@ -170,7 +176,7 @@ def unlike_core(made: list[Any], target: Any, drafter: Any, texts: list[list[int
 
 def served(family: Family, directory: Path, dtype: str, drafter: Path | None, **more: Any) -> Any:
     """An engine of the target, or the target with a drafter."""
-    return running(directory, drafter, **settings(family, dtype), **more)
+    return running(directory, drafter, **{**settings(family, dtype), **more})
 
 
 def drafted(
@@ -216,7 +222,8 @@ def drafted(
     cut = [text[:NEW_TOKENS] for text in own.texts]
     far = max(map(distance, with_drafts.texts, cut, own.logprobs))
     if far >= near_tie:
-        faults.append(f"text, by {far:.3f}")
+        places = [*map(first_difference, with_drafts.texts, cut)]
+        faults.append(f"text, by {far:.3f}, first at {places}")
     if with_drafts.hits != own.hits:
         faults.append(f"prefix hits {with_drafts.hits} instead of {own.hits}")
     by_text = [

@@ -117,7 +117,9 @@ def on_gpu(family: Family) -> dict[str, Any]:
         # The long prompt is read in chunks.
         "max_num_batched_tokens": LENGTH if is_recurrent(family) else 256,
     }
+    # The core drafts with the checkpoint's weights.
+    found["additional_config"] = {"dflash_plugin": {"draft_weights": "checkpoint"}}
     if "delta" in family.trait:
         # vLLM's choice on this GPU is FlashInfer's, which compiles for minutes.
-        found["additional_config"] = {"gdn_prefill_backend": "triton"}
+        found["additional_config"]["gdn_prefill_backend"] = "triton"
     return found
