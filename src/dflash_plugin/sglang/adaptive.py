@@ -105,6 +105,8 @@ class AdaptiveVerifier:
         self.cut: CutPass | None = None
         captured = -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
         self.predictor = AcceptancePredictor(block - 1, captured, device)
+        # Of the target's passes of whole blocks by requests, once they have been timed.
+        self._whole_seconds: dict[int, float] = {}
         counts = torch.ones(3, size, dtype=torch.int32, device=device)
         self._drafts, self._others, self._admitted = counts.unbind()
         self._drafts.fill_(block - 1)
@@ -149,7 +151,7 @@ class AdaptiveVerifier:
         whole = runner.decode_cuda_graph_runner
         if self.policy.verify_lens[-1] < self.block:
             return
-        seconds = graph_seconds(whole, self.device)
+        seconds = self._whole_seconds = graph_seconds(whole, self.device)
         self.bypass = bypass_of(seconds)
         if self.policy.agree is not None:
             self.bypass = self.policy.agree(self.bypass)
@@ -200,7 +202,7 @@ class AdaptiveVerifier:
         verifying = graph_seconds(self.graphs.runner, self.device)
         drafting = graph_seconds(draft_runner.decode_cuda_graph_runner, self.device)
         if verifying and drafting:
-            by_requests, short = graph_seconds(whole, self.device), None
+            by_requests, short = self._whole_seconds or graph_seconds(whole, self.device), None
             if self.short is not None:
                 short = graph_seconds(self.short.graphs, self.device)
             self.budget.set_costs(whole.capture_bs, verifying, drafting, by_requests, short)
