@@ -106,9 +106,9 @@ def launch_verify_passes(
             launch_attention(attention, layers, requests, requests * block)
     if verifier is None:
         return
-    few = attention.max_requests is not None
+    most = size * block if attention.max_requests is None else min(size * block, FEW_ROWS)
     for rows in ROWS:
-        if not few or rows <= FEW_ROWS:
+        if rows <= most:
             launch_attention(attention, layers, min(rows, size), rows, verifier.graphs.blocks)
     verifier.selection.compile_ahead(verifier.predictor.predictions)
 
