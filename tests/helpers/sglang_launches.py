@@ -1,4 +1,4 @@
-"""Which variants SGLang's captured passes launch that ``launches_to_come`` did not: none, for Qwen3-8B.
+"""Variants that SGLang's captured passes launch, and ``launches_to_come`` did not; for Qwen3-8B.
 
     python tests/helpers/sglang_launches.py
 
@@ -20,20 +20,34 @@ from triton.runtime.jit import JITFunction
 from dflash_plugin import kernels
 from dflash_plugin.drafter import fp8_linear
 from dflash_plugin.kernels.fp8_rows import FP8, Fp8Rows
+from dflash_plugin.serving.adaptive_setup import VerifyBudget
 from dflash_plugin.serving.compile_beside import launches
 from dflash_plugin.serving.draft_tokens import best_of_shard
+from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.serving.fp8_weights import Fp8Method
 from dflash_plugin.sglang import block_attention
+from dflash_plugin.sglang.adaptive import AdaptiveVerifier
 from dflash_plugin.sglang.launches_to_come import Batch, launch_drafter, launch_verify_passes
 from dflash_plugin.sglang.verify_graphs import VerifyGraphs
 from tests.helpers.compile_kernels import (
-    BF16, HEAD_DIM, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, LAYERS, Driver, of, whole,
-)  # fmt: skip
+    BF16,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    LAYERS,
+    Driver,
+    of,
+    whole,
+)
 from tests.helpers.start_compilation import warmups
 
 BLOCK, SHORT, VOCABULARY, SIZE, CPU = 16, 8, 151936, 128, torch.device("cpu")
 REQUESTS = [1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128]
 CUT_ROWS = [16, 32, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 1536, 2048]
+# Batches of no more requests are never cut.
+BYPASS = 8
 # Of a head that is multiplied by ``draft_head``.
 HEAD_ROWS = 512
 
@@ -91,8 +105,15 @@ def make_attention(**more: object) -> block_attention.BlockAttention:
     return block_attention.BlockAttention(pool, table, **more)
 
 
-def passes(model: SimpleNamespace, drafter: object, target: object, cut: object) -> None:
+def passes(
+    model: SimpleNamespace,
+    verifier: AdaptiveVerifier,
+    drafter: block_attention.BlockAttention,
+    target: block_attention.BlockAttention,
+    cut: block_attention.BlockAttention,
+) -> None:
     """Launch as SGLang's runners do when they capture."""
+    verifier.attention = None
     free, causal = RadixAttention(Kind.ENCODER_ONLY), RadixAttention(Kind.DECODER)
     rows = SIZE * BLOCK
     lengths, requests, slots = whole(SIZE), whole(SIZE), whole(rows)
@@ -111,10 +132,16 @@ def passes(model: SimpleNamespace, drafter: object, target: object, cut: object)
             for one in model.linears:
                 weight = Fp8Rows(one.weight, one.fp8_scales)
                 fp8_linear.linear(of(batch * block, weight.values.shape[1]), weight)
-            if batch * (block - 1) <= HEAD_ROWS:
-                model.shard_choice(of(batch * (block - 1), HIDDEN))
+            drafts = block - 1
+            if batch * drafts <= HEAD_ROWS:
+                model.shard_choice(of(batch * drafts, HIDDEN))
+            if batch > BYPASS:
+                row = torch.zeros(batch * drafts)
+                verifier.predictor.predict(row, row, drafts)
         if target.takes(batch, batch * BLOCK):
             attend(target, causal, batch * BLOCK, batch)
+        verifier.num_rows = batch + 1
+        verifier.compact(whole(batch * BLOCK), whole(batch * BLOCK), whole(batch * BLOCK))
     for count in CUT_ROWS:
         fp8_linear.linear(of(count, HIDDEN), model.context_weight)
         if cut.takes(0, count):
@@ -137,24 +164,20 @@ def main() -> None:
         gather=lambda part: part,
         shard_choice=lambda hidden: best_of_shard(head, hidden, VOCABULARY, type(None)),
     )
-    record = {}
+    record, budget = {}, VerifyBudget(Options(), BLOCK - 1, SIZE, CPU)
     for name, most in (("flash_attention", block_attention.FEW_REQUESTS), ("triton", None)):
         drafter, target = make_attention(), make_attention(max_requests=most)
-        graphs = VerifyGraphs(BLOCK, SIZE, CPU)
         few = None if most is None else block_attention.FEW_ROWS
-        cut = make_attention(max_rows=few, blocks=graphs.blocks)
-        verifier = SimpleNamespace(
-            graphs=graphs,
-            selection=SimpleNamespace(compile_ahead=lambda probabilities: None),
-            predictor=SimpleNamespace(predictions=None),
-        )
+        cut = make_attention(max_rows=few, blocks=VerifyGraphs(BLOCK, SIZE, CPU).blocks)
+        verifier = AdaptiveVerifier(budget, BLOCK, SIZE, CPU)
+        verifier.attention = target
         layers = nn.ModuleList([RadixAttention(Kind.DECODER)] * 2)
         with kernels.forced(True):
             with launches(triton.knobs) as ahead:
                 launch_verify_passes(target, layers, verifier, BLOCK, SIZE)
                 launch_drafter(model, None, drafter, [BLOCK, SHORT], SIZE)
             with launches(triton.knobs) as captured:
-                passes(model, drafter, target, cut)
+                passes(model, verifier, drafter, target, cut)
         missing = [one for one in captured if one not in ahead]
         record[name] = {
             "captured": len(captured),

@@ -25,7 +25,7 @@ def test_no_captured_pass_launches_a_variant_that_was_not_launched_ahead() -> No
     for record in json.loads(done.stdout).values():
         assert record["missing"] == []
         # Few are compiled for nothing.
-        assert 30 < record["captured"] <= record["ahead"] < record["captured"] + 5
+        assert 30 < record["captured"] <= record["ahead"] < record["captured"] + 10
         assert record["blocks_are_back"]
 
 

@@ -197,8 +197,7 @@ class AdaptiveVerifier:
             return
         is_ours = attention is not None and attention.only_ours
         self.budget.capture_sizes = self.graphs.capture(runner, attention if is_ours else None)
-        self.selection.compile_ahead(self.predictor.predictions)
-        self._compile_ahead()
+        self.compile_ahead()
         verifying = graph_seconds(self.graphs.runner, self.device)
         drafting = graph_seconds(draft_runner.decode_cuda_graph_runner, self.device)
         if verifying and drafting:
@@ -249,14 +248,17 @@ class AdaptiveVerifier:
         finally:
             self.draft_len = self.block
 
-    def _compile_ahead(self) -> None:
-        """Run the launches of a cut pass once, so that no request waits for their compilation."""
+    def compile_ahead(self) -> None:
+        """Run the launches of cut passes once, so that no request waits for their compilation."""
+        self.selection.compile_ahead(self.predictor.predictions)
         block = torch.zeros(self.block, dtype=torch.int64, device=self.device)
         self.num_rows = 2
         cut = self.compact(block, block, block)
         accept_greedy(cut.kept[:, 1:], block[:2].clone(), cut.indices.view(1, self.block))
         self.predictor.compile_ahead(self.graphs.starts[:2])
         self.num_rows, self.cut = None, None
+        if self.attention is not None:
+            self.attention.blocks, self.attention.ragged = None, False
 
     @contextmanager
     def verifying(self, worker: Any, batch: ScheduleBatchLike) -> Iterator[None]:

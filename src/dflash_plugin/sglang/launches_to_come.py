@@ -110,7 +110,10 @@ def launch_verify_passes(
     for rows in ROWS:
         if rows <= most:
             launch_attention(attention, layers, min(rows, size), rows, verifier.graphs.blocks)
-    verifier.selection.compile_ahead(verifier.predictor.predictions)
+    for requests in batches(size):
+        row = torch.zeros(requests * (block - 1), device=verifier.device)
+        verifier.predictor.predict(row, row)
+    verifier.compile_ahead()
 
 
 def batches(size: int) -> list[int]:
