@@ -214,6 +214,23 @@ def test_captured_passes_are_profiled(monkeypatch):
     assert verify_graphs.graph_seconds(None, CPU) == {}
 
 
+def test_launches_ahead_leave_nothing_of_a_cut_pass(monkeypatch):
+    """Whole passes, which are captured behind them, would be laid out as cut ones."""
+
+    def refuse(*_):
+        raise ValueError("no such block")
+
+    verifier = verifier_with()
+    verifier.attention = attention_of()
+    verifier.compile_ahead()
+    assert (verifier.attention.blocks, verifier.cut, verifier.num_rows) == (None, None, None)
+    monkeypatch.setattr(adaptive, "accept_greedy", refuse)
+    with pytest.raises(ValueError, match="no such block"):
+        verifier.compile_ahead()
+    assert (verifier.attention.blocks, verifier.cut, verifier.num_rows) == (None, None, None)
+    assert not verifier.attention.ragged
+
+
 def test_passes_of_whole_blocks_are_timed_once(monkeypatch):
     timed, runner = [], Runner()
     whole = runner.decode_cuda_graph_runner

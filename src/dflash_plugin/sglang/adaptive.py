@@ -253,12 +253,14 @@ class AdaptiveVerifier:
         self.selection.compile_ahead(self.predictor.predictions)
         block = torch.zeros(self.block, dtype=torch.int64, device=self.device)
         self.num_rows = 2
-        cut = self.compact(block, block, block)
-        accept_greedy(cut.kept[:, 1:], block[:2].clone(), cut.indices.view(1, self.block))
-        self.predictor.compile_ahead(self.graphs.starts[:2])
-        self.num_rows, self.cut = None, None
-        if self.attention is not None:
-            self.attention.blocks, self.attention.ragged = None, False
+        try:
+            cut = self.compact(block, block, block)
+            accept_greedy(cut.kept[:, 1:], block[:2].clone(), cut.indices.view(1, self.block))
+            self.predictor.compile_ahead(self.graphs.starts[:2])
+        finally:
+            self.num_rows, self.cut = None, None
+            if self.attention is not None:
+                self.attention.blocks, self.attention.ragged = None, False
 
     @contextmanager
     def verifying(self, worker: Any, batch: ScheduleBatchLike) -> Iterator[None]:
