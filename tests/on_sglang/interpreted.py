@@ -66,3 +66,20 @@ def turn_on() -> None:
     block_attention.install, block_attention.attend = install, attend
     draft_tokens.draft_head = head
     assert setup.BACKEND in ATTENTION_BACKENDS
+
+
+def launch_ahead(worker: Any) -> dict[str, int]:
+    """Launch what a GPU's start compiles ahead, before the worker serves.
+
+    Returns:
+        What is counted from then on, and in ``ahead`` the blocks and heads of these launches.
+    """
+    runner = worker.target_worker.model_runner
+    worker._launch_all(
+        block_attention.BlockAttention(
+            runner.token_to_kv_pool, runner.req_to_token_pool.req_to_token
+        )
+    )
+    ahead = min(COUNTS["blocks"], COUNTS["heads"])
+    COUNTS.update(dict.fromkeys(COUNTS, 0), ahead=ahead)
+    return COUNTS

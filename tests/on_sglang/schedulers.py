@@ -287,6 +287,8 @@ def serve_rank(job: dict[str, Any], args: Any, ports: Any, rank: int) -> dict[st
         # On a GPU, passes of a tiny model gain nothing from fewer rows, and would not be captured.
         adaptive.bypass_of = lambda _: 0
     scheduler = Scheduler(args, ports, rank, rank, 0, 0, 0, 0, None)
+    if counts:
+        counts = interpreted.launch_ahead(scheduler.draft_worker)
     verifier, cut = getattr(scheduler.draft_worker, "verifier", None), []
     running: list[Any] = []
     arriving: list[Any] = []

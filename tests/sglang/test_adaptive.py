@@ -214,6 +214,43 @@ def test_captured_passes_are_profiled(monkeypatch):
     assert verify_graphs.graph_seconds(None, CPU) == {}
 
 
+def test_launches_ahead_leave_nothing_of_a_cut_pass(monkeypatch):
+    """Whole passes, which are captured behind them, would be laid out as cut ones."""
+
+    def refuse(*_):
+        raise ValueError("no such block")
+
+    verifier = verifier_with()
+    verifier.attention = attention_of()
+    verifier.compile_ahead()
+    assert (verifier.attention.blocks, verifier.cut, verifier.num_rows) == (None, None, None)
+    monkeypatch.setattr(adaptive, "accept_greedy", refuse)
+    with pytest.raises(ValueError, match="no such block"):
+        verifier.compile_ahead()
+    assert (verifier.attention.blocks, verifier.cut, verifier.num_rows) == (None, None, None)
+    assert not verifier.attention.ragged
+
+
+def test_passes_of_whole_blocks_are_timed_once(monkeypatch):
+    timed, runner = [], Runner()
+    whole = runner.decode_cuda_graph_runner
+
+    def seconds(graphs, device):
+        timed.append(graphs)
+        return {size: 0.001 * size * (1 + timed.count(whole)) for size in (1, 2, 4, 5)}
+
+    monkeypatch.setattr(adaptive, "graph_seconds", seconds)
+    verifier = verifier_with()
+    verifier.attention = attention_of()
+    verifier.measure(runner)
+    assert timed == [whole]
+    verifier.capture(runner, Runner())
+    assert timed.count(whole) == 1
+    # Of the first time, with a draft pass.
+    prior = verifier.policy.times.prior[5, BLOCK, BLOCK]
+    assert prior == pytest.approx(0.002 * 5 + 0.002 * 5)
+
+
 def test_what_disturbs_one_turn_of_timing_does_not_count(monkeypatch):
     """Every replay takes a thousandth of its rows, but those of the first turn a second longer."""
     replays: list[int] = []

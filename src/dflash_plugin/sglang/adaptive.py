@@ -105,6 +105,8 @@ class AdaptiveVerifier:
         self.cut: CutPass | None = None
         captured = -(-size // SIZE_MULTIPLE) * SIZE_MULTIPLE
         self.predictor = AcceptancePredictor(block - 1, captured, device)
+        # Of the target's passes of whole blocks by requests, once they have been timed.
+        self._whole_seconds: dict[int, float] = {}
         counts = torch.ones(3, size, dtype=torch.int32, device=device)
         self._drafts, self._others, self._admitted = counts.unbind()
         self._drafts.fill_(block - 1)
@@ -149,7 +151,7 @@ class AdaptiveVerifier:
         whole = runner.decode_cuda_graph_runner
         if self.policy.verify_lens[-1] < self.block:
             return
-        seconds = graph_seconds(whole, self.device)
+        seconds = self._whole_seconds = graph_seconds(whole, self.device)
         self.bypass = bypass_of(seconds)
         if self.policy.agree is not None:
             self.bypass = self.policy.agree(self.bypass)
@@ -195,12 +197,11 @@ class AdaptiveVerifier:
             return
         is_ours = attention is not None and attention.only_ours
         self.budget.capture_sizes = self.graphs.capture(runner, attention if is_ours else None)
-        self.selection.compile_ahead(self.predictor.predictions)
-        self._compile_ahead()
+        self.compile_ahead()
         verifying = graph_seconds(self.graphs.runner, self.device)
         drafting = graph_seconds(draft_runner.decode_cuda_graph_runner, self.device)
         if verifying and drafting:
-            by_requests, short = graph_seconds(whole, self.device), None
+            by_requests, short = self._whole_seconds or graph_seconds(whole, self.device), None
             if self.short is not None:
                 short = graph_seconds(self.short.graphs, self.device)
             self.budget.set_costs(whole.capture_bs, verifying, drafting, by_requests, short)
@@ -247,14 +248,19 @@ class AdaptiveVerifier:
         finally:
             self.draft_len = self.block
 
-    def _compile_ahead(self) -> None:
-        """Run the launches of a cut pass once, so that no request waits for their compilation."""
+    def compile_ahead(self) -> None:
+        """Run the launches of cut passes once, so that no request waits for their compilation."""
+        self.selection.compile_ahead(self.predictor.predictions)
         block = torch.zeros(self.block, dtype=torch.int64, device=self.device)
         self.num_rows = 2
-        cut = self.compact(block, block, block)
-        accept_greedy(cut.kept[:, 1:], block[:2].clone(), cut.indices.view(1, self.block))
-        self.predictor.compile_ahead(self.graphs.starts[:2])
-        self.num_rows, self.cut = None, None
+        try:
+            cut = self.compact(block, block, block)
+            accept_greedy(cut.kept[:, 1:], block[:2].clone(), cut.indices.view(1, self.block))
+            self.predictor.compile_ahead(self.graphs.starts[:2])
+        finally:
+            self.num_rows, self.cut = None, None
+            if self.attention is not None:
+                self.attention.blocks, self.attention.ragged = None, False
 
     @contextmanager
     def verifying(self, worker: Any, batch: ScheduleBatchLike) -> Iterator[None]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.distributed.parallel_state import get_tp_group
+from sglang.srt.distributed.parallel_state import get_tensor_model_parallel_rank, get_tp_group
 from sglang.srt.layers.sampler import apply_custom_logit_processor
 from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
 from torch import Tensor
@@ -25,10 +26,12 @@ from dflash_plugin.kernels.accept import Sampled, accept
 from dflash_plugin.kernels.accept_block import accept_block
 from dflash_plugin.kernels.accept_greedy import accept_greedy
 from dflash_plugin.kernels.draw_tokens import draw_tokens
+from dflash_plugin.serving.compile_beside import compile_beside
 from dflash_plugin.serving.draft_tokens import block_noise, select_drafts
 from dflash_plugin.serving.new_weights import route
 from dflash_plugin.serving.prometheus import WORKER_FACTS
 from dflash_plugin.serving.ranks import agree_across_ranks, any_across_ranks
+from dflash_plugin.serving.start_times import StartTimes
 from dflash_plugin.serving.time_limit import time_limit
 from dflash_plugin.sglang import (
     block_attention,
@@ -47,6 +50,7 @@ from dflash_plugin.sglang.compat import argument, current
 from dflash_plugin.sglang.draft_estimate import DraftEstimate, Lesson
 from dflash_plugin.sglang.draft_step import DraftGraphHead, Drafting, Step
 from dflash_plugin.sglang.host_copies import send_without_waiting
+from dflash_plugin.sglang.launches_to_come import launch_drafter, launch_verify_passes
 from dflash_plugin.sglang.model import EngineDrafter
 from dflash_plugin.sglang.new_weights import (
     KEPT,
@@ -106,6 +110,8 @@ class Worker(metrics.Counted, DFlashWorkerV2):
     _target_logits_processor: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.start_times = StartTimes()
+        self.start_times.compilations.watch()
         self.step: Step | None = None
         server_args = kwargs.get("server_args", args[0] if args else None)
         self.info = required_spec(draft_model_path(server_args))
@@ -303,18 +309,39 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         if kernels.available(device) and block_attention.is_plain(drafter.token_to_kv_pool):
             self.graph_injects = True
             self.target_worker.model_runner.capture_tail_hooks.append(self.capture_injection)
+        if device.type == "cuda" and get_tensor_model_parallel_rank() == 0:
+            # The target's passes over prompts are captured before any of these launches.
+            with self.start_times.part("launches collected"):
+                self._compiler = compile_beside(partial(self._launch_all, attention))
+
+    def _launch_all(self, attention: block_attention.BlockAttention | None) -> None:
+        """Launch what captured passes will launch; ``attention`` is the target's."""
+        rows, verifier, target = [int(self.block_size)], self.verifier, self.target_worker
+        if verifier is not None and verifier.budget.short is not None:
+            rows.append(verifier.budget.short)
+        size = int(target.model_runner.req_to_token_pool.size)
+        if attention is not None:
+            model = target.model_runner.model
+            launch_verify_passes(attention, model, verifier, rows[0], size)
+        launch_drafter(self.draft_model, self.draft_model_runner, self._draft_attention, rows, size)
 
     def init_cuda_graphs(self) -> None:
         """Capture the draft pass, and the target's passes of fewer rows than a block."""
+        part = self.start_times.part
         if self.verifier is not None:
-            self.verifier.measure(self.target_worker.model_runner)
-        super().init_cuda_graphs()
+            with part("whole verify passes timed"):
+                self.verifier.measure(self.target_worker.model_runner)
+        with part("draft passes captured"):
+            super().init_cuda_graphs()
         if self.verifier is not None:
             with time_limit(CAPTURE_LIMIT, "adaptive verification's capture", WITHOUT_ADAPTIVE):
-                self.verifier.draft_short_blocks(
-                    self.draft_model_runner, self.draft_model, self._draft_attention
-                )
-                self.verifier.capture(self.target_worker.model_runner, self.draft_model_runner)
+                with part("shorter draft passes captured"):
+                    self.verifier.draft_short_blocks(
+                        self.draft_model_runner, self.draft_model, self._draft_attention
+                    )
+                with part("cut verify passes captured and timed"):
+                    self.verifier.capture(self.target_worker.model_runner, self.draft_model_runner)
+        logger.info("%s", self.start_times)
 
     # Up to SGLang 0.5.20, called once the target's worker has updated whichever of both it was.
 

@@ -24,6 +24,7 @@ from dflash_plugin.adaptive.step_cost import StepCost
 from dflash_plugin.serving.adaptive_setup import VerifyBudget, bypass_of, milliseconds
 from dflash_plugin.serving.drafter_spec import Options
 from dflash_plugin.serving.ranks import agree_across_ranks
+from dflash_plugin.serving.start_times import StartTimes
 from dflash_plugin.vllm import adaptive_default, compat
 from dflash_plugin.vllm.options import drafter_spec
 from dflash_plugin.vllm.protocols import (
@@ -98,6 +99,8 @@ class AdaptiveManager:
         self.bypass, self._bypasses = 0, False
         self.prompts_had_slots = False
         self._profile = StepProfile(self.block, size)
+        # The speculator's, once that has this manager.
+        self.start_times = StartTimes()
         self._send = _sender(self.device)
         # Requests whose drafts the last step made.
         self._drafted_for: Sequence[str] = ()
@@ -140,9 +143,10 @@ class AdaptiveManager:
         batches = self.native.batches_to_profile(capture_sizes)
         most = max(capture_sizes, default=0) if self.short else 0
         # The runner runs a batch before it asks for the next one.
-        for batch, is_short in self._profile.batches(batches, most):
-            self.draft_len = self.short if is_short else self.block
-            yield batch
+        with self.start_times.part("steps timed"):
+            for batch, is_short in self._profile.batches(batches, most):
+                self.draft_len = self.short if is_short else self.block
+                yield batch
         self.draft_len = self.block
 
     def set_initial_cost_curves(self, samples: Sequence[StepTimingSample]) -> None:
@@ -166,7 +170,9 @@ class AdaptiveManager:
                 "drafts of %d requests take %.2f ms in blocks of %d rows and %.2f in shorter ones",
                 most, 1e3 * drafting[most], self.block, 1e3 * short[most],
             )  # fmt: skip
-        self.selection.compile_ahead(self.acceptance_probs)
+        with self.start_times.part("selection of drafts compiled"):
+            self.selection.compile_ahead(self.acceptance_probs)
+        logger.info("%s", self.start_times)
 
     def _find_bypass(self, requests: Iterable[int], verifying: Mapping[int, float]) -> None:
         """Find the batches that gain nothing from shorter passes, where the options leave whole.

@@ -6,17 +6,22 @@ its block are replaced.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.kernels.predict_acceptance import predict_acceptance
 from dflash_plugin.serving.adaptive_setup import short_block
+from dflash_plugin.serving.compile_beside import compile_beside
 from dflash_plugin.serving.draft_tokens import block_noise, select_drafts
+from dflash_plugin.serving.launches_to_come import launch_products
 from dflash_plugin.serving.new_weights import route
+from dflash_plugin.serving.start_times import StartTimes
 from dflash_plugin.vllm import adaptive, compat
 from dflash_plugin.vllm.draft_logits import DraftLogits
 from dflash_plugin.vllm.model import EngineDrafter
@@ -26,6 +31,8 @@ from dflash_plugin.vllm.request_limits import RequestLimits
 from dflash_plugin.vllm.short_blocks import ShortBlocks
 from dflash_plugin.vllm.surface import surface
 from dflash_plugin.vllm.target import require_hidden_states
+
+logger = logging.getLogger("vllm.dflash_plugin")
 
 # Keeps the drafts' noise apart from that of vLLM's rejection sampler, which uses the same generator
 # with the same seeds and positions.
@@ -41,6 +48,9 @@ class Speculator(DFlashSpeculator):
     acceptance_estimator: AcceptanceEstimator | None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.start_times = StartTimes()
+        self.start_times.compilations.watch()
+        self._compiler: Any = None
         super().__init__(vllm_config, device)
         self.spec = required_spec(vllm_config)
         require_hidden_states(vllm_config.model_config)
@@ -87,6 +97,7 @@ class Speculator(DFlashSpeculator):
         surface().verify_object(self)
         self.adaptive = adaptive.latest()
         if self.adaptive is not None:
+            self.adaptive.start_times = self.start_times
             estimator = self._estimator()
             surface().verify_object(estimator)
             self.adaptive.acceptance_probs = estimator.predictions
@@ -109,6 +120,17 @@ class Speculator(DFlashSpeculator):
                 "the drafter has causal and non-causal layers with the same window, which "
                 "vLLM keeps in one cache group and runs alike: use the Transformers engine"
             )
+        # vLLM calls this twice where it first captures to see how much memory graphs take.
+        is_first = self._compiler is None and get_tensor_model_parallel_rank() == 0
+        if self.device.type == "cuda" and is_first:
+            with self.start_times.part("launches collected"):
+                self._compiler = compile_beside(self._launch_all)
+
+    def _launch_all(self) -> None:
+        """Launch what captured passes and steps will launch."""
+        launch_products(self.model)
+        if self.adaptive is not None:
+            self.adaptive.selection.compile_ahead(self.adaptive.acceptance_probs)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Prepare to capture whole blocks and, where they are drafted, shorter ones."""
@@ -118,9 +140,13 @@ class Speculator(DFlashSpeculator):
 
     def capture(self) -> None:
         """Capture the draft passes."""
-        super().capture()
+        with self.start_times.part("draft passes captured"):
+            super().capture()
         if self.short_blocks is not None:
-            self.short_blocks.capture(self, super().capture)
+            with self.start_times.part("shorter draft passes captured"):
+                self.short_blocks.capture(self, super().capture)
+        if self.adaptive is None:
+            logger.info("%s", self.start_times)
 
     def _generate_draft(self, *args: Any, **kwargs: Any) -> None:
         """Draft blocks of as many rows as the speculator is laid out for."""
