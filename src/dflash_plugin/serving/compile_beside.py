@@ -120,10 +120,9 @@ def _start(wanted: Sequence[Launch]) -> subprocess.Popen[bytes]:
         file.write(json.dumps(order).encode())
         file.seek(0)
         return subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-W", "ignore", "-m", __name__],
             stdin=file,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
             env=environment,
         )
 
@@ -148,7 +147,9 @@ def main() -> None:
             threads.submit(getattr(modules[one.module], one.name).preload, one.variant)
             for one in wanted
         ]
-    sys.exit(sum(job.exception() is not None for job in jobs) > 0)
+    errors = [error for error in (job.exception() for job in jobs) if error is not None]
+    if errors:
+        sys.exit(f"{len(errors)} of {len(jobs)} kernels were not compiled ahead: {errors[0]!r}")
 
 
 if __name__ == "__main__":
