@@ -128,8 +128,13 @@ class Speculator(DFlashSpeculator):
     def _launch_all(self) -> None:
         """Launch what captured passes and steps will launch."""
         launch_products(self.model)
-        if self.adaptive is not None:
-            self.adaptive.selection.compile_ahead(self.adaptive.acceptance_probs)
+        if self.adaptive is None:
+            return
+        for requests in (16, 8, 4, 2, 1):
+            rows = torch.zeros(requests * self.num_speculative_steps, device=self.device)
+            nobody = torch.full(rows.shape, -1, device=self.device)
+            self._predict(rows, rows, nobody, nobody.int())
+        self.adaptive.selection.compile_ahead(self.adaptive.acceptance_probs)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Prepare to capture whole blocks and, where they are drafted, shorter ones."""
