@@ -102,7 +102,11 @@ def compile_beside(launch_all: Callable[[], None]) -> subprocess.Popen[bytes] | 
             # The engine makes the same launches later; what is wrong with one is said there.
             logger.info("some kernels are compiled when they are first launched: %s", error)
     try:
-        return _start(wanted) if wanted else None
+        if not wanted:
+            return None
+        # Otherwise torch's compiler would move this process's cache when it first runs.
+        os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
+        return _start(wanted)
     except Exception as error:
         logger.warning("kernels are compiled when they are first launched: %s", error)
         return None
