@@ -52,7 +52,8 @@ def warmups(kernel: JITFunction, grid: tuple[int, ...]):
 
 
 def main() -> None:
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    os.environ["TRITON_HOME"] = tempfile.mkdtemp()
     driver.set_active(Driver())
     JITFunction.__getitem__ = warmups
     times = StartTimes()
@@ -61,11 +62,18 @@ def main() -> None:
             launch()
             other = other_kernel[1,](of(16), N=16)
         times.compilations.watch()
-        process = compile_beside.compile_beside(launch_and_fail)
-        status = process.wait()
+        times.compiler = compile_beside.compile_beside(launch_and_fail)
+        running = str(times)
+        # What torch's compiler does.
+        os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
+        status = times.compiler.wait()
         so_far = times.compilations.compiled + times.compilations.found
         launch()
         gated_act(of(2, 64, dtype=torch.float32))
+        log = str(times)
+        unknown = compile_beside.Launch(compile_beside.OURS + "gated_act", "_kernel", "{}")
+        times.compiler = compile_beside._start([unknown])
+        times.compiler.wait()
         sys.executable = "/no/such/python"
         none = compile_beside.compile_beside(lambda: gated_act(of(2, 64, dtype=torch.float16)))
     record = {
@@ -76,7 +84,9 @@ def main() -> None:
         "so_far": so_far,
         "compiled": times.compilations.compiled,
         "found": times.compilations.found,
-        "log": str(times),
+        "running": running,
+        "log": log,
+        "failed": str(times),
         "without_a_process": none,
     }
     print(json.dumps(record))

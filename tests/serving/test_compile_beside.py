@@ -33,6 +33,10 @@ def test_the_engine_finds_compiled_what_a_second_process_has_compiled() -> None:
     # One more variant, which nobody had asked for ahead.
     assert (record["found"], record["compiled"]) == (3, 1)
     assert "1 kernels compiled and 3 loaded in " in record["log"]
+    assert record["running"].endswith("; a second process has not ended yet")
+    assert record["log"].endswith("; a second process has compiled the others")
+    assert record["failed"].endswith("; a second process could not compile all others")
+    assert "1 of 1 kernels were not compiled ahead: KeyError('name')" in done.stderr
     assert record["without_a_process"] is None
 
 

@@ -102,7 +102,11 @@ def compile_beside(launch_all: Callable[[], None]) -> subprocess.Popen[bytes] | 
             # The engine makes the same launches later; what is wrong with one is said there.
             logger.info("some kernels are compiled when they are first launched: %s", error)
     try:
-        return _start(wanted) if wanted else None
+        if not wanted:
+            return None
+        # Otherwise torch's compiler would move this process's cache when it first runs.
+        os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
+        return _start(wanted)
     except Exception as error:
         logger.warning("kernels are compiled when they are first launched: %s", error)
         return None
@@ -120,10 +124,9 @@ def _start(wanted: Sequence[Launch]) -> subprocess.Popen[bytes]:
         file.write(json.dumps(order).encode())
         file.seek(0)
         return subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-W", "ignore", "-m", __name__],
             stdin=file,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
             env=environment,
         )
 
@@ -148,7 +151,9 @@ def main() -> None:
             threads.submit(getattr(modules[one.module], one.name).preload, one.variant)
             for one in wanted
         ]
-    sys.exit(sum(job.exception() is not None for job in jobs) > 0)
+    errors = [error for error in (job.exception() for job in jobs) if error is not None]
+    if errors:
+        sys.exit(f"{len(errors)} of {len(jobs)} kernels were not compiled ahead: {errors[0]!r}")
 
 
 if __name__ == "__main__":

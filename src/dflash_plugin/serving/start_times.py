@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,9 +53,11 @@ class StartTimes:
 
     Attributes:
         compilations: since they are watched.
+        compiler: the process that compiles ahead, if there is one.
     """
 
     def __init__(self) -> None:
+        self.compiler: subprocess.Popen[bytes] | None = None
         self._seconds: dict[str, float] = {}
         self.compilations = Compilations()
 
@@ -70,4 +73,9 @@ class StartTimes:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {took:.1f}" for name, took in self._seconds.items())
-        return f"seconds of the plugin's parts of the start: {parts}; {self.compilations}"
+        line = f"seconds of the plugin's parts of the start: {parts}; {self.compilations}"
+        if self.compiler is None:
+            return line
+        ended = {None: "has not ended yet", 0: "has compiled the others"}
+        status = ended.get(self.compiler.poll(), "could not compile all others")
+        return f"{line}; a second process {status}"

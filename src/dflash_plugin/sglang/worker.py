@@ -312,7 +312,7 @@ class Worker(metrics.Counted, DFlashWorkerV2):
         if device.type == "cuda" and get_tensor_model_parallel_rank() == 0:
             # The target's passes over prompts are captured before any of these launches.
             with self.start_times.part("launches collected"):
-                self._compiler = compile_beside(partial(self._launch_all, attention))
+                self.start_times.compiler = compile_beside(partial(self._launch_all, attention))
 
     def _launch_all(self, attention: block_attention.BlockAttention | None) -> None:
         """Launch what captured passes will launch; ``attention`` is the target's."""

@@ -50,7 +50,6 @@ class Speculator(DFlashSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.start_times = StartTimes()
         self.start_times.compilations.watch()
-        self._compiler: Any = None
         super().__init__(vllm_config, device)
         self.spec = required_spec(vllm_config)
         require_hidden_states(vllm_config.model_config)
@@ -121,16 +120,21 @@ class Speculator(DFlashSpeculator):
                 "vLLM keeps in one cache group and runs alike: use the Transformers engine"
             )
         # vLLM calls this twice where it first captures to see how much memory graphs take.
-        is_first = self._compiler is None and get_tensor_model_parallel_rank() == 0
+        is_first = self.start_times.compiler is None and get_tensor_model_parallel_rank() == 0
         if self.device.type == "cuda" and is_first:
             with self.start_times.part("launches collected"):
-                self._compiler = compile_beside(self._launch_all)
+                self.start_times.compiler = compile_beside(self._launch_all)
 
     def _launch_all(self) -> None:
         """Launch what captured passes and steps will launch."""
         launch_products(self.model)
-        if self.adaptive is not None:
-            self.adaptive.selection.compile_ahead(self.adaptive.acceptance_probs)
+        if self.adaptive is None:
+            return
+        for requests in (16, 8, 4, 2, 1):
+            rows = torch.zeros(requests * self.num_speculative_steps, device=self.device)
+            nobody = torch.full(rows.shape, -1, device=self.device)
+            self._predict(rows, rows, nobody, nobody.int())
+        self.adaptive.selection.compile_ahead(self.adaptive.acceptance_probs)
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Prepare to capture whole blocks and, where they are drafted, shorter ones."""
