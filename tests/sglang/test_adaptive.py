@@ -627,7 +627,6 @@ def test_recurrent_layers_that_take_whole_blocks_are_told():
         ({"agree": int}, "cuda", None, None),
         ({"dp_size": 2}, "cuda", None, None),
         ({"is_mrope": True}, "cuda", None, "was not run on a GPU yet"),
-        ({"keeps_state": True}, "cuda", None, "was not run on a GPU yet"),
     ],
 )
 def test_where_verification_adapts_unasked(monkeypatch, caplog, changes, device, recurrent, why):
@@ -635,7 +634,6 @@ def test_where_verification_adapts_unasked(monkeypatch, caplog, changes, device,
     monkeypatch.setattr(adaptive, "VerifyBudget", lambda *_, **__: None)
     runner = runner_of(**{"size": 9, **changes})
     runner.model_config = SimpleNamespace(model_is_mrope=changes.get("is_mrope", False))
-    agree, keeps_state = changes.get("agree"), changes.get("keeps_state", False)
     info = info_of(adaptive_verification=None)
     with caplog.at_level("INFO"):
         found = build_verifier(
@@ -644,8 +642,7 @@ def test_where_verification_adapts_unasked(monkeypatch, caplog, changes, device,
             16,
             torch.device(device),
             None,
-            agree=agree,
-            keeps_state=keeps_state,
+            agree=changes.get("agree"),
             recurrent=recurrent,
         )
     assert (found is None) == (why is not None)

@@ -380,7 +380,6 @@ def build_verifier(
     *,
     agree: Callable[[int], int] | None = None,
     on_any_rank: Callable[[bool], bool] = bool,
-    keeps_state: bool = False,
     recurrent: str | None = None,
 ) -> AdaptiveVerifier | None:
     """The verifier that the options ask for, or None where every pass verifies whole blocks.
@@ -396,7 +395,6 @@ def build_verifier(
         attention: which attention the target's passes use, None where that is its back end's own.
         agree: ``agree_across_ranks`` of the ranks.
         on_any_rank: ``any_across_ranks`` of the ranks.
-        keeps_state: the target has recurrent layers.
         recurrent: what keeps passes over the target's recurrent layers from being cut, if anything.
 
     Raises:
@@ -416,9 +414,9 @@ def build_verifier(
     if is_optional:
         if device.type != "cuda" and attention is None:
             obstacle = obstacle or "it was not measured on this device"
-        if device.type == "cuda" and (keeps_state or runner.model_config.model_is_mrope):
+        if device.type == "cuda" and runner.model_config.model_is_mrope:
             obstacle = obstacle or (
-                "with recurrent layers or several position axes it was not run on a GPU yet; "
+                "with several position axes it was not run on a GPU yet; "
                 "DFLASH_PLUGIN_ADAPTIVE_VERIFICATION=1 turns it on"
             )
         if obstacle is not None:

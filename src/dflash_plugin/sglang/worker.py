@@ -292,7 +292,6 @@ class Worker(metrics.Counted, DFlashWorkerV2):
             attention,
             agree=agree_across_ranks(get_tp_group()),
             on_any_rank=any_across_ranks(get_tp_group()),
-            keeps_state=self._need_mamba_verify_commit,
             recurrent=recurrent,
         )
         features = set()
