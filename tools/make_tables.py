@@ -24,7 +24,7 @@ from tools.tables.policy import budget, mixed
 from tools.tables.sampling import draft_sampling, sampled_tau, sglang_sampling
 from tools.tables.serving import ALONE_AND_TWO, engine, serving, startup
 from tools.tables.soak import soak
-from tools.tables.targets import refusals, targets
+from tools.tables.targets import refusals, targets, targets_on_gpu
 from tools.tables.timelines import timelines
 from tools.tables.trees import trees_gain, trees_speed
 
@@ -54,6 +54,14 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "sglang-long": lambda: serving("sglang-h200-qwen3-8b-long"),
         "sglang-prompts": lambda: timelines("sglang-h200-qwen3-8b-default", "plugin"),
         "sglang-h200-timelines": lambda: timelines("sglang-h200-qwen3-8b-long", "plugin"),
+        "vllm-hybrid": lambda: serving("vllm-h200-qwen3.5-9b"),
+        "vllm-hybrid-adaptive": lambda: serving("vllm-h200-qwen3.5-9b-replay"),
+        "startup-alone": lambda: startup(
+            {
+                "sglang-h200-startup": "the first start, nothing compiled",
+                "sglang-h200-startup-again": "the next one",
+            }
+        ),
         "startup": lambda: startup(
             {
                 "sglang-h200-qwen3-8b-whole-prompts": "SGLang, Qwen3-8B's shape",
@@ -77,6 +85,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "sglang-timelines": lambda: timelines("sglang-h100-timelines"),
         "sglang-h100": lambda: serving("sglang-h100"),
         "sglang-soak": lambda: soak("sglang-soak-cpu", "SGLang", "retracted"),
+        "vllm-soak-gpu": lambda: soak("vllm-soak-h200", "vLLM", "preempted"),
         "sglang-soak-gpu": lambda: soak("sglang-soak-h200", "SGLang", "retracted"),
         "sglang-soak-short": lambda: soak("sglang-soak-short-cpu", "SGLang", "retracted"),
     },
@@ -85,7 +94,11 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "budget": lambda: budget("budget-simulator"),
     },
     "docs/vllm.md": {"cache-groups": cache_groups, "cached-prefixes": cached_prefixes},
-    "docs/targets.md": {"targets": targets, "refusals": refusals},
+    "docs/targets.md": {
+        "targets": targets,
+        "targets-gpu": targets_on_gpu,
+        "refusals": refusals,
+    },
     "docs/tuning.md": {
         "draft-sampling": draft_sampling,
         "sampled-tau": sampled_tau,

@@ -247,7 +247,7 @@ def outcome(
     hits = [batch["cached"] for batch in drafted["batches"]]
     if not (hits[1][1] and hits[2][0]):
         parts.insert(1, "no prefix hits")
-    if "error" not in cut and not EXPECTED_WIDTHS <= {width for width, _, _ in cut["cut"]}:
+    if "error" not in cut and not {width for width, _, _ in cut["cut"]} >= EXPECTED_WIDTHS:
         parts.append("whole blocks")
     return {"text": ", ".join(parts), **message}
 

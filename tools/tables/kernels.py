@@ -12,9 +12,13 @@ SHOWN_OF_DFLASH2 = (
     "projected_convolution", "convolve_add_rms_norm", "draft_head_candidates", "best_logits",
 )  # fmt: skip
 ACCEPTANCE = {
-    "target_softmax": "the target's distributions (PyTorch)",
+    "target_softmax": "the target's distributions",
+    "limited_softmax": "the same within top-k, top-p or min-p",
+    "draw_tokens": "drafts drawn",
     "accept": "acceptance draft by draft",
     "accept_block": "acceptance by block",
+}
+OF_SELECTOR = {
     "accept_block_candidates": "acceptance by block, drafts of a selector",
     "accept_greedy": "greedy acceptance",
 }
@@ -39,15 +43,17 @@ def kernels(name: str, ops: tuple[str, ...] = SHOWN) -> str:
 
 def acceptance_kernels() -> str:
     """Microseconds of what accepts the drafts of requests that sample, by requests."""
-    record = load("kernels-h200-acceptance")
-    requests = sorted({row["rows"] for row in record["rows"]})
-    found = {(row["op"], row["rows"]): row["kernel_us"] for row in record["rows"]}
-    rows = [
-        [what, *(f"{found[op, count]:,.0f}" for count in requests)]
-        for op, what in ACCEPTANCE.items()
-    ]
+    records = load("kernels-h200-acceptance"), load("kernels-h200-acceptance-selector")
+    requests = sorted({row["rows"] for row in records[0]["rows"]})
+    rows = []
+    for record, ops in zip(records, (ACCEPTANCE, OF_SELECTOR), strict=True):
+        found = {(row["op"], row["rows"]): row["kernel_us"] for row in record["rows"]}
+        rows += [
+            [what, *(f"{found[op, count]:,.0f}" for count in requests)] for op, what in ops.items()
+        ]
     header = ["µs, by requests", *map(str, requests)]
-    return f"{table(header, rows)}\n\n{facts_of(record)}"
+    facts = "; the last two lines: ".join(map(facts_of, records))
+    return f"{table(header, rows)}\n\n{facts}"
 
 
 def facts_of(record: dict) -> str:
