@@ -44,7 +44,7 @@ class Launch(NamedTuple):
 
 
 def triton_knobs() -> Any:
-    """Triton's settings; None before Triton 3.4 and without Triton."""
+    """Triton's settings; None without Triton."""
     try:
         from triton import knobs
     except ImportError:
@@ -84,7 +84,7 @@ def launches(knobs: Any) -> Iterator[list[Launch]]:
 def compile_beside(launch_all: Callable[[], None]) -> subprocess.Popen[bytes] | None:
     """Compile launches into Triton's cache, in a process that nobody waits for.
 
-    Does nothing where Triton is older than 3.4 or interprets kernels.
+    Does nothing without Triton, and where Triton interprets kernels.
 
     Args:
         launch_all: makes the launches, the first ones to come first; they are not run.

@@ -30,7 +30,7 @@ class Compilations:
         return f"{self.compiled} kernels compiled and {self.found} loaded in {self.seconds:.1f} s"
 
     def watch(self) -> None:
-        """Count from now on; counts nothing before Triton 3.4."""
+        """Count from now on; counts nothing without Triton."""
         knobs = triton_knobs()
         if knobs is None:
             return

@@ -90,7 +90,7 @@ def reason_against(vllm_config: VllmConfig) -> str | None:
             "it needs full CUDA graphs",
         ),
         (vllm_config.lora_config is not None, "vLLM does not run it with LoRA"),
-        (copies > 1, "vLLM's own policy decides with data parallelism, which is unmeasured"),
+        (copies > 1, "with data parallelism of a mixture vLLM's own policy decides, unmeasured"),
         (ranks > 1, f"it is unmeasured with {ranks} ranks"),
         (
             vllm_config.speculative_config.num_speculative_tokens_per_batch_size is not None,
