@@ -313,3 +313,11 @@ def overlap(device: torch.device) -> dict[str, bool]:
     if device.type != "cuda" or torch.version.hip is not None:
         return {}
     return {"launch_pdl": True} if torch.cuda.get_device_capability(device) >= (9, 0) else {}
+
+
+def most_registers(count: int) -> dict[str, int]:
+    """Options that let a launch's threads take no more registers than these, else none.
+
+    With fewer of them more blocks run on a multiprocessor at a time. A power of two, on NVIDIA.
+    """
+    return {"maxnreg": count} if torch.version.hip is None else {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dflash_plugin.kernels import with_twin
+from dflash_plugin.kernels.common import most_registers
 from dflash_plugin.kernels.language import tl, triton
 
 # Lanes of a row, and tokens above the bound that are looked at without the rest: powers of two.
@@ -258,6 +259,8 @@ def limited_softmax(
         count,
         LANES=LANES,
         num_warps=16,
+        # Of 16 warps two blocks fit: a row takes long, and there are more rows than blocks.
+        **most_registers(64),
     )
     return out
 
