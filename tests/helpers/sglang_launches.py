@@ -1,6 +1,6 @@
 """Variants that SGLang's captured passes launch, and ``launches_to_come`` did not; for Qwen3-8B.
 
-    python tests/helpers/sglang_launches.py
+    python -m tests.helpers.sglang_launches
 
 Prints one line of JSON. It compiles nothing, and needs neither a GPU nor SGLang.
 """

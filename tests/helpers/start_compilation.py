@@ -1,6 +1,6 @@
 """Compile launches in a second process, for a made-up H200: what this process then compiles.
 
-    python tests/helpers/start_compilation.py
+    python -m tests.helpers.start_compilation
 
 Prints one line of JSON. It needs no GPU.
 """

@@ -12,13 +12,14 @@ import pytest
 
 from dflash_plugin.serving.compile_beside import compile_beside
 
-HELPERS = Path(__file__).parents[1] / "helpers"
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_engine_finds_compiled_what_a_second_process_has_compiled() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(HELPERS / "start_compilation.py")],
+        [sys.executable, "-m", "tests.helpers.start_compilation"],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,

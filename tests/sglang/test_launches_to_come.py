@@ -10,13 +10,14 @@ from pathlib import Path
 
 from dflash_plugin.sglang.launches_to_come import MOST_REQUESTS, batches
 
-HELPERS = Path(__file__).parents[1] / "helpers"
+ROOT = Path(__file__).parents[2]
 
 
 def test_no_captured_pass_launches_a_variant_that_was_not_launched_ahead() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(HELPERS / "sglang_launches.py")],
+        [sys.executable, "-m", "tests.helpers.sglang_launches"],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
