@@ -48,7 +48,8 @@ SIZES: dict[str, Any] = {
 }
 # Of a drafter.
 DRAFTER = {name: size for name, size in SIZES.items() if name != "max_position_embeddings"}
-EXPERTS: dict[str, Any] = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
+EXPERTS: dict[str, Any] = {"moe_intermediate_size": 128}
+SHARED_EXPERT = {"shared_expert_intermediate_size": 128}
 # In bfloat16 a choice among experts jumps at near ties.
 ALL_EXPERTS: dict[str, Any] = {**EXPERTS, "num_experts_per_tok": 4}
 DELTA_RULE: dict[str, Any] = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
@@ -63,11 +64,12 @@ LATENT: dict[str, Any] = {
 NOAUX = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 WHOLE = {"attention_chunk_size": POSITIONS, "floor_scale": POSITIONS}
 CHANGES: dict[str, dict[str, Any]] = {
+    # With a shared expert's width vLLM would make one, and the family has no weights for it.
     "Qwen3-MoE": EXPERTS,
-    "Qwen3-Next": {**DELTA_RULE, **ALL_EXPERTS},
+    "Qwen3-Next": {**DELTA_RULE, **ALL_EXPERTS, **SHARED_EXPERT},
     "Qwen3.5": DELTA_RULE,
     "Qwen3.5 text": DELTA_RULE,
-    "Qwen3.5-MoE": {**DELTA_RULE, **ALL_EXPERTS},
+    "Qwen3.5-MoE": {**DELTA_RULE, **ALL_EXPERTS, **SHARED_EXPERT},
     "Gemma 3": {"query_pre_attn_scalar": 64},
     "Gemma 4": {"global_head_dim": 128, "num_global_key_value_heads": 2},
     "Qwen3-VL": {"rope_parameters": {**AXES, "mrope_section": [12, 10, 10]}},
