@@ -99,8 +99,8 @@ def compile_beside(launch_all: Callable[[], None]) -> subprocess.Popen[bytes] | 
         try:
             launch_all()
         except Exception as error:
-            # The engine makes the same launches later; what is wrong with one is said there.
-            logger.info("some kernels are compiled when they are first launched: %s", error)
+            # The engine makes the same launches later.
+            logger.warning("some kernels are compiled when they are first launched: %r", error)
     try:
         if not wanted:
             return None
@@ -108,7 +108,7 @@ def compile_beside(launch_all: Callable[[], None]) -> subprocess.Popen[bytes] | 
         os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
         return _start(wanted)
     except Exception as error:
-        logger.warning("kernels are compiled when they are first launched: %s", error)
+        logger.warning("kernels are compiled when they are first launched: %r", error)
         return None
 
 
