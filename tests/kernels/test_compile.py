@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import dflash_plugin.kernels
+from tests.helpers import without_interpreter
 
 FOLDER = Path(dflash_plugin.kernels.__path__[0])
 
 
 def test_kernels_compile_without_spilling():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).parents[1] / "helpers" / "compile_kernels.py"
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = without_interpreter.run("compile_kernels")
     records = [json.loads(line) for line in done.stdout.splitlines()]
     # A cosine of an angle beyond 100,000 has a table of 28 bytes.
     assert [record for record in records if record["stack_bytes"] > 32] == []

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from dflash_plugin.serving.compile_beside import compile_beside
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import without_interpreter
 
 
 def test_the_engine_finds_compiled_what_a_second_process_has_compiled() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.start_compilation"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = without_interpreter.run("start_compilation")
     record = json.loads(done.stdout)
     assert record["collected"] == ["gated_act", "quantize_rows", "gated_act"]
     assert record["other_compiles"]

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 from dflash_plugin.sglang.launches_to_come import MOST_REQUESTS, batches
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers import without_interpreter
 
 
 def test_no_captured_pass_launches_a_variant_that_was_not_launched_ahead() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.sglang_launches"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = without_interpreter.run("sglang_launches")
     for record in json.loads(done.stdout).values():
         assert record["missing"] == []
         # Few are compiled for nothing.
