@@ -19,7 +19,7 @@ from tests.helpers import families, gpu_families
 from tests.helpers.core_drafts import core_drafts
 from tests.helpers.device import NOT_HERE, ON_GPU
 from tests.helpers.families import FAMILIES, NEW_TOKENS, Family, own_texts
-from tests.helpers.greedy import greedy_text
+from tests.helpers.greedy import first_difference, greedy_text
 from tests.helpers.http_server import free_port
 from tests.helpers.tiny import tiny_target, write_target, write_tiny
 from tests.on_sglang.schedulers import Schedulers, settings_of
@@ -290,8 +290,7 @@ def distance(
     target: PreTrainedModel, text: list[int], expected: list[int], prompt: list[int]
 ) -> float:
     """How far apart, at most, the target's logits are where a text leaves the expected one."""
-    pairs = enumerate(zip(text, expected, strict=True))
-    place = next((at for at, (got, wanted) in pairs if got != wanted), None)
+    place = first_difference(text, expected, strict=True)
     if place is None:
         return 0.0
     ids = torch.tensor([prompt + text[:place]])

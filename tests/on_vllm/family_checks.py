@@ -16,6 +16,7 @@ from tests.helpers import gpu_families
 from tests.helpers.core_drafts import core_drafts
 from tests.helpers.device import ON_GPU
 from tests.helpers.families import Family
+from tests.helpers.greedy import first_difference
 from tests.helpers.tiny import ENGINE_SIZES, VOCABULARY, write_tiny
 from tests.on_vllm import rows_on_cpu
 from tests.on_vllm.family_targets import settings
@@ -145,12 +146,6 @@ def distance(found: list[int], expected: list[int], logprobs: list[dict[int, flo
     if place is None:
         return 0.0
     return logprobs[place][expected[place]] - logprobs[place].get(found[place], float("-inf"))
-
-
-def first_difference(found: list[int], expected: list[int]) -> int | None:
-    """Where a text leaves the expected one, if it does."""
-    pairs = enumerate(zip(found, expected, strict=False))
-    return next((place for place, (token, wanted) in pairs if token != wanted), None)
 
 
 def unlike_core(made: list[Any], target: Any, drafter: Any, texts: list[list[int]]) -> list[float]:

@@ -13,6 +13,7 @@ from vllm import SamplingParams
 from dflash_plugin.checkpoints.reference_drafts import answer
 from dflash_plugin.transformers.loading import load_drafter
 from dflash_plugin.vllm.selfcheck import draft
+from tests.helpers.greedy import first_difference
 from tests.helpers.quantised import LAYOUTS, W8A8, Layout, keep_fp8_rows, quantise
 from tests.helpers.tiny import ENGINE_SIZES as SIZES
 from tests.helpers.tiny import write_tiny
@@ -82,8 +83,8 @@ def check_text(
         with torch.no_grad():
             logits = target(torch.tensor([[*prompt, *text]])).logits[0, len(prompt) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(text)[:, None])[:, 0]
-        pairs = enumerate(zip(own, text, strict=False))
-        same = next((place for place, (one, other) in pairs if one != other), len(own))
+        place = first_difference(text, own)
+        same = len(own) if place is None else place
         assert (logits.amax(dim=1) - chosen < TIE)[same:].all()
 
 
